@@ -1,0 +1,304 @@
+"""Why: a data set read with masks or splits mixed up trains without complaint; and what is refused must be named."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from threestage.data.check import BadFile, check_image, check_mask
+from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
+from threestage.data.formats import IngestSettings, SourceItem, discover
+from threestage.data.records import decode_image
+from threestage.errors import InputError
+
+
+def touch(root: Path, *names: str, text: str = "") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def found(root: Path, format: str, **settings: object) -> dict[str, tuple[str | None, str, str | None]]:
+    items = discover(str(root), IngestSettings.model_validate({"format": format, **settings}))
+    base = f"{root}/"
+    return {i.image_id: (i.mask_uri and i.mask_uri.removeprefix(base), i.split, i.problem) for i in items}
+
+
+def test_folders_pair_by_relative_name(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a/1.jpg", "x/b/1.PNG", "x/b/2.jpeg", "x/notes.txt", "x/.DS_Store", "x/.a/3.jpg")
+    touch(tmp_path, "y/a/1.png", "y/b/2.png", "y/c/9.png")
+    items = discover(str(tmp_path / "x"), IngestSettings(format="folders", masks=str(tmp_path / "y"), split="val"))
+    y = f"{tmp_path}/y"
+    assert [(i.image_id, i.mask_uri, i.split, i.problem) for i in items] == [
+        ("a/1", f"{y}/a/1.png", "val", None),
+        ("b/1", None, "val", None),
+        ("b/2", f"{y}/b/2.png", "val", None),
+        ("c/9", None, "val", "mask without an image"),
+    ]
+
+
+def test_images_alone_and_two_files_of_one_id(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "1.png", "2.jpg")
+    result = found(tmp_path, "images")
+    assert {key: value[:2] for key, value in result.items()} == {"1": (None, "train"), "2": (None, "train")}
+    items = discover(str(tmp_path), IngestSettings(format="images"))
+    assert [bool(item.problem) for item in items] == [False, True, False]
+    assert "1.jpg" in str(items[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("{}/images/f{}.jpg", "{}/masks/f{}.png"), ("{}/f{}.png", "{}annot/f{}.png")]
+)
+def test_both_layouts_of_camvid(tmp_path: Path, images: str, masks: str) -> None:
+    for split, number in (("train", 1), ("val", 2), ("test", 3)):
+        touch(tmp_path, images.format(split, number), masks.format(split, number))
+    touch(tmp_path, images.format("train", 4))
+    assert found(tmp_path, "camvid") == {
+        images.format("test", 3)[:-4]: (masks.format("test", 3), "test", None),
+        images.format("train", 1)[:-4]: (masks.format("train", 1), "train", None),
+        images.format("train", 4)[:-4]: (None, "train", None),
+        images.format("val", 2)[:-4]: (masks.format("val", 2), "val", None),
+    }
+
+
+def voc(root: Path) -> None:
+    touch(root, *(f"JPEGImages/{name}.jpg" for name in ("t1", "t2", "v1", "aug", "free")))
+    touch(root, *(f"SegmentationClass/{name}.png" for name in ("t1", "t2", "v1")))
+    touch(root, "ImageSets/Segmentation/train.txt", text="t1\nt2\n")
+    touch(root, "ImageSets/Segmentation/val.txt", text="v1\n")
+    touch(root, "ImageSets/Segmentation/trainval.txt", text="t1\nt2\nv1\n")
+
+
+def test_voc(tmp_path: Path) -> None:
+    voc(tmp_path)
+    assert found(tmp_path, "voc") == {
+        "JPEGImages/aug": (None, "train", None),
+        "JPEGImages/free": (None, "train", None),
+        "JPEGImages/t1": ("SegmentationClass/t1.png", "train", None),
+        "JPEGImages/t2": ("SegmentationClass/t2.png", "train", None),
+        "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
+    }
+
+
+def test_augmented_voc_keeps_val_apart_and_names_what_is_absent(tmp_path: Path) -> None:
+    voc(tmp_path)
+    touch(tmp_path, "SegmentationClassAug/t1.png", "SegmentationClassAug/aug.png", "SegmentationClassAug/v1.png")
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in ("t1", "t2", "aug", "v1", "lost")]
+    touch(tmp_path, "ImageSets/Segmentation/train_aug.txt", text="\n".join(lines))
+    (tmp_path / "SegmentationClass/t2.png").unlink()
+    assert found(tmp_path, "voc") == {
+        "JPEGImages/aug": ("SegmentationClassAug/aug.png", "train", None),
+        "JPEGImages/free": (None, "train", None),
+        "JPEGImages/lost": (None, "train", "listed in ImageSets/Segmentation but absent"),
+        "JPEGImages/t1": ("SegmentationClassAug/t1.png", "train", None),
+        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClassAug has no mask"),
+        "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
+    }
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    for split, city in (("train", "ulm"), ("val", "lindau"), ("test", "berlin")):
+        touch(tmp_path, f"leftImg8bit/{split}/{city}/{city}_1_leftImg8bit.png")
+        touch(tmp_path, f"gtFine/{split}/{city}/{city}_1_gtFine_labelIds.png", f"gtFine/{split}/{city}/x_color.png")
+    touch(tmp_path, "leftImg8bit/train_extra/bonn/bonn_1_leftImg8bit.png")
+    assert found(tmp_path, "cityscapes") == {
+        "leftImg8bit/test/berlin/berlin_1_leftImg8bit": (None, "test", None),
+        "leftImg8bit/train/ulm/ulm_1_leftImg8bit": ("gtFine/train/ulm/ulm_1_gtFine_labelIds.png", "train", None),
+        "leftImg8bit/train_extra/bonn/bonn_1_leftImg8bit": (None, "train", None),
+        "leftImg8bit/val/lindau/lindau_1_leftImg8bit": ("gtFine/val/lindau/lindau_1_gtFine_labelIds.png", "val", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [("images", "no image"), ("camvid", "trainannot"), ("voc", "JPEGImages"), ("cityscapes", "leftImg8bit/train")],
+)
+def test_a_wrong_source_is_named_with_what_is_expected(tmp_path: Path, format: str, expected: str) -> None:
+    with pytest.raises(InputError, match="nowhere: the folder does not exist"):
+        found(tmp_path / "nowhere", format)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: the folder is empty"):
+        found(tmp_path / "empty", format)
+    touch(tmp_path, "empty/readme.txt")
+    with pytest.raises(InputError, match=expected) as error:
+        found(tmp_path / "empty", format)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_masks_of_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "y/b.png")
+    with pytest.raises(InputError, match="masks is not given"):
+        found(tmp_path, "folders")
+    with pytest.raises(InputError, match=r"a/b\.jpg needs a/b\.png"):
+        found(tmp_path / "x", "folders", masks=str(tmp_path / "y"))
+    with pytest.raises(InputError, match="leave masks out"):
+        found(tmp_path, "camvid", masks="y")
+
+
+def test_an_item_without_a_mask_is_an_unlabelled_image() -> None:
+    assert SourceItem("a", "a.jpg", None, "train").problem is None
+
+
+# Class maps.
+
+
+def test_the_shipped_maps() -> None:
+    sizes = {name: len(shipped_class_map(name).classes) for name in ("camvid", "voc", "cityscapes")}
+    assert sizes == {"camvid": 11, "voc": 21, "cityscapes": 19}
+    lookup = Lookup(shipped_class_map("cityscapes"), "cityscapes")
+    all_ids = lookup(np.arange(34)[None])
+    assert isinstance(all_ids, np.ndarray)
+    assert all_ids[0, [7, 33, 26, 0, 29]].tolist() == [0, 18, 13, 255, 255] and (all_ids != 255).sum() == 19
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("classes: []", r"classes: .*at least 1"),
+        ("classes: [{name: a, colour: [1, 2, 300], ids: [0]}]", r"classes\.0\.colour\.2"),
+        ("classes: [{name: a, colour: [1, 2, 3], ids: [0]}]\nignore: {ids: [0]}", "id 0 stands there more than once"),
+        ("classes: [{name: a, colour: [1, 2, 3]}, {name: a, colour: [1, 2, 4]}]", "class name a stands"),
+        ("classes: [{name: a, colour: [1, 2, 3]}]\nignored: {}", "ignored: Extra inputs"),
+        ("classes: [", "not YAML"),
+        ("", "valid dictionary"),
+    ],
+)
+def test_a_class_map_is_checked(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(InputError, match=reason) as error:
+        load_class_map(str(tmp_path / "map.yaml"))
+    assert str(error.value).startswith(f"{tmp_path}/map.yaml: ") and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no such class map"):
+        load_class_map(str(tmp_path / "absent.yaml"))
+
+
+# Files.
+
+MAP = ClassMap.model_validate(
+    {
+        "classes": [
+            {"name": "a", "colour": [9, 9, 9], "ids": [1, 300]},
+            {"name": "b", "colour": [8, 0, 0], "ids": [2]},
+        ],
+        "ignore": {"ids": [3], "colours": [[0, 0, 0]]},
+    }
+)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def mask_of(data: bytes, size: tuple[int, int] = (1, 3)) -> list[list[int]]:
+    return check_mask(data, Lookup(MAP, "map"), size, "m.png").tolist()
+
+
+def test_palette_ids_stay_ids() -> None:
+    image = Image.fromarray(np.array([[1, 2, 3]], np.uint8)).convert("P")
+    image.putpalette([200, 100, 50] * 256)
+    assert mask_of(encoded(image)) == [[0, 1, 255]]
+    assert mask_of(encoded(image, bits=2)) == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_ids_of_one_channel(dtype: type[np.generic]) -> None:
+    ids = np.array([[1, 2, 3]], dtype)
+    assert mask_of(encoded(Image.fromarray(ids))) == [[0, 1, 255]]
+
+
+def test_ids_over_255() -> None:
+    assert mask_of(encoded(Image.fromarray(np.array([[300, 2, 3]], np.uint16)))) == [[0, 1, 255]]
+
+
+def test_grey_png_of_two_bits_is_not_stretched() -> None:
+    import struct
+    import zlib
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 3, 1, 2, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes([0, 0b01101100]))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    assert mask_of(png) == [[0, 1, 255]]
+
+
+def test_colours_and_opaque_alpha() -> None:
+    colours = np.array([[[9, 9, 9], [8, 0, 0], [0, 0, 0]]], np.uint8)
+    assert mask_of(encoded(Image.fromarray(colours))) == [[0, 1, 255]]
+    assert mask_of(encoded(Image.fromarray(colours).convert("RGBA"))) == [[0, 1, 255]]
+
+
+def test_bad_masks_are_named_with_value_and_place() -> None:
+    ids = np.array([[1, 2, 1], [2, 37, 0]], np.uint8)
+    with pytest.raises(BadFile, match=r"mask m\.png holds id 37 at \(1, 1\), not in class map map: add it, or map"):
+        mask_of(encoded(Image.fromarray(ids)), (2, 3))
+    colours = np.array([[[9, 9, 9], [7, 0, 0]]], np.uint8)
+    with pytest.raises(BadFile, match=r"colour \[7, 0, 0\] at \(0, 1\)"):
+        mask_of(encoded(Image.fromarray(colours)), (1, 2))
+    with pytest.raises(BadFile, match=r"m\.png is 3x2 but its image, upright, is 3x1"):
+        mask_of(encoded(Image.fromarray(ids)), (1, 3))
+    with pytest.raises(BadFile, match="is a JPEG"):
+        mask_of(encoded(Image.fromarray(ids), "JPEG"), (2, 3))
+
+
+def photo(mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def test_a_good_image_keeps_its_bytes() -> None:
+    for data in (encoded(photo(), "JPEG"), encoded(photo()), encoded(photo("L"), "JPEG")):
+        checked = check_image(data)
+        assert checked.data is data and (checked.height, checked.width, checked.converted) == (40, 60, False)
+
+
+@pytest.mark.parametrize(("format", "cut"), [("JPEG", 1), ("JPEG", 100), ("JPEG", 3000), ("PNG", 20), ("PNG", 3000)])
+def test_a_file_cut_short_is_refused(format: str, cut: int) -> None:
+    with pytest.raises(BadFile, match="cannot be decoded"):
+        check_image(encoded(photo(), format)[:-cut])
+
+
+def test_a_png_with_a_flipped_bit_is_refused() -> None:
+    data = bytearray(encoded(photo()))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(BadFile, match="cannot be decoded"):
+        check_image(bytes(data))
+
+
+def test_exif_turns_the_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(), "JPEG", exif=exif, quality=100, subsampling=0)
+    checked = check_image(data)
+    assert (checked.height, checked.width, checked.converted) == (60, 40, True)
+    turned = np.rot90(np.asarray(Image.open(io.BytesIO(data))), -1)
+    assert np.abs(decode_image(checked.data).astype(int) - turned).mean() < 4
+    assert np.array_equal(decode_image(data), turned)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_other_modes_are_converted(mode: str) -> None:
+    image = photo(mode)
+    checked = check_image(encoded(image))
+    assert checked.converted and np.array_equal(decode_image(checked.data), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_is_converted() -> None:
+    checked = check_image(encoded(photo("CMYK"), "JPEG"))
+    assert checked.converted and Image.open(io.BytesIO(checked.data)).mode == "RGB"
+
+
+def test_what_is_not_converted_is_refused_by_name() -> None:
+    sixteen = encoded(Image.fromarray(np.zeros((4, 4), np.uint16)))
+    clear = photo("RGBA")
+    clear.putalpha(100)
+    frames = encoded(photo(), "TIFF", save_all=True, append_images=[photo("L")])
+    cases = {b"": "empty", b"text": "no image", sixteen: "16 bits", encoded(clear): "transparent", frames: "2 frames"}
+    for data, reason in cases.items():
+        with pytest.raises(BadFile, match=reason):
+            check_image(data)

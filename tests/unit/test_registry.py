@@ -1,0 +1,120 @@
+"""Why: what reaches a tracking store is seen by many and never taken back: secrets and limits are decided here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from threestage.errors import InputError
+from threestage.registry import RegistrySettings, open_registry
+from threestage.tracking import (
+    MAX_PARAM,
+    clean_tags,
+    flatten,
+    metric_points,
+    model_name_of,
+    redact,
+    resolve_uri,
+    talking_to,
+)
+
+NAMES = st.text("abcXYZ019_-", min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://AKIA:secret@bucket/data", "s3://bucket/data"),
+        ("s3://AKIA:se/cret+x@bucket/data", "s3://bucket/data"),
+        ("https://user:p@ss@host:5000/x", "https://host:5000/x"),
+        ("postgresql+psycopg2://me:pw@db/mlflow", "postgresql+psycopg2://db/mlflow"),
+        ("https://token@host/x", "https://host/x"),
+        ("from s3://a:b@c/d to http://e:f@g", "from s3://c/d to http://g"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("models:/name@stage3", "models:/name@stage3"),
+        ("s3://bucket/me@work.png", "s3://bucket/me@work.png"),
+        ("plain a:b@c", "plain a:b@c"),
+    ],
+)
+def test_credentials_leave_a_uri_and_nothing_else_does(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+@given(NAMES, NAMES, NAMES, st.sampled_from(["", "/p", ":9000/p"]))
+def test_any_user_and_password_is_stripped(user: str, password: str, host: str, rest: str) -> None:
+    assert redact(f"s3://{user}:{password}@{host}{rest}") == f"s3://{host}{rest}"
+
+
+def test_a_config_becomes_dotted_params_within_limits() -> None:
+    config = {
+        "data": {"root": "s3://key:secret@bucket/set", "labelled": "all", "extra": ["s3://a:b@c", 1]},
+        "optimiser": {"lr": 3e-5, "frozen": True, "decay": None, "empty": {}},
+        "class (odd)": "x" * 10_000,
+    }
+    flat = flatten(config)
+    assert flat["data.root"] == "s3://bucket/set"
+    assert flat["data.labelled"] == "all"
+    assert flat["data.extra"] == '["s3://c", 1]'
+    assert (flat["optimiser.lr"], flat["optimiser.frozen"], flat["optimiser.decay"]) == ("3e-05", "true", "null")
+    assert flat["optimiser.empty"] == "{}"
+    assert len(flat["class _odd_"]) == MAX_PARAM
+
+
+def test_tags_are_text_without_secrets() -> None:
+    assert clean_tags({"teacher": "s3://a:b@c/d", "classes": 11}) == {"teacher": "s3://c/d", "classes": "11"}
+
+
+def test_the_summary_is_the_last_point_and_no_point_comes_twice() -> None:
+    rows = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.0, "mean_iou": 0.4}]
+    points = metric_points(rows, {"mean_iou": 0.5, "loss": 1.0, "confidence": 0.9})
+    assert points == [
+        ("loss", 2.0, 1, 0),
+        ("loss", 1.0, 5, 1),
+        ("mean_iou", 0.4, 5, 1),
+        ("mean_iou", 0.5, 5, 2),
+        ("confidence", 0.9, 5, 2),
+    ]
+    assert metric_points([], {"mean_iou": 0.5}) == [("mean_iou", 0.5, 0, 0)]
+
+
+def test_a_run_name_becomes_a_model_name() -> None:
+    assert model_name_of("team/camvid:46@home") == "team-camvid-46-home"
+
+
+def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere:5000")
+    assert resolve_uri(None) == "http://somewhere:5000"
+    assert resolve_uri("sqlite:///sub/x.db") == f"sqlite:///{tmp_path}/sub/x.db"
+
+
+def test_a_model_name_that_no_uri_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="model_name"):
+        RegistrySettings(model_name="a/b")
+
+
+def test_a_failing_store_is_the_users_error_and_our_own_is_not(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/x.db"
+    with pytest.raises(InputError, match="tracking store sqlite"), talking_to(uri):
+        raise ConnectionResetError("http://me:pw@host hung up")
+    with pytest.raises(KeyError), talking_to(uri):
+        raise KeyError("a bug")
+
+
+def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("certainly not a database, " * 100)
+    with pytest.raises(InputError, match=r"x\.db"):
+        open_registry(RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/x.db"))
+
+
+def test_the_module_is_free_to_import_and_needs_no_mlflow() -> None:
+    code = (
+        "import sys; sys.modules['mlflow'] = None; import threestage.registry as r;"
+        "r.RegistrySettings(); assert not {'torch', 'ray', 'pandas', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

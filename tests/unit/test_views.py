@@ -1,0 +1,236 @@
+"""Why: a view whose labels, validity or pixels come from different places teaches the student what is not so."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Generator, Tensor
+
+from threestage.augment import geometry, photometry, views
+from threestage.augment.views import AugmentSettings, StrongSettings, View, strong_view, weak_view
+
+CANVAS = (60, 80)
+CROP = (32, 48)
+PLAIN = StrongSettings(operations=0, cutouts=0)
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def coordinates(count: int) -> Tensor:
+    """Canvases (N,3,60,80) whose channels hold the row, the column and the sample of each pixel."""
+    rows = torch.arange(CANVAS[0], dtype=torch.uint8)[:, None].expand(CANVAS)
+    columns = torch.arange(CANVAS[1], dtype=torch.uint8).expand(CANVAS)
+    return torch.stack([torch.stack((rows, columns, torch.full_like(rows, n))) for n in range(count)])
+
+
+def whole(count: int) -> Tensor:
+    return torch.tensor([CANVAS] * count)
+
+
+def noise(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(256, (count, 3, *CANVAS), dtype=torch.uint8, generator=seeded(seed))
+
+
+def some_view(count: int = 16, seed: int = 0) -> View:
+    sizes = torch.stack((torch.arange(count) % 30 + 31, torch.arange(count) % 40 + 41), dim=1)
+    return weak_view(noise(count, seed), sizes, AugmentSettings(crop_size=CROP), seeded(seed))
+
+
+def levels(view: View) -> Tensor:
+    return (view.image * 255).round().long()
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_an_unscaled_weak_view_is_an_exact_slice(flip: float) -> None:
+    image = coordinates(8)
+    view = weak_view(image, whole(8), AugmentSettings(crop_size=CROP, flip_probability=flip), seeded())
+    corners = levels(view)[:, :2, 0, -1 if flip else 0].tolist()
+    for n, (top, left) in enumerate(corners):
+        expected = image[n, :, top : top + CROP[0], left : left + CROP[1]].float() / 255
+        assert torch.equal(view.image[n], expected.flip(2) if flip else expected)
+    assert view.valid.all()
+    assert len({tuple(corner) for corner in corners}) > 4  # every sample is cropped elsewhere
+
+
+def test_an_image_that_drew_scale_one_keeps_its_pixels_among_scaled_ones() -> None:
+    settings = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5), flip_probability=0)
+    view = weak_view(noise(64), whole(64), settings, seeded())
+    index, inside = geometry.nearest_index(view.theta, CROP, CANVAS)
+    exact = geometry.gather_pixels(noise(64), index).float() / 255
+    kept = (view.theta[:, 0, 0] * CANVAS[1] - CROP[1]).abs() < 1e-3
+    assert 0 < kept.sum() < 20
+    assert torch.equal(view.image[kept], exact[kept])
+    assert torch.equal(view.valid, inside)
+
+
+def test_scales_are_drawn_in_steps_over_the_whole_range() -> None:
+    settings = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5))
+    theta = weak_view(noise(200), whole(200), settings, seeded()).theta
+    drawn = CROP[0] / CANVAS[0] / theta[:, 1, 1]
+    assert sorted({round(value, 2) for value in drawn.tolist()}) == [round(0.5 + 0.1 * step, 2) for step in range(11)]
+    continuous = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5), scale_step=0)
+    assert weak_view(noise(200), whole(200), continuous, seeded()).theta[:, 1, 1].unique().numel() > 40
+
+
+def test_an_image_smaller_than_the_crop_lies_inside_it_and_the_rest_is_mid_range() -> None:
+    settings = AugmentSettings(crop_size=CROP, scale=(0.5, 0.5))
+    image = torch.full((8, 3, *CANVAS), 255, dtype=torch.uint8)
+    image[:, :, :40, :50] = 10
+    view = weak_view(image, torch.tensor([[40, 50]] * 8), settings, seeded())
+    assert view.valid.sum((1, 2)).tolist() == [20 * 25] * 8
+    assert view.valid.any(2).sum(1).tolist() == [20] * 8
+    shown = view.image[view.valid[:, None].expand_as(view.image)]
+    assert torch.allclose(shown, torch.tensor(10 / 255))
+    assert (view.image[~view.valid[:, None].expand_as(view.image)] == views.FILL).all()
+
+
+def test_enlarging_never_blends_with_the_padding() -> None:
+    image = torch.full((4, 3, *CANVAS), 255, dtype=torch.uint8)
+    image[:, :, :21, :33] = 10
+    view = weak_view(image, torch.tensor([[21, 33]] * 4), AugmentSettings(crop_size=CROP, scale=(1.3, 1.3)), seeded())
+    assert view.valid.sum((1, 2)).tolist() == [27 * 43] * 4
+    assert torch.allclose(view.image[view.valid[:, None].expand_as(view.image)], torch.tensor(10 / 255))
+
+
+def test_a_weak_view_moves_labels_as_it_moves_pixels() -> None:
+    image = noise(8)
+    view = weak_view(image, whole(8), AugmentSettings(crop_size=(70, 48)), seeded())
+    labels = image[:, 0].clamp(max=200)
+    warped = view.warp(labels)
+    assert warped.dtype == torch.uint8
+    assert torch.equal(warped == 255, ~view.valid)
+    assert torch.equal(warped[view.valid].long(), levels(view)[:, 0].clamp(max=200)[view.valid])
+    assert torch.equal(view.warp(torch.stack((labels, image[:, 1]), dim=1))[:, 0], warped)
+
+
+def test_a_strong_view_moves_labels_as_it_moves_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PHOTOMETRIC", {})
+    view = some_view(32)
+    labels = torch.where(view.valid, levels(view)[:, 0].clamp(max=200), 255).byte()
+    strong = strong_view(view, StrongSettings(cutouts=0), seeded())
+    warped = strong.warp(labels)
+    assert torch.equal(warped == 255, ~strong.valid)
+    assert torch.equal(warped[strong.valid].long(), levels(strong)[:, 0].clamp(max=200)[strong.valid])
+    assert (strong.image[~strong.valid[:, None].expand_as(strong.image)] == views.FILL).all()
+    assert torch.equal(strong.valid, geometry.warp_mask(view.valid, strong.theta, CROP))
+    assert strong.theta.unique(dim=0).shape[0] > 10  # every sample draws its own
+
+
+def test_a_strong_view_of_a_weak_view_composes_to_one_transform_of_the_canvas() -> None:
+    weak = weak_view(noise(16), whole(16), AugmentSettings(crop_size=CROP), seeded())
+    strong = strong_view(weak, StrongSettings(), seeded())
+    canvas = noise(16)[:, 0].clamp(max=200)
+    both = geometry.warp_labels(canvas, geometry.compose(weak.theta, strong.theta), CROP)
+    assert (both == strong.warp(weak.warp(canvas)))[strong.valid].float().mean() > 0.999
+
+
+def test_without_operations_the_strong_view_is_the_weak_one() -> None:
+    view = some_view()
+    same = strong_view(view, PLAIN, seeded())
+    assert torch.equal(same.image, view.image)
+    assert torch.equal(same.valid, view.valid)
+    never = strong_view(view, StrongSettings(probability=0, cutouts=0), seeded())
+    assert torch.equal(never.image, view.image)
+
+
+def test_cutouts_hide_pixels_and_keep_their_labels() -> None:
+    view = weak_view(noise(8), whole(8), AugmentSettings(crop_size=CROP), seeded())
+    cut = strong_view(view, StrongSettings(operations=0, cutouts=1, cutout_size=10), seeded())
+    hidden = (cut.image == views.FILL).all(1)
+    assert torch.equal(
+        cut.image[~hidden[:, None].expand_as(cut.image)], view.image[~hidden[:, None].expand_as(cut.image)]
+    )
+    assert cut.valid.all()
+    assert (hidden.sum((1, 2)) <= 100).all()
+    assert (hidden.sum((1, 2)) >= 25).all()  # the centre lies in the crop
+    assert hidden.unique(dim=0).shape[0] == 8  # every sample is cut elsewhere
+
+
+def drawn(*names: str, level: int = 5) -> views._Drawn:
+    operation = torch.tensor([[views.OPERATIONS.index(name) for name in names]])
+    return views._Drawn(operation, torch.full(operation.shape, level / 10), torch.ones(operation.shape))
+
+
+def test_geometric_operations_act_in_the_order_drawn() -> None:
+    scene = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=seeded()), (60, 90))
+    picture = Image.fromarray((scene[0] * 255).byte().permute(1, 2, 0).numpy())
+    stepwise = picture.rotate(15).transform(picture.size, Image.Transform.AFFINE, (1, 0.15, 0, 0, 1, 0))
+    stepwise = stepwise.transform(picture.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, -5))
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    expected = torch.from_numpy(np.array(stepwise)).permute(2, 0, 1)
+    stayed = (expected > 0).any(0)  # PIL has lost what an operation moved out, though a later one moves it back
+    names = ("rotate", "shear_x", "translate_y")
+    for order, least, most in ((names, 0.95, 1.0), (names[::-1], 0.0, 0.9)):
+        theta = views._drawn_theta(drawn(*order), (60, 90))
+        ours = geometry.sample_image(image, theta, (60, 90), "nearest", 0.0)[0]
+        assert least < (ours == expected).all(0)[stayed].float().mean() <= most
+
+
+def test_photometric_operations_act_in_the_order_drawn() -> None:
+    image = noise(1).float()
+    image[..., 0, :2] = torch.tensor([0.0, 255.0])  # so that the stretch to 8 bits changes nothing
+    view = View(image / 255, torch.ones(1, *CANVAS, dtype=torch.bool), geometry.identity(1))
+    half = torch.tensor([0.5])
+    first = photometry.posterize(photometry.solarize(image, 256 * half), 4 * half)
+    second = photometry.solarize(photometry.posterize(image, 4 * half), 256 * half)
+    assert not torch.equal(first, second)
+    for names, expected in (
+        (("solarize", "rotate", "posterize"), first),
+        (("posterize", "identity", "solarize"), second),
+    ):
+        assert torch.equal((views._apply_photometry(view, drawn(*names)) * 255).round(), expected)
+
+
+def test_the_stretch_is_undone_and_ignores_padding() -> None:
+    dim = 0.2 + 0.3 * noise(1).float() / 255
+    valid = torch.ones(1, *CANVAS, dtype=torch.bool)
+    valid[..., 50:] = False
+    done = views._apply_photometry(
+        View(dim.masked_fill(~valid[:, None], 0.9), valid, geometry.identity(1)), drawn("equalize")
+    )
+    shown = done[..., :50]
+    assert shown.min() >= 0.2 - 1e-6
+    assert shown.max() <= 0.5 + 1e-6
+    assert torch.allclose(shown.mean(), dim.mean(), atol=0.02)
+
+
+def test_every_operation_changes_the_picture_and_keeps_its_range() -> None:
+    view = some_view(1)
+    for name in views.PHOTOMETRIC:
+        done = views._apply_photometry(view, drawn(name, level=9))
+        if name != "autocontrast":  # of a picture that is stretched already
+            assert not torch.allclose(done, view.image, atol=0.01), name
+        assert done.min() >= 0, name
+        assert done.max() <= 1, name
+
+
+def test_a_seed_gives_the_same_views_and_another_seed_others() -> None:
+    view = some_view()
+    once, again, other = (strong_view(view, StrongSettings(), seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(once.image, again.image)
+    assert torch.equal(once.theta, again.theta)
+    assert not torch.equal(once.image, other.image)
+
+
+def test_no_value_is_read_back_from_the_device_and_the_draws_do_not_depend_on_it() -> None:
+    """A tensor on torch's "meta" device has no values: whatever would wait for the device fails here."""
+    settings = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5))
+    here, there = seeded(), seeded()
+    labels = torch.zeros(16, *CROP, dtype=torch.uint8)
+    strong_view(weak_view(noise(16), whole(16), settings, here), settings.strong, here).warp(labels)
+    for sizes in (whole(16), whole(16).to("meta")):
+        there = seeded()
+        view = strong_view(weak_view(noise(16).to("meta"), sizes, settings, there), settings.strong, there)
+        assert view.warp(labels.to("meta")).shape == labels.shape
+        assert torch.equal(here.get_state(), there.get_state())
+
+
+@pytest.mark.parametrize("wrong", [{"crop_size": (0, 8)}, {"crop_size": (8, 8), "scale": (1.5, 0.5)}])
+def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        AugmentSettings.model_validate(wrong)
+    with pytest.raises(ValidationError):
+        StrongSettings(levels=(5, 2))

@@ -1,0 +1,202 @@
+"""The whole configuration: one tree of frozen settings, from a preset or a YAML file plus `--set a.b=c`."""
+
+import difflib
+import types
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from threestage.augment.views import AugmentSettings
+from threestage.data.records import DataSettings
+from threestage.errors import InputError
+from threestage.models.network import NetworkSettings, crop_fits, size_multiple
+from threestage.on_ray.settings import ClusterSettings
+from threestage.pseudo_masks import PseudoMaskSettings
+from threestage.registry import RegistrySettings
+from threestage.settings import Settings
+from threestage.training.loop import LoopSettings
+from threestage.training.schedule import EmaSettings, OptimiserSettings
+
+StageName = Literal["stage1", "stage2", "stage3"]
+STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
+
+
+class SupervisedSettings(Settings):
+    weight: float = Field(0.5, ge=0, description="w_sup of stages 2 and 3")
+
+
+class ConsistencySettings(Settings):
+    weight: float = Field(0.25, ge=0, description="w_con")
+    confidence_threshold: float = Field(0.0, ge=0, le=1, description="teacher pixels below it become 255; 0 is faithful")
+    ramp_up: float = Field(0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; 0 is faithful")
+
+
+class Stage1Settings(Settings):
+    steps: int = Field(20_000, ge=1)
+    labelled_batch: int = Field(4, ge=1, description="images per step and worker")
+    strong_view: bool = Field(False, description="learn the strong view beside the weak one (the control of the method)")
+    warm_start: ClassVar[bool] = False
+    unlabelled_batch: ClassVar[int] = 0
+
+
+class SelfTrainingSettings(Settings):
+    steps: int = Field(60_000, ge=1)
+    labelled_batch: int = Field(1, ge=1, description="images per step and worker")
+    unlabelled_batch: int = Field(4, ge=1, description="images per step and worker")
+    warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
+
+
+class Config(Settings):
+    """Everything that a run depends on."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = 0
+    stages: Annotated[int, Field(ge=1, le=3)] = Field(3, description="run this many of the three")
+    data: DataSettings
+    network: NetworkSettings = NetworkSettings()
+    augment: AugmentSettings
+    optimiser: OptimiserSettings = OptimiserSettings()
+    ema: EmaSettings = EmaSettings()
+    supervised: SupervisedSettings = SupervisedSettings()
+    consistency: ConsistencySettings = ConsistencySettings()
+    pseudo_mask: PseudoMaskSettings = PseudoMaskSettings()
+    stage1: Stage1Settings = Stage1Settings()
+    stage2: SelfTrainingSettings = SelfTrainingSettings()
+    stage3: SelfTrainingSettings = SelfTrainingSettings()
+    training: LoopSettings = LoopSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if not crop_fits(self.network, self.augment.crop_size):
+            multiple = size_multiple(self.network)
+            nearest = [max(1, round(side / multiple)) * multiple for side in self.augment.crop_size]
+            raise ValueError(
+                f"augment.crop_size={list(self.augment.crop_size)}: both sides must be multiples of {multiple} "
+                f"for network.encoder={self.network.encoder}, e.g. {nearest}"
+            )
+        return self
+
+    def stage(self, name: StageName) -> Stage1Settings | SelfTrainingSettings:
+        return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]
+
+    @property
+    def stage_names(self) -> tuple[StageName, ...]:
+        return STAGES[: self.stages]
+
+
+def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
+    """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
+    sections: dict[str, Any] = {"network", "augment", "optimiser", stage}
+    if stage != "stage1":
+        sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
+    dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
+    keys = flatten(dump)
+    without = {"data.root", "data.labelled", "data.split_seed", "data.validation", "pseudo_mask.guard", "pseudo_mask.batch_size"}
+    if stage == "stage1" and not config.stage1.strong_view:
+        without |= {key for key in keys if key.startswith("augment.strong.")}
+    return {key: value for key, value in sorted(keys.items()) if key not in without}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def preset_names() -> list[str]:
+    return sorted(file.name.removesuffix(".yaml") for file in resources.files("threestage.presets").iterdir() if file.name.endswith(".yaml"))
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a preset's name or a YAML file, changed by overrides of the form "a.b=c".
+
+    Raises InputError with the dotted path, the value and the valid choices on anything that does not fit.
+    """
+    tree = _read(source)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain_all([dict(problem) for problem in error.errors()]))) from None
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        text = resources.files("threestage.presets").joinpath(f"{source}.yaml").read_text()
+    elif Path(source).is_file():
+        text = Path(source).read_text()
+    else:
+        raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: a configuration is a mapping of sections such as data: and network:")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML; quote it") from None
+
+
+def _explain_all(problems: Sequence[dict[str, Any]]) -> list[str]:
+    """One text per key that pydantic complains of; where a key takes several types, each type's complaint."""
+    by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
+    for problem in problems:
+        location = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(part))
+        by_key.setdefault(location, []).append(problem)
+    return [_explain(location, found) for location, found in by_key.items()]
+
+
+def _explain(location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> str:
+    path, problem = ".".join(map(str, location)), problems[0]
+    if problem["type"] == "extra_forbidden":
+        section = _model_at(location[:-1])
+        valid = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(location[-1]), valid, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{path}={problem['input']!r}: unknown key; {hint}valid here: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"{path}: is not set; give it with --set {path}=VALUE"
+    message = " or ".join(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in problems)
+    return message if not location else f"{path}={problem['input']!r}: {message}"
+
+
+def _is_union_tag(part: str) -> bool:
+    return part.startswith(("constrained-", "literal[", "function-")) or part in {"int", "float", "str", "bool"}
+
+
+def _model_at(location: Sequence[str | int]) -> type[BaseModel] | None:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return None
+        model = field.annotation
+        if get_origin(model) in (Union, types.UnionType):
+            model = next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None

@@ -1,0 +1,205 @@
+"""From encoded rows to batches: decode, place on a common canvas, stack; order and placement are functions of the step.
+
+A canvas is the part of an image that a weak view can need (crop size / smallest scale), so that images of many sizes
+stack; smaller ones are padded at the bottom and the right.
+"""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from threestage import IGNORE_INDEX
+from threestage.augment.views import AugmentSettings
+from threestage.data.records import Manifest, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.seeds import derive_seed
+
+DECODED_CACHE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image and what is known of it, as the Parquet files hold it."""
+
+    image_id: str
+    image: bytes
+    mask: bytes | None = None
+    pseudo_mask: bytes | None = None
+    confidence: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    image: np.ndarray  # (H,W,3) uint8
+    maps: dict[str, np.ndarray]  # (H,W) uint8 each
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N canvases: image (N,3,H,W) uint8, size (N,2) valid height and width, maps (N,H,W) uint8 by name."""
+
+    image: Tensor
+    size: Tensor
+    maps: dict[str, Tensor]
+    image_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        maps = {name: _send(value, device) for name, value in self.maps.items()}
+        return Batch(_send(self.image, device), _send(self.size, device), maps, self.image_ids)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def decode_sample(sample: Sample, downscale: int) -> Decoded:
+    """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already."""
+    image = downscale_image(decode_image(sample.image), downscale)
+    maps = {}
+    if sample.mask is not None:
+        maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)
+    if sample.pseudo_mask is not None:
+        maps["pseudo_mask"] = decode_mask(sample.pseudo_mask)
+    if sample.confidence is not None:
+        maps["confidence"] = np.frombuffer(sample.confidence, np.uint8).reshape(image.shape[:2])
+    return Decoded(image, maps)
+
+
+def canvas_size(manifest: Manifest, augment: AugmentSettings, downscale: int) -> tuple[int, int]:
+    """Height and width of the canvas: what the widest weak view needs, no more than the largest image has."""
+    largest = (manifest.sizes.max_height // downscale, manifest.sizes.max_width // downscale)
+    needed = [math.ceil(side / augment.scale[0]) for side in augment.crop_size]
+    return min(largest[0], needed[0]), min(largest[1], needed[1])
+
+
+def place(
+    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
+    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size."""
+    top, left = (
+        int(rng.integers(0, max(0, side - room) + 1)) for side, room in zip(decoded.image.shape[:2], canvas, strict=True)
+    )
+    window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
+    image = decoded.image[window]
+    maps = {name: value[window] for name, value in decoded.maps.items()}
+    size = (image.shape[0], image.shape[1])
+    if size == canvas:
+        return image, maps, size
+    padding = ((0, canvas[0] - size[0]), (0, canvas[1] - size[1]))
+    maps = {name: np.pad(value, padding, constant_values=IGNORE_INDEX) for name, value in maps.items()}
+    return np.pad(image, (*padding, (0, 0))), maps, size
+
+
+def stack(samples: Sequence[tuple[str, Decoded]], canvas: tuple[int, int], rng: np.random.Generator) -> Batch:
+    """One batch of the samples, in their order."""
+    placed = [place(decoded, canvas, rng) for _, decoded in samples]
+    image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2).contiguous()
+    maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
+    return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))
+
+
+class SampleSet:
+    """Encoded rows in memory; decoded ones are kept as long as they fit into DECODED_CACHE_BYTES."""
+
+    def __init__(self, samples: Sequence[Sample], downscale: int) -> None:
+        self.samples = samples
+        self._downscale = downscale
+        self._cache: dict[int, Decoded] = {}
+        self._free = DECODED_CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def decoded(self, index: int) -> Decoded:
+        if index in self._cache:
+            return self._cache[index]
+        decoded = decode_sample(self.samples[index], self._downscale)
+        self._free -= decoded.image.nbytes + sum(value.nbytes for value in decoded.maps.values())
+        if self._free > 0:
+            self._cache[index] = decoded
+        return decoded
+
+
+class Order:
+    """Which item stands at a position: pass after pass, each a permutation that depends on (place, pass) alone."""
+
+    def __init__(self, length: int, *place: int | str) -> None:
+        self._length = length
+        self._place = place
+        self._pass = -1
+        self._items = np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        pass_, offset = divmod(position, self._length)
+        if pass_ != self._pass:
+            rng = np.random.default_rng(derive_seed(*self._place, "pass", pass_))
+            self._items, self._pass = rng.permutation(self._length), pass_
+        return int(self._items[offset])
+
+
+def batches(
+    samples: SampleSet,
+    batch_size: int,
+    canvas: tuple[int, int],
+    seed_place: tuple[int | str, ...],
+    first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches from `first_step` on: the global batch of a step is cut into one piece per rank."""
+    order = Order(len(samples), *seed_place)
+    with ThreadPoolExecutor(2) as pool:
+        for step in count(first_step):
+            start = (step * world_size + rank) * batch_size
+            chosen = [order[start + i] for i in range(batch_size)]
+            rng = np.random.default_rng(derive_seed(*seed_place, "canvas", step, rank))
+            decoded = pool.map(samples.decoded, chosen)
+            yield stack([(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)], canvas, rng)
+
+
+def prefetch(source: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
+    """The same batches, made ahead in a thread; an error in the source is raised here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def fill() -> None:
+        try:
+            for batch in source:
+                while not stop.is_set():
+                    try:
+                        ready.put(batch, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:
+    """Samples from the columns of a table (`table.to_pydict()`); columns that a Sample has no field for are ignored."""
+    fields = [name for name in Sample.__dataclass_fields__ if name in table]
+    rows = zip(*(table[name] for name in fields), strict=True)
+    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]  # type: ignore[arg-type]

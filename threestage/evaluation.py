@@ -1,0 +1,44 @@
+"""Whole-image, single-scale evaluation with one exact confusion matrix, shared out over the workers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from threestage.data.batches import SampleSet
+from threestage.pseudo_masks import predict_images
+from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
+
+CHUNK = 64
+
+
+def evaluate(
+    network: nn.Module,
+    samples: SampleSet,
+    num_classes: int,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
+    """Confusion matrix (C,C) int64 on the CPU over all samples; each worker predicts every world_size-th of them."""
+    network.eval()
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    mine = range(rank, len(samples), world_size)
+    for start in range(0, len(mine), CHUNK):
+        decoded = [samples.decoded(i) for i in mine[start : start + CHUNK]]
+        for index, class_ids, _, _ in predict_images(network, [d.image for d in decoded], batch_size, device):
+            mask = torch.from_numpy(decoded[index].maps["mask"])
+            confusion += confusion_matrix(mask, class_ids, num_classes)
+    return sum_over_workers(confusion.to(device)).cpu()
+
+
+def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
+    """mean_iou, pixel_accuracy and per_class_iou, all in [0,1]; a class that does not occur is None."""
+    ious = per_class_iou(confusion).tolist()
+    return {
+        "mean_iou": mean_iou(confusion),
+        "pixel_accuracy": pixel_accuracy(confusion),
+        "per_class_iou": {name: None if iou != iou else iou for name, iou in zip(classes, ious, strict=True)},
+    }

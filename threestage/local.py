@@ -1,0 +1,71 @@
+"""The whole pipeline in this process: for a debugger, and for machines that have neither Ray nor MLflow.
+
+    python -m threestage.local PRESET_OR_YAML --out FOLDER [--seed N] [--set a.b=c …]
+
+needs torch, timm, pyarrow and pydantic only.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from threestage import pipeline
+from threestage.config import Config, load
+from threestage.data.records import DataFile
+from threestage.errors import InputError, StageFailure
+from threestage.models.export import load_model
+from threestage.pseudo_masks import PoolTask, Statistics, predict_file
+from threestage.stages import StageTask, local_unlabelled, train_stage
+from threestage.training.worker import LocalWorker, default_device
+
+Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
+
+
+def run_local(
+    config: Config, out: str, show: Show, warn: pipeline.Warn = print, record: pipeline.Record = lambda outcome: None
+) -> dict[str, Any]:
+    """Run the three stages here; returns what results.json holds."""
+
+    def run_stage(task: StageTask) -> None:
+        worker = LocalWorker(task.folder, local_unlabelled(task, config), lambda row: show(task.stage, row))
+        train_stage(task, worker)
+
+    return pipeline.run(config, out, run_stage, predict_pool, record, warn)
+
+
+def predict_pool(model: str, task: PoolTask, files: Sequence[DataFile]) -> Statistics:
+    """Predict every file of the pool, one after the other."""
+    device = default_device()
+    network = load_model(model)[0].to(device)
+    return sum((predict_file(network, task, file, device) for file in files), Statistics())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m threestage.local", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="a preset or a YAML file")
+    parser.add_argument("--out", required=True, help="folder of the run; the same folder continues it")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one setting; repeatable")
+    options = parser.parse_args(arguments)
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    try:
+        results = run_local(load(options.config, [*options.set, *seed]), options.out, _print_row)
+    except (InputError, StageFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    print(json.dumps(results["stages"], indent=1))
+    return 0
+
+
+def _print_row(stage: str, row: Mapping[str, float]) -> None:
+    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    print(f"{stage} step {int(row['step'])}  {values}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""timm encoders cut before their last stage, so that stage 2's auxiliary branch can own a copy of it (method.md, ĝ)."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from threestage.errors import InputError
+
+VIT_NAME = re.compile(r"^(test_vit|vit_|flexivit_|deit|eva)")
+_PROBE = 64
+
+
+class TrunkOutput(NamedTuple):
+    """What the layers before the last stage give."""
+
+    low: Tensor | None
+    """(N,C,H/4,W/4): the finest map a DeepLabV3+ head takes; None if the encoder has no stride 4."""
+    third: tuple[Any, ...]
+    """Arguments of the last stage: the third stage's map, or a ViT's tokens with their grid."""
+
+
+class Encoder(nn.Module):
+    """`last(*trunk(image).third)` is the last map, (N,`channels`,h,w)."""
+
+    low_channels: int | None
+    channels: int
+    size_multiple: int
+    """Height and width are padded to a multiple of this; 1 where strided convolutions round up."""
+
+    def __init__(self, trunk: nn.Module, last: nn.Module, channels: int = 0, size_multiple: int = 1) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.last = last
+        self.low_channels = None
+        self.channels = channels
+        self.size_multiple = size_multiple
+
+
+class ConvTrunk(nn.Module):
+    """The modules of a convolutional network up to its third stage, run one after another."""
+
+    def __init__(self, modules: list[tuple[str, nn.Module]], low: int | None) -> None:
+        super().__init__()
+        self.layers = _sequence(modules)
+        self.low = low
+
+    def forward(self, image: Tensor) -> TrunkOutput:
+        low = None
+        value = image
+        for index, layer in enumerate(self.layers):
+            value = layer(value)
+            if index == self.low:
+                low = value
+        return TrunkOutput(low, (value,))
+
+
+class VitTrunk(nn.Module):
+    """Patches, position embedding and all blocks but the last ones of a vision transformer."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, image: Tensor) -> TrunkOutput:
+        patches = self.vit.patch_embed(image)
+        _, height, width, _ = patches.shape
+        embedded = self.vit._pos_embed(patches)
+        tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+        tokens = _run_blocks(self.vit.blocks, self.vit.norm_pre(tokens), rope)
+        return TrunkOutput(None, (tokens, height, width, rope))
+
+
+class VitStage(nn.Module):
+    """A vision transformer's last blocks and final norm; prefix tokens (class, registers) are cut off its map."""
+
+    def __init__(self, blocks: nn.Sequential, norm: nn.Module, prefix: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.norm = norm
+        self.prefix = prefix
+
+    def forward(self, tokens: Tensor, height: int, width: int, rope: Tensor | None) -> Tensor:
+        tokens = self.norm(_run_blocks(self.blocks, tokens, rope))[:, self.prefix :]
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+
+
+def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.Module:
+    """timm's whole model `name`; a ViT takes any image size, a convolutional network has `output_stride`.
+
+    Raises InputError for an unknown name (with the nearest ones), a stride that the model cannot have, and
+    `pretrained` where timm's hub has no weights or cannot be reached.
+    """
+    import timm
+
+    if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
+        raise InputError(f"network.encoder: timm knows no {name!r}; {hint}")
+    options: dict[str, Any] = {"dynamic_img_size": True} if VIT_NAME.match(name) else {"output_stride": output_stride}
+    if timm.models.is_model_in_modules(name, {"mobilenetv3"}):
+        options["features_only"] = True  # only this form of the family takes a stride
+    if not pretrained:
+        return _create(name, options)
+    _create(name, options)  # a mistake in the settings shows before the download
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the hub's clients raise many kinds
+        raise InputError(
+            f"network.pretrained: no weights of {name!r} from timm's hub ({type(error).__name__}); "
+            "give network.weights, a path or URI of a .pth or .safetensors file"
+        ) from error
+
+
+def split_encoder(name: str, model: nn.Module, output_stride: int) -> Encoder:
+    """Cut timm's `model` before its last stage; the classifier and what follows the last map are dropped.
+
+    The last stage is what lies after the second last entry of `model.feature_info`; of a ViT with b blocks the last
+    b/4 blocks and the final norm. Raises InputError if the model has no such maps or does not run in that order.
+    """
+    if VIT_NAME.match(name):
+        return _split_vit(name, model)
+    encoder = _split_convolutional(name, model)
+    _measure(name, encoder, model, output_stride)
+    return encoder
+
+
+def vit_patch(model: Any) -> int:
+    """The stride of a vision transformer's map in pixels."""
+    return int(model.patch_embed.feat_ratio(as_scalar=True))
+
+
+def weight_names(name: str) -> set[str]:
+    """The names of all tensors of timm's whole model, its classifier included."""
+    import timm
+
+    with torch.device("meta"):
+        return set(timm.create_model(name).state_dict())
+
+
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, **options)
+    except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if options.get("output_stride") == 32:
+            try:
+                return timm.create_model(name)
+            except RuntimeError:
+                raise _unsupported(name) from error
+        if "output_stride" in options:
+            stride = options["output_stride"]
+            raise InputError(
+                f"network.encoder: {name!r} cannot have network.output_stride {stride}; set that to 32, "
+                "or take a resnet, mobilenet, efficientnet, regnet or convnext"
+            ) from error
+        raise _unsupported(name) from error
+
+
+def _split_vit(name: str, model: Any) -> Encoder:
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer | Eva) or getattr(model, "rope_mixed", False):
+        raise _unsupported(name)
+    cut = len(model.blocks) - max(1, len(model.blocks) // 4)
+    norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    last = VitStage(nn.Sequential(*model.blocks[cut:]), norm, model.num_prefix_tokens)
+    model.blocks = model.blocks[:cut]
+    for part in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
+        if getattr(model, part, None) is not None:
+            setattr(model, part, nn.Identity())
+    return Encoder(VitTrunk(model), last, model.embed_dim, vit_patch(model))
+
+
+def _split_convolutional(name: str, model: nn.Module) -> Encoder:
+    info = getattr(model, "feature_info", None)
+    info = getattr(info, "info", info)
+    if not isinstance(info, list) or len(info) < 2:
+        raise InputError(f"network.encoder: {name!r} gives no feature maps; take a resnet, mobilenet, convnext or vit")
+    modules = list(_flat_children(model))
+    ends = [_end_of(feature["module"], modules) for feature in info]
+    if None in ends[-2:]:
+        raise _unsupported(name)
+    quarter = [end for feature, end in zip(info[:-1], ends, strict=False) if feature["reduction"] == 4]
+    third, end = ends[-2] + 1, ends[-1] + 1  # type: ignore[operator]
+    last = _sequence(modules[third:end])
+    if next(last.parameters(), None) is None:
+        raise _unsupported(name)
+    return Encoder(ConvTrunk(modules[:third], quarter[-1] if quarter else None), last)
+
+
+def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> None:
+    """Set a convolutional encoder's channels and padding from one small image, and compare its map with timm's own."""
+    encoder.eval()
+    side = _PROBE + 1
+    device = next(encoder.parameters()).device
+    image = torch.linspace(-1, 1, 3 * side**2, device=device).view(1, 3, side, side)
+    try:
+        with torch.no_grad():
+            low, third = encoder.trunk(image)
+            deep = encoder.last(*third)
+            reference = _own_last_map(model.eval(), image)
+    except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError) as error:
+        raise _unsupported(name) from error
+    cells = _PROBE // stride
+    fits = deep.shape == reference.shape and deep.ndim == 4 and deep.shape[-1] in (cells, cells + 1)
+    if not fits or not (deep.is_meta or torch.allclose(deep, reference, atol=1e-4)):
+        raise _unsupported(name)
+    encoder.low_channels = None if low is None else low.shape[1]
+    encoder.channels = deep.shape[1]
+    encoder.size_multiple = stride if deep.shape[-1] == cells else 1
+    encoder.train()
+
+
+def _own_last_map(model: Any, image: Tensor) -> Tensor:
+    if hasattr(model, "forward_intermediates"):
+        return model.forward_intermediates(image, indices=1, intermediates_only=True)[0]
+    return model(image)[-1]
+
+
+def _flat_children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if type(child) is nn.Sequential:
+            yield from ((f"{name}.{key}", part) for key, part in child.named_children())
+        else:
+            yield name, child
+
+
+def _end_of(feature: str, modules: list[tuple[str, nn.Module]]) -> int | None:
+    inside = [index for index, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{feature}.")]
+    return inside[-1] if inside else None
+
+
+def _sequence(modules: list[tuple[str, nn.Module]]) -> nn.Sequential:
+    sequence = nn.Sequential()
+    for name, module in modules:
+        sequence.add_module(name.replace(".", "_"), module)
+    return sequence
+
+
+def _run_blocks(blocks: nn.Sequential, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    for block in blocks:
+        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+    return tokens
+
+
+def _unsupported(name: str) -> InputError:
+    return InputError(
+        f"network.encoder: {name!r} cannot be cut into stages; take a resnet, mobilenet, efficientnet, regnet, "
+        "convnext or a plain vit"
+    )

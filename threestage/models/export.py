@@ -1,0 +1,58 @@
+"""A model as a folder: `model.safetensors` (main network only) beside `model.json` that says how to use it."""
+
+import hashlib
+from typing import Literal
+
+import safetensors.torch
+from torch import nn
+
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.models.network import Network, NetworkSettings
+from threestage.settings import Settings
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+class ModelCard(Settings):
+    """What a model's weights do not say."""
+
+    format: Literal[1] = 1
+    network: NetworkSettings
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    downscale: int
+    stage: str
+
+
+def save_model(uri: str, network: Network, card: ModelCard) -> str:
+    """Write the folder; returns the weights' sha256, by which pseudo-masks and registry name the model."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in network.main_state_dict().items()}
+    weights = safetensors.torch.save(state)
+    storage.write_bytes(storage.join(uri, WEIGHTS), weights)
+    storage.write_json(storage.join(uri, CARD), card.model_dump(mode="json"))
+    return hashlib.sha256(weights).hexdigest()
+
+
+def load_model(uri: str) -> tuple[Network, ModelCard]:
+    """The network in eval mode and its card. InputError where the folder holds no model."""
+    card = load_card(uri)
+    settings = card.network.model_copy(update={"weights": None, "pretrained": False})
+    network = Network(settings, len(card.classes), "none")
+    network.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS))))
+    return network.eval(), card
+
+
+def load_card(uri: str) -> ModelCard:
+    path = storage.join(uri, CARD)
+    if not storage.exists(path):
+        raise InputError(f"{uri} holds no {CARD}: give a stage's model folder (…/stage3/model) or models:/NAME@stage3")
+    return ModelCard.model_validate(storage.read_json(path))
+
+
+def start_from(network: nn.Module, uri: str) -> None:
+    """Copy a model's main-network weights into a network that may also have an auxiliary head (warm start)."""
+    state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS)))
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    if unexpected:
+        raise InputError(f"{uri} does not fit this network: unexpected {unexpected[0]} (and {len(unexpected) - 1} more)")

@@ -1,0 +1,192 @@
+"""The segmentation network: an encoder, a main head and, while training, an auxiliary one (method.md, g, ĝ and g̃)."""
+
+import re
+from copy import deepcopy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from threestage.models.encoders import VIT_NAME, Encoder, create_timm, split_encoder, vit_patch, weight_names
+from threestage.models.heads import make_head
+from threestage.models.weights import check_fit, copy_weights, read_weights, rename_weights
+from threestage.settings import Settings
+
+Auxiliary = Literal["none", "branch", "shared"]
+
+
+class NetworkSettings(Settings):
+    """Which network, and where its weights come from. `head: linear` and `align_corners: false` suit a ViT."""
+
+    encoder: str = "resnet101"
+    """A timm name."""
+    weights: str | None = None
+    """Path or URI of a .safetensors or .pth file with the encoder's weights; null: random, or see `pretrained`."""
+    pretrained: bool = False
+    """Fetch timm's own weights from its hub."""
+    output_stride: Literal[8, 16, 32] = 8
+    """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
+    head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
+    dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
+    """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
+    batch_norm: Literal["frozen", "live"] = "frozen"
+    """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """What the encoder's weights expect of RGB in [0,1]."""
+    align_corners: bool = True
+    """Of the bilinear upsampling of the logits."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "NetworkSettings":
+        if self.weights is not None and self.pretrained:
+            raise ValueError("weights and pretrained exclude each other: drop one")
+        return self
+
+
+class Network(nn.Module):
+    """`encoder`, `main_head` and the auxiliary head of a stage.
+
+    auxiliary "branch" is stage 2's ĝ: `auxiliary_stage`, a copy of the encoder's last stage on the features of the
+    third, and its own classifier. Deviation: the authors' ResNet branch is half as wide and starts at N(0, 0.01); a
+    copy works for every encoder, and does not leave a fresh stage un-normalised under frozen batch norm.
+    "shared" is stage 3's g̃: its own classifier on the last map. C has no extra class (the authors' code has one).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: NetworkSettings, num_classes: int, auxiliary: Auxiliary = "none") -> None:
+        """Weights are loaded here and new ones drawn from torch's global generator: see `build_network`."""
+        super().__init__()
+        self.settings = settings
+        self.num_classes = num_classes
+        self.encoder = _make_encoder(settings)
+        self.main_head = make_head(settings, self.encoder, num_classes)
+        self.auxiliary_stage = deepcopy(self.encoder.last) if auxiliary == "branch" else None
+        self.auxiliary_head = None if auxiliary == "none" else make_head(settings, self.encoder, num_classes)
+        self.register_buffer("mean", torch.tensor(settings.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std).view(3, 1, 1), persistent=False)
+        for layer in self._frozen_layers():
+            layer.requires_grad_(False)
+        self.train()
+
+    def forward(self, image: Tensor, with_auxiliary: bool = False) -> tuple[Tensor, Tensor | None]:
+        """image (N,3,H,W) float in [0,1] → main logits (N,C,H,W), and the auxiliary ones if asked for and there.
+
+        A size that the encoder cannot take is padded at the right and bottom with the mean colour, and cut off again.
+        """
+        height, width = image.shape[-2:]
+        padded = self._normalise_and_pad(image)
+        low, third = self.encoder.trunk(padded)
+        deep = self.encoder.last(*third)
+        main = self._upsample(self.main_head(low, deep), padded)[..., :height, :width]
+        if not with_auxiliary or self.auxiliary_head is None:
+            return main, None
+        if self.auxiliary_stage is not None:
+            deep = self.auxiliary_stage(*third)
+        return main, self._upsample(self.auxiliary_head(low, deep), padded)[..., :height, :width]
+
+    def train(self, mode: bool = True) -> "Network":
+        """As nn.Module.train, but frozen batch norm stays in eval mode."""
+        super().train(mode)
+        for layer in self._frozen_layers():
+            layer.eval()
+        return self
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """The encoder's trainable parameters."""
+        return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """The heads' and the branch's trainable parameters: they take the new layers' learning rate."""
+        encoder = {id(parameter) for parameter in self.encoder.parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in encoder]
+
+    def main_state_dict(self) -> dict[str, Tensor]:
+        """The state without the auxiliary head; fits `Network(settings, num_classes, "none")` strictly."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_")}
+
+    def drop_auxiliary(self) -> "Network":
+        """Remove the auxiliary head, in place, and return the network that ships."""
+        self.auxiliary_stage = None
+        self.auxiliary_head = None
+        return self
+
+    def _normalise_and_pad(self, image: Tensor) -> Tensor:
+        image = (image - self.mean) / self.std
+        multiple = self.encoder.size_multiple
+        if multiple == 1:
+            return image
+        return F.pad(image, (0, -image.shape[-1] % multiple, 0, -image.shape[-2] % multiple))
+
+    def _upsample(self, logits: Tensor, image: Tensor) -> Tensor:
+        return F.interpolate(
+            logits, size=image.shape[-2:], mode="bilinear", align_corners=self.settings.align_corners
+        )
+
+    def _frozen_layers(self) -> list[nn.Module]:
+        if self.settings.batch_norm == "live":
+            return []
+        stages = [stage for stage in (self.encoder, self.auxiliary_stage) if stage is not None]
+        return [layer for stage in stages for layer in stage.modules() if isinstance(layer, _BatchNorm)]
+
+
+def build_network(settings: NetworkSettings, num_classes: int, auxiliary: Auxiliary = "none", seed: int = 0) -> Network:
+    """The network on the CPU, its weights loaded and its new ones a function of `seed`; torch's generator is kept.
+
+    InputError: an unknown or unsuited encoder or head, weights that are absent or do not fit, an unreachable hub.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return Network(settings, num_classes, auxiliary)
+
+
+def check_settings(settings: NetworkSettings) -> None:
+    """Raise the InputError that `build_network` would raise, without memory for the network (not for `pretrained`)."""
+    with torch.device("meta"):
+        make_head(settings, _make_encoder(settings.model_copy(update={"pretrained": False})), num_classes=2)
+
+
+def size_multiple(settings: NetworkSettings) -> int:
+    """What a crop's side must be a multiple of, in pixels: the output stride, or a ViT's patch."""
+    if not VIT_NAME.match(settings.encoder):
+        return settings.output_stride
+    patch = re.search(r"patch(\d+)", settings.encoder)
+    if patch:
+        return int(patch.group(1))
+    with torch.device("meta"):
+        return vit_patch(create_timm(settings.encoder, settings.output_stride))
+
+
+def crop_fits(settings: NetworkSettings, crop_size: tuple[int, int]) -> bool:
+    """Whether (height, width) are multiples of `size_multiple`; for a convolutional encoder one more is right too.
+
+    The paper's 321 = 8·40 + 1 puts the 41 cells of a map exactly on the corners.
+    """
+    allowed = (0,) if VIT_NAME.match(settings.encoder) else (0, 1)
+    return all(side > 1 and side % size_multiple(settings) in allowed for side in crop_size)
+
+
+def _make_encoder(settings: NetworkSettings) -> Encoder:
+    state = None if settings.weights is None else read_weights(settings.weights)
+    model = create_timm(settings.encoder, settings.output_stride, settings.pretrained)
+    tensors = dict(model.state_dict(keep_vars=True))
+    if state is not None:
+        state = rename_weights(state, model)
+    encoder = split_encoder(settings.encoder, model, settings.output_stride)
+    if state is not None and settings.weights is not None:
+        kept = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
+        wanted = {name: tensor for name, tensor in tensors.items() if id(tensor) in kept}
+        known = weight_names(settings.encoder) | {name for name in state if _is_classifier(name, model)}
+        check_fit(settings.weights, settings.encoder, state, wanted, known)
+        copy_weights(state, wanted)
+    return encoder
+
+
+def _is_classifier(name: str, model: nn.Module) -> bool:
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return name.startswith(tuple(f"{part}." for part in ([names] if isinstance(names, str) else names)))

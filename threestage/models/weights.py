@@ -1,0 +1,95 @@
+"""Encoder weights from a file: read without pickle, compared name by name with the encoder, then copied into it."""
+
+import io
+import pickle
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from threestage.data.storage import read_bytes
+from threestage.errors import InputError
+
+_SHOWN = 3
+
+
+def read_weights(uri: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file (path or URI) by name; InputError if absent, unreadable or pickled."""
+    try:
+        data = read_bytes(uri)
+    except OSError as error:
+        raise InputError(f"network.weights: cannot read {uri} ({_first_line(error)}); give a path or URI") from error
+    content = _from_safetensors(uri, data) if uri.endswith(".safetensors") else _from_torch(uri, data)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def rename_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state in timm's names: timm's own conversion of the official files of `model`'s family, where it has one."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return dict(convert(state, model))
+    except (KeyError, RuntimeError, AttributeError, IndexError):
+        return state  # not a file of this family: check_fit says what is wrong
+
+
+def check_fit(source: str, encoder: str, state: dict[str, Tensor], wanted: dict[str, Tensor], known: set[str]) -> None:
+    """Raise InputError unless `state` holds every tensor of `wanted` in its shape and no name outside `known`."""
+    missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    unexpected = [name for name in state if name not in known]
+    groups = (("missing", missing), ("of another shape", shapes), ("unexpected", unexpected))
+    problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
+    if problems:
+        raise InputError(
+            f"network.weights: {source} does not fit network.encoder {encoder}: {', '.join(problems)}; "
+            "give weights of this encoder in timm's names"
+        )
+
+
+def copy_weights(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Copy the values, whatever their float type, into the encoder's own tensors."""
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if name in state:
+                tensor.copy_(state[name])
+
+
+def _from_safetensors(uri: str, data: bytes) -> dict[str, Tensor]:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"network.weights: {uri} is not a safetensors file ({_first_line(error)})") from error
+
+
+def _from_torch(uri: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"network.weights: {uri} cannot be read as plain tensors ({_first_line(error)}); "
+            "save its state dict alone with torch.save or safetensors"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"network.weights: {uri} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()[:200]

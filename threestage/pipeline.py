@@ -1,0 +1,222 @@
+"""Stage 1 → pseudo-masks 1 → stage 2 → pseudo-masks 2 → stage 3: what is done is skipped, what is half done goes on.
+
+Three callables do the work (in this process, or on Ray, or with MLflow): the pipeline knows only their order.
+Everything lies under one folder:
+
+    split.json                    which images are labelled and which validate
+    stage1/inputs.json            what the stage was started with: config keys and digests
+    stage1/checkpoints …          the stage's own, while it trains
+    stage1/model/                 model.safetensors, model.json
+    stage1/result.json            metrics and history
+    stage1/done.json              the marker, written last
+    pseudo_masks1/*.parquet       one file per image file, then done.json
+    results.json                  the table of all stages
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import threestage
+from threestage.config import Config, StageName, flatten, stage_keys
+from threestage.data import storage
+from threestage.data.records import DataFile, Manifest, load_manifest, pool_files
+from threestage.data.sets import labelled_set, validation_set
+from threestage.data.split import Split, make_split
+from threestage.errors import InputError
+from threestage.preflight import check_run
+from threestage.pseudo_masks import PoolTask, Statistics, check_guard, set_digest, vanished_classes
+from threestage.stages import StageTask
+
+RunStage = Callable[[StageTask], None]
+PredictPool = Callable[[str, PoolTask, Sequence[DataFile]], Statistics]  # (model folder, task, files) → merged
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """A finished stage, as it is recorded: `model` is its folder, `summary` its figures, `history` its rows of metrics."""
+
+    stage: StageName
+    model: str
+    summary: dict[str, float]
+    history: list[dict[str, float]]
+    tags: dict[str, str]
+
+
+Record = Callable[[StageOutcome], None]
+
+
+def run(
+    config: Config, out: str, run_stage: RunStage, predict_pool: PredictPool, record: Record, warn: Warn = print
+) -> dict[str, Any]:
+    """Run the stages that are not done yet; returns what results.json holds.
+
+    Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
+    """
+    manifest = load_manifest(config.data.root)
+    split = _fix_split(config, out, manifest)
+    label_pixels = check_run(config, manifest, labelled_set(config.data.root, manifest, split, config.data.downscale, None),
+                             validation_set(config.data.root, manifest, split, config.data.downscale))  # fmt: skip
+    run_ = _Run(config, out, manifest, split, label_pixels, run_stage, predict_pool, warn)
+    results: dict[str, Any] = {
+        "name": config.name,
+        "seed": config.seed,
+        "data": {"root": config.data.root, "version": manifest.version, "digest": manifest.digest,
+                 "labelled": len(split.labelled), "validation": len(split.validation),
+                 "pool": sum(file.rows for file in pool_files(manifest))},
+        "stages": {},
+    }  # fmt: skip
+    previous: dict[str, Any] | None = None
+    pseudo_digest = None
+    for number, stage in enumerate(config.stage_names, 1):
+        done = run_.train(stage, number, pseudo_digest)
+        summary = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")}
+        if previous is not None and done["mean_iou"] < previous["mean_iou"]:
+            check_guard(config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
+                        f"{previous['mean_iou']:.3f} of the stage before", warn)  # fmt: skip
+        pseudo_digest, statistics = run_.predict(stage, number, done["model_digest"])
+        summary |= statistics
+        results["stages"][stage] = {**summary, "per_class_iou": done["per_class_iou"]}
+        record(run_.outcome(stage, summary, done, pseudo_digest))
+        previous = done
+    storage.write_json(storage.join(out, "results.json"), results)
+    return results
+
+
+def _fix_split(config: Config, out: str, manifest: Manifest) -> Split:
+    """The run's split: made once, then read, so that a data set that grows does not change it."""
+    uri = storage.join(out, "split.json")
+    settings = config.data.model_dump(mode="json", include={"labelled", "split_seed", "validation"})
+    if storage.exists(uri):
+        saved = storage.read_json(uri)
+        _refuse_difference(out, "split.json", flatten({"data": saved["settings"]}), flatten({"data": settings}))
+        return Split.model_validate(saved["split"])
+    split = make_split(config.data.root, manifest, config.data)
+    storage.write_json(uri, {"settings": settings, "split": split.model_dump(mode="json")})
+    return split
+
+
+def _refuse_difference(out: str, where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+        raise InputError(
+            f"{storage.join(out, where)} was made with {key}={before.get(key)!r}, this run has {now.get(key)!r}{more}: "
+            f"give another --out, set it back, or delete {storage.join(out, where.split('/')[0])} and what follows it"
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: Config
+    out: str
+    manifest: Manifest
+    split: Split
+    label_pixels: list[int]
+    run_stage: RunStage
+    predict_pool: PredictPool
+    warn: Warn
+
+    def folder(self, stage: str) -> str:
+        return storage.join(self.out, stage)
+
+    def train(self, stage: StageName, number: int, pseudo_digest: str | None) -> dict[str, Any]:
+        """Train a stage unless its marker says that it is done; returns its result."""
+        folder = self.folder(stage)
+        inputs = self._inputs(stage, pseudo_digest)
+        self._claim(stage, inputs)
+        if not storage.exists(storage.join(folder, "done.json")):
+            self.run_stage(
+                StageTask(
+                    stage=stage,
+                    config=self.config.model_dump(mode="json"),
+                    manifest_version=self.manifest.version,
+                    split=self.split,
+                    folder=folder,
+                    pseudo_masks=None if number == 1 else self.folder(f"pseudo_masks{number - 1}"),
+                    previous_model=None if number == 1 else storage.join(self.folder(f"stage{number - 1}"), "model"),
+                )
+            )
+            storage.write_json(storage.join(folder, "done.json"), {"format": 1, "finished": time.time(), **inputs})
+        return dict(storage.read_json(storage.join(folder, "result.json")))
+
+    def _inputs(self, stage: StageName, pseudo_digest: str | None) -> dict[str, Any]:
+        return {
+            "code_version": threestage.__version__,
+            "pseudo_masks": pseudo_digest,
+            "keys": stage_keys(self.config, stage),
+        }
+
+    def _claim(self, stage: StageName, inputs: dict[str, Any]) -> None:
+        """Write down what the stage starts with, or refuse to go on with other inputs."""
+        uri = storage.join(self.folder(stage), "inputs.json")
+        if not storage.exists(uri):
+            storage.write_json(uri, inputs)
+            return
+        saved = storage.read_json(uri)
+        now = json.loads(json.dumps(inputs))
+        _refuse_difference(self.out, f"{stage}/inputs.json", saved["keys"], now["keys"])
+        if saved["pseudo_masks"] != now["pseudo_masks"]:
+            raise InputError(
+                f"{uri}: {stage} was trained on other pseudo-masks (the data set or the stage before has changed): "
+                f"delete {self.folder(stage)} and the stages after it to train them again; what comes before is kept"
+            )
+        if saved["code_version"] != now["code_version"]:
+            self.warn(f"{stage} was made by threestage {saved['code_version']}, this is {now['code_version']}")
+
+    def predict(self, stage: StageName, number: int, model_digest: str) -> tuple[str, dict[str, float]]:
+        """Predict the pool with a stage's model, unless that is done; returns the set's digest and its figures.
+
+        The last stage's pseudo-masks are not trained on: they are what the final model says of the pool.
+        """
+        folder = self.folder(f"pseudo_masks{number}")
+        files = pool_files(self.manifest)
+        task = PoolTask(
+            root=self.config.data.root,
+            destination=folder,
+            model_digest=model_digest,
+            num_classes=len(self.manifest.classes),
+            downscale=self.config.data.downscale,
+            batch_size=self.config.pseudo_mask.batch_size,
+            used_ids=frozenset(self.split.labelled),
+            excluded_ids=frozenset(self.split.validation),
+        )
+        digest = set_digest(task, files)
+        marker = storage.join(folder, "done.json")
+        if not (storage.exists(marker) and storage.read_json(marker)["digest"] == digest):
+            statistics = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
+            self._guard(stage, statistics)
+            storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
+        statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
+        return digest, statistics.summary()
+
+    def _guard(self, stage: StageName, statistics: Statistics) -> None:
+        if statistics.unreadable:
+            self.warn(f"{stage}: {statistics.unreadable} images of the pool could not be decoded and are left out")
+        vanished = vanished_classes(statistics, self.label_pixels, self.manifest.classes)
+        if vanished:
+            check_guard(
+                self.config.pseudo_mask.guard, f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks", self.warn
+            )
+
+    def outcome(self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str) -> StageOutcome:
+        return StageOutcome(
+            stage=stage,
+            model=storage.join(self.folder(stage), "model"),
+            summary=summary | {f"iou/{name}": iou for name, iou in done["per_class_iou"].items() if iou is not None},
+            history=done["history"],
+            tags={
+                "data_digest": self.manifest.digest,
+                "data_version": str(self.manifest.version),
+                "encoder": self.config.network.encoder,
+                "classes": ",".join(self.manifest.classes),
+                "labelled": str(len(self.split.labelled)),
+                "model_digest": done["model_digest"],
+                "pseudo_masks_digest": pseudo_digest,
+                "code_version": threestage.__version__,
+            },
+        )

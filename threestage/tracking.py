@@ -1,0 +1,189 @@
+"""What registry.py needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import re
+import socket
+import sqlite3
+import ssl
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from threestage.errors import InputError
+
+MAX_PARAM, MAX_TAG, MAX_KEY = 500, 5000, 250
+PROBE_S, CALL_S, TRANSFER_S = 5, 30, 600
+SQL_PORTS = {"postgresql": 5432, "mysql": 3306}
+NOISY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
+PROBE_ERRORS = (OSError, sqlite3.Error, http.client.HTTPException)
+FOREIGN_ERRORS = ("mlflow", "sqlalchemy", "requests", "urllib3", "botocore", "boto3")
+
+MetricPoint = tuple[str, float, int, int]  # key, value, step, order
+
+
+# ---- Text that is logged
+
+
+def redact(text: str) -> str:
+    """Strip the "user:password@" of every URI in a text. A host's port and models:/name@alias stay."""
+    in_authority, with_slashes = r"[^\s/?#]*@", r"[^\s/:@]+:(?!\d+(?:[/?#\s]|$))[^\s@]*@"
+    return re.sub(rf"(?<=://)(?:{in_authority}|{with_slashes})", "", text)
+
+
+def redact_tree(value: Any) -> Any:
+    """The same nested value as plain JSON types, every string redacted."""
+    if isinstance(value, Mapping):
+        return {str(key): redact_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_tree(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as dotted keys and printable values: lists stay whole, secrets in URIs are stripped."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            plain = redact_tree(value)
+            text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+            flat[key_of(f"{prefix}{key}")] = _cut(text, MAX_PARAM)
+    return flat
+
+
+def metric_points(rows: Sequence[Mapping[str, float]], summary: Mapping[str, float]) -> list[MetricPoint]:
+    """Every value of a history of rows; then those of the summary, at the last step, unless they are there already."""
+    points = [
+        (key_of(key), float(value), int(row["step"]), order)
+        for order, row in enumerate(rows)
+        for key, value in row.items()
+        if key != "step" and value is not None
+    ]
+    last = max((int(row["step"]) for row in rows), default=0)
+    known = {point[:3] for point in points}
+    finals = [(key_of(key), float(value), last, len(rows)) for key, value in summary.items()]
+    return points + [point for point in finals if point[:3] not in known]
+
+
+def model_name_of(run_name: str) -> str:
+    """A registered model's name, which models:/NAME@ALIAS must be able to hold."""
+    return re.sub(r"[/:@]", "-", run_name)
+
+
+def resolve_uri(setting: str | None) -> str:
+    """The setting, else MLFLOW_TRACKING_URI, else ./mlflow.db; a relative sqlite path is made absolute."""
+    uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = sqlite_path(uri)
+    return uri if path is None else f"sqlite:///{path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def key_of(name: str) -> str:
+    """MLflow's names are paths of word characters, dots, dashes and spaces, of 250 characters at most."""
+    return re.sub(r"/{2,}", "/", re.sub(r"[^\w./ -]", "_", name)).strip("/")[:MAX_KEY]
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {key_of(key): _cut(redact(str(value)), MAX_TAG) for key, value in tags.items()}
+
+
+def quoted(value: str) -> str:
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
+# ---- Talking to the store
+
+
+@contextlib.contextmanager
+def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
+    """Quiet, few retries, every failure of the store an InputError. What it changes is put back when it ends."""
+    defaults = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_UV_AUTO_DETECT": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with _environment_defaults(defaults), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _probe(uri)
+            with _quiet_loggers():
+                yield
+        except InputError:
+            raise
+        except Exception as error:
+            if not (isinstance(error, PROBE_ERRORS) or type(error).__module__.startswith(FOREIGN_ERRORS)):
+                raise
+            reason = _cut(redact(str(error)).partition("\n")[0], 300)
+            raise InputError(
+                f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
+                " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?"
+            ) from error
+
+
+@contextlib.contextmanager
+def _environment_defaults(defaults: Mapping[str, str]) -> Iterator[None]:
+    ours = {key: value for key, value in defaults.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
+
+
+@contextlib.contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _probe(uri: str) -> None:
+    """Fail now, with one of PROBE_ERRORS, where MLflow would retry for minutes."""
+    parts, path = urlsplit(redact(uri)), sqlite_path(uri)
+    port = SQL_PORTS.get(parts.scheme.partition("+")[0])
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA schema_version")
+    elif parts.scheme in ("http", "https"):
+        _get_health(redact(uri))
+    elif port and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or port), timeout=PROBE_S).close()
+
+
+def _get_health(uri: str) -> None:
+    """Any answer, a refusal or a certificate that only MLflow's settings accept too, shows that somebody is there."""
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):
+            raise

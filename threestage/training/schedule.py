@@ -1,0 +1,54 @@
+"""What changes with the step: learning rate, EMA decay, ramp-up of the consistency loss."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from threestage.settings import Settings
+
+
+class OptimiserSettings(Settings):
+    """Adam (method.md, "The paper's schedule")."""
+
+    learning_rate: float = Field(3e-5, gt=0, description="of new layers")
+    encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "poly"] = "constant"
+    warm_up_steps: int = Field(0, ge=0, description="linear from 0")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+
+
+class EmaSettings(Settings):
+    """Decay by step: pairs of (first step, decay), the first at step 0."""
+
+    decay: tuple[tuple[int, float], ...] = ((0, 0.99),)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        starts = [start for start, _ in self.decay]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError("first steps must rise from 0, e.g. [[0, 0.99], [20000, 0.995]]")
+        if any(not 0 <= decay < 1 for _, decay in self.decay):
+            raise ValueError("every decay must lie in [0, 1)")
+        return self
+
+
+def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> float:
+    """Factor in [0,1] on the learning rates at `step` of `steps`: linear warm-up, then constant or (1 - t)^0.9."""
+    factor = (1 - step / steps) ** 0.9 if settings.schedule == "poly" else 1.0
+    if step < settings.warm_up_steps:
+        factor *= (step + 1) / settings.warm_up_steps
+    return factor
+
+
+def ema_decay(step: int, settings: EmaSettings) -> float:
+    """The decay of the last pair whose first step has come."""
+    return [decay for start, decay in settings.decay if start <= step][-1]
+
+
+def ramp_up(step: int, ramp_up_steps: float) -> float:
+    """exp(-5 (1 - t)²) with t = step / ramp_up_steps, then 1; 0 steps mean no ramp (method.md, "Short schedules")."""
+    if step >= ramp_up_steps:
+        return 1.0
+    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)

@@ -1,0 +1,93 @@
+"""What the training loop needs from its surroundings, and the version of it for a single process."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from threestage.data import storage
+from threestage.data.batches import Batch
+
+Row = dict[str, float]  # "step" and the values measured there
+
+
+class Worker(Protocol):
+    """One process of a stage. Every rank makes the same calls in the same order."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network as it is called in a step: gradients averaged over the workers, batch norm synchronised."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor's sum over all workers."""
+
+    def unlabelled(self, first_step: int) -> Iterator[Batch]:
+        """This worker's share of the unlabelled batches from `first_step` on."""
+
+    def latest_checkpoint(self) -> Path | None:
+        """A local copy of the last checkpoint folder, or None when the stage has not saved one."""
+
+    def save(self, row: Row, write: Callable[[Path], None]) -> None:
+        """Keep what `write` puts into a folder as the checkpoint of row["step"]; only rank 0's counts."""
+
+    def log(self, row: Row) -> None:
+        """Show how far the stage is. Losing it loses nothing."""
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class LocalWorker:
+    """A Worker that is alone: checkpoints lie in `<folder>/checkpoints`, the newest two are kept."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        folder: str,
+        unlabelled: Callable[[int], Iterator[Batch]],
+        show: Callable[[Mapping[str, float]], None] = lambda row: None,
+    ) -> None:
+        self.device = default_device()
+        self._checkpoints = Path(storage.local_path(folder, "--local keeps its checkpoints on a local disk")) / "checkpoints"
+        self._unlabelled = unlabelled
+        self._show = show
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unlabelled(self, first_step: int) -> Iterator[Batch]:
+        return self._unlabelled(first_step)
+
+    def latest_checkpoint(self) -> Path | None:
+        saved = self._saved()
+        return saved[-1] if saved else None
+
+    def save(self, row: Row, write: Callable[[Path], None]) -> None:
+        partial = self._checkpoints / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        final = self._checkpoints / f"step-{int(row['step']):09d}"
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self._saved()[:-2]:
+            shutil.rmtree(old)
+        self.log(row)
+
+    def log(self, row: Row) -> None:
+        self._show(row)
+
+    def _saved(self) -> list[Path]:
+        return sorted(self._checkpoints.glob("step-*"))
