@@ -39,8 +39,8 @@ def panel(
 ) -> Image.Image:
     """Pictures side by side: one column per (title, RGB arrays (H,W,3) uint8), one row per image, a legend below.
 
-    Small pictures are enlarged by a whole factor with nearest neighbours, so that pixels stay pixels; wide ones reduced.
-    Columns may differ in length and pictures in size.
+    Small pictures are enlarged by a whole factor with nearest neighbours, so that pixels stay pixels; wide ones are
+    reduced. Columns may differ in length and pictures in size.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     pictures = [[_fit(array) for array in arrays] for _, arrays in columns]
@@ -106,8 +106,9 @@ def _percent(value: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if minutes < 3 else f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -120,7 +121,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def _cells(results: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one row a stage of `results`: {"stages": {"stage1": {"mean_iou": …, …}, …}}."""
+    """The header, then one row a stage."""
     rows = [["stage", *(title for title, _, _ in _COLUMNS)]]
     for stage, values in results["stages"].items():
         rows.append([stage, *(_cell(values.get(key), form) for _, key, form in _COLUMNS)])
@@ -132,14 +133,18 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """The figures of every stage as lines of aligned text; `results` is a run's record, missing figures print as "–"."""
+    """The figures of every stage as aligned lines of text; a missing figure prints as "–".
+
+    `results` is a run's record: {"stages": {"stage1": {"mean_iou": …, "seconds": …}, …}}; IoU and confidence in [0,1].
+    """
     rows = _cells(results)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]  # fmt: skip
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(map(_aligned, row, widths, range(len(row)))) for row in rows)
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column else cell.ljust(width)
 
 
 def rich_table(results: Mapping[str, Any]) -> "Table":

@@ -257,7 +257,7 @@ def test_a_good_image_keeps_its_bytes() -> None:
         assert checked.data is data and (checked.height, checked.width, checked.converted) == (40, 60, False)
 
 
-@pytest.mark.parametrize(("format", "cut"), [("JPEG", 1), ("JPEG", 100), ("JPEG", 3000), ("PNG", 20), ("PNG", 3000)])
+@pytest.mark.parametrize(("format", "cut"), [("JPEG", 1), ("JPEG", 100), ("JPEG", 1500), ("PNG", 20), ("PNG", 3000)])
 def test_a_file_cut_short_is_refused(format: str, cut: int) -> None:
     with pytest.raises(BadFile, match="cannot be decoded"):
         check_image(encoded(photo(), format)[:-cut])

@@ -149,7 +149,14 @@ def labelled_rows(root: str, manifest: Manifest, split: SplitName, ids: Collecti
         keep = [i not in seen and (wanted is None or i in wanted) for i in table.column("image_id").to_pylist()]
         seen.update(table.column("image_id").to_pylist())
         parts.append(table.filter(pa.array(keep, pa.bool_())))
-    return pa.concat_tables(parts).sort_by("image_id")
+    return _sorted_by_id(pa.concat_tables(parts))
+
+
+def _sorted_by_id(table: pa.Table) -> pa.Table:
+    """By slices, without a copy: gathering a binary column into one array fails over 2 GiB."""
+    ids = table.column("image_id").to_pylist()
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return pa.concat_tables([table.slice(0, 0), *(table.slice(i, 1) for i in order)])
 
 
 def _files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:

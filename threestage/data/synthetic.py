@@ -1,8 +1,8 @@
 """Synthetic scenes for the demo and the tests: the shape of an object decides its class.
 
-Texture, light, noise, blur, clutter, occlusion, scale and rotation vary independently of the class, and hue is a hint as
-weak as `colour_variation` says. So a small network trained on a few labelled scenes over-fits them, and unlabelled scenes
-seen under strong augmentation can help.
+Texture, light, noise, blur, clutter, occlusion, scale and rotation vary independently of the class, and hue is a hint
+as weak as `colour_variation` says. So a small network trained on a few labelled scenes over-fits them, and unlabelled
+scenes seen under strong augmentation can help.
 """
 
 import colorsys
@@ -21,13 +21,17 @@ from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.data.palette import Bytes, palette_png
+from threestage.data.records import SplitName
 from threestage.settings import Settings
+
+Floats = npt.NDArray[np.float64]
 
 CLASSES: tuple[str, ...] = ("background", "disc", "ring", "square", "triangle", "cross")
 COLOURS: tuple[Colour, ...] = (
     (112, 112, 124), (226, 74, 66), (248, 176, 40), (66, 140, 240), (84, 190, 96), (188, 88, 212),
 )  # fmt: skip
-SPLIT_START = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # a split keeps its scenes when another one grows
+# First index of a split: far apart, so that a split keeps its scenes when another one grows.
+SPLIT_START: dict[SplitName, int] = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
 
 class SceneSettings(Settings):
@@ -56,10 +60,11 @@ class _Placement(NamedTuple):
     stretch: float
 
 
-def scene(seed: int, index: int, settings: SceneSettings | None = None) -> tuple[np.ndarray, np.ndarray]:
+def scene(seed: int, index: int, settings: SceneSettings | None = None) -> tuple[Bytes, Bytes]:
     """Scene `index` of the series `seed`: image (S,S,3) uint8 RGB and mask (S,S) uint8 with ids into CLASSES.
 
-    The same three arguments give the same scene. The image has soft edges; a mask pixel is an object's when its centre is inside.
+    The same three arguments give the same scene. The image has soft edges; a mask pixel is an object's when its centre
+    is inside.
     """
     settings = settings or SceneSettings()
     rng = np.random.default_rng([seed, index])
@@ -77,10 +82,13 @@ def scene(seed: int, index: int, settings: SceneSettings | None = None) -> tuple
     return np.ascontiguousarray((image * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)), mask
 
 
-def write_scenes(folder: str, counts: Mapping[str, int], seed: int, settings: SceneSettings | None = None) -> None:
+def write_scenes(
+    folder: str, counts: Mapping[SplitName, int], seed: int, settings: SceneSettings | None = None
+) -> None:
     """Write counts[split] scenes into folder/<split>/images/*.jpg and /masks/*.png, and folder/class_map.yaml.
 
-    `counts` names train, val and test, or some of them. JPEG of quality 95 without chroma subsampling; palette PNG of class ids.
+    That is the layout of ingest's format "camvid". `counts` names train, val and test, or some of them. JPEG of quality
+    95 without chroma subsampling; palette PNG of class ids.
     """
     for split, count in counts.items():
         for index in range(SPLIT_START[split], SPLIT_START[split] + count):
@@ -98,7 +106,7 @@ def class_map() -> dict[str, object]:
     return {"classes": classes, "ignore": {"ids": [IGNORE_INDEX]}}
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def _jpeg(image: Bytes) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
@@ -108,44 +116,44 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _pixel_centres(size: int) -> tuple[np.ndarray, np.ndarray]:
+def _pixel_centres(size: int) -> tuple[Floats, Floats]:
     y, x = np.mgrid[0:size, 0:size] + 0.5
     return x, y
 
 
 @lru_cache(maxsize=64)
-def _interpolation(size: int, cells: int) -> np.ndarray:
+def _interpolation(size: int, cells: int) -> Floats:
     """Matrix (size, cells) that resamples `cells` values linearly over `size` pixels."""
     position = np.linspace(0, cells - 1, size)[:, None]
     return np.clip(1 - np.abs(position - np.arange(cells)[None]), 0, 1)
 
 
-def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, size: int) -> Floats:
     cells = int(rng.integers(3, 9))
     weights = _interpolation(size, cells)
     return weights @ rng.uniform(-1, 1, (cells, cells)) @ weights.T
 
 
-def _gradient(rng: np.random.Generator, size: int) -> np.ndarray:
+def _gradient(rng: np.random.Generator, size: int) -> Floats:
     x, y = _pixel_centres(size)
     angle = rng.uniform(0, 2 * np.pi)
-    return (np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) * np.sqrt(2)
+    return np.asarray((np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) * np.sqrt(2))
 
 
-def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
+def _stripes(rng: np.random.Generator, size: int) -> Floats:
     x, y = _pixel_centres(size)
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.06, 0.25) * size
     return np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period + rng.uniform(0, 2 * np.pi))
 
 
-def _pattern(rng: np.random.Generator, size: int, colour: np.ndarray, strength: float) -> np.ndarray:
+def _pattern(rng: np.random.Generator, size: int, colour: Floats, strength: float) -> Floats:
     """A colour (3,) spread over the image (3,S,S) with a random pattern along a random colour direction."""
     field = (_smooth_noise, _gradient, _stripes)[rng.integers(3)](rng, size)
     direction = rng.uniform(0.5, 1, 3) * rng.choice((-1.0, 1.0))
     return colour[:, None, None] + 0.3 * strength * rng.uniform(0, 1) * direction[:, None, None] * field
 
 
-def _background(rng: np.random.Generator, settings: SceneSettings) -> tuple[np.ndarray, np.ndarray]:
+def _background(rng: np.random.Generator, settings: SceneSettings) -> tuple[Floats, Floats]:
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.7), rng.uniform(0.2, 0.9)))
     return _pattern(rng, settings.size, colour, settings.texture), colour
 
@@ -153,8 +161,8 @@ def _background(rng: np.random.Generator, settings: SceneSettings) -> tuple[np.n
 # Objects and strokes: signed distances in pixels, negative inside.
 
 
-def _shape_distance(class_id: int, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline of a shape of about `radius`, upright at the origin (exact but for the corners)."""
+def _shape_distance(class_id: int, x: Floats, y: Floats, radius: float) -> Floats:
+    """Signed distance to the outline of a shape of about `radius`, upright at the origin (inexact off the corners)."""
     name = CLASSES[class_id]
     if name == "disc":
         return np.hypot(x, y) - 0.95 * radius
@@ -183,10 +191,10 @@ def _placements(rng: np.random.Generator, settings: SceneSettings) -> list[_Plac
 
 def _draw_object(
     rng: np.random.Generator,
-    image: np.ndarray,
-    mask: np.ndarray,
+    image: Floats,
+    mask: Bytes,
     placement: _Placement,
-    backdrop: np.ndarray,
+    backdrop: Floats,
     settings: SceneSettings,
 ) -> None:
     x, y = _pixel_centres(settings.size)
@@ -199,7 +207,7 @@ def _draw_object(
 
 
 def _draw_stroke(
-    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, backdrop: np.ndarray, settings: SceneSettings
+    rng: np.random.Generator, image: Floats, mask: Bytes, backdrop: Floats, settings: SceneSettings
 ) -> None:
     """A short straight stroke; where it covers an object the mask becomes background."""
     x, y = _pixel_centres(settings.size)
@@ -213,14 +221,12 @@ def _draw_stroke(
     mask[distance < 0] = 0
 
 
-def _paint(image: np.ndarray, distance: np.ndarray, colours: np.ndarray) -> None:
+def _paint(image: Floats, distance: Floats, colours: Floats) -> None:
     image += np.clip(0.5 - distance, 0, 1) * (colours - image)
 
 
-def _contrasting_colour(
-    rng: np.random.Generator, backdrop: np.ndarray, class_id: int, colour_variation: float
-) -> np.ndarray:
-    """RGB in [0,1] whose hue spreads `colour_variation` turns about the class's own, at some distance from the backdrop."""
+def _contrasting_colour(rng: np.random.Generator, backdrop: Floats, class_id: int, colour_variation: float) -> Floats:
+    """RGB in [0,1], some way from the backdrop, whose hue spreads `colour_variation` turns about the class's own."""
     class_hue = colorsys.rgb_to_hsv(*COLOURS[class_id])[0]
     colour = backdrop
     for _ in range(20):
@@ -235,13 +241,13 @@ def _contrasting_colour(
 
 
 @lru_cache(maxsize=64)
-def _blur_matrix(size: int, sigma: float) -> np.ndarray:
+def _blur_matrix(size: int, sigma: float) -> Floats:
     offset = np.arange(size)[:, None] - np.arange(size)[None]
     weights = np.exp(-0.5 * (offset / sigma) ** 2)
     return weights / weights.sum(1, keepdims=True)
 
 
-def _photograph(rng: np.random.Generator, image: np.ndarray, settings: SceneSettings) -> np.ndarray:
+def _photograph(rng: np.random.Generator, image: Floats, settings: SceneSettings) -> Floats:
     """Image (3,S,S) → the same in [0,1] as a camera saw it."""
     size, texture, noise = settings.size, settings.texture, settings.noise
     image = image * (1 + 0.6 * texture * rng.uniform(0, 1) * _gradient(rng, size))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from threestage.errors import InputError
 
@@ -86,6 +87,33 @@ class VitStage(nn.Module):
     def forward(self, tokens: Tensor, height: int, width: int, rope: Tensor | None) -> Tensor:
         tokens = self.norm(_run_blocks(self.blocks, tokens, rope))[:, self.prefix :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+
+
+class TraceablePool(nn.Module):
+    """What timm's 2×2 average pooling of a shortcut computes, in a form that torch.export traces for any size.
+
+    Stride 2 rounds up and averages only what is there; stride 1 (a dilated stage) keeps the size, padding with zeros.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, value: Tensor) -> Tensor:
+        padded = F.pad(value, (0, 1, 0, 1), mode="replicate" if self.stride == 2 else "constant")
+        return F.avg_pool2d(padded, 2, self.stride)
+
+
+def replace_pooling(module: nn.Module) -> None:
+    """Swap, in place, the shortcut pooling of timm's resnet*d and *t, which ties torch.export to one image size."""
+    from timm.layers import AvgPool2dSame
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            same = type(child) is AvgPool2dSame and child.stride in (1, (1, 1))
+            ceil = type(child) is nn.AvgPool2d and child.ceil_mode and child.stride in (2, (2, 2))
+            if (same or ceil) and child.kernel_size in (2, (2, 2)):
+                setattr(parent, name, TraceablePool(1 if same else 2))
 
 
 def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.Module:

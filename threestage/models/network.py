@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from threestage.errors import InputError
 from threestage.models.encoders import VIT_NAME, Encoder, create_timm, split_encoder, vit_patch, weight_names
 from threestage.models.heads import make_head
 from threestage.models.weights import check_fit, copy_weights, read_weights, rename_weights
@@ -79,16 +80,15 @@ class Network(nn.Module):
 
         A size that the encoder cannot take is padded at the right and bottom with the mean colour, and cut off again.
         """
-        height, width = image.shape[-2:]
         padded = self._normalise_and_pad(image)
         low, third = self.encoder.trunk(padded)
         deep = self.encoder.last(*third)
-        main = self._upsample(self.main_head(low, deep), padded)[..., :height, :width]
+        main = self._upsample_and_crop(self.main_head(low, deep), padded, image)
         if not with_auxiliary or self.auxiliary_head is None:
             return main, None
         if self.auxiliary_stage is not None:
             deep = self.auxiliary_stage(*third)
-        return main, self._upsample(self.auxiliary_head(low, deep), padded)[..., :height, :width]
+        return main, self._upsample_and_crop(self.auxiliary_head(low, deep), padded, image)
 
     def train(self, mode: bool = True) -> "Network":
         """As nn.Module.train, but frozen batch norm stays in eval mode."""
@@ -123,10 +123,13 @@ class Network(nn.Module):
             return image
         return F.pad(image, (0, -image.shape[-1] % multiple, 0, -image.shape[-2] % multiple))
 
-    def _upsample(self, logits: Tensor, image: Tensor) -> Tensor:
-        return F.interpolate(
-            logits, size=image.shape[-2:], mode="bilinear", align_corners=self.settings.align_corners
-        )
+    def _upsample_and_crop(self, logits: Tensor, padded: Tensor, image: Tensor) -> Tensor:
+        (height, width), (full_height, full_width) = image.shape[-2:], padded.shape[-2:]
+        corners = self.settings.align_corners
+        logits = F.interpolate(logits, size=(full_height, full_width), mode="bilinear", align_corners=corners)
+        if self.encoder.size_multiple == 1:
+            return logits
+        return F.pad(logits, (0, width - full_width, 0, height - full_height))  # torch.export cannot take a slice
 
     def _frozen_layers(self) -> list[nn.Module]:
         if self.settings.batch_norm == "live":
@@ -141,12 +144,21 @@ def build_network(settings: NetworkSettings, num_classes: int, auxiliary: Auxili
     InputError: an unknown or unsuited encoder or head, weights that are absent or do not fit, an unreachable hub.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return Network(settings, num_classes, auxiliary)
 
 
 def check_settings(settings: NetworkSettings) -> None:
-    """Raise the InputError that `build_network` would raise, without memory for the network (not for `pretrained`)."""
+    """Raise the InputError that `build_network` would raise, without memory for the network or a word to the hub.
+
+    Frozen batch norm without weights is refused too: it would leave the network un-normalised, and dead the residual
+    blocks whose last scale timm starts at 0.
+    """
+    if settings.batch_norm == "frozen" and settings.weights is None and not settings.pretrained:
+        raise InputError(
+            "network.batch_norm: frozen takes an encoder with weights; to train from scratch set it to live, or give "
+            "network.weights"
+        )
     with torch.device("meta"):
         make_head(settings, _make_encoder(settings.model_copy(update={"pretrained": False})), num_classes=2)
 

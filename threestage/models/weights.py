@@ -4,6 +4,7 @@ import io
 import pickle
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def read_weights(uri: str) -> dict[str, Tensor]:
         data = read_bytes(uri)
     except OSError as error:
         raise InputError(f"network.weights: cannot read {uri} ({_first_line(error)}); give a path or URI") from error
-    content = _from_safetensors(uri, data) if uri.endswith(".safetensors") else _from_torch(uri, data)
+    content: dict[str, Any] = _from_safetensors(uri, data) if uri.endswith(".safetensors") else _from_torch(uri, data)
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -64,7 +65,7 @@ def copy_weights(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
                 tensor.copy_(state[name])
 
 
-def _from_safetensors(uri: str, data: bytes) -> dict[str, Tensor]:
+def _from_safetensors(uri: str, data: bytes) -> dict[str, Any]:
     import safetensors
     import safetensors.torch
 
@@ -74,7 +75,7 @@ def _from_safetensors(uri: str, data: bytes) -> dict[str, Tensor]:
         raise InputError(f"network.weights: {uri} is not a safetensors file ({_first_line(error)})") from error
 
 
-def _from_torch(uri: str, data: bytes) -> dict[str, Tensor]:
+def _from_torch(uri: str, data: bytes) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

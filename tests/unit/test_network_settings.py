@@ -1,0 +1,180 @@
+"""Why: a wrong encoder, crop or weights file must cost one line before training starts, and the right one must load."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from threestage.errors import InputError
+from threestage.models.encoders import create_timm
+from threestage.models.network import NetworkSettings, build_network, check_settings, crop_fits, size_multiple
+
+WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
+
+
+def settings(**values: Any) -> NetworkSettings:
+    return NetworkSettings(**{"encoder": "test_resnet", "batch_norm": "live", **values})
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def timm_state(encoder: str = "test_resnet") -> dict[str, Tensor]:
+    return create_timm(encoder, 32).state_dict()
+
+
+def save(path: Path, state: dict[str, Any]) -> str:
+    torch.save(state, path)
+    return str(path)
+
+
+def test_a_checkpoint_with_classifier_loads_in_half_precision(tmp_path: Path) -> None:
+    state = timm_state()
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    network = build_network(settings(weights=save(tmp_path / "a.pth", half)), 3, "branch")
+    loaded = network.encoder.trunk.state_dict()["layers.conv1_0.weight"]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, half["conv1.0.weight"].float())
+    assert network.auxiliary_stage is not None
+    assert torch.equal(
+        network.auxiliary_stage.state_dict()["layer4_0.conv1.weight"], half["layer4.0.conv1.weight"].float()
+    )
+
+
+@pytest.mark.parametrize("encoder", ["test_vit", "mobilenetv3_small_050", "test_convnext"])
+def test_safetensors_fit_every_family(tmp_path: Path, encoder: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors.torch.save({name: value.contiguous() for name, value in timm_state(encoder).items()}))
+    chosen = settings(encoder=encoder, weights=str(path), output_stride=16)
+    check_settings(chosen)
+    assert same_state(build_network(chosen, 3, seed=1).encoder, build_network(chosen, 3, seed=2).encoder)
+
+
+def test_wrapped_state_dicts_are_opened(tmp_path: Path) -> None:
+    wrapped = {"state_dict": {f"module.{name}": value for name, value in timm_state().items()}, "epoch": 3}
+    check_settings(settings(weights=save(tmp_path / "a.pth", wrapped)))
+
+
+def test_the_shared_mobilenet_weights_load() -> None:
+    if not WEIGHTS.exists():
+        pytest.skip("shared/data/weights is not here")
+    chosen = settings(
+        encoder="mobilenetv2_100", weights=str(WEIGHTS), batch_norm="frozen", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    check_settings(chosen)
+    network = build_network(chosen, 3, seed=1)
+    expected = torch.load(io.BytesIO(WEIGHTS.read_bytes()), weights_only=True)["conv_stem.weight"].float()
+    assert torch.equal(network.encoder.trunk.state_dict()["layers.conv_stem.weight"], expected)
+    assert same_state(network.encoder, build_network(chosen, 3, seed=2).encoder)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state = timm_state()
+    state["conv1.0.weight"] = torch.zeros(3, 3, 3, 3)
+    state["stranger.weight"] = torch.zeros(1)
+    del state["layer4.0.conv1.weight"]
+    chosen = settings(weights=save(tmp_path / "a.pth", state))
+    refusals: tuple[Callable[[NetworkSettings], object], ...] = (check_settings, lambda given: build_network(given, 3))
+    for refuse in refusals:
+        with pytest.raises(InputError) as caught:
+            refuse(chosen)
+        line = str(caught.value)
+        for part in (
+            "1 missing (layer4.0.conv1.weight)",
+            "conv1.0.weight is (3, 3, 3, 3), not",
+            "1 unexpected (stranger",
+        ):
+            assert part in line
+        assert "\n" not in line
+
+
+def test_weights_of_another_encoder_are_counted(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pth", timm_state("test_efficientnet"))
+    with pytest.raises(
+        InputError, match=r"does not fit network.encoder test_resnet: \d+ missing \(.*, …\), .*unexpected"
+    ):
+        check_settings(settings(weights=path))
+
+
+class Unsafe:
+    """What a pickle may hold and a weights file may not."""
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "text.pth", "text.safetensors", "unsafe.pth", "list.pth"])
+def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.startswith("text"):
+        path.write_text("not weights at all, but long enough to look like a header")
+    elif name != "absent.pth":
+        torch.save({"x": Unsafe()} if name.startswith("unsafe") else [1], path)
+    with pytest.raises(InputError, match=f"network.weights: .*{name}"):
+        check_settings(settings(weights=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"encoder": "mobilenet_v2_100"}, "did you mean .*mobilenetv2_100"),
+        ({"encoder": "resnet18.nonsense"}, "did you mean .*resnet18"),
+        ({"encoder": "qqqqqq"}, "timm knows no 'qqqqqq'"),
+        ({"encoder": "vgg11_bn"}, "cannot have network.output_stride 8"),
+        ({"encoder": "hrnet_w18_small", "output_stride": 32}, "cannot be cut into stages"),
+        ({"encoder": "mixer_s32_224", "output_stride": 32}, "cannot be cut into stages"),
+        ({"encoder": "vit_relpos_small_patch16_224"}, "cannot be cut into stages"),
+        ({"batch_norm": "frozen"}, "network.batch_norm: frozen takes .* set it to live, or give"),
+        ({"encoder": "test_vit", "head": "deeplabv3plus"}, "network.head: deeplabv3plus takes a map at stride 4"),
+    ],
+)
+def test_unsuited_settings_are_refused_in_words(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        check_settings(settings(**values))
+
+
+def test_an_unreachable_hub_asks_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match=r"network\.pretrained: .*give network\.weights"):
+        build_network(settings(pretrained=True), 3)
+
+
+def test_one_source_of_weights() -> None:
+    with pytest.raises(ValidationError, match="exclude each other"):
+        settings(weights="a.pth", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "output_stride", "crop", "fits"),
+    [
+        ("resnet101", 8, (321, 321), True),
+        ("resnet101", 8, (256, 512), True),
+        ("resnet101", 8, (256, 513), True),
+        ("resnet101", 8, (322, 321), False),
+        ("resnet101", 16, (321, 328), False),
+        ("vit_small_patch14_dinov2", 8, (322, 322), True),
+        ("vit_small_patch14_dinov2", 8, (323, 322), False),
+        ("test_vit", 8, (64, 48), True),
+        ("resnet18", 8, (1, 8), False),
+    ],
+)
+def test_crop_sizes(encoder: str, output_stride: int, crop: tuple[int, int], fits: bool) -> None:
+    assert crop_fits(settings(encoder=encoder, output_stride=output_stride), crop) is fits
+
+
+def test_size_multiple_of_a_vit_without_patch_in_its_name_comes_from_timm() -> None:
+    assert size_multiple(settings(encoder="test_vit")) == 16

@@ -1,0 +1,115 @@
+"""People judge a run by these pictures and tables: a wrong colour or figure would be believed."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from threestage import report
+
+COLOURS = ((10, 20, 30), (200, 100, 50))
+CLASSES = ("ground", "disc")
+MASK = np.array([[0, 1, 255], [1, 1, 0]], np.uint8)
+
+
+def test_colourise_gives_each_class_its_colour_and_void_black() -> None:
+    expected = [[COLOURS[0], COLOURS[1], (0, 0, 0)], [COLOURS[1], COLOURS[1], COLOURS[0]]]
+    result = report.colourise(MASK, COLOURS)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_overlay_mixes_by_alpha() -> None:
+    image = np.full((2, 3, 3), 100, np.uint8)
+    np.testing.assert_array_equal(report.overlay(image, MASK, COLOURS, alpha=0), image)
+    np.testing.assert_array_equal(report.overlay(image, MASK, COLOURS, alpha=1), report.colourise(MASK, COLOURS))
+    np.testing.assert_array_equal(
+        report.overlay(image, MASK, COLOURS, alpha=0.5)[0], [(55, 60, 65), (150, 100, 75), (50, 50, 50)]
+    )
+
+
+def test_palette_png_keeps_ids_and_shows_colours() -> None:
+    with Image.open(io.BytesIO(report.palette_png(MASK, COLOURS))) as png:
+        assert png.mode == "P"
+        np.testing.assert_array_equal(np.asarray(png), MASK)
+        np.testing.assert_array_equal(np.asarray(png.convert("RGB")), report.colourise(MASK, COLOURS))
+
+
+def test_palette_png_keeps_all_256_values() -> None:
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with Image.open(io.BytesIO(report.palette_png(mask, COLOURS))) as png:
+        np.testing.assert_array_equal(np.asarray(png), mask)
+
+
+def test_a_panel_shows_every_picture_enlarged_without_mixing_pixels() -> None:
+    red, blue = np.full((64, 64, 3), (255, 0, 0), np.uint8), np.full((64, 64, 3), (0, 0, 255), np.uint8)
+    picture = report.panel([("image", [red, red]), ("truth", [blue])], CLASSES, COLOURS)
+    pixels = np.asarray(picture).reshape(-1, 3)
+    assert (pixels == (255, 0, 0)).all(1).sum() == 2 * 192 * 192
+    assert (pixels == (0, 0, 255)).all(1).sum() == 192 * 192
+    for colour in COLOURS:
+        assert (pixels == colour).all(1).sum() > 100, "the legend shows every class"
+
+
+def test_a_panel_reduces_wide_pictures_and_keeps_their_shape() -> None:
+    wide = np.full((500, 1000, 3), (255, 0, 0), np.uint8)
+    pixels = np.asarray(report.panel([("image", [wide])], CLASSES, COLOURS)).reshape(-1, 3)
+    assert (pixels == (255, 0, 0)).all(1).sum() == 480 * 240
+
+
+def test_a_panel_with_many_classes_breaks_the_legend_into_lines() -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    few = report.panel([("image", [picture])], CLASSES, COLOURS)
+    many = report.panel([("image", [picture])], CLASSES * 10, COLOURS * 10)
+    assert many.width == few.width
+    assert many.height > few.height + 100
+
+
+def test_a_panel_without_pictures_is_still_a_picture() -> None:
+    assert report.panel([("image", [])], CLASSES, COLOURS).height > 0
+
+
+RESULTS = {
+    "stages": {
+        "stage1": {"mean_iou": 0.40651, "pseudo_mask_mean_iou": 0.41, "mean_confidence": 0.7,
+                   "share_above_0.9": 0.256, "seconds": 42.04},
+        "stage2": {"mean_iou": float("nan"), "pseudo_mask_mean_iou": None, "seconds": 150},
+        "stage3": {"mean_iou": 0.5, "seconds": 7500.0, "per_class_iou": {"ground": 0.5}},
+    }
+}  # fmt: skip
+
+
+def test_the_table_prints_figures_and_dashes() -> None:
+    header, rule, *rows = report.results_table(RESULTS).splitlines()
+    assert header.split("  ")[0] == "stage"
+    assert "pseudo-mask mean IoU" in header
+    assert rows[0].split() == ["stage1", "0.407", "0.410", "0.700", "26", "%", "42.0", "s"]
+    assert rows[1].split() == ["stage2", "–", "–", "–", "–", "150", "s"]
+    assert rows[2].split() == ["stage3", "0.500", "–", "–", "–", "2.1", "h"]
+    assert len({len(line) for line in (header, rule, *rows)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (179, "179 s"), (180, "3 min"), (7000, "117 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert report.results_table({"stages": {"s": {"seconds": seconds}}}).endswith(f" {text}")
+
+
+def test_the_rich_table_holds_the_same_cells() -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=140)
+    with console.capture() as capture:
+        console.print(report.rich_table(RESULTS))
+    for cell in ("stage1", "0.407", "26 %", "150 s", "2.1 h", "–"):
+        assert cell in capture.get()
+
+
+def test_the_module_imports_neither_rich_nor_torch() -> None:
+    code = "import sys, threestage.report; print([m for m in ('rich', 'torch', 'mlflow', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,75 @@
+"""The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.train import Checkpoint
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from threestage.config import Config
+from threestage.data.batches import Batch
+from threestage.on_ray.data import stream_batches
+from threestage.stages import StageTask, train_stage
+from threestage.training.worker import Row
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's progress actor."""
+    torch.set_num_threads(max(1, int(arguments["threads"])))
+    task = StageTask.model_validate(arguments["task"])
+    with tempfile.TemporaryDirectory() as scratch:
+        train_stage(task, RayWorker(task, arguments["progress"], Path(scratch)))
+
+
+class RayWorker:
+    """A Worker of a Ray Train group: checkpoints go through ray.train.report, which Ray keeps in the stage's folder."""
+
+    def __init__(self, task: StageTask, progress: Any, scratch: Path) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self._task = task
+        self._progress = progress
+        self._scratch = scratch
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return network
+        if self.device.type == "cpu":
+            return DistributedDataParallel(network)
+        return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(network), device_ids=[self.device])
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def unlabelled(self, first_step: int) -> Iterator[Batch]:
+        config = Config.model_validate(self._task.config)
+        size = config.stage(self._task.stage).unlabelled_batch
+        return stream_batches(ray.train.get_dataset_shard("unlabelled"), size, config.seed, self.rank)
+
+    def latest_checkpoint(self) -> Path | None:
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else Path(checkpoint.to_directory(str(self._scratch / "resume")))
+
+    def save(self, row: Row, write: Any) -> None:
+        if self.rank > 0:
+            ray.train.report(dict(row))
+            return
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            write(Path(folder))
+            ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
+        self.log(row)
+
+    def log(self, row: Row) -> None:
+        if self.rank == 0:
+            self._progress.push.remote(dict(row))
