@@ -4,8 +4,9 @@ import difflib
 import types
 from collections.abc import Sequence
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -22,6 +23,7 @@ from threestage.training.loop import LoopSettings
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 
 StageName = Literal["stage1", "stage2", "stage3"]
+Model = TypeVar("Model", bound=BaseModel)
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 
@@ -115,7 +117,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    return sorted(file.name.removesuffix(".yaml") for file in resources.files("threestage.presets").iterdir() if file.name.endswith(".yaml"))
+    files = resources.files("threestage.presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def preset_headers() -> dict[str, str]:
+    """What each preset says of itself: the comment at its head."""
+    headers = {}
+    for name in preset_names():
+        lines = resources.files("threestage.presets").joinpath(f"{name}.yaml").read_text().splitlines()
+        headers[name] = "\n".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return headers
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -126,10 +138,15 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     tree = _read(source)
     for override in overrides:
         _apply(tree, override)
+    return validated(Config, tree)
+
+
+def validated(model: type[Model], tree: dict[str, Any]) -> Model:
+    """`tree` as a model; InputError with one text per key that does not fit."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise InputError("; ".join(_explain_all([dict(problem) for problem in error.errors()]))) from None
+        raise InputError("; ".join(_explain_all(model, [dict(problem) for problem in error.errors()]))) from None
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -163,19 +180,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: the value is not YAML; quote it") from None
 
 
-def _explain_all(problems: Sequence[dict[str, Any]]) -> list[str]:
+def _explain_all(root: type[BaseModel], problems: Sequence[dict[str, Any]]) -> list[str]:
     """One text per key that pydantic complains of; where a key takes several types, each type's complaint."""
     by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
     for problem in problems:
         location = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(part))
         by_key.setdefault(location, []).append(problem)
-    return [_explain(location, found) for location, found in by_key.items()]
+    return [_explain(root, location, found) for location, found in by_key.items()]
 
 
-def _explain(location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> str:
+def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> str:
     path, problem = ".".join(map(str, location)), problems[0]
     if problem["type"] == "extra_forbidden":
-        section = _model_at(location[:-1])
+        section = _model_at(root, location[:-1])
         valid = sorted(section.model_fields) if section else []
         near = difflib.get_close_matches(str(location[-1]), valid, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -190,8 +207,8 @@ def _is_union_tag(part: str) -> bool:
     return part.startswith(("constrained-", "literal[", "function-")) or part in {"int", "float", "str", "bool"}
 
 
-def _model_at(location: Sequence[str | int]) -> type[BaseModel] | None:
-    model: Any = Config
+def _model_at(root: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
+    model: Any = root
     for part in location:
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:

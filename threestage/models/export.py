@@ -4,11 +4,11 @@ import hashlib
 from typing import Literal
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor
 
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.models.network import Network, NetworkSettings
+from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.settings import Settings
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -38,9 +38,14 @@ def load_model(uri: str) -> tuple[Network, ModelCard]:
     """The network in eval mode and its card. InputError where the folder holds no model."""
     card = load_card(uri)
     settings = card.network.model_copy(update={"weights": None, "pretrained": False})
-    network = Network(settings, len(card.classes), "none")
-    network.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS))))
+    network = build_network(settings, len(card.classes))
+    network.load_state_dict(read_weights(uri))
     return network.eval(), card
+
+
+def read_weights(uri: str) -> dict[str, Tensor]:
+    """The main network's state in a model folder."""
+    return safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS)))
 
 
 def load_card(uri: str) -> ModelCard:
@@ -50,9 +55,8 @@ def load_card(uri: str) -> ModelCard:
     return ModelCard.model_validate(storage.read_json(path))
 
 
-def start_from(network: nn.Module, uri: str) -> None:
-    """Copy a model's main-network weights into a network that may also have an auxiliary head (warm start)."""
-    state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS)))
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    if unexpected:
-        raise InputError(f"{uri} does not fit this network: unexpected {unexpected[0]} (and {len(unexpected) - 1} more)")
+def start_from(network: Network, uri: str) -> None:
+    """Warm start: copy a model's weights into a network, the auxiliary stage as a copy of the last stage again."""
+    state = network.state_dict() | read_weights(uri)
+    copies = {name: name.replace("auxiliary_stage.", "encoder.last.", 1) for name in state if name.startswith("auxiliary_stage.")}
+    network.load_state_dict(state | {copy: state[source] for copy, source in copies.items()})

@@ -1,0 +1,33 @@
+# Every target sets itself up: the first one on a fresh machine makes .venv (about 3 minutes), later ones reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo-$(SEED)
+SEED ?= 0
+
+.PHONY: demo test lint types unit integration clean
+
+demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
+	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
+
+test: lint types unit integration  ## everything that CI runs
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+unit: .venv/installed
+	$(BIN)/python -m pytest -q -m "not integration and not slow"
+
+integration: .venv/installed
+	$(BIN)/python -m pytest -q -m "integration and not slow"
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs
