@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -24,12 +25,20 @@ ConfigArgument = Annotated[str, typer.Argument(help="A preset's name (threestage
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one setting; repeat it for more.")
 ]
-OutOption = Annotated[str | None, typer.Option("--out", metavar="URI", help="Folder of the run; the same one continues it.")]
+OutOption = Annotated[
+    str | None, typer.Option("--out", metavar="URI", help="Folder of the run; the same one continues it.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of networks, batches and augmentation.")]
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Run in this process, without Ray and MLflow; nothing is registered.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class SplitChoice(StrEnum):
+    train = "train"
+    val = "val"
+    test = "test"
 
 
 def main() -> None:
@@ -96,7 +105,9 @@ def _run(config: Any, out: str, local: bool) -> None:
         from threestage.tracking import model_name_of
 
         name = config.registry.model_name or model_name_of(config.name)
-        console.print(f"try it:  threestage predict models:/{name}@{config.stage_names[-1]} IMAGES OUT", highlight=False)
+        console.print(
+            f"try it:  threestage predict models:/{name}@{config.stage_names[-1]} IMAGES OUT", highlight=False
+        )
 
 
 @app.command()
@@ -104,7 +115,9 @@ def ingest(
     source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
     out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
     format: Annotated[str, typer.Option("--format", help="folders, images, camvid, voc or cityscapes.")] = "folders",
-    masks: Annotated[str | None, typer.Option(help="Folder of the masks (format folders); same names as the images.")] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="Folder of the masks (format folders); same names as the images.")
+    ] = None,
     class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
     max_bad_share: Annotated[float, typer.Option(help="Fail when more than this share of the files is bad.")] = 0.02,
@@ -118,7 +131,14 @@ def ingest(
 
     settings = validated(
         IngestSettings,
-        {"format": format, "masks": masks, "class_map": class_map, "split": split, "max_bad_share": max_bad_share, "name": name},
+        {
+            "format": format,
+            "masks": masks,
+            "class_map": class_map,
+            "split": split,
+            "max_bad_share": max_bad_share,
+            "name": name,
+        },
     )
     with console.status("checking files") as status:
         report = ingest_files(source, out, settings, lambda done, of: status.update(f"checked {done} of {of} files"))
@@ -138,7 +158,9 @@ def ingest(
 
 @app.command()
 def config(
-    preset: Annotated[str | None, typer.Argument(help="A preset or a YAML file; without it, the presets are listed.")] = None,
+    preset: Annotated[
+        str | None, typer.Argument(help="A preset or a YAML file; without it, the presets are listed.")
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -154,7 +176,10 @@ def config(
                 console.print(f"[bold]{name}[/]\n{_indented(header)}", highlight=False, soft_wrap=True)
         return
     tree = load(preset, overrides or []).model_dump(mode="json")
-    print(json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False), end="" if not as_json else "\n")
+    print(
+        json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False),
+        end="" if not as_json else "\n",
+    )
 
 
 def _indented(text: str) -> str:
@@ -165,7 +190,7 @@ def _indented(text: str) -> str:
 def evaluate(
     model: Annotated[str, typer.Argument(help="models:/NAME@stage3, or the folder of a run, a stage or a model.")],
     dataset: Annotated[str, typer.Argument(help="A data set made by `threestage ingest`.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[SplitChoice, typer.Option(help="Which part of the data set.")] = SplitChoice.val,
     tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow, for models:/ names.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -175,11 +200,15 @@ def evaluate(
     from threestage.registry import RegistrySettings
 
     network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
-    result = evaluate_model(network, card, dataset, split)
+    result = evaluate_model(network, card, dataset, split.value)
     if as_json:
         print(json.dumps(result))
         return
-    table = Table("class", "IoU", title=f"{model} on {dataset} ({split}, {result['images']} images, whole image, single scale)")
+    table = Table(
+        "class",
+        "IoU",
+        title=f"{model} on {dataset} ({split.value}, {result['images']} images, whole image, single scale)",
+    )
     for name, iou in result["per_class_iou"].items():
         table.add_row(name, "–" if iou is None else f"{iou:.3f}")
     table.add_section()
@@ -208,7 +237,9 @@ def predict(
         return
     for file, reason in done.rejected:
         console.print(f"[yellow]left out[/] {_escape(file)}: {_escape(reason)}", highlight=False, soft_wrap=True)
-    console.print(f"{done.images} images predicted, {len(done.rejected)} left out; masks and overlays in {out}", soft_wrap=True)
+    console.print(
+        f"{done.images} images predicted, {len(done.rejected)} left out; masks and overlays in {out}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -225,5 +256,7 @@ def models(
     table = Table("model", "version", "aliases", "mean IoU")
     for entry in found:
         score = entry["mean_iou"]
-        table.add_row(entry["name"], str(entry["version"]), ", ".join(entry["aliases"]), "–" if score is None else f"{score:.3f}")
+        table.add_row(
+            entry["name"], str(entry["version"]), ", ".join(entry["aliases"]), "–" if score is None else f"{score:.3f}"
+        )
     console.print(table)

@@ -33,14 +33,20 @@ class SupervisedSettings(Settings):
 
 class ConsistencySettings(Settings):
     weight: float = Field(0.25, ge=0, description="w_con")
-    confidence_threshold: float = Field(0.0, ge=0, le=1, description="teacher pixels below it become 255; 0 is faithful")
-    ramp_up: float = Field(0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; 0 is faithful")
+    confidence_threshold: float = Field(
+        0.0, ge=0, le=1, description="teacher pixels below it become 255; 0 is faithful"
+    )
+    ramp_up: float = Field(
+        0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; 0 is faithful"
+    )
 
 
 class Stage1Settings(Settings):
     steps: int = Field(20_000, ge=1)
     labelled_batch: int = Field(4, ge=1, description="images per step and worker")
-    strong_view: bool = Field(False, description="learn the strong view beside the weak one (the control of the method)")
+    strong_view: bool = Field(
+        False, description="learn the strong view beside the weak one (the control of the method)"
+    )
     warm_start: ClassVar[bool] = False
     unlabelled_batch: ClassVar[int] = 0
 
@@ -85,7 +91,9 @@ class Config(Settings):
         return self
 
     def stage(self, name: StageName) -> Stage1Settings | SelfTrainingSettings:
-        return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]
+        stages: dict[str, Stage1Settings | SelfTrainingSettings]
+        stages = {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}
+        return stages[name]
 
     @property
     def stage_names(self) -> tuple[StageName, ...]:
@@ -94,12 +102,19 @@ class Config(Settings):
 
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
-    sections: dict[str, Any] = {"network", "augment", "optimiser", stage}
+    sections: set[str] = {"network", "augment", "optimiser", stage}
     if stage != "stage1":
         sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
     keys = flatten(dump)
-    without = {"data.root", "data.labelled", "data.split_seed", "data.validation", "pseudo_mask.guard", "pseudo_mask.batch_size"}
+    without = {
+        "data.root",
+        "data.labelled",
+        "data.split_seed",
+        "data.validation",
+        "pseudo_mask.guard",
+        "pseudo_mask.batch_size",
+    }
     if stage == "stage1" and not config.stage1.strong_view:
         without |= {key for key in keys if key.startswith("augment.strong.")}
     return {key: value for key, value in sorted(keys.items()) if key not in without}
@@ -210,7 +225,7 @@ def _is_union_tag(part: str) -> bool:
 def _model_at(root: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
     model: Any = root
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return None
         model = field.annotation

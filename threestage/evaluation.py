@@ -60,7 +60,9 @@ def evaluate_model(network: Network, card: ModelCard, dataset: str, split: Split
         raise InputError(f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}")
     samples = SampleSet(samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale)
     if len(samples) == 0:
-        raise InputError(f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}")
+        raise InputError(
+            f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}"
+        )
     device = default_device()
     confusion = evaluate(network.to(device), samples, len(card.classes), CHUNK, device)
     return {**summarise(confusion, card.classes), "confusion_matrix": confusion.tolist(), "images": len(samples)}

@@ -200,10 +200,14 @@ class _Run:
         vanished = vanished_classes(statistics, self.label_pixels, self.manifest.classes)
         if vanished:
             check_guard(
-                self.config.pseudo_mask.guard, f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks", self.warn
+                self.config.pseudo_mask.guard,
+                f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks",
+                self.warn,
             )
 
-    def outcome(self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str) -> StageOutcome:
+    def outcome(
+        self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str
+    ) -> StageOutcome:
         return StageOutcome(
             stage=stage,
             model=storage.join(self.folder(stage), "model"),

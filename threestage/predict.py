@@ -45,7 +45,11 @@ def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCa
 
 
 def predict_folder(
-    network: Network, card: ModelCard, source: str, destination: str, show: Callable[[int, int], None] = lambda n, of: None
+    network: Network,
+    card: ModelCard,
+    source: str,
+    destination: str,
+    show: Callable[[int, int], None] = lambda n, of: None,
 ) -> Predicted:
     """Write `masks/NAME.png` (palette, class ids, the image's size) and `overlays/NAME.jpg` for every image of a folder.
 

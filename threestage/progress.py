@@ -35,7 +35,9 @@ class StageProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def show(self, stage: str, row: Mapping[str, float]) -> None:
@@ -55,6 +57,8 @@ class StageProgress:
 
 
 def _figures(row: Mapping[str, float]) -> str:
-    losses = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss"))
+    losses = "  ".join(
+        f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss")
+    )
     score = f"  mean IoU {row['mean_iou']:.3f}" if "mean_iou" in row else ""
     return f"{row['steps_per_second']:.1f} steps/s  {losses}{score}"

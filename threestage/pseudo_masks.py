@@ -30,9 +30,12 @@ VANISHED_SHARE = 0.01
 
 class PseudoMaskSettings(Settings):
     weight: float = Field(0.25, ge=0, description="w_pm")
-    confidence_threshold: float = Field(0.0, ge=0, le=1, description="pixels below it become 255 in L_pm; 0 is faithful")
+    confidence_threshold: float = Field(
+        0.0, ge=0, le=1, description="pixels below it become 255 in L_pm; 0 is faithful"
+    )
     guard: Literal["off", "warn", "stop"] = Field(
-        "warn", description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last"
+        "warn",
+        description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last",
     )
     batch_size: int = Field(8, ge=1, description="images per forward pass of prediction and evaluation")
 
@@ -209,5 +212,3 @@ def check_guard(guard: str, complaint: str, warn: Callable[[str], None]) -> None
         raise StageFailure(f"{complaint}; pseudo_mask.guard=stop ends the run here, warn would go on")
     if guard == "warn":
         warn(complaint)
-
-

@@ -10,7 +10,7 @@ from threestage import pipeline
 from threestage.config import Config, load
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
-from threestage.data.records import MANIFEST_NAME, load_manifest
+from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
 from threestage.data.split import Split
 from threestage.data.synthetic import write_scenes
@@ -24,7 +24,7 @@ from threestage.report import colourise, panel
 from threestage.training.worker import default_device
 
 Show = Callable[[str, Mapping[str, float]], None]
-DEMO_SCENES = {"train": 600, "val": 200, "test": 200}
+DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 PICTURES = 6
 
 
@@ -98,7 +98,9 @@ def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
     data, scenes = storage.join(out, "data"), storage.join(out, "scenes")
     if not storage.exists(storage.join(data, MANIFEST_NAME)):
         write_scenes(scenes, DEMO_SCENES, seed)
-        ingest(scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo"))
+        ingest(
+            scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo")
+        )
     return load("demo", [f"data.root={data}", f"seed={seed}", *overrides])
 
 

@@ -29,7 +29,11 @@ from threestage.training.losses import LossSum
 from threestage.training.schedule import ramp_up
 from threestage.training.worker import Row, Worker
 
-AUXILIARY: Mapping[str, Literal["none", "branch", "shared"]] = {"stage1": "none", "stage2": "branch", "stage3": "shared"}
+AUXILIARY: Mapping[str, Literal["none", "branch", "shared"]] = {
+    "stage1": "none",
+    "stage2": "branch",
+    "stage3": "shared",
+}
 
 
 class StageTask(Settings):
@@ -139,7 +143,13 @@ def make_step(task: StageTask, config: Config, state: TrainState, data: StageDat
     size = config.stage(task.stage).labelled_batch
     labelled = prefetch(
         batches(
-            data.labelled, size, data.canvas, (config.seed, task.stage, "labelled"), state.step, worker.rank, worker.world_size
+            data.labelled,
+            size,
+            data.canvas,
+            (config.seed, task.stage, "labelled"),
+            state.step,
+            worker.rank,
+            worker.world_size,
         )
     )
     if task.stage == "stage1":
@@ -167,7 +177,12 @@ def _supervised_step(config: Config, labelled: Iterator[Batch], worker: Worker) 
 
 
 def _three_task_step(
-    task: StageTask, config: Config, state: TrainState, labelled: Iterator[Batch], unlabelled: Iterator[Batch], worker: Worker
+    task: StageTask,
+    config: Config,
+    state: TrainState,
+    labelled: Iterator[Batch],
+    unlabelled: Iterator[Batch],
+    worker: Worker,
 ) -> StepLoss:
     """Stages 2 and 3: w_sup · L_sup + w_con · L_con + w_pm · L_pm."""
     ramp_up_steps = config.consistency.ramp_up * config.stage(task.stage).steps

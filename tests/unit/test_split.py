@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_records import manifest_of, write_part
 
+from tests.unit.test_records import manifest_of, write_part
 from threestage.data.records import DataSettings
 from threestage.data.split import Split, _carve, make_split
 from threestage.errors import InputError

@@ -86,7 +86,8 @@ def place(
 ) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
     """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size."""
     top, left = (
-        int(rng.integers(0, max(0, side - room) + 1)) for side, room in zip(decoded.image.shape[:2], canvas, strict=True)
+        int(rng.integers(0, max(0, side - room) + 1))
+        for side, room in zip(decoded.image.shape[:2], canvas, strict=True)
     )
     window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
     image = decoded.image[window]
@@ -202,4 +203,4 @@ def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:
     """Samples from the columns of a table (`table.to_pydict()`); columns that a Sample has no field for are ignored."""
     fields = [name for name in Sample.__dataclass_fields__ if name in table]
     rows = zip(*(table[name] for name in fields), strict=True)
-    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]  # type: ignore[arg-type]
+    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from threestage.data import storage
 from threestage.data.batches import Sample, SampleSet, samples_of
-from threestage.data.records import DataFile, Manifest, labelled_rows, pool_files
+from threestage.data.records import DataFile, Manifest, SplitName, labelled_rows, pool_files
 from threestage.data.split import Split
 from threestage.pseudo_masks import pseudo_mask_uri
 
@@ -21,7 +21,7 @@ def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, ps
 
 def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) -> SampleSet:
     """The images that a run validates on, each with its mask."""
-    name = "val" if split.validation_split == "val" else "train"
+    name: SplitName = "val" if split.validation_split == "val" else "train"
     return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
 
 
@@ -43,7 +43,9 @@ def pool_file_samples(root: str, file: DataFile, pseudo_masks: str) -> Iterator[
     images = storage.read_table(storage.join(root, file.path), ["image_id", "image"])
     predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
     if images.column("image_id") != predicted.column("image_id"):
-        raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.path}: their image ids differ")
+        raise ValueError(
+            f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.path}: their image ids differ"
+        )
     for column in ("pseudo_mask", "confidence"):
         images = images.append_column(column, predicted.column(column))
     return (sample for sample in samples_of(images.to_pydict()) if sample.pseudo_mask is not None)

@@ -58,5 +58,9 @@ def load_card(uri: str) -> ModelCard:
 def start_from(network: Network, uri: str) -> None:
     """Warm start: copy a model's weights into a network, the auxiliary stage as a copy of the last stage again."""
     state = network.state_dict() | read_weights(uri)
-    copies = {name: name.replace("auxiliary_stage.", "encoder.last.", 1) for name in state if name.startswith("auxiliary_stage.")}
+    copies = {
+        name: name.replace("auxiliary_stage.", "encoder.last.", 1)
+        for name in state
+        if name.startswith("auxiliary_stage.")
+    }
     network.load_state_dict(state | {copy: state[source] for copy, source in copies.items()})

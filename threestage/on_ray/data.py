@@ -30,13 +30,17 @@ def unlabelled_stream(task: StageTask, config: Config, first_step: int) -> Datas
     manifest = load_manifest(config.data.root, task.manifest_version)
     files = pool_files(manifest)
     per_step = config.stage(task.stage).unlabelled_batch * config.cluster.workers
-    order = file_order(files, config.seed, task.stage, first_step * per_step, (config.stage(task.stage).steps + 1) * per_step)
+    order = file_order(
+        files, config.seed, task.stage, first_step * per_step, (config.stage(task.stage).steps + 1) * per_step
+    )
     read = _FileReader(task, config, canvas_size(manifest, config.augment, config.data.downscale))
     items = [{"pass": pass_, "file": file.model_dump_json()} for pass_, file in order]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1)
 
 
-def file_order(files: tuple[DataFile, ...], seed: int, stage: str, consumed: int, needed: int) -> list[tuple[int, DataFile]]:
+def file_order(
+    files: tuple[DataFile, ...], seed: int, stage: str, consumed: int, needed: int
+) -> list[tuple[int, DataFile]]:
     """(pass, file) from the file that holds image number `consumed` until `needed` images and one pass more are reached.
 
     Every pass is a permutation of the files that depends on (seed, stage, pass) alone.

@@ -79,7 +79,11 @@ def train_on_ray(task: StageTask, config: Config, show: Show) -> None:
         datasets["unlabelled"] = unlabelled_stream(task, config, last_checkpoint_step(task.folder))
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"task": task.model_dump(mode="json"), "progress": progress, "threads": cluster.cpus_per_worker},
+        train_loop_config={
+            "task": task.model_dump(mode="json"),
+            "progress": progress,
+            "threads": cluster.cpus_per_worker,
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -89,7 +93,9 @@ def train_on_ray(task: StageTask, config: Config, show: Show) -> None:
             name=TRAIN_NAME,
             storage_path=path,
             storage_filesystem=files,
-            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
         datasets=datasets,

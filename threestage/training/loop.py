@@ -122,6 +122,10 @@ class _Window:
                 )
         elapsed = time.monotonic() - self._start
         state.seconds += elapsed
-        row |= {"step": state.step, "steps_per_second": self._steps / elapsed, "learning_rate": state.optimiser.param_groups[0]["lr"]}
+        row |= {
+            "step": state.step,
+            "steps_per_second": self._steps / elapsed,
+            "learning_rate": state.optimiser.param_groups[0]["lr"],
+        }
         self._reset()
         return row

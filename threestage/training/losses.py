@@ -18,7 +18,7 @@ class LossSum(NamedTuple):
     """A loss before its mean is taken: both are scalars on the device."""
 
     total: Tensor  # sum of the cross-entropy over the valid pixels, in nats
-    count: Tensor  # number of valid pixels, float32
+    pixels: Tensor  # number of valid pixels, float32
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor) -> LossSum:
@@ -68,11 +68,14 @@ def total_loss(
     DDP averages gradients over the workers, so each worker's sum is divided by the global count and multiplied by
     `world_size`; with one worker that is the plain mean.
     """
-    sums = torch.stack([torch.stack([term.total.detach(), term.count]) for term in terms.values()])
+    sums = torch.stack([torch.stack([term.total.detach(), term.pixels]) for term in terms.values()])
     totals, counts = sum_over_workers(sums).clamp(min=0).unbind(dim=1)
     counts = counts.clamp(min=1)
     loss = torch.stack(
-        [weights[name] * term.total * world_size / count for (name, term), count in zip(terms.items(), counts, strict=True)]
+        [
+            weights[name] * term.total * world_size / count
+            for (name, term), count in zip(terms.items(), counts, strict=True)
+        ]
     ).sum()
     means = dict(zip(terms, totals / counts, strict=True))
     return loss, means

@@ -30,4 +30,4 @@ def mean_iou(confusion: Tensor) -> float:
 
 def pixel_accuracy(confusion: Tensor) -> float:
     """Share of the counted pixels that are right, in [0,1]."""
-    return float(confusion.diagonal().sum() / confusion.sum())
+    return float(confusion.diagonal().sum().double() / confusion.sum())

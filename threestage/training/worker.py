@@ -57,7 +57,9 @@ class LocalWorker:
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
     ) -> None:
         self.device = default_device()
-        self._checkpoints = Path(storage.local_path(folder, "--local keeps its checkpoints on a local disk")) / "checkpoints"
+        self._checkpoints = (
+            Path(storage.local_path(folder, "--local keeps its checkpoints on a local disk")) / "checkpoints"
+        )
         self._unlabelled = unlabelled
         self._show = show
 

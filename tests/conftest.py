@@ -1,0 +1,46 @@
+"""Shared by all tests: a tiny data set of synthetic scenes, a configuration that trains on it in seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from threestage.config import Config
+from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.synthetic import write_scenes
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set root: 40 train, 6 validation, 4 test scenes of 64×64, 16 rows a file."""
+    folder = tmp_path_factory.mktemp("scenes")
+    source, root = folder / "source", folder / "data"
+    write_scenes(str(source), {"train": 40, "val": 6, "test": 4}, seed=7)
+    settings = IngestSettings(format="camvid", class_map=str(source / "class_map.yaml"), rows_per_file=16)
+    ingest(str(source), str(root), settings)
+    return root
+
+
+def tiny_config(root: Path, **changes: object) -> Config:
+    """Three stages of a few steps on a tiny network; `changes` are whole sections or dotted keys with "__" for dots."""
+    tree: dict[str, object] = {
+        "name": "tiny",
+        "data": {"root": str(root), "labelled": 8},
+        "network": {"encoder": "test_resnet", "batch_norm": "live", "dilations": [1, 2]},
+        "augment": {"crop_size": [32, 32], "strong": {"cutout_size": 8}},
+        "optimiser": {"learning_rate": 1e-3, "encoder_learning_rate": 1e-3},
+        "pseudo_mask": {"guard": "off"},
+        "stage1": {"steps": 6, "labelled_batch": 2},
+        "stage2": {"steps": 6, "labelled_batch": 2, "unlabelled_batch": 2},
+        "stage3": {"steps": 6, "labelled_batch": 2, "unlabelled_batch": 2},
+        "training": {"log_every": 2, "checkpoint_every": 2, "evaluate_every": 6},
+    }
+    for name, value in changes.items():
+        *parents, leaf = name.split("__")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})  # type: ignore[assignment]
+        section[leaf] = value
+    return Config.model_validate(tree)

@@ -1,0 +1,27 @@
+"""The confusion matrix against torchmetrics, the IoU against numbers worked out by hand."""
+
+import math
+
+import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
+
+from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
+
+
+def test_confusion_matrix_equals_torchmetrics() -> None:
+    random = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 5, (3, 20, 30), generator=random)
+    mask[torch.rand(mask.shape, generator=random) < 0.1] = 255
+    prediction = torch.randint(0, 5, mask.shape, generator=random)
+    mine = confusion_matrix(mask.to(torch.uint8), prediction.to(torch.uint8), 5)
+    assert torch.equal(mine, multiclass_confusion_matrix(prediction, mask, 5, ignore_index=255))
+    oracle = multiclass_jaccard_index(prediction, mask, 5, ignore_index=255, average="none")
+    torch.testing.assert_close(per_class_iou(mine).float(), oracle)
+
+
+def test_iou_by_hand() -> None:
+    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    ious = per_class_iou(confusion).tolist()
+    assert ious[:2] == [3 / 6, 4 / 7] and math.isnan(ious[2])
+    assert mean_iou(confusion) == (3 / 6 + 4 / 7) / 2
+    assert pixel_accuracy(confusion) == 7 / 10

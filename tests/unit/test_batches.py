@@ -1,0 +1,116 @@
+"""Order, canvases and prefetching decide what a step sees: they must be functions of the step, or resume is not exact."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from threestage.data.batches import Batch, Decoded, Order, SampleSet, batches, canvas_size, place, prefetch
+from threestage.data.records import load_manifest, pool_files
+from threestage.data.sets import labelled_set, pool_set, validation_set
+from threestage.data.split import make_split
+from threestage.local import predict_pool
+from threestage.models.export import ModelCard, save_model
+from threestage.models.network import build_network
+from threestage.pseudo_masks import PoolTask
+from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor, ramp_up
+
+
+@pytest.fixture
+def labelled(scenes: Path) -> SampleSet:
+    config = tiny_config(scenes)
+    manifest = load_manifest(str(scenes))
+    return labelled_set(str(scenes), manifest, make_split(str(scenes), manifest, config.data), 1, None)
+
+
+def test_every_pass_is_a_permutation_of_its_own() -> None:
+    order = Order(7, 0, "labelled")
+    passes = [[order[p * 7 + i] for i in range(7)] for p in range(3)]
+    assert all(sorted(items) == list(range(7)) for items in passes)
+    assert passes[0] != passes[1]
+    assert [Order(7, 0, "labelled")[i] for i in range(14, 21)] == passes[2]
+
+
+def test_batches_from_any_step_equal_those_of_an_undisturbed_run(labelled: SampleSet) -> None:
+    whole = list(islice(batches(labelled, 3, (48, 40), (0, "s")), 6))
+    rest = list(islice(batches(labelled, 3, (48, 40), (0, "s"), first_step=4), 2))
+    for a, b in zip(whole[4:], rest, strict=True):
+        assert (
+            a.image_ids == b.image_ids and torch.equal(a.image, b.image) and torch.equal(a.maps["mask"], b.maps["mask"])
+        )
+
+
+def test_ranks_share_the_global_batch(labelled: SampleSet) -> None:
+    one = next(batches(labelled, 4, (64, 64), (0, "s")))
+    ranks = [next(batches(labelled, 2, (64, 64), (0, "s"), rank=r, world_size=2)) for r in range(2)]
+    assert one.image_ids == ranks[0].image_ids + ranks[1].image_ids
+
+
+def test_small_images_are_padded_and_large_ones_cut() -> None:
+    image = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
+    mask = image[..., 0] % 5
+    placed, maps, size = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
+    assert placed.shape == (6, 8, 3) and size == (4, 8)
+    assert (maps["mask"][4:] == 255).all()
+    left = int(np.flatnonzero(image[0, :, 0] == placed[0, 0, 0])[0])
+    assert np.array_equal(placed[:4], image[:, left : left + 8])
+    assert np.array_equal(maps["mask"][:4], mask[:, left : left + 8])
+
+
+def test_canvas_is_what_the_widest_view_needs(scenes: Path) -> None:
+    manifest = load_manifest(str(scenes))
+    config = tiny_config(scenes)
+    assert canvas_size(manifest, config.augment, 1) == (32, 32)
+    wide = config.augment.model_copy(update={"scale": (0.8, 1.5)})
+    assert canvas_size(manifest, wide, 1) == (40, 40)
+    assert canvas_size(manifest, wide, 2) == (32, 32)
+
+
+def test_prefetch_gives_all_in_order_and_passes_errors_on(labelled: SampleSet) -> None:
+    def failing() -> Iterator[Batch]:
+        yield from islice(batches(labelled, 2, (64, 64), (0, "s")), 3)
+        raise OSError("disk gone")
+
+    source = prefetch(failing(), depth=1)
+    got = [next(source).image_ids for _ in range(3)]
+    assert got == [b.image_ids for b in islice(batches(labelled, 2, (64, 64), (0, "s")), 3)]
+    with pytest.raises(OSError, match="disk gone"):
+        next(source)
+
+
+def test_the_pool_holds_labelled_images_but_no_validation_ones(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes)
+    manifest = load_manifest(str(scenes))
+    split = make_split(str(scenes), manifest, config.data)
+    card = ModelCard(
+        network=config.network, classes=manifest.classes, colours=manifest.colours, downscale=1, stage="stage1"
+    )
+    digest = save_model(str(tmp_path / "model"), build_network(config.network, len(manifest.classes)), card)
+    excluded = frozenset(split.labelled[:2])
+    task = PoolTask(
+        root=str(scenes), destination=str(tmp_path / "pm"), model_digest=digest, num_classes=len(manifest.classes), downscale=1,
+        batch_size=4, used_ids=frozenset(split.labelled), excluded_ids=excluded,
+    )  # fmt: skip
+    statistics = predict_pool(str(tmp_path / "model"), task, pool_files(manifest))
+    assert statistics.images == 38 and statistics.pixels == 38 * 64 * 64 == sum(statistics.class_pixels)
+    assert np.sum(statistics.confusion) == 32 * 64 * 64  # the masks that training did not use
+    pool = pool_set(str(scenes), manifest, str(tmp_path / "pm"), 1)
+    ids = {sample.image_id for sample in pool.samples}
+    assert len(ids) == 38 and not ids & excluded and set(split.labelled[2:]) <= ids
+    assert pool.decoded(0).maps["pseudo_mask"].shape == (64, 64)
+    assert not ids & {s.image_id for s in validation_set(str(scenes), manifest, split, 1).samples}
+    assert predict_pool(str(tmp_path / "model"), task, pool_files(manifest)) == statistics
+
+
+def test_schedules() -> None:
+    paper = EmaSettings(decay=((0, 0.99), (20_000, 0.995), (40_000, 0.9975), (50_000, 0.999)))
+    assert [ema_decay(step, paper) for step in (0, 19_999, 20_000, 59_999)] == [0.99, 0.99, 0.995, 0.999]
+    assert [ramp_up(step, 10) for step in (10, 11)] == [1, 1] and ramp_up(0, 0) == 1
+    assert ramp_up(0, 10) == pytest.approx(0.0067379, rel=1e-5) and ramp_up(5, 10) == pytest.approx(0.2865048, rel=1e-5)
+    poly = OptimiserSettings(schedule="poly", warm_up_steps=2)
+    assert [learning_rate_factor(s, 10, poly) for s in (0, 1)] == pytest.approx([0.5, 0.9**0.9])
+    assert learning_rate_factor(5, 10, OptimiserSettings()) == 1

@@ -1,0 +1,77 @@
+"""A configuration that is wrong must be refused with the dotted path, the value and the valid choices, in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_config
+from threestage.config import flatten, load, preset_headers, stage_keys
+from threestage.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "stage1.stps=5",
+            "stage1.stps=5: unknown key; did you mean steps? valid here: labelled_batch, steps, strong_view",
+        ),
+        ("stage1.steps=abc", "stage1.steps='abc': should be a valid integer"),
+        ("network.head=foo", "network.head='foo': should be 'deeplabv2', 'deeplabv3plus' or 'linear'"),
+        ("augment.crop_size=[50, 64]", "augment.crop_size=[50, 64]: both sides must be multiples of 8"),
+        ("data.labelled=1.5", "data.labelled=1.5: should be a valid integer"),
+        ("ema.decay=[[5, 0.9]]", "first steps must rise from 0"),
+        ("x=1", "x=1: unknown key; valid here: augment, cluster"),
+        ("stage1=5", "stage1=5:"),
+        ("stage1.steps.more=5", "stage1.steps.more=5"),
+        ("nonsense", "write it as a.b=c"),
+        ("name=[", "the value is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, expected: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load("demo", [override])
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_unknown_preset_names_the_presets() -> None:
+    with pytest.raises(InputError, match=r"camvd: neither a preset \(.*camvid.*demo.*\) nor a YAML file"):
+        load("camvd")
+
+
+def test_yaml_file_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {root: here}\naugment: {crop_size: [64, 64]}\n")
+    config = load(str(file), ["optimiser.learning_rate=1e-3", "data.labelled=0.25", "name=mine"])
+    assert (config.optimiser.learning_rate, config.data.labelled, config.name) == (1e-3, 0.25, "mine")
+    file.write_text("- a list\n")
+    with pytest.raises(InputError, match="a configuration is a mapping"):
+        load(str(file))
+    file.write_text("a: [\n")
+    with pytest.raises(InputError, match="not YAML"):
+        load(str(file))
+
+
+def test_every_preset_loads_and_says_what_it_is() -> None:
+    for name, header in preset_headers().items():
+        load(name)
+        assert "command:" in header and "cost:" in header, f"{name}: the header names its command and its cost"
+
+
+def test_a_stage_depends_on_what_it_computes_with_only(tmp_path: Path) -> None:
+    before = tiny_config(tmp_path)
+    changed = {
+        "cluster__workers": 2, "registry__experiment": "other", "training__log_every": 1, "name": "other",
+        "pseudo_mask__guard": "stop", "consistency__weight": 0.5, "stage2__steps": 9, "augment__strong__cutouts": 1,
+    }  # fmt: skip
+    after = tiny_config(tmp_path, **changed)
+    assert stage_keys(before, "stage1") == stage_keys(after, "stage1")
+    one, two = stage_keys(before, "stage2"), stage_keys(after, "stage2")
+    assert {key for key in one if one[key] != two[key]} == {
+        "consistency.weight", "stage2.steps", "augment.strong.cutouts"
+    }  # fmt: skip
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}

@@ -1,0 +1,143 @@
+"""A run that is killed anywhere and started again must end where an undisturbed one ends, and never mix two inputs."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tiny_config
+from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.records import load_manifest
+from threestage.data.synthetic import write_scenes
+from threestage.errors import InputError, StageFailure
+from threestage.local import run_local
+from threestage.models.export import load_model
+from threestage.pipeline import StageOutcome
+
+
+class Killed(BaseException):
+    """Stands in for kill -9: nothing in the program catches it."""
+
+
+def quiet(stage: str, row: Mapping[str, float]) -> None:
+    pass
+
+
+def weights(out: Path) -> list[bytes]:
+    return [(out / stage / "model" / "model.safetensors").read_bytes() for stage in ("stage1", "stage2", "stage3")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    run_local(tiny_config(scenes), str(out), quiet)
+    return out
+
+
+def test_results_name_every_stage(undisturbed: Path) -> None:
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert list(results["stages"]) == ["stage1", "stage2", "stage3"]
+    for figures in results["stages"].values():
+        assert 0 <= figures["mean_iou"] <= 1 and 0 < figures["mean_confidence"] < 1
+        assert {"pseudo_mask_mean_iou", "share_above_0.9", "mean_entropy", "seconds"} <= set(figures)
+
+
+@pytest.mark.parametrize("rows_until_kill", [1, 3, 4, 8])
+def test_killed_and_continued_reaches_the_same_weights_bit_for_bit(
+    scenes: Path, undisturbed: Path, tmp_path: Path, rows_until_kill: int
+) -> None:
+    counter = itertools.count(1)
+
+    def die(stage: str, row: Mapping[str, float]) -> None:
+        if next(counter) == rows_until_kill:
+            raise Killed
+
+    config = tiny_config(scenes, training__log_every=1)
+    with pytest.raises(Killed):
+        run_local(config, str(tmp_path), die)
+    assert not (tmp_path / "results.json").exists()
+    run_local(config, str(tmp_path), quiet)
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+def test_a_rerun_trains_nothing_and_records_everything_again(scenes: Path, undisturbed: Path) -> None:
+    rows: list[Any] = []
+    outcomes: list[StageOutcome] = []
+    run_local(tiny_config(scenes), str(undisturbed), lambda stage, row: rows.append(row), record=outcomes.append)
+    assert rows == []
+    assert [outcome.stage for outcome in outcomes] == ["stage1", "stage2", "stage3"]
+    assert outcomes[0].history[-1]["step"] == 6
+
+
+def test_other_settings_are_refused_by_name(scenes: Path, undisturbed: Path) -> None:
+    with pytest.raises(InputError, match=r"stage2/inputs.json was made with consistency.weight=0.25, this run has 0.5"):
+        run_local(tiny_config(scenes, consistency__weight=0.5), str(undisturbed), quiet)
+    with pytest.raises(InputError, match=r"split.json was made with data.labelled=8, this run has 9"):
+        run_local(tiny_config(scenes, data__labelled=9), str(undisturbed), quiet)
+
+
+def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(scenes, root)
+    shutil.copytree(undisturbed, out)
+    before = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("*.parquet")}
+    more = tmp_path / "more"
+    write_scenes(str(more), {"train": 5}, seed=9)
+    ingest(str(more / "train" / "images"), str(root), IngestSettings(format="images"))
+    assert load_manifest(str(root)).version == 2
+    with pytest.raises(InputError, match="stage2 was trained on other pseudo-masks"):
+        run_local(tiny_config(root), str(out), quiet)
+    after = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("*.parquet")}
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+
+
+def test_guard_stops_when_asked(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageFailure, match="vanished from the pseudo-masks"):
+        run_local(tiny_config(scenes, stage1__steps=1, pseudo_mask__guard="stop"), str(tmp_path), quiet)
+
+
+def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes, optimiser__learning_rate=1e30, optimiser__encoder_learning_rate=1e30)
+    with pytest.raises(StageFailure, match=r"supervised_loss became (nan|inf) between steps"):
+        run_local(config, str(tmp_path), quiet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"stage1__labelled_batch": 9},
+            r"stage1.labelled_batch=9 on cluster.workers=1 is more than the 8 labelled images",
+        ),
+        ({"stage2__unlabelled_batch": 99}, r"stage2.unlabelled_batch=99 .* more than the 40 unlabelled"),
+        ({"data__labelled": 99}, r"data.labelled is 99, but .* has 40 labelled train images"),
+        ({"network__encoder": "test_resnt"}, r"network.encoder: timm knows no 'test_resnt'; did you mean test_resnet"),
+        ({"network__weights": "/none.pth"}, r"/none.pth"),
+        ({"data__root": "/nope"}, r"/nope/manifest.json: no data set there"),
+    ],
+)
+def test_bad_input_is_refused_before_training(
+    scenes: Path, tmp_path: Path, changes: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        run_local(tiny_config(scenes, **changes), str(tmp_path), quiet)
+    assert not (tmp_path / "stage1").exists()
+
+
+def test_warm_start_begins_with_the_previous_stage(scenes: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost zero, a warm-started stage 2 must ship stage 1's weights."""
+    slow = {"optimiser__learning_rate": 1e-12, "optimiser__encoder_learning_rate": 1e-12, "network__batch_norm": "live"}
+    out = run_local(tiny_config(scenes, stage2__warm_start=True, stages=2, **slow), str(tmp_path / "warm"), quiet)
+    cold = run_local(tiny_config(scenes, stages=2, **slow), str(tmp_path / "cold"), quiet)
+
+    def head(folder: str, stage: str) -> list[float]:
+        network, _ = load_model(str(tmp_path / folder / stage / "model"))
+        return [float(p.detach().abs().sum()) for p in network.main_head.parameters()]
+
+    assert head("warm", "stage2") == pytest.approx(head("warm", "stage1"), rel=1e-4)
+    assert head("cold", "stage2") != pytest.approx(head("cold", "stage1"), rel=1e-4)
+    assert len(out["stages"]) == len(cold["stages"]) == 2
