@@ -1,0 +1,31 @@
+"""One Ray cluster for all integration tests of a session: 8 logical CPUs, whatever the machine has."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    ray.init(num_cpus=8, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def ray_logs_on_failure(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Print the end of Ray's logs when a test of the cluster fails."""
+    failed_before = request.session.testsfailed
+    yield
+    logs = Path("/tmp/ray/session_latest/logs")
+    if request.session.testsfailed > failed_before and "ray_cluster" in request.fixturenames and logs.is_dir():
+        for log in sorted(logs.rglob("*train*.log"), key=lambda path: path.stat().st_mtime)[-3:]:
+            print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+    shutil.rmtree(tmp_path, ignore_errors=True)

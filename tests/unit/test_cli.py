@@ -1,0 +1,139 @@
+"""What a user types wrong gets one clear line and exit code 2, before any training."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from threestage.cli import main
+
+CLASS_MAP = {
+    "classes": [
+        {"name": "ground", "colour": [90, 90, 90], "ids": [0]},
+        {"name": "thing", "colour": [255, 0, 0], "ids": [1]},
+    ],
+    "ignore": {"ids": [255]},
+}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def threestage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["threestage", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten good images with masks, in images/ and masks/, and a class map."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i in range(10):
+        Image.fromarray(random.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(tmp_path / f"images/{i}.jpg")
+        Image.fromarray(random.integers(0, 2, (40, 48), dtype=np.uint8)).save(tmp_path / f"masks/{i}.png")
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASS_MAP))
+    return tmp_path
+
+
+def ingest_arguments(photos: Path, *more: object) -> list[object]:
+    return [
+        "ingest",
+        photos / "images",
+        photos / "data",
+        "--masks",
+        photos / "masks",
+        "--class-map",
+        photos / "classes.yaml",
+        *more,
+    ]
+
+
+def refused(result: tuple[int, str, str], *expected: str) -> None:
+    code, _, error = result
+    assert code == 2
+    assert error.count("\n") == 1, f"not one line: {error}"
+    for text in expected:
+        assert text in error
+
+
+def test_missing_folder(threestage: Run) -> None:
+    refused(threestage("ingest", "nowhere", "data", "--format", "images"), "nowhere")
+
+
+def test_empty_folder(threestage: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(threestage("ingest", "empty", "data", "--format", "images"), "empty")
+
+
+def test_mask_of_another_size(threestage: Run, photos: Path) -> None:
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(photos / "masks/3.png")
+    refused(threestage(*ingest_arguments(photos)), "3.png", "40", "48")
+
+
+def test_id_outside_the_class_map(threestage: Run, photos: Path) -> None:
+    Image.fromarray(np.full((40, 48), 7, np.uint8)).save(photos / "masks/3.png")
+    refused(threestage(*ingest_arguments(photos)), "3.png", "id 7", "class map")
+
+
+def test_truncated_jpeg_is_skipped_counted_and_listed(threestage: Run, photos: Path) -> None:
+    file = photos / "images/3.jpg"
+    file.write_bytes(file.read_bytes()[:-200])
+    code, out, _ = threestage(*ingest_arguments(photos, "--max-bad-share", 0.2, "--json"))
+    report = json.loads(out)
+    assert code == 0 and report["added_images"] == 9
+    assert [Path(rejected).name for rejected, _ in report["rejected"]] == ["3.jpg"]
+    refused(threestage(*ingest_arguments(photos, "--max-bad-share", 0.05)), "3.jpg")
+
+
+def test_wrong_settings(threestage: Run, scenes: Path) -> None:
+    refused(threestage("run", "demo", "--set", "stage1.stps=3"), "stage1.stps", "did you mean steps")
+    refused(threestage("ingest", "a", "b", "--format", "coco"), "format='coco'", "'cityscapes'")
+    demo = ["run", "demo", "--local", "--set", f"data.root={scenes}", "--set"]
+    refused(threestage(*demo, "network.encoder=resnet18x"), "resnet18x", "did you mean resnet18")
+    torch.save({"conv1.weight": torch.zeros(1)}, "other.pth")
+    refused(threestage(*demo, "network.weights=other.pth"), "other.pth", "conv1.weight")
+
+
+def test_no_model_there(threestage: Run, tmp_path: Path) -> None:
+    refused(threestage("predict", tmp_path, tmp_path, "out"), str(tmp_path), "models:/NAME@stage3")
+    refused(threestage("evaluate", "nothing", tmp_path), "nothing")
+
+
+def test_config_prints_the_whole_tree(threestage: Run) -> None:
+    code, out, _ = threestage("config", "demo", "--set", "stage1.steps=7")
+    assert code == 0 and yaml.safe_load(out)["stage1"]["steps"] == 7
+    code, out, _ = threestage("config", "--json")
+    assert code == 0 and {"camvid", "demo"} <= set(json.loads(out))
+
+
+def test_own_images_from_ingest_to_prediction(threestage: Run, photos: Path) -> None:
+    """The README's commands on one's own images, at their smallest."""
+    assert threestage(*ingest_arguments(photos))[0] == 0
+    settings = {
+        "data.root": "data", "network.head": "deeplabv2", "augment.crop_size": "[40,48]", "pseudo_mask.guard": "off",
+        "stage1.steps": 2, "stage2.steps": 2, "stage3.steps": 2, "stage1.labelled_batch": 2, "data.labelled": 6,
+        "stage2.labelled_batch": 2, "stage3.labelled_batch": 2, "stage2.unlabelled_batch": 2, "stage3.unlabelled_batch": 2,
+    }  # fmt: skip
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    code, out, _ = threestage("run", "demo", "--local", "--out", "run", *sets)
+    assert code == 0 and "stage3" in out and Path("run/pictures.png").is_file()
+    code, out, _ = threestage("predict", "run", "images", "predicted", "--json")
+    assert code == 0 and json.loads(out) == {"images": 10, "rejected": []}
+    assert len(list(Path("predicted/overlays").iterdir())) == 10
+    code, out, _ = threestage("evaluate", "run", "data", "--split", "train", "--json")
+    assert code == 0 and json.loads(out)["images"] == 10
