@@ -4,12 +4,15 @@ BIN := .venv/bin
 OUT ?= runs/demo-$(SEED)
 SEED ?= 0
 
-.PHONY: demo test lint types unit integration clean
+.PHONY: demo test test-slow lint types unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
 
 test: lint types unit integration  ## everything that CI runs
+
+test-slow: .venv/installed  ## faults and other long tests
+	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ class PseudoMaskSettings(Settings):
     confidence_threshold: float = Field(
         0.0, ge=0, le=1, description="pixels below it become 255 in L_pm; 0 is faithful"
     )
-    guard: Literal["off", "warn", "stop"] = Field(
+    guard: Literal["ignore", "warn", "stop"] = Field(
         "warn",
         description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last",
     )

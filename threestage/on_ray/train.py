@@ -54,11 +54,12 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if cluster.address is None and "RAY_ADDRESS" not in os.environ:
+    if address is None:
         wanted = int(cluster.workers * cluster.cpus_per_worker + cluster.predictors * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted + SPARE_CPUS), "dashboard_host": "127.0.0.1"}
-    ray.init(address=cluster.address, **options)
+    ray.init(address=address or "local", **options)
     try:
         yield
     finally:
