@@ -49,6 +49,8 @@ def main() -> None:
         _fail(error, 2)
     except StageFailure as error:
         _fail(error, 1)
+    except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer
+        _fail(error, 2)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from threestage.augment.views import AugmentSettings
+from threestage.data import storage
 from threestage.data.records import DataSettings
 from threestage.errors import InputError
 from threestage.models.network import NetworkSettings, crop_fits, size_multiple
@@ -95,6 +96,12 @@ class Config(Settings):
         stages = {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}
         return stages[name]
 
+    def with_absolute_paths(self) -> Self:
+        """The same with paths that hold in any process, whatever folder it runs in."""
+        data = self.data.model_copy(update={"root": storage.absolute(self.data.root)})
+        weights = self.network.weights and storage.absolute(self.network.weights)
+        return self.model_copy(update={"data": data, "network": self.network.model_copy(update={"weights": weights})})
+
     @property
     def stage_names(self) -> tuple[StageName, ...]:
         return STAGES[: self.stages]
@@ -106,7 +113,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     if stage != "stage1":
         sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
-    keys = flatten(dump)
+    keys = flatten(dump) | {"training.precision": config.training.precision}
     without = {
         "data.root",
         "data.labelled",

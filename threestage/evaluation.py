@@ -15,7 +15,8 @@ from threestage.pseudo_masks import predict_images
 from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
 from threestage.training.worker import default_device
 
-CHUNK = 64
+CHUNK = 64  # images decoded at a time
+BATCH = 4  # images per forward pass
 
 
 def evaluate(
@@ -64,7 +65,7 @@ def evaluate_model(network: Network, card: ModelCard, dataset: str, split: Split
             f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}"
         )
     device = default_device()
-    confusion = evaluate(network.to(device), samples, len(card.classes), CHUNK, device)
+    confusion = evaluate(network.to(device), samples, len(card.classes), BATCH, device)
     return {**summarise(confusion, card.classes), "confusion_matrix": confusion.tolist(), "images": len(samples)}
 
 

@@ -31,7 +31,7 @@ def run_local(
     """Run the three stages here; returns what results.json holds."""
 
     def run_stage(task: StageTask) -> None:
-        worker = LocalWorker(task.folder, local_unlabelled(task, config), lambda row: show(task.stage, row))
+        worker = LocalWorker(task.folder, local_unlabelled(task), lambda row: show(task.stage, row))
         train_stage(task, worker)
 
     return pipeline.run(config, out, run_stage, predict_pool, record, warn)
@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     try:
         results = run_local(load(options.config, [*options.set, *seed]), options.out, _print_row)
-    except (InputError, StageFailure) as error:
+    except (InputError, OSError, StageFailure) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 1 if isinstance(error, StageFailure) else 2
     print(json.dumps(results["stages"], indent=1))
     return 0
 

@@ -22,6 +22,7 @@ from typing import Any
 import threestage
 from threestage.config import Config, StageName, flatten, stage_keys
 from threestage.data import storage
+from threestage.data.batches import SampleSet
 from threestage.data.records import DataFile, Manifest, load_manifest, pool_files
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split
@@ -56,11 +57,17 @@ def run(
 
     Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
     """
+    config, out = config.with_absolute_paths(), storage.absolute(out)
     manifest = load_manifest(config.data.root)
-    split = _fix_split(config, out, manifest)
-    label_pixels = check_run(config, manifest, labelled_set(config.data.root, manifest, split, config.data.downscale, None),
-                             validation_set(config.data.root, manifest, split, config.data.downscale))  # fmt: skip
-    run_ = _Run(config, out, manifest, split, label_pixels, run_stage, predict_pool, warn)
+    split = _read_or_make_split(config, out, manifest)
+    root, downscale = config.data.root, config.data.downscale
+    labelled = labelled_set(root, manifest, split, downscale, None)
+    validation = validation_set(root, manifest, split, downscale)
+    _refuse_missing(root, split, labelled, validation)
+    label_pixels = check_run(config, manifest, labelled, validation)
+    storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
+    digests = {"labelled": labelled.digest(), "validation": validation.digest()}
+    run_ = _Run(config, out, manifest, split, label_pixels, digests, run_stage, predict_pool, warn)
     results: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
@@ -86,17 +93,32 @@ def run(
     return results
 
 
-def _fix_split(config: Config, out: str, manifest: Manifest) -> Split:
+def _read_or_make_split(config: Config, out: str, manifest: Manifest) -> Split:
     """The run's split: made once, then read, so that a data set that grows does not change it."""
     uri = storage.join(out, "split.json")
-    settings = config.data.model_dump(mode="json", include={"labelled", "split_seed", "validation"})
-    if storage.exists(uri):
-        saved = storage.read_json(uri)
-        _refuse_difference(out, "split.json", flatten({"data": saved["settings"]}), flatten({"data": settings}))
-        return Split.model_validate(saved["split"])
-    split = make_split(config.data.root, manifest, config.data)
-    storage.write_json(uri, {"settings": settings, "split": split.model_dump(mode="json")})
+    if not storage.exists(uri):
+        return make_split(config.data.root, manifest, config.data)
+    saved = storage.read_json(uri)
+    split = Split.model_validate(saved["split"])
+    now = _split_record(config, split)["settings"]
+    _refuse_difference(out, "split.json", flatten({"data": saved["settings"]}), flatten({"data": now}))
     return split
+
+
+def _split_record(config: Config, split: Split) -> dict[str, Any]:
+    settings = config.data.model_dump(mode="json", include={"labelled", "split_seed", "validation"})
+    return {"settings": settings, "split": split.model_dump(mode="json")}
+
+
+def _refuse_missing(root: str, split: Split, labelled: SampleSet, validation: SampleSet) -> None:
+    """A split that names images which the data set does not hold belongs to another data set."""
+    for name, ids, samples in (("labelled", split.labelled, labelled), ("validation", split.validation, validation)):
+        missing = sorted(set(ids) - {sample.image_id for sample in samples.samples})
+        if missing:
+            raise InputError(
+                f"{root}: {len(missing)} of the run's {len(ids)} {name} images are not in it, {missing[0]} first: "
+                "set data.root to the data set that this run began with, or give another --out"
+            )
 
 
 def _refuse_difference(out: str, where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -117,6 +139,7 @@ class _Run:
     manifest: Manifest
     split: Split
     label_pixels: list[int]
+    digests: dict[str, str]
     run_stage: RunStage
     predict_pool: PredictPool
     warn: Warn
@@ -141,30 +164,41 @@ class _Run:
                     previous_model=None if number == 1 else storage.join(self.folder(f"stage{number - 1}"), "model"),
                 )
             )
-            storage.write_json(storage.join(folder, "done.json"), {"format": 1, "finished": time.time(), **inputs})
+            result = storage.read_json(storage.join(folder, "result.json"))
+            marker = {"format": 1, "finished": time.time(), "model_digest": result["model_digest"], **inputs}
+            storage.write_json(storage.join(folder, "done.json"), marker)
         return dict(storage.read_json(storage.join(folder, "result.json")))
 
     def _inputs(self, stage: StageName, pseudo_digest: str | None) -> dict[str, Any]:
         return {
             "code_version": threestage.__version__,
             "pseudo_masks": pseudo_digest,
+            **self.digests,
             "keys": stage_keys(self.config, stage),
         }
 
     def _claim(self, stage: StageName, inputs: dict[str, Any]) -> None:
         """Write down what the stage starts with, or refuse to go on with other inputs."""
-        uri = storage.join(self.folder(stage), "inputs.json")
-        if not storage.exists(uri):
-            storage.write_json(uri, inputs)
+        folder = self.folder(stage)
+        uri = storage.join(folder, "inputs.json")
+        if not (
+            storage.exists(storage.join(folder, "done.json")) or storage.list_files(storage.join(folder, "checkpoints"))
+        ):
+            storage.write_json(uri, inputs)  # nothing was trained with what an earlier try wrote down
             return
         saved = storage.read_json(uri)
         now = json.loads(json.dumps(inputs))
         _refuse_difference(self.out, f"{stage}/inputs.json", saved["keys"], now["keys"])
-        if saved["pseudo_masks"] != now["pseudo_masks"]:
-            raise InputError(
-                f"{uri}: {stage} was trained on other pseudo-masks (the data set or the stage before has changed): "
-                f"delete {self.folder(stage)} and the stages after it to train them again; what comes before is kept"
-            )
+        for key, what in (
+            ("labelled", "labels"),
+            ("validation", "validation images"),
+            ("pseudo_masks", "pseudo-masks"),
+        ):
+            if saved[key] != now[key]:
+                raise InputError(
+                    f"{uri}: {stage} was trained with other {what} (the data set or the stage before has changed): give another "
+                    f"--out, or delete {folder} and the stages after it to train them again; what comes before is kept"
+                )
         if saved["code_version"] != now["code_version"]:
             self.warn(f"{stage} was made by threestage {saved['code_version']}, this is {now['code_version']}")
 

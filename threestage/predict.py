@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from threestage.data import storage
 from threestage.data.palette import palette_png
 from threestage.data.records import decode_image, downscale_image
 from threestage.errors import InputError
+from threestage.evaluation import BATCH
 from threestage.models.export import CARD, ModelCard, load_model
 from threestage.models.network import Network
 from threestage.pseudo_masks import predict_images
@@ -58,15 +60,17 @@ def predict_folder(
     files = [uri for uri in storage.list_files(source) if uri.lower().endswith(IMAGE_ENDINGS)]
     if not files:
         raise InputError(f"{source}: no images there ({', '.join(IMAGE_ENDINGS)}); give the folder that holds them")
+    names = _output_names(source, files)
     device = default_device()
     network.to(device)
     rejected: list[tuple[str, str]] = []
     for start in range(0, len(files), CHUNK):
         readable, images = _decode(files[start : start + CHUNK], rejected)
         small = [downscale_image(image, card.downscale) for image in images]
-        for index, class_ids, _, _ in predict_images(network, small, CHUNK, device):
-            name = _relative_name(source, readable[index])
-            _write(destination, name, images[index], _enlarge(class_ids, images[index].shape[:2]), card)
+        for index, class_ids, _, _ in predict_images(network, small, BATCH, device):
+            _write(
+                destination, names[readable[index]], images[index], _enlarge(class_ids, images[index].shape[:2]), card
+            )
         show(min(start + CHUNK, len(files)), len(files))
     return Predicted(len(files) - len(rejected), tuple(rejected))
 
@@ -82,10 +86,11 @@ def _decode(files: list[str], rejected: list[tuple[str, str]]) -> tuple[list[str
     return readable, images
 
 
-def _relative_name(source: str, uri: str) -> str:
-    """The path below the source, without its ending."""
-    prefix = source if storage.is_s3(source) else storage.filesystem(source)[1]
-    return uri.removeprefix(prefix.rstrip("/") + "/").rsplit(".", 1)[0]
+def _output_names(source: str, files: list[str]) -> dict[str, str]:
+    """The path of each file below the source, without its ending unless two files differ in nothing else."""
+    relative = {uri: uri.removeprefix(storage.absolute(source) + "/") for uri in files}
+    stems = Counter(name.rsplit(".", 1)[0] for name in relative.values())
+    return {uri: name if stems[stem := name.rsplit(".", 1)[0]] > 1 else stem for uri, name in relative.items()}
 
 
 def _enlarge(class_ids: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:

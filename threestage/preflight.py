@@ -13,16 +13,20 @@ from threestage.models.network import check_settings
 def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> list[int]:
     """Raises InputError when the run could not go well; returns the labels' pixel count per class."""
     check_settings(config.network)
-    _check_batches(config, manifest, labelled)
+    _check_batches(config, manifest, labelled, validation)
     counts = _count_pixels(manifest, labelled)
-    _count_pixels(manifest, validation)
     if sum(counts) == 0:
         raise InputError(f"{config.data.root}: every pixel of the {len(labelled)} labelled masks is ignored (255)")
+    if sum(_count_pixels(manifest, validation)) == 0:
+        raise InputError(
+            f"{config.data.root}: no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
+        )
     return counts
 
 
-def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet) -> None:
-    pool = sum(file.rows for file in pool_files(manifest))
+def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
+    carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
+    pool = sum(file.rows for file in pool_files(manifest)) - carved
     for stage in config.stage_names:
         settings = config.stage(stage)
         for key, size, available, what in (

@@ -25,6 +25,7 @@ from threestage.training.metrics import confusion_matrix, mean_iou
 PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
 STATISTICS_KEY = b"threestage.statistics"
+MODEL_DIGEST_KEY = b"threestage.model_digest"
 VANISHED_SHARE = 0.01
 
 
@@ -139,7 +140,7 @@ def predict_file(network: nn.Module, task: PoolTask, file: DataFile, device: tor
             rows[index] = (encode_mask(class_ids.numpy()), quantise(confidence).numpy().tobytes())
             known = decoded[i].maps.get("mask") if samples[index].image_id not in task.used_ids else None
             statistics += measure(class_ids, confidence, entropy, known, task.num_classes)
-    metadata = {STATISTICS_KEY: statistics.model_dump_json(), b"threestage.model_digest": task.model_digest}
+    metadata = {STATISTICS_KEY: statistics.model_dump_json(), MODEL_DIGEST_KEY: task.model_digest}
     columns = [table.column("image_id"), *(pa.array(column, pa.binary()) for column in zip(*rows, strict=True))]
     storage.write_table(target, pa.table(columns, PSEUDO_MASK_SCHEMA.with_metadata(metadata)))
     return statistics
@@ -182,10 +183,12 @@ def measure(
     )
 
 
-def stored_statistics(uri: str, model_digest: str) -> Statistics | None:
-    """The statistics of a finished pseudo-mask file, or None if there is none of this model."""
+def stored_statistics(uri: str, model_digest: str | None = None) -> Statistics | None:
+    """The statistics of a finished pseudo-mask file; None if there is none, or none of the model asked for."""
     metadata = storage.read_metadata(uri) or {}
-    if metadata.get(b"threestage.model_digest") != model_digest.encode():
+    if STATISTICS_KEY not in metadata:
+        return None
+    if model_digest is not None and metadata.get(MODEL_DIGEST_KEY) != model_digest.encode():
         return None
     return Statistics.model_validate_json(metadata[STATISTICS_KEY])
 

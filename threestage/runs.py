@@ -15,7 +15,7 @@ from threestage.data.sets import validation_set
 from threestage.data.split import Split
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError
-from threestage.evaluation import CHUNK
+from threestage.evaluation import BATCH
 from threestage.local import run_local
 from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
@@ -33,6 +33,7 @@ def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) 
 
     Writes results.json and pictures.png into `out`; returns the results.
     """
+    config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
         results = run_local(config, out, show, warn)
         write_pictures(config, out)
@@ -117,7 +118,7 @@ def write_pictures(config: Config, out: str) -> None:
     device = default_device()
     for number, stage in enumerate(config.stage_names, 1):
         network = load_model(storage.join(out, stage, "model"))[0].to(device)
-        predicted = {index: mask.numpy() for index, mask, _, _ in predict_images(network, images, CHUNK, device)}
+        predicted = {index: mask.numpy() for index, mask, _, _ in predict_images(network, images, BATCH, device)}
         columns.append((f"stage {number}", [colourise(predicted[i], manifest.colours) for i in range(len(images))]))
     stream = io.BytesIO()
     panel(columns, manifest.classes, manifest.colours).save(stream, format="PNG")

@@ -47,6 +47,9 @@ class StageTask(Settings):
     pseudo_masks: str | None = Field(description="folder of the previous stage's pseudo-masks")
     previous_model: str | None = Field(description="folder of the previous stage's model, for a warm start")
 
+    def settings(self) -> Config:
+        return Config.model_validate(self.config)
+
 
 @dataclass(frozen=True)
 class StageData:
@@ -58,7 +61,7 @@ class StageData:
 
 def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish `model/` and `result.json` in its folder."""
-    config = Config.model_validate(task.config)
+    config = task.settings()
     data = load_data(task, config)
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     resume(state, worker)
@@ -254,8 +257,10 @@ def _labelled_and_strong(class_ids: Tensor, labelled: int, strong_u: View) -> Te
     return torch.cat([class_ids[:labelled], strong_u.warp(class_ids[labelled:])])
 
 
-def local_unlabelled(task: StageTask, config: Config) -> Callable[[int], Iterator[Batch]]:
+def local_unlabelled(task: StageTask) -> Callable[[int], Iterator[Batch]]:
     """Unlabelled batches from a pool held in memory; the source of `--local`."""
+
+    config = task.settings()
 
     def source(first_step: int) -> Iterator[Batch]:
         assert task.pseudo_masks is not None

@@ -89,7 +89,7 @@ def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: 
     write_scenes(str(more), {"train": 5}, seed=9)
     ingest(str(more / "train" / "images"), str(root), IngestSettings(format="images"))
     assert load_manifest(str(root)).version == 2
-    with pytest.raises(InputError, match="stage2 was trained on other pseudo-masks"):
+    with pytest.raises(InputError, match="stage2 was trained with other pseudo-masks"):
         run_local(tiny_config(root), str(out), quiet)
     after = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("*.parquet")}
     assert len(after) == len(before) + 1 and before.items() <= after.items()

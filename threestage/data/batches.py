@@ -4,6 +4,7 @@ A canvas is the part of an image that a weak view can need (crop size / smallest
 stack; smaller ones are padded at the bottom and the right.
 """
 
+import hashlib
 import math
 import queue
 import threading
@@ -120,6 +121,14 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def digest(self) -> str:
+        """sha256 over ids, images and masks: what was trained or validated on."""
+        whole = hashlib.sha256()
+        for sample in self.samples:
+            for part in (sample.image_id.encode(), sample.image, sample.mask or b""):
+                whole.update(hashlib.sha256(part).digest())
+        return whole.hexdigest()
+
     def decoded(self, index: int) -> Decoded:
         if index in self._cache:
             return self._cache[index]
@@ -172,20 +181,23 @@ def prefetch(source: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
+    def hand_over(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
     def fill() -> None:
         try:
             for batch in source:
-                while not stop.is_set():
-                    try:
-                        ready.put(batch, timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
+                hand_over(batch)
                 if stop.is_set():
                     return
-            ready.put(None)
+            hand_over(None)
         except BaseException as error:
-            ready.put(error)
+            hand_over(error)
 
     thread = threading.Thread(target=fill, daemon=True)
     thread.start()

@@ -2,7 +2,7 @@
 anywhere in the cluster, cut to canvases, dealt out to the workers."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from threestage.config import Config
 from threestage.data.batches import Batch, canvas_size, decode_sample, place
 from threestage.data.records import DataFile, load_manifest, pool_files
 from threestage.data.sets import pool_file_samples
+from threestage.pseudo_masks import pseudo_mask_uri, stored_statistics
 from threestage.seeds import derive_seed
 from threestage.stages import StageTask
 
@@ -21,38 +22,46 @@ ROWS_PER_BLOCK = 64
 SHUFFLE_ROWS = 256
 
 
-def unlabelled_stream(task: StageTask, config: Config, first_step: int) -> Dataset:
+def unlabelled_stream(task: StageTask, first_step: int) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
     Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,) int64; image_id. A resumed stage leaves out
     the files that its pass had consumed.
     """
+    config = task.settings()
     manifest = load_manifest(config.data.root, task.manifest_version)
     files = pool_files(manifest)
     per_step = config.stage(task.stage).unlabelled_batch * config.cluster.workers
-    order = file_order(
-        files, config.seed, task.stage, first_step * per_step, (config.stage(task.stage).steps + 1) * per_step
-    )
+    rows = pool_rows(files, task.pseudo_masks)
+    needed = (config.stage(task.stage).steps + 1) * per_step
+    order = file_order(files, rows, (config.seed, task.stage), first_step * per_step, needed)
     read = _FileReader(task, config, canvas_size(manifest, config.augment, config.data.downscale))
     items = [{"pass": pass_, "file": file.model_dump_json()} for pass_, file in order]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1)
 
 
+def pool_rows(files: Sequence[DataFile], pseudo_masks: str | None) -> list[int]:
+    """Images of each file that have a pseudo-mask: validation images and unreadable ones are not in the stream."""
+    assert pseudo_masks is not None
+    found = [stored_statistics(pseudo_mask_uri(pseudo_masks, file)) for file in files]
+    return [0 if statistics is None else statistics.images for statistics in found]
+
+
 def file_order(
-    files: tuple[DataFile, ...], seed: int, stage: str, consumed: int, needed: int
+    files: Sequence[DataFile], rows: Sequence[int], place: tuple[int | str, ...], consumed: int, needed: int
 ) -> list[tuple[int, DataFile]]:
     """(pass, file) from the file that holds image number `consumed` until `needed` images and one pass more are reached.
 
-    Every pass is a permutation of the files that depends on (seed, stage, pass) alone.
+    rows: images of each file in the stream. Every pass is a permutation of the files that depends on (place, pass) alone.
     """
-    per_pass = sum(file.rows for file in files)
+    per_pass = sum(rows)
     order: list[tuple[int, DataFile]] = []
     position = (consumed // per_pass) * per_pass
     for pass_ in range(consumed // per_pass, math.ceil(needed / per_pass) + 1):
-        rng = np.random.default_rng(derive_seed(seed, stage, "files", pass_))
+        rng = np.random.default_rng(derive_seed(*place, "files", pass_))
         for index in rng.permutation(len(files)):
-            position += files[index].rows
-            if position > consumed:
+            position += rows[index]
+            if position > consumed and rows[index]:
                 order.append((pass_, files[index]))
     return order
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -37,13 +38,26 @@ def run_on_ray(
     """Run the three stages on a cluster; returns what results.json holds."""
 
     def run_stage(task: StageTask) -> None:
-        train_on_ray(task, config, show)
+        train_on_ray(task, show)
 
     def predict(model: str, task: PoolTask, files: Sequence[DataFile]) -> Statistics:
-        return predict_pool(model, task, files, config.cluster)
+        try:
+            return predict_pool(model, task, files, config.cluster)
+        except ray.exceptions.RayError as error:
+            raise StageFailure(f"pseudo-masks: {_root_cause(error)}; the same command goes on") from error
 
     with connected(config.cluster):
+        _warn_of_traps(config, out, warn)
         return pipeline.run(config, out, run_stage, predict, record, warn)
+
+
+def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
+    if not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        warn("the cluster has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
+    if len(ray.nodes()) > 1 and not (storage.is_s3(out) and storage.is_s3(config.data.root)):
+        warn(
+            f"the cluster has {len(ray.nodes())} nodes: {out} and {config.data.root} must be folders that all of them share"
+        )
 
 
 @contextlib.contextmanager
@@ -51,6 +65,7 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine; an existing one is kept."""
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    quiet_ray_data()
     if ray.is_initialized():
         yield
         return
@@ -66,18 +81,17 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def train_on_ray(task: StageTask, config: Config, show: Show) -> None:
+def train_on_ray(task: StageTask, show: Show) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
     Raises StageFailure with the worker's own words when the stage could not be trained.
     """
-    quiet_ray_data()
-    cluster = config.cluster
+    cluster = task.settings().cluster
     progress = _Progress.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     files, path = storage.filesystem(task.folder)
     datasets = {}
     if task.stage != "stage1":
-        datasets["unlabelled"] = unlabelled_stream(task, config, last_checkpoint_step(task.folder))
+        datasets["unlabelled"] = unlabelled_stream(task, last_checkpoint_step(task.folder))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -135,8 +149,9 @@ def quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 @ray.remote

@@ -13,7 +13,6 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from threestage.config import Config
 from threestage.data.batches import Batch
 from threestage.on_ray.data import stream_batches
 from threestage.stages import StageTask, train_stage
@@ -43,8 +42,21 @@ class RayWorker:
         if self.world_size == 1:
             return network
         if self.device.type == "cpu":
-            return DistributedDataParallel(network)
-        return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(network), device_ids=[self.device])
+            return DistributedDataParallel(network, broadcast_buffers=False)
+        if self._task.settings().network.batch_norm == "live":
+            from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norm layers
+
+            network = convert_sync_batchnorm(network)
+        return DistributedDataParallel(network, device_ids=[self.device], broadcast_buffers=False)
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Running statistics become their mean over the workers: without SyncBN (CPU) each one sees its own batch only."""
+        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if self.world_size == 1 or self.device.type != "cpu" or not floats:
+            return
+        mean = self.sum(torch.cat([buffer.flatten() for buffer in floats])) / self.world_size
+        for buffer, value in zip(floats, mean.split([buffer.numel() for buffer in floats]), strict=True):
+            buffer.copy_(value.view_as(buffer))
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -53,7 +65,7 @@ class RayWorker:
         return tensor
 
     def unlabelled(self, first_step: int) -> Iterator[Batch]:
-        config = Config.model_validate(self._task.config)
+        config = self._task.settings()
         size = config.stage(self._task.stage).unlabelled_batch
         return stream_batches(ray.train.get_dataset_shard("unlabelled"), size, config.seed, self.rank)
 

@@ -55,6 +55,7 @@ def fit(
         if optimiser.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.student.parameters(), optimiser.clip_norm)
         state.optimiser.step()
+        worker.share_buffers(state.student)
         if state.teacher is not None:
             update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
         state.step += 1

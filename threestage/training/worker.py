@@ -27,6 +27,9 @@ class Worker(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over all workers."""
 
+    def share_buffers(self, network: nn.Module) -> None:
+        """Make the network's running statistics the same on all workers."""
+
     def unlabelled(self, first_step: int) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches from `first_step` on."""
 
@@ -68,6 +71,9 @@ class LocalWorker:
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def share_buffers(self, network: nn.Module) -> None:
+        pass
 
     def unlabelled(self, first_step: int) -> Iterator[Batch]:
         return self._unlabelled(first_step)
