@@ -46,7 +46,7 @@ class DeepLabV3PlusHead(nn.Module):
     step can be replayed. Its batch norm is live and sees one value per image: a training batch needs two images.
     """
 
-    def __init__(self, low_channels: int, channels: int, num_classes: int, width: int = 256) -> None:
+    def __init__(self, low_channels: int, channels: int, num_classes: int, width: int) -> None:
         super().__init__()
         from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
 
@@ -94,7 +94,7 @@ def make_head(settings: "NetworkSettings", channels: Channels, num_classes: int)
             f"network.head: deeplabv3plus takes a map at stride 4, which network.encoder {settings.encoder!r} lacks; "
             "set network.head to deeplabv2 or linear"
         )
-    return DeepLabV3PlusHead(channels.low_channels, channels.channels, num_classes)
+    return DeepLabV3PlusHead(channels.low_channels, channels.channels, num_classes, settings.head_width)
 
 
 def _initialise_classifier(module: nn.Module) -> None:

@@ -33,6 +33,8 @@ class NetworkSettings(Settings):
     head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
     dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
     """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
+    head_width: PositiveInt = 256
+    """Channels inside deeplabv3plus; a tiny encoder does with fewer."""
     batch_norm: Literal["frozen", "live"] = "frozen"
     """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
