@@ -50,10 +50,12 @@ class StageProgress:
         elif time.monotonic() - self._last_line > LINE_SECONDS or "mean_iou" in row:
             self._last_line = time.monotonic()
             left = (steps - row["step"]) / max(row["steps_per_second"], 1e-9)
-            self._console.print(f"{stage} {int(row['step'])}/{steps}  {figures}  {left:.0f} s left", highlight=False)
+            self._console.print(
+                f"{stage} {int(row['step'])}/{steps}  {figures}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
 
     def warn(self, message: str) -> None:
-        self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+        self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
 
 
 def _figures(row: Mapping[str, float]) -> str:

@@ -3,7 +3,9 @@
 from threestage.data.records import DataFile
 from threestage.on_ray.data import file_order
 
-FILES = [DataFile(path=f"images/{i}", kind="images", split="train", rows=9, labelled_rows=0, digest=str(i)) for i in range(4)]
+FILES = [
+    DataFile(path=f"images/{i}", kind="images", split="train", rows=9, labelled_rows=0, digest=str(i)) for i in range(4)
+]
 ROWS = [9, 5, 0, 6]  # 20 a pass: file 1 lost four rows to validation, file 2 all of them
 
 
