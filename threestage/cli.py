@@ -206,11 +206,9 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    table = Table(
-        "class",
-        "IoU",
-        title=f"{model} on {dataset} ({split.value}, {result['images']} images, whole image, single scale)",
-    )
+    title = f"{model} on {dataset} ({split.value}, {result['images']} images, whole image, single scale)"
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table("class", "IoU")
     for name, iou in result["per_class_iou"].items():
         table.add_row(name, "–" if iou is None else f"{iou:.3f}")
     table.add_section()
