@@ -24,7 +24,7 @@ from threestage.settings import Settings
 from threestage.training import losses
 from threestage.training.checkpoint import TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import fit, resume
+from threestage.training.loop import StepLoss, fit, resume
 from threestage.training.losses import LossSum
 from threestage.training.schedule import ramp_up
 from threestage.training.worker import Row, Worker
@@ -136,9 +136,6 @@ def publish(task: StageTask, config: Config, state: TrainState, manifest: Manife
         "history": state.history,
     }
     storage.write_json(storage.join(task.folder, "result.json"), result)
-
-
-StepLoss = Callable[[nn.Module, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 def make_step(task: StageTask, config: Config, state: TrainState, data: StageData, worker: Worker) -> StepLoss:

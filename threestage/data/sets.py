@@ -25,10 +25,6 @@ def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) 
     return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
 
 
-def held_out_set(root: str, manifest: Manifest, downscale: int) -> SampleSet:
-    return SampleSet(samples_of(labelled_rows(root, manifest, "test").to_pydict()), downscale)
-
-
 def pool_set(root: str, manifest: Manifest, pseudo_masks: str, downscale: int) -> SampleSet:
     """The whole pool in memory, still encoded: for `--local` only."""
     samples = [sample for file in pool_files(manifest) for sample in pool_file_samples(root, file, pseudo_masks)]
