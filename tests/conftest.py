@@ -1,10 +1,12 @@
 """Shared by all tests: a tiny data set of synthetic scenes, a configuration that trains on it in seconds."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.s3 import s3_server, variables
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
@@ -21,6 +23,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = IngestSettings(format="camvid", class_map=str(source / "class_map.yaml"), rows_per_file=16)
     ingest(str(source), str(root), settings)
     return root
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder in an empty bucket of a real S3 endpoint, which this process's environment names."""
+    with s3_server() as endpoint:
+        for name, value in variables(endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield "s3://bucket/some/folder"
 
 
 def tiny_config(root: Path, **changes: object) -> Config:

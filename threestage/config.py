@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from threestage.augment.views import AugmentSettings
 from threestage.data import storage
 from threestage.data.records import DataSettings
+from threestage.data.storage import StorageSettings
 from threestage.errors import InputError
 from threestage.models.network import NetworkSettings, crop_fits, size_multiple
 from threestage.on_ray.settings import ClusterSettings
@@ -78,6 +79,7 @@ class Config(Settings):
     stage3: SelfTrainingSettings = SelfTrainingSettings()
     training: LoopSettings = LoopSettings()
     cluster: ClusterSettings = ClusterSettings()
+    storage: StorageSettings = StorageSettings()
     registry: RegistrySettings = RegistrySettings()
 
     @model_validator(mode="after")
@@ -98,7 +100,8 @@ class Config(Settings):
 
     def with_absolute_paths(self) -> Self:
         """The same with paths that hold in any process, whatever folder it runs in."""
-        data = self.data.model_copy(update={"root": storage.absolute(self.data.root)})
+        unlabelled = self.data.unlabelled and storage.absolute(self.data.unlabelled)
+        data = self.data.model_copy(update={"root": storage.absolute(self.data.root), "unlabelled": unlabelled})
         weights = self.network.weights and storage.absolute(self.network.weights)
         return self.model_copy(update={"data": data, "network": self.network.model_copy(update={"weights": weights})})
 
@@ -116,6 +119,8 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     keys = flatten(dump) | {"training.precision": config.training.precision}
     without = {
         "data.root",
+        "data.unlabelled",
+        "data.max_bad_fraction",
         "data.labelled",
         "data.split_seed",
         "data.validation",

@@ -2,12 +2,6 @@
 
 import io
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,40 +11,6 @@ from PIL import Image
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import labelled_rows
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    settings = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_and_make_bucket(f"{endpoint}/bucket")
-        yield "s3://bucket/some/folder"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_and_make_bucket(url: str) -> None:
-    for _ in range(150):
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="PUT")):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("the S3 endpoint did not start")
 
 
 def round_trip(root: str) -> None:

@@ -1,7 +1,6 @@
 """Is this file a whole image, or mask, to train on? What can be converted is; the rest is refused by name."""
 
 import io
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +8,10 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from threestage.data.classes import Lookup, Unknown
+from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, BadImage, check_pixels, decoder_complaint
 
 EXIF_ORIENTATION = 0x0112
 JPEG_FORMATS = ("JPEG", "MPO")
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 GREY_PNG = 0
 
 
@@ -90,12 +89,14 @@ def _decoded(data: bytes) -> Image.Image:
         raise BadFile("is empty")
     try:
         with Image.open(io.BytesIO(data)) as probe:
+            check_pixels(probe, MAX_IMAGE_PIXELS)
             probe.verify()  # checksums; the object cannot be used afterwards
         image = Image.open(io.BytesIO(data))
         image.load()
+    except BadImage as error:
+        raise BadFile(str(error)) from None
     except DECODER_ERRORS as error:
-        reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        raise BadFile(f"cannot be decoded: {reason}") from None
+        raise BadFile(decoder_complaint(error)) from None
     return image
 
 

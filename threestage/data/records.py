@@ -7,6 +7,7 @@ root/labels/<split>-<digest>.parquet    images of the set whose mask came (or wa
 """
 
 import io
+import struct
 from collections.abc import Collection
 from typing import Annotated, Literal
 
@@ -23,6 +24,16 @@ from threestage.settings import Settings
 
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+MAX_IMAGE_PIXELS = 64_000_000
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 SplitName = Literal["train", "val", "test"]
 Bytes = npt.NDArray[np.uint8]
@@ -45,13 +56,19 @@ class DataSettings(Settings):
     `labelled`: how many masks the run may use: a count, a fraction of those that exist, or "all". Where the set has no
     val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
     and masks are made smaller (see `downscale_image`).
+    `unlabelled`: where more images for the pool lie: a folder or prefix of image files, which is listed, or a data set.
+    `max_bad_fraction`: the job fails when more than this share of the pool's images cannot be used.
+    `max_image_pixels`: a larger image is not decoded (a decompression bomb).
     """
 
     root: str
+    unlabelled: str | None = None
     labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["all"] = "all"
     split_seed: int = 0
     validation: float = Field(default=0.2, ge=0, lt=1)
     downscale: int = Field(default=1, ge=1)
+    max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
+    max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1)
 
 
 class DataFile(Settings):
@@ -170,10 +187,34 @@ def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
     return table.filter(pc.is_valid(table.column("mask")))
 
 
-def decode_image(data: bytes) -> Bytes:
-    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says. Raises OSError when it cannot be decoded."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+class BadImage(ValueError):
+    """Why an image cannot be decoded, in words for the user."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
+    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says.
+
+    Raises BadImage when it cannot be decoded or, without decoding it, when it has more than `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_pixels(image, max_pixels)
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except BadImage:
+        raise
+    except DECODER_ERRORS as error:
+        raise BadImage(decoder_complaint(error)) from None
+
+
+def check_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Raises BadImage for an image whose header announces more than `max_pixels`; nothing is decoded."""
+    if image.width * image.height > max_pixels:
+        raise BadImage(f"has {image.width}x{image.height} pixels, more than {max_pixels} (data.max_image_pixels)")
+
+
+def decoder_complaint(error: Exception) -> str:
+    reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+    return f"cannot be decoded: {reason}"
 
 
 def decode_mask(data: bytes) -> Bytes:

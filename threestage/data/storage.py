@@ -1,6 +1,9 @@
 """Every file the project reads or writes goes through here: a local path, or s3://bucket/key.
 
 A write is published whole or not at all: temporary name and rename on a local disk, one object put on S3.
+
+How s3:// is reached is said once, in the settings or in the usual AWS variables. It travels as environment variables
+(`configure`, `environment`), since pyarrow, s3fs, Ray and MLflow each want it elsewhere; credentials are never part of it.
 """
 
 import contextlib
@@ -9,44 +12,157 @@ import os
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import Field, field_validator
 
 from threestage.errors import InputError
+from threestage.settings import Settings
 
 S3_SCHEME = "s3://"
 FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
 ROW_GROUP_ROWS = 64
+S3_ATTEMPTS = 12
+STYLE_VARIABLE = "THREESTAGE_S3_ADDRESSING_STYLE"
+ANONYMOUS_VARIABLE = "THREESTAGE_S3_ANONYMOUS"
+
+
+class StorageSettings(Settings):
+    """How s3:// is reached. Credentials come from the environment or the node's role, never from here."""
+
+    endpoint: str | None = Field(None, description="URL of a store that is not AWS; null: AWS_ENDPOINT_URL")
+    region: str | None = Field(None, description="null: AWS_REGION, else us-east-1")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="auto: path where an endpoint is given, else virtual"
+    )
+    anonymous: bool = Field(False, description="send no credentials (public buckets)")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        parts = urlsplit(value or "http://host")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("write the endpoint as http://host:port or https://host")
+        if parts.username or parts.password:
+            raise ValueError("an endpoint holds no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return value
+
+
+def environment(settings: StorageSettings) -> dict[str, str]:
+    """The settings as environment variables, for any process of ours and of the libraries; no credential is in it.
+
+    What the settings leave open is taken from this process's own variables.
+    """
+    now = os.environ
+    endpoint = settings.endpoint or now.get("AWS_ENDPOINT_URL_S3") or now.get("AWS_ENDPOINT_URL")
+    region = settings.region or now.get("AWS_REGION") or now.get("AWS_DEFAULT_REGION")
+    style = settings.addressing_style if settings.addressing_style != "auto" else now.get(STYLE_VARIABLE)
+    variables = {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "MLFLOW_S3_ENDPOINT_URL": now.get("MLFLOW_S3_ENDPOINT_URL") or endpoint,
+        "AWS_REGION": region,
+        "AWS_DEFAULT_REGION": region,
+        STYLE_VARIABLE: style,
+        "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": style,
+        ANONYMOUS_VARIABLE: "1" if settings.anonymous else now.get(ANONYMOUS_VARIABLE),
+    }
+    if endpoint:
+        variables |= _without_checksums()
+    return {name: value for name, value in variables.items() if value}
+
+
+def _without_checksums() -> dict[str, str]:
+    """Stores other than AWS refuse (Ceph: 411) or corrupt the checksummed chunks that the SDK sends by default."""
+    names = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+    return {name: os.environ.get(name, "when_required") for name in names}
+
+
+def configure(settings: StorageSettings) -> None:
+    """Make the settings this process's own, and those of the processes that it starts."""
+    os.environ.update(environment(settings))
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system of a URI and the path in it ("bucket/key" on S3, an absolute path locally).
 
-    S3 credentials come from the environment or the node's role and are never part of the object (it may be pickled).
-    The endpoint of a store that is not AWS comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, which pyarrow ignores.
+    It may be pickled: it holds no credentials, and in another process it is made anew with the same endpoint.
     """
-    if is_s3(uri):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        return _s3(endpoint or None, region or None), uri.removeprefix(S3_SCHEME).strip("/")
-    return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix(FILE_SCHEME))
+    if not is_s3(uri):
+        return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix(FILE_SCHEME))
+    variables = environment(StorageSettings())
+    chosen = _S3(
+        variables.get("AWS_ENDPOINT_URL_S3"),
+        variables.get("AWS_REGION"),
+        variables.get(STYLE_VARIABLE, "auto"),
+        ANONYMOUS_VARIABLE in variables,
+    )
+    return s3_filesystem(chosen), uri.removeprefix(S3_SCHEME).strip("/")
 
 
 def is_s3(uri: str) -> bool:
     return uri.startswith(S3_SCHEME)
 
 
+class _S3(NamedTuple):
+    endpoint: str | None
+    region: str | None
+    style: str
+    anonymous: bool
+
+
 @lru_cache
-def _s3(endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
+def s3_filesystem(
+    chosen: _S3, attempts: int = S3_ATTEMPTS, connect_timeout_s: float = 10, request_timeout_s: float = 60
+) -> "_S3FileSystem":
+    """pyarrow's file system of S3. It outlives about a minute of 503s (25 ms, doubled `attempts` times)."""
+    endpoint, region, style, anonymous = chosen
     if endpoint:
-        # Stores other than AWS refuse (Ceph: 411) or corrupt the checksummed chunks that the SDK sends by default.
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        return pafs.S3FileSystem(endpoint_override=endpoint, region=region or "us-east-1")
-    return pafs.S3FileSystem(region=region)
+        os.environ.update(_without_checksums())
+    files = _S3FileSystem(
+        endpoint_override=endpoint,
+        region=region or ("us-east-1" if endpoint else None),
+        anonymous=anonymous,
+        force_virtual_addressing=style == "virtual",
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
+        connect_timeout=connect_timeout_s,
+        request_timeout=request_timeout_s,
+        allow_delayed_open=True,  # a small object is one request, not the three of a multipart upload
+    )
+    files.chosen = chosen
+    return files
+
+
+class _S3FileSystem(pafs.S3FileSystem):  # type: ignore[misc]
+    """Pickles as what was chosen: pyarrow's own pickle forgets the retries, and the checksum variables beside it."""
+
+    chosen: _S3
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return s3_filesystem, (self.chosen,)
+
+
+def s3fs_filesystem() -> Any:
+    """The same store through s3fs, for listings page by page, which pyarrow does not offer."""
+    import s3fs
+
+    variables = environment(StorageSettings())
+    style = variables.get(STYLE_VARIABLE, "path" if "AWS_ENDPOINT_URL_S3" in variables else "auto")
+    return s3fs.S3FileSystem(
+        anon=ANONYMOUS_VARIABLE in variables,
+        endpoint_url=variables.get("AWS_ENDPOINT_URL_S3"),
+        client_kwargs={"region_name": variables["AWS_REGION"]} if "AWS_REGION" in variables else {},
+        config_kwargs={
+            "s3": {"addressing_style": style},
+            "retries": {"max_attempts": S3_ATTEMPTS, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        },
+    )
 
 
 def join(uri: str, *names: str) -> str:

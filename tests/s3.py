@@ -1,0 +1,52 @@
+"""A real S3 endpoint for tests: moto's server in a process of its own, with one empty bucket."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+SECRET = "wJalrThisSecretMustAppearNowhere"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def variables(endpoint: str) -> dict[str, str]:
+    """What a process needs in its environment to use the endpoint."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str = "bucket", port: int | None = None) -> Iterator[str]:
+    """The URL of an endpoint that holds one empty bucket; it forgets all at the end."""
+    port = port or free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_and_make_bucket(f"{endpoint}/{bucket}")
+        yield endpoint
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_and_make_bucket(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="PUT")):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(f"{url}: the S3 endpoint did not start within 60 s")

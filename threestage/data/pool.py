@@ -1,0 +1,100 @@
+"""The unlabelled pool: Parquet files of encoded images (a data set's), or of the URIs of image files that stay where
+they are (a listed bucket prefix). Both are read as the same rows, in the file's order; a bad row says what is wrong.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from threestage.data import storage
+from threestage.data.listing import listed_files
+from threestage.data.records import Manifest, pool_files
+from threestage.settings import Settings
+
+MAX_IMAGE_BYTES = 256 * 2**20
+FETCH_THREADS = 16
+
+
+class PoolFile(Settings):
+    """One Parquet file of the pool. `digest` covers its rows in order; `by_reference`: they hold URIs, not bytes."""
+
+    uri: str
+    rows: int
+    digest: str
+    by_reference: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique in the pool; the file's pseudo-masks have the same."""
+        return self.uri.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class PoolRow:
+    """One image of the pool. `problem`: why its bytes could not be had (`image` is then empty), else None."""
+
+    image_id: str
+    source: str
+    image: bytes
+    mask: bytes | None = None
+    problem: str | None = None
+
+
+def data_set_files(root: str, manifest: Manifest) -> list[PoolFile]:
+    """The pool's part that lies in a data set: its train images, labelled or not."""
+    return [
+        PoolFile(uri=storage.join(root, file.path), rows=file.rows, digest=file.digest) for file in pool_files(manifest)
+    ]
+
+
+def listed_pool(folder: str) -> list[PoolFile]:
+    """The pool's part that a finished listing in `folder` names. Raises FileNotFoundError without one."""
+    return [
+        PoolFile(uri=storage.join(folder, file.path), rows=file.rows, digest=file.digest, by_reference=True)
+        for file in listed_files(folder)
+    ]
+
+
+def read_rows(file: PoolFile, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[list[PoolRow]]:
+    """All rows of a file in its order, `chunk` at a time; by reference, the next chunk is fetched meanwhile.
+
+    An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
+    OSError.
+    """
+    if file.by_reference:
+        yield from _read_references(file, chunk)
+        return
+    parquet = pq.ParquetFile(pa.BufferReader(storage.read_bytes(file.uri)))
+    for batch in parquet.iter_batches(chunk, columns=["image_id", "source", "image", "mask"]):
+        yield [PoolRow(**row) for row in batch.to_pylist()]
+
+
+def _read_references(file: PoolFile, chunk: int) -> Iterator[list[PoolRow]]:
+    rows = storage.read_table(file.uri).to_pylist()
+    with ThreadPoolExecutor(FETCH_THREADS) as threads:
+        waiting: list[Future[PoolRow]] = []
+        for start in range(0, len(rows) + chunk, chunk):
+            following = [threads.submit(_fetch, row) for row in rows[start : start + chunk]]
+            if waiting:
+                yield [future.result() for future in waiting]
+            waiting = following
+
+
+def _fetch(row: dict[str, Any]) -> PoolRow:
+    image, problem = b"", None
+    try:
+        if row["bytes"] > MAX_IMAGE_BYTES:
+            problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES}"
+        else:
+            image = storage.read_bytes(row["image_uri"])
+    except (FileNotFoundError, PermissionError) as error:
+        problem = f"cannot be read: {error}"
+    return PoolRow(row["image_id"], row["image_uri"], image, problem=problem)
+
+
+def rows_of(files: Sequence[PoolFile]) -> int:
+    return sum(file.rows for file in files)
