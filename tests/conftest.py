@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny data set of synthetic scenes, a configuration that trains on it in seconds."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = IngestSettings(format="camvid", class_map=str(source / "class_map.yaml"), rows_per_file=16)
     ingest(str(source), str(root), settings)
     return root
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment() -> Iterator[None]:
+    """A test that configures the storage does so for itself only."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -8,17 +8,19 @@ needs torch, timm, pyarrow and pydantic only.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from threestage import pipeline
 from threestage.config import Config, load
-from threestage.data.records import DataFile
+from threestage.data.pool import PoolFile
+from threestage.data.store_errors import explain
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
-from threestage.pseudo_masks import PoolTask, Statistics, predict_file
+from threestage.pool_prediction import predict_files
+from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker, default_device
 
@@ -37,11 +39,10 @@ def run_local(
     return pipeline.run(config, out, run_stage, predict_pool, record, warn)
 
 
-def predict_pool(model: str, task: PoolTask, files: Sequence[DataFile]) -> Statistics:
-    """Predict every file of the pool, one after the other."""
+def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Iterator[FileReport]:
+    """Predict every file of the pool, one after the other; their reports as they are done."""
     device = default_device()
-    network = load_model(model)[0].to(device)
-    return sum((predict_file(network, task, file, device) for file in files), Statistics())
+    yield from predict_files(load_model(model)[0].to(device), task, files, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     try:
         results = run_local(load(options.config, [*options.set, *seed]), options.out, _print_row)
-    except (InputError, OSError, StageFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, StageFailure) else 2
+    except (InputError, StageFailure) as error:
+        return _failed(error, 1 if isinstance(error, StageFailure) else 2)
+    except OSError as error:
+        return _failed(explain(None, error), 2)
     print(json.dumps(results["stages"], indent=1))
     return 0
+
+
+def _failed(error: Exception | str, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
 
 
 def _print_row(stage: str, row: Mapping[str, float]) -> None:

@@ -9,13 +9,17 @@ Everything lies under one folder:
     stage1/model/                 model.safetensors, model.json
     stage1/result.json            metrics and history
     stage1/done.json              the marker, written last
-    pseudo_masks1/*.parquet       one file per image file, then done.json
+    listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
+    pool.parquet                  the files of the pool; fixed once stage 2 has begun
+    pseudo_masks1/*.parquet       one file per image file, rejects.parquet, index.parquet, then done.json
     results.json                  the table of all stages
 """
 
 import json
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +27,21 @@ import threestage
 from threestage.config import Config, StageName, flatten, stage_keys
 from threestage.data import storage
 from threestage.data.batches import SampleSet
-from threestage.data.records import DataFile, Manifest, load_manifest, pool_files
+from threestage.data.listing import Each, in_threads, list_images
+from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, rows_of, write_pool
+from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
+from threestage.data.rejects import Reject, read_rejects, too_many, write_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split
-from threestage.errors import InputError
-from threestage.preflight import check_run
-from threestage.pseudo_masks import PoolTask, Statistics, check_guard, set_digest, vanished_classes
+from threestage.errors import InputError, StageFailure
+from threestage.preflight import check_pool, check_run
+from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
 from threestage.stages import StageTask
 
 RunStage = Callable[[StageTask], None]
-PredictPool = Callable[[str, PoolTask, Sequence[DataFile]], Statistics]  # (model folder, task, files) → merged
+PredictPool = Callable[
+    [str, PoolTask, Sequence[PoolFile]], Iterator[FileReport]
+]  # (model folder, task, files) → as done
 Warn = Callable[[str], None]
 
 
@@ -48,12 +57,19 @@ class StageOutcome:
 
 
 Record = Callable[[StageOutcome], None]
+LISTED_ROWS_PER_FILE = 512
 
 
 def run(
-    config: Config, out: str, run_stage: RunStage, predict_pool: PredictPool, record: Record, warn: Warn = print
+    config: Config,
+    out: str,
+    run_stage: RunStage,
+    predict_pool: PredictPool,
+    record: Record,
+    warn: Warn = print,
+    each: Each = in_threads,
 ) -> dict[str, Any]:
-    """Run the stages that are not done yet; returns what results.json holds.
+    """Run the stages that are not done yet; returns what results.json holds. `each` runs the parts of a listing.
 
     Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
     """
@@ -67,30 +83,88 @@ def run(
     label_pixels = check_run(config, manifest, labelled, validation)
     storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
-    run_ = _Run(config, out, manifest, split, label_pixels, digests, run_stage, predict_pool, warn)
-    results: dict[str, Any] = {
+    pool = _pool_in_background(config, out, manifest, each, warn)
+    run_ = _Run(config, out, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn)
+    stages = _run_stages(run_, record)
+    results = {
         "name": config.name,
         "seed": config.seed,
         "data": {"root": config.data.root, "version": manifest.version, "digest": manifest.digest,
                  "labelled": len(split.labelled), "validation": len(split.validation),
-                 "pool": sum(file.rows for file in pool_files(manifest))},
-        "stages": {},
+                 "pool": rows_of(pool())},
+        "stages": stages,
     }  # fmt: skip
+    storage.write_json(storage.join(out, "results.json"), results)
+    return results
+
+
+def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
+    """Train and predict with every stage; returns their figures."""
+    stages: dict[str, dict[str, Any]] = {}
     previous: dict[str, Any] | None = None
     pseudo_digest = None
-    for number, stage in enumerate(config.stage_names, 1):
+    for number, stage in enumerate(run_.config.stage_names, 1):
         done = run_.train(stage, number, pseudo_digest)
         summary = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")}
         if previous is not None and done["mean_iou"] < previous["mean_iou"]:
-            check_guard(config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
-                        f"{previous['mean_iou']:.3f} of the stage before", warn)  # fmt: skip
+            check_guard(run_.config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
+                        f"{previous['mean_iou']:.3f} of the stage before", run_.warn)  # fmt: skip
         pseudo_digest, statistics = run_.predict(stage, number, done["model_digest"])
-        summary |= statistics
-        results["stages"][stage] = {**summary, "per_class_iou": done["per_class_iou"]}
+        summary |= statistics | {"rejected_while_training": len(run_.rejects(stage))}
+        stages[stage] = {**summary, "per_class_iou": done["per_class_iou"]}
         record(run_.outcome(stage, summary, done, pseudo_digest))
         previous = done
-    storage.write_json(storage.join(out, "results.json"), results)
-    return results
+    return stages
+
+
+def _pool_in_background(
+    config: Config, out: str, manifest: Manifest, each: Each, warn: Warn
+) -> Callable[[], list[PoolFile]]:
+    """Find the files of the pool in a thread, while stage 1, which needs none, trains; returns what waits for them."""
+    found: Future[list[PoolFile]] = Future()
+
+    def find() -> None:
+        try:
+            found.set_result(_find_pool(config, out, manifest, each, warn))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=find, daemon=True).start()  # daemon: a run that fails does not wait for a long listing
+    return found.result
+
+
+def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: Warn) -> list[PoolFile]:
+    """The pool that stage 2 began with; before it begins, what is there now (a rerun takes new images in).
+
+    Raises InputError when there are fewer images than a step needs.
+    """
+    uri = storage.join(out, "pool.parquet")
+    files = data_set_files(config.data.root, manifest)
+    if _begun(storage.join(out, "stage2")):
+        pool = load_pool(uri)
+        if not {file.uri for file in files} <= {file.uri for file in pool}:
+            warn(
+                f"{config.data.root} has new images: this run goes on with the pool that stage 2 began with; to take them "
+                f"in, delete {storage.join(out, 'stage2')} and the stages after it"
+            )
+        return pool
+    if (more := config.data.unlabelled) is not None:
+        if storage.exists(storage.join(more, MANIFEST_NAME)):
+            files += data_set_files(more, load_manifest(more))
+        else:
+            listing = storage.join(out, "listing")
+            list_images(more, listing, LISTED_ROWS_PER_FILE, each)
+            files += listed_pool(listing)
+    check_pool(config, rows_of(files))
+    write_pool(uri, files)
+    return files
+
+
+def _begun(folder: str) -> bool:
+    """Whether a stage has trained so far that other inputs would be mixed with what it has learnt."""
+    return storage.exists(storage.join(folder, "done.json")) or bool(
+        storage.list_files(storage.join(folder, "checkpoints"))
+    )
 
 
 def _read_or_make_split(config: Config, out: str, manifest: Manifest) -> Split:
@@ -140,6 +214,7 @@ class _Run:
     split: Split
     label_pixels: list[int]
     digests: dict[str, str]
+    pool: Callable[[], list[PoolFile]]
     run_stage: RunStage
     predict_pool: PredictPool
     warn: Warn
@@ -160,10 +235,12 @@ class _Run:
                     manifest_version=self.manifest.version,
                     split=self.split,
                     folder=folder,
+                    pool=None if number == 1 else storage.join(self.out, "pool.parquet"),
                     pseudo_masks=None if number == 1 else self.folder(f"pseudo_masks{number - 1}"),
                     previous_model=None if number == 1 else storage.join(self.folder(f"stage{number - 1}"), "model"),
                 )
             )
+            self._refuse_too_many(stage)
             result = storage.read_json(storage.join(folder, "result.json"))
             marker = {"format": 1, "finished": time.time(), "model_digest": result["model_digest"], **inputs}
             storage.write_json(storage.join(folder, "done.json"), marker)
@@ -181,9 +258,7 @@ class _Run:
         """Write down what the stage starts with, or refuse to go on with other inputs."""
         folder = self.folder(stage)
         uri = storage.join(folder, "inputs.json")
-        if not (
-            storage.exists(storage.join(folder, "done.json")) or storage.list_files(storage.join(folder, "checkpoints"))
-        ):
+        if not _begun(folder):
             storage.write_json(uri, inputs)  # nothing was trained with what an earlier try wrote down
             return
         saved = storage.read_json(uri)
@@ -208,13 +283,13 @@ class _Run:
         The last stage's pseudo-masks are not trained on: they are what the final model says of the pool.
         """
         folder = self.folder(f"pseudo_masks{number}")
-        files = pool_files(self.manifest)
+        files = self.pool()
         task = PoolTask(
-            root=self.config.data.root,
             destination=folder,
             model_digest=model_digest,
             num_classes=len(self.manifest.classes),
             downscale=self.config.data.downscale,
+            max_image_pixels=self.config.data.max_image_pixels,
             batch_size=self.config.pseudo_mask.batch_size,
             used_ids=frozenset(self.split.labelled),
             excluded_ids=frozenset(self.split.validation),
@@ -222,15 +297,32 @@ class _Run:
         digest = set_digest(task, files)
         marker = storage.join(folder, "done.json")
         if not (storage.exists(marker) and storage.read_json(marker)["digest"] == digest):
-            statistics = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
+            reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
+            statistics = gather(task, files, reports, self.config.data.max_bad_fraction)
             self._guard(stage, statistics)
             storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
         statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
-        return digest, statistics.summary()
+        return digest, {**statistics.summary(), "rejected": statistics.unreadable}
+
+    def rejects(self, stage: str) -> list[Reject]:
+        """Images that had a pseudo-mask and could not be used when the stage trained, each once."""
+        files = storage.list_files(storage.join(self.folder(stage), "rejects"))
+        return list({(r.source, r.image_id): r for file in files for r in read_rejects(file)}.values())
+
+    def _refuse_too_many(self, stage: str) -> None:
+        rejects = self.rejects(stage)
+        if not rejects:
+            return
+        listed = storage.join(self.folder(stage), "rejects.parquet")
+        write_rejects(listed, rejects)
+        if complaint := too_many(rejects, rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
+            raise StageFailure(f"{stage}: {complaint}")
+        self.warn(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 
     def _guard(self, stage: StageName, statistics: Statistics) -> None:
         if statistics.unreadable:
-            self.warn(f"{stage}: {statistics.unreadable} images of the pool could not be decoded and are left out")
+            listed = storage.join(self.folder(f"pseudo_masks{stage[-1]}"), "rejects.parquet")
+            self.warn(f"{statistics.unreadable} images of the pool could not be used and are left out: {listed}")
         vanished = vanished_classes(statistics, self.label_pixels, self.manifest.classes)
         if vanished:
             check_guard(

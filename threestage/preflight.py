@@ -4,8 +4,10 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.config import Config
+from threestage.data import storage
 from threestage.data.batches import SampleSet
-from threestage.data.records import Manifest, pool_files
+from threestage.data.listing import first_image
+from threestage.data.records import MANIFEST_NAME, Manifest, pool_files
 from threestage.errors import InputError
 from threestage.models.network import check_settings
 
@@ -24,20 +26,31 @@ def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validatio
     return counts
 
 
-def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
-    carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
-    pool = sum(file.rows for file in pool_files(manifest)) - carved
+def check_pool(config: Config, images: int) -> None:
+    """Raises InputError when the pool has fewer images than a step of all workers takes."""
     for stage in config.stage_names:
-        settings = config.stage(stage)
-        for key, size, available, what in (
-            ("labelled_batch", settings.labelled_batch, len(labelled), "labelled"),
-            ("unlabelled_batch", settings.unlabelled_batch, pool, "unlabelled"),
-        ):
-            if size * config.cluster.workers > available:
-                raise InputError(
-                    f"{stage}.{key}={size} on cluster.workers={config.cluster.workers} is more than the {available} {what} "
-                    f"images that there are: at most {available // config.cluster.workers}"
-                )
+        _check_batch(config, f"{stage}.unlabelled_batch", config.stage(stage).unlabelled_batch, images, "unlabelled")
+
+
+def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
+    for stage in config.stage_names:
+        _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
+    if config.data.unlabelled is None:
+        carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
+        check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
+    elif (
+        not storage.exists(storage.join(config.data.unlabelled, MANIFEST_NAME))
+        and first_image(config.data.unlabelled) is None
+    ):
+        raise InputError(f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either")
+
+
+def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:
+    if size * config.cluster.workers > available:
+        raise InputError(
+            f"{key}={size} on cluster.workers={config.cluster.workers} is more than the {available} {what} "
+            f"images that there are: at most {available // config.cluster.workers}"
+        )
 
 
 def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:

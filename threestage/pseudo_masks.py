@@ -1,13 +1,16 @@
-"""From a stage's network to pseudo-masks: class, confidence and statistics for every image of the pool.
+"""Pseudo-masks: what a network says of whole images, the statistics of that, and how a set of pseudo-masks is laid out.
 
-A pseudo-mask file belongs to one image file of the data set: same name, same row order, columns PSEUDO_MASK_SCHEMA.
-Rows that are not in the pool (validation images, undecodable ones) are null. Confidences are stored, so a threshold
-is applied when they are read and a new one costs no new prediction.
+    folder/<name of the image file>    PSEUDO_MASK_SCHEMA, the image file's rows in their order; null: not in the pool
+    folder/index.parquet               INDEX_SCHEMA, one row per file: what a stage must know before it reads any
+    folder/rejects.parquet             images that could not be used, and why
+
+Confidences are stored, so a threshold is applied when they are read and a new one costs no new prediction.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +18,31 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.data.batches import Decoded, Sample, decode_sample, samples_of
-from threestage.data.records import DataFile, encode_mask
+from threestage.data.pool import PoolFile, rows_of
+from threestage.data.rejects import REJECT_SCHEMA, Reject, too_many
 from threestage.errors import StageFailure
 from threestage.settings import Settings
-from threestage.training.metrics import confusion_matrix, mean_iou
+from threestage.training.metrics import mean_iou
 
 PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
+INDEX_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("images", pa.int64()),
+        ("max_height", pa.int32()),
+        ("max_width", pa.int32()),
+        ("labelled_ids", pa.list_(pa.string())),
+    ]
+)
+INDEX_NAME, REJECTS_NAME = "index.parquet", "rejects.parquet"
+REPORT_KEY = b"threestage.report"
+DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
-STATISTICS_KEY = b"threestage.statistics"
-MODEL_DIGEST_KEY = b"threestage.model_digest"
 VANISHED_SHARE = 0.01
+TILE_PIXELS = 8192
+REJECTS_TOGETHER = 4096
 
 
 class PseudoMaskSettings(Settings):
@@ -45,13 +61,31 @@ class Statistics(Settings):
     """Counts over the pixels of the pool; they add up, so files and workers can be merged in any order."""
 
     images: int = 0
-    unreadable: int = 0
+    unreadable: int = 0  # rejects, whatever the reason
     pixels: int = 0
     confidence_sum: float = 0.0
     entropy_sum: float = 0.0  # nats
     above: tuple[int, ...] = (0,) * len(CONFIDENCE_SHARES)
     class_pixels: tuple[int, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()  # on images whose mask is known but was not used for training
+
+    @classmethod
+    def of(cls, images: int, unreadable: int, sums: Sequence[np.ndarray], num_classes: int) -> Self:
+        """From the vectors that `measure` gave."""
+        lengths = (2, len(CONFIDENCE_SHARES), num_classes, num_classes**2)
+        total = np.sum([np.zeros(sum(lengths)), *sums], axis=0)
+        moments, above, class_pixels, confusion = np.split(total, np.cumsum(lengths)[:-1])
+        above, class_pixels, confusion = (counts.astype(np.int64) for counts in (above, class_pixels, confusion))
+        return cls(
+            images=images,
+            unreadable=unreadable,
+            pixels=int(class_pixels.sum()),
+            confidence_sum=float(moments[0]),
+            entropy_sum=float(moments[1]),
+            above=tuple(above.tolist()),
+            class_pixels=tuple(class_pixels.tolist()),
+            confusion=tuple(map(tuple, confusion.reshape(num_classes, num_classes).tolist())),
+        )
 
     def __add__(self, other: Self) -> "Statistics":
         merged = {}
@@ -75,9 +109,33 @@ def predict(network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whole images, single scale: (N,3,H,W) uint8 → class (N,H,W) uint8, confidence (N,H,W) float in [0,1],
     entropy (N,H,W) in nats."""
     logits, _ = network(image.float() / 255)
-    log_probabilities = logits.float().log_softmax(dim=1)
-    confidence, class_ids = log_probabilities.max(dim=1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
+    return certainty(logits)
+
+
+def certainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N,C,H,W) → class uint8, confidence in [0,1], entropy in nats, (N,H,W) each.
+
+    On a CPU piece by piece, so that the intermediate values stay in its cache: that is four times as fast.
+    """
+    if logits.device.type != "cpu":
+        return _certainty(logits)
+    number, _, height, width = logits.shape
+    rows = max(1, TILE_PIXELS * torch.get_num_threads() // width)
+    images = [
+        [_certainty(logits[i, :, top : top + rows].contiguous()) for top in range(0, height, rows)]
+        for i in range(number)
+    ]
+    class_ids, confidence, entropy = (
+        torch.stack([torch.cat([tile[part] for tile in tiles]) for tiles in images]) for part in range(3)
+    )
+    return class_ids, confidence, entropy
+
+
+def _certainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `certainty`, of (…,C,H,W)."""
+    log_probabilities = logits.float().log_softmax(dim=-3)
+    confidence, class_ids = log_probabilities.max(dim=-3)
+    entropy = -(log_probabilities.exp().mul_(log_probabilities)).sum(dim=-3)
     return class_ids.to(torch.uint8), confidence.exp(), entropy
 
 
@@ -102,101 +160,176 @@ def quantise(confidence: Tensor) -> Tensor:
     return (confidence * 255).round().to(torch.uint8)
 
 
+def measure(
+    class_ids: Tensor, confidence: Tensor, entropy: Tensor, masks: Sequence[np.ndarray | None], num_classes: int
+) -> Tensor:
+    """Sums over predicted images (N,H,W), on their device and without waiting for it: confidence, entropy, pixels above
+    each of CONFIDENCE_SHARES, pixels of each class, confusion matrix, as one float64 vector (`Statistics.of` reads it).
+
+    `masks`: their true masks (H,W) uint8 where those are known and were not trained on; 255 never counts.
+    """
+    moments = torch.stack([values.sum((1, 2)).double().sum() for values in (confidence, entropy)])
+    above = torch.stack([(confidence > share).count_nonzero() for share in CONFIDENCE_SHARES])
+    confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=class_ids.device)
+    known = {i: mask for i, mask in enumerate(masks) if mask is not None}
+    if known:
+        true = torch.from_numpy(np.stack(list(known.values()))).to(class_ids.device, non_blocking=True)
+        pairs = true.int() * num_classes + torch.stack([class_ids[i] for i in known])
+        confusion = _counts(pairs, (IGNORE_INDEX + 1) * num_classes)[: num_classes**2]
+    return torch.cat([moments, above.double(), _counts(class_ids, num_classes), confusion])
+
+
+def _counts(values: Tensor, length: int) -> Tensor:
+    """How often each of 0..length-1 occurs, (length,) float64."""
+    if values.device.type == "cpu":
+        return torch.bincount(values.flatten(), minlength=length).double()
+    return torch.histc(values.double(), length, 0, length)  # bincount would wait for the device
+
+
 class PoolTask(Settings):
     """What is needed to predict any file of the pool, on any machine, as plain JSON."""
 
-    root: str
     destination: str
     model_digest: str
     num_classes: int
     downscale: int
     batch_size: int
+    max_image_pixels: int
     used_ids: frozenset[str]  # labelled images: their masks were trained on, so they are left out of the mIoU
     excluded_ids: frozenset[str]  # validation images: not in the pool
 
+    def digest(self) -> str:
+        """Of all that decides what the pseudo-masks of a file are, the file apart."""
+        parts = [self.model_digest, str(self.downscale), str(self.max_image_pixels)]
+        parts += ["used", *sorted(self.used_ids), "excluded", *sorted(self.excluded_ids)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
-def pseudo_mask_uri(folder: str, file: DataFile) -> str:
+
+class FileReport(Settings):
+    """What came of one file of the pool. `file`: its PoolFile's name. `max_height` and `max_width`: of the predicted
+    images, downscaled; 0 without any. `labelled_ids`: those of `used_ids` that were predicted, in the file's order."""
+
+    file: str
+    statistics: Statistics
+    max_height: int
+    max_width: int
+    labelled_ids: tuple[str, ...]
+    rejects: tuple[Reject, ...]
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """What a stage must know of a file of pseudo-masks before it reads it; see FileReport. `images`: predicted ones."""
+
+    file: str
+    images: int
+    max_height: int
+    max_width: int
+    labelled_ids: tuple[str, ...]
+
+
+def pseudo_mask_uri(folder: str, file: PoolFile) -> str:
     """Where the pseudo-masks of an image file lie."""
-    return storage.join(folder, file.path.rsplit("/", 1)[-1])
+    return storage.join(folder, file.name)
 
 
-def predict_file(network: nn.Module, task: PoolTask, file: DataFile, device: torch.device) -> Statistics:
-    """Predict every pool image of one file and publish its pseudo-mask file atomically; a file that this model has
-    already predicted is kept."""
-    target = pseudo_mask_uri(task.destination, file)
-    if (done := stored_statistics(target, task.model_digest)) is not None:
-        return done
-    table = storage.read_table(storage.join(task.root, file.path), ["image_id", "image", "mask"])
-    samples = samples_of(table.to_pydict())
-    rows: list[tuple[bytes | None, bytes | None]] = [(None, None)] * len(samples)
-    statistics = Statistics()
-    for chunk in _chunks(samples, 64):
-        members, decoded, unreadable = _decode_pool(chunk, task)
-        statistics += Statistics(unreadable=unreadable)
-        for i, class_ids, confidence, entropy in predict_images(
-            network, [d.image for d in decoded], task.batch_size, device
-        ):
-            index = members[i]
-            rows[index] = (encode_mask(class_ids.numpy()), quantise(confidence).numpy().tobytes())
-            known = decoded[i].maps.get("mask") if samples[index].image_id not in task.used_ids else None
-            statistics += measure(class_ids, confidence, entropy, known, task.num_classes)
-    metadata = {STATISTICS_KEY: statistics.model_dump_json(), MODEL_DIGEST_KEY: task.model_digest}
-    columns = [table.column("image_id"), *(pa.array(column, pa.binary()) for column in zip(*rows, strict=True))]
-    storage.write_table(target, pa.table(columns, PSEUDO_MASK_SCHEMA.with_metadata(metadata)))
+def stored_report(uri: str, digest: str | None = None) -> FileReport | None:
+    """The report of a finished pseudo-mask file, from its footer; None if there is none, or none of `digest` (see
+    `file_digest`)."""
+    metadata = storage.read_metadata(uri) or {}
+    if REPORT_KEY not in metadata or (digest is not None and metadata.get(DIGEST_KEY) != digest.encode()):
+        return None
+    return FileReport.model_validate_json(metadata[REPORT_KEY])
+
+
+def file_digest(task_digest: str, file: PoolFile) -> str:
+    """Of all that decides what a file's pseudo-masks are."""
+    return hashlib.sha256(f"{task_digest}/{file.digest}".encode()).hexdigest()
+
+
+def set_digest(task: PoolTask, files: Sequence[PoolFile]) -> str:
+    """Digest of a set of pseudo-masks: which model predicted which images, and how."""
+    whole = hashlib.sha256(task.digest().encode())
+    for file in files:
+        whole.update(f"/{file.digest}".encode())
+    return whole.hexdigest()
+
+
+def gather(
+    task: PoolTask, files: Sequence[PoolFile], reports: Iterable[FileReport], max_bad_fraction: float
+) -> Statistics:
+    """Take the reports of all files, in any order, and complete the set: index.parquet and rejects.parquet.
+
+    Raises StageFailure as soon as more than the share `max_bad_fraction` of the files' images is bad; rejects.parquet
+    then holds those so far, and `reports` is closed.
+    """
+    statistics, index, rejected = Statistics(), {}, _Rejected()
+    limit = max_bad_fraction * rows_of(files)
+    try:
+        for report in reports:
+            if report.file in index:
+                continue
+            index[report.file] = _index_row(report)
+            statistics += report.statistics
+            rejected.add(report.rejects)
+            if len(rejected) > limit:
+                break
+    finally:
+        if (close := getattr(reports, "close", None)) is not None:
+            close()
+    listed = storage.join(task.destination, REJECTS_NAME)
+    rejected.write(listed)
+    if (complaint := too_many(rejected, rows_of(files), max_bad_fraction, listed)) is not None:
+        raise StageFailure(
+            f"{complaint}; raise data.max_bad_fraction to go on, or mend the images and delete {task.destination}"
+        )
+    _write_index(storage.join(task.destination, INDEX_NAME), [index[file.name] for file in files])
     return statistics
 
 
-def _chunks(samples: Sequence[Sample], size: int) -> Iterator[list[tuple[int, Sample]]]:
-    numbered = list(enumerate(samples))
-    return (numbered[start : start + size] for start in range(0, len(numbered), size))
+def _index_row(report: FileReport) -> IndexRow:
+    images = report.statistics.images
+    return IndexRow(report.file, images, report.max_height, report.max_width, report.labelled_ids)
 
 
-def _decode_pool(chunk: Sequence[tuple[int, Sample]], task: PoolTask) -> tuple[list[int], list[Decoded], int]:
-    """Row numbers and pixels of the pool's images in the chunk, and how many could not be decoded."""
-    members, decoded, unreadable = [], [], 0
-    for index, sample in chunk:
-        if sample.image_id in task.excluded_ids:
-            continue
-        try:
-            decoded.append(decode_sample(sample, task.downscale))
-            members.append(index)
-        except (OSError, ValueError):
-            unreadable += 1
-    return members, decoded, unreadable
+def _write_index(uri: str, rows: Sequence[IndexRow]) -> None:
+    storage.write_table(uri, pa.Table.from_pylist([asdict(row) for row in rows], INDEX_SCHEMA))
 
 
-def measure(
-    class_ids: Tensor, confidence: Tensor, entropy: Tensor, mask: np.ndarray | None, num_classes: int
-) -> Statistics:
-    """Statistics of one predicted image (H,W); `mask` is its true mask where that is known and was not trained on."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    if mask is not None:
-        confusion = confusion_matrix(torch.from_numpy(mask), class_ids, num_classes)
-    return Statistics(
-        images=1,
-        pixels=class_ids.numel(),
-        confidence_sum=float(confidence.double().sum()),
-        entropy_sum=float(entropy.double().sum()),
-        above=tuple(int((confidence > share).sum()) for share in CONFIDENCE_SHARES),
-        class_pixels=tuple(torch.bincount(class_ids.flatten().long(), minlength=num_classes).tolist()),
-        confusion=tuple(map(tuple, confusion.tolist())),
-    )
+def read_index(folder: str) -> list[IndexRow]:
+    """The index of a finished set, in the order of its pool's files. Raises FileNotFoundError where there is none."""
+    rows = storage.read_table(storage.join(folder, INDEX_NAME)).to_pylist()
+    return [IndexRow(**row | {"labelled_ids": tuple(row["labelled_ids"])}) for row in rows]
 
 
-def stored_statistics(uri: str, model_digest: str | None = None) -> Statistics | None:
-    """The statistics of a finished pseudo-mask file; None if there is none, or none of the model asked for."""
-    metadata = storage.read_metadata(uri) or {}
-    if STATISTICS_KEY not in metadata:
-        return None
-    if model_digest is not None and metadata.get(MODEL_DIGEST_KEY) != model_digest.encode():
-        return None
-    return Statistics.model_validate_json(metadata[STATISTICS_KEY])
+class _Rejected(Sequence[Reject]):
+    """Rejects in the order in which they came, packed: there may be millions."""
 
+    def __init__(self) -> None:
+        self._packed = REJECT_SCHEMA.empty_table()
+        self._loose: list[Reject] = []
 
-def set_digest(task: PoolTask, files: Sequence[DataFile]) -> str:
-    """Digest of a set of pseudo-masks: which model predicted which images."""
-    parts = [task.model_digest, str(task.downscale), *sorted(task.excluded_ids), *(file.digest for file in files)]
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+    def add(self, rejects: Iterable[Reject]) -> None:
+        self._loose.extend(rejects)
+        if len(self._loose) >= REJECTS_TOGETHER:
+            self._pack()
+
+    def write(self, uri: str) -> None:
+        """A Parquet file of REJECT_SCHEMA, sorted by source."""
+        self._pack()
+        storage.write_table(uri, self._packed.sort_by([("source", "ascending"), ("image_id", "ascending")]))
+
+    def _pack(self) -> None:
+        rows = pa.Table.from_pylist([reject.model_dump() for reject in self._loose], REJECT_SCHEMA)
+        self._packed, self._loose = pa.concat_tables([self._packed, rows]), []
+
+    def __len__(self) -> int:
+        return len(self._packed) + len(self._loose)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self._packed):
+            return self._loose[index - len(self._packed)]
+        return Reject(**self._packed.slice(index, 1).to_pylist()[0])
 
 
 def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classes: Sequence[str]) -> list[str]:

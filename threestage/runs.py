@@ -33,6 +33,7 @@ def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) 
 
     Writes results.json and pictures.png into `out`; returns the results.
     """
+    storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
         results = run_local(config, out, show, warn)
@@ -85,7 +86,8 @@ def _recorder(registry: Registry, config: Config, key: str, warn: pipeline.Warn)
 
 
 def _close(registry: Registry, key: str, status: Any, out: str) -> None:
-    names = ("results.json", "pictures.png")
+    rejects = [f"pseudo_masks{n}/rejects.parquet" for n in (1, 2, 3)]
+    names = ("results.json", "pictures.png", *rejects)
     artifacts = {name: storage.join(out, name) for name in names if storage.exists(storage.join(out, name))}
     summary = {}
     if "results.json" in artifacts:

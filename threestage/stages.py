@@ -13,12 +13,15 @@ from threestage.augment.views import View, strong_view, weak_view
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, batches, canvas_size, prefetch
+from threestage.data.pool import load_pool
 from threestage.data.records import Manifest, load_manifest
-from threestage.data.sets import labelled_set, pool_set, validation_set
+from threestage.data.rejects import Reject, write_rejects
+from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
 from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
 from threestage.models.export import ModelCard, save_model, start_from
 from threestage.models.network import Network, build_network
+from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed, generator
 from threestage.settings import Settings
 from threestage.training import losses
@@ -44,6 +47,7 @@ class StageTask(Settings):
     manifest_version: int
     split: Split
     folder: str
+    pool: str | None = Field(description="the list of the pool's files; none for stage 1")
     pseudo_masks: str | None = Field(description="folder of the previous stage's pseudo-masks")
     previous_model: str | None = Field(description="folder of the previous stage's model, for a warm start")
 
@@ -93,7 +97,7 @@ def load_data(task: StageTask, config: Config) -> StageData:
         manifest,
         labelled_set(root, manifest, task.split, downscale, task.pseudo_masks),
         validation_set(root, manifest, task.split, downscale),
-        canvas_size(manifest, config.augment, downscale),
+        canvas_size((manifest.sizes.max_height // downscale, manifest.sizes.max_width // downscale), config.augment),
     )
 
 
@@ -150,11 +154,12 @@ def make_step(task: StageTask, config: Config, state: TrainState, data: StageDat
             state.step,
             worker.rank,
             worker.world_size,
-        )
+        ),
+        worker.device,
     )
     if task.stage == "stage1":
         return _supervised_step(config, labelled, worker)
-    unlabelled = worker.unlabelled(state.step)
+    unlabelled = prefetch(worker.unlabelled(state.step), worker.device)
     return _three_task_step(task, config, state, labelled, unlabelled, worker)
 
 
@@ -162,7 +167,7 @@ def _supervised_step(config: Config, labelled: Iterator[Batch], worker: Worker) 
     """Stage 1: CE(g(x_l), y_l); with `stage1.strong_view` the strong view of each image is learnt beside the weak one."""
 
     def step_loss(network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = next(labelled).to(worker.device)
+        batch = next(labelled)
         random = generator(config.seed, "stage1", "augment", step, worker.rank)
         view = weak_view(batch.image, batch.size, config.augment, random)
         image, mask = view.image, view.warp(batch.maps["mask"])
@@ -189,7 +194,7 @@ def _three_task_step(
 
     def step_loss(network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         random = generator(config.seed, task.stage, "augment", step, worker.rank)
-        batch_l, batch_u = next(labelled).to(worker.device), next(unlabelled).to(worker.device)
+        batch_l, batch_u = next(labelled), next(unlabelled)
         weak_l = weak_view(batch_l.image, batch_l.size, config.augment, random)
         weak_u = weak_view(batch_u.image, batch_u.size, config.augment, random)
         strong_u = strong_view(weak_u, config.augment.strong, random)
@@ -260,11 +265,13 @@ def local_unlabelled(task: StageTask) -> Callable[[int], Iterator[Batch]]:
     config = task.settings()
 
     def source(first_step: int) -> Iterator[Batch]:
-        assert task.pseudo_masks is not None
-        manifest = load_manifest(config.data.root, task.manifest_version)
-        pool = pool_set(config.data.root, manifest, task.pseudo_masks, config.data.downscale)
-        canvas = canvas_size(manifest, config.augment, config.data.downscale)
-        place = (config.seed, task.stage, "unlabelled")
-        return prefetch(batches(pool, config.stage(task.stage).unlabelled_batch, canvas, place, first_step))
+        assert task.pool is not None and task.pseudo_masks is not None
+        rejects: list[Reject] = []
+        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append)
+        if rejects:
+            write_rejects(storage.join(task.folder, "rejects", "pool.parquet"), rejects)
+        canvas = pool_canvas(read_index(task.pseudo_masks), config.augment)
+        return batches(pool, config.stage(task.stage).unlabelled_batch, canvas,
+                       (config.seed, task.stage, "unlabelled"), first_step)  # fmt: skip
 
     return source

@@ -4,11 +4,7 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.mlflow_server import mlflow_server
 from threestage import registry as registry_module
 from threestage.errors import InputError
 from threestage.models.export import ModelCard, save_model
@@ -205,39 +202,11 @@ def test_the_packed_model_loads_without_pickle_and_predicts(
         np.testing.assert_array_equal(class_ids, logits.argmax(1).numpy())
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture
 def server(tmp_path: Path, empty_store: Path) -> Iterator[tuple[str, int]]:
-    """A real `mlflow server` that proxies artifacts: its URI and its process group."""
-    port = free_port()
     shutil.copy(empty_store, tmp_path / "server.db")
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "up")]
-    command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(tmp_path / "server.log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", tmp_path / "server.log")
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for(url: str, log: Path, limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(f"{url} does not answer: {log.read_text()[-2000:]}")
+    with mlflow_server(tmp_path, str(tmp_path / "up")) as started:
+        yield started
 
 
 def test_with_a_server_everything_works_and_its_death_is_told_at_once(

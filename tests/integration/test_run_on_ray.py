@@ -1,15 +1,17 @@
 """The whole product on a real cluster: three stages through Ray Train and Ray Data, mirrored in MLflow, predicted from there."""
 
-import json
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import tiny_config
+from tests.mlflow_server import mlflow_server
+from tests.s3 import SECRET
 from threestage import runs
+from threestage.data import storage
 from threestage.evaluation import evaluate_model
 from threestage.predict import open_model, predict_folder
 from threestage.registry import RegistrySettings, open_registry
@@ -21,36 +23,71 @@ pytestmark = [
 ]
 
 
-def test_two_workers_train_three_stages_and_register_them(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
-    registry = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    config = tiny_config(scenes, cluster={"workers": 2, "predictors": 2}, registry=registry)
+@pytest.fixture
+def tracking_uri(s3_root: str, tmp_path: Path) -> Iterator[str]:
+    """Of an MLflow server that keeps its artifacts on S3."""
+    with mlflow_server(tmp_path, f"{s3_root}/mlflow") as (uri, _):
+        yield uri
+
+
+def test_everything_on_s3_with_two_workers(
+    ray_cluster: None, s3_root: str, scenes: Path, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data set, unlabelled prefix, checkpoints, pseudo-masks, models and MLflow's artifacts; a local disk sees scratch only."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for uri in storage.list_files(str(scenes)):
+        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{s3_root}/data"), storage.read_bytes(uri))
+    put_photos(f"{s3_root}/photos")
+    registry = {"tracking_uri": tracking_uri}
+    data = {"root": f"{s3_root}/data", "labelled": 8, "unlabelled": f"{s3_root}/photos", "max_bad_fraction": 0.1}
+    config = tiny_config(scenes, data=data, cluster={"workers": 2, "predictors": 2}, registry=registry)
     rows: list[tuple[str, Mapping[str, float]]] = []
-    out = tmp_path / "run"
-    results = runs.run(config, str(out), False, lambda stage, row: rows.append((stage, row)), print)
+    warnings: list[str] = []
+    out = f"{s3_root}/run"
+    results = runs.run(config, out, False, lambda stage, row: rows.append((stage, row)), warnings.append)
 
     assert list(results["stages"]) == ["stage1", "stage2", "stage3"]
-    assert json.loads((out / "results.json").read_text())["stages"]["stage3"]["steps"] == 6
+    assert storage.read_json(f"{out}/results.json")["stages"]["stage3"]["steps"] == 6
+    assert results["data"]["pool"] == 40 + 21 and results["stages"]["stage3"]["rejected"] == 1
+    assert any("1 images of the pool could not be used" in warning for warning in warnings)
     assert {stage for stage, row in rows if "mean_iou" in row} == {"stage1", "stage2", "stage3"}
-    with Image.open(out / "pictures.png") as pictures:
+    with Image.open(io.BytesIO(storage.read_bytes(f"{out}/pictures.png"))) as pictures:
         assert pictures.width > 400
+    assert storage.list_files(f"{out}/stage2/checkpoints") and list((tmp_path / "empty").iterdir()) == []
 
     settings = RegistrySettings(**registry)
     models = open_registry(settings).list_models()
     assert sorted(alias for model in models for alias in model["aliases"]) == ["stage1", "stage2", "stage3"]
-
-    runs.run(config, str(out), False, lambda stage, row: pytest.fail("a finished run trained again"), print)
+    runs.run(config, out, False, lambda stage, row: pytest.fail("a finished run trained again"), print)
     assert len(open_registry(settings).list_models()) == 3
 
     network, card = open_model("models:/tiny@stage3", settings)
-    images = tmp_path / "images"
-    images.mkdir()
-    Image.fromarray(np.full((50, 70, 3), 128, np.uint8)).save(images / "grey.png")
-    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    done = predict_folder(network, card, str(images), str(tmp_path / "predicted"))
-    assert done.images == 1 and [Path(file).name for file, _ in done.rejected] == ["broken.jpg"]
-    with Image.open(tmp_path / "predicted" / "masks" / "grey.png") as mask:
+    done = predict_folder(network, card, f"{s3_root}/photos", f"{s3_root}/predicted")
+    assert done.images == 20 and [file for file, _ in done.rejected] == [f"{s3_root}/photos/20.jpg"]
+    with Image.open(io.BytesIO(storage.read_bytes(f"{s3_root}/predicted/masks/3.png"))) as mask:
         assert mask.size == (70, 50)
-    score = evaluate_model(network, card, str(scenes), "val")["mean_iou"]
+    score = evaluate_model(network, card, f"{s3_root}/data", "val")["mean_iou"]
     assert score == pytest.approx(
         results["stages"]["stage3"]["mean_iou"], abs=1e-3
     )  # another batch size rounds otherwise
+    assert any("mlflow" in uri and uri.endswith(".safetensors") for uri in storage.list_files(s3_root))
+    assert_the_secret_is_nowhere(s3_root, tmp_path)
+
+
+def put_photos(prefix: str) -> None:
+    """20 images of 70×50 and a broken one."""
+    for number in range(20):
+        stream = io.BytesIO()
+        Image.new("RGB", (70, 50), (number * 12, 128, 50)).save(stream, "JPEG")
+        storage.write_bytes(f"{prefix}/{number}.jpg", stream.getvalue())
+    storage.write_bytes(f"{prefix}/20.jpg", b"\xff\xd8\xff")
+
+
+def assert_the_secret_is_nowhere(s3_root: str, folder: Path) -> None:
+    """In no object (checkpoints, records, MLflow's artifacts), no log of Ray's, no file of MLflow's server."""
+    found = [uri for uri in storage.list_files(s3_root) if SECRET.encode() in storage.read_bytes(uri)]
+    logs = [path for place in (Path("/tmp/ray/session_latest/logs"), folder) for path in place.rglob("*")]
+    assert any(path.suffix == ".log" for path in logs)
+    found += [str(path) for path in logs if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert found == []

@@ -10,13 +10,14 @@ import torch
 
 from tests.conftest import tiny_config
 from threestage.data.batches import Batch, Decoded, Order, SampleSet, batches, canvas_size, place, prefetch
-from threestage.data.records import load_manifest, pool_files
+from threestage.data.pool import data_set_files
+from threestage.data.records import load_manifest
 from threestage.data.sets import labelled_set, pool_set, validation_set
 from threestage.data.split import make_split
 from threestage.local import predict_pool
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
-from threestage.pseudo_masks import PoolTask
+from threestage.pseudo_masks import PoolTask, gather
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor, ramp_up
 
 
@@ -62,12 +63,11 @@ def test_small_images_are_padded_and_large_ones_cut() -> None:
 
 
 def test_canvas_is_what_the_widest_view_needs(scenes: Path) -> None:
-    manifest = load_manifest(str(scenes))
     config = tiny_config(scenes)
-    assert canvas_size(manifest, config.augment, 1) == (32, 32)
+    assert canvas_size((64, 64), config.augment) == (32, 32)
     wide = config.augment.model_copy(update={"scale": (0.8, 1.5)})
-    assert canvas_size(manifest, wide, 1) == (40, 40)
-    assert canvas_size(manifest, wide, 2) == (32, 32)
+    assert canvas_size((64, 64), wide) == (40, 40)
+    assert canvas_size((32, 32), wide) == (32, 32)
 
 
 def test_prefetch_gives_all_in_order_and_passes_errors_on(labelled: SampleSet) -> None:
@@ -75,7 +75,7 @@ def test_prefetch_gives_all_in_order_and_passes_errors_on(labelled: SampleSet) -
         yield from islice(batches(labelled, 2, (64, 64), (0, "s")), 3)
         raise OSError("disk gone")
 
-    source = prefetch(failing(), depth=1)
+    source = prefetch(failing(), torch.device("cpu"), depth=1)
     got = [next(source).image_ids for _ in range(3)]
     assert got == [b.image_ids for b in islice(batches(labelled, 2, (64, 64), (0, "s")), 3)]
     with pytest.raises(OSError, match="disk gone"):
@@ -92,18 +92,21 @@ def test_the_pool_holds_labelled_images_but_no_validation_ones(scenes: Path, tmp
     digest = save_model(str(tmp_path / "model"), build_network(config.network, len(manifest.classes)), card)
     excluded = frozenset(split.labelled[:2])
     task = PoolTask(
-        root=str(scenes), destination=str(tmp_path / "pm"), model_digest=digest, num_classes=len(manifest.classes), downscale=1,
-        batch_size=4, used_ids=frozenset(split.labelled), excluded_ids=excluded,
+        destination=str(tmp_path / "pm"), model_digest=digest, num_classes=len(manifest.classes), downscale=1,
+        max_image_pixels=10**6, batch_size=4, used_ids=frozenset(split.labelled), excluded_ids=excluded,
     )  # fmt: skip
-    statistics = predict_pool(str(tmp_path / "model"), task, pool_files(manifest))
+    files = data_set_files(str(scenes), manifest)
+    statistics = gather(task, files, predict_pool(str(tmp_path / "model"), task, files), 0.0)
     assert statistics.images == 38 and statistics.pixels == 38 * 64 * 64 == sum(statistics.class_pixels)
     assert np.sum(statistics.confusion) == 32 * 64 * 64  # the masks that training did not use
-    pool = pool_set(str(scenes), manifest, str(tmp_path / "pm"), 1)
+    pool = pool_set(files, str(tmp_path / "pm"), config.data, lambda reject: pytest.fail(reject.reason))
     ids = {sample.image_id for sample in pool.samples}
     assert len(ids) == 38 and not ids & excluded and set(split.labelled[2:]) <= ids
     assert pool.decoded(0).maps["pseudo_mask"].shape == (64, 64)
+    again = labelled_set(str(scenes), manifest, split.model_copy(update={"labelled": split.labelled[2:]}), 1, task.destination)
+    assert all(sample.pseudo_mask is not None for sample in again.samples) and len(again) == 6
     assert not ids & {s.image_id for s in validation_set(str(scenes), manifest, split, 1).samples}
-    assert predict_pool(str(tmp_path / "model"), task, pool_files(manifest)) == statistics
+    assert gather(task, files, predict_pool(str(tmp_path / "model"), task, files), 0.0) == statistics
 
 
 def test_schedules() -> None:

@@ -84,15 +84,21 @@ def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: 
     root, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scenes, root)
     shutil.copytree(undisturbed, out)
-    before = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("*.parquet")}
+    before = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("train-*.parquet")}
     more = tmp_path / "more"
     write_scenes(str(more), {"train": 5}, seed=9)
     ingest(str(more / "train" / "images"), str(root), IngestSettings(format="images"))
     assert load_manifest(str(root)).version == 2
-    with pytest.raises(InputError, match="stage2 was trained with other pseudo-masks"):
+    warnings: list[str] = []
+    assert run_local(tiny_config(root), str(out), quiet, warnings.append)["data"]["pool"] == 40
+    assert any("has new images: this run goes on with the pool that stage 2 began with" in text for text in warnings)
+    shutil.rmtree(out / "stage2")
+    with pytest.raises(InputError, match="stage3 was trained with other pseudo-masks"):
         run_local(tiny_config(root), str(out), quiet)
-    after = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("*.parquet")}
+    after = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("train-*.parquet")}
     assert len(after) == len(before) + 1 and before.items() <= after.items()
+    shutil.rmtree(out / "stage3")
+    assert run_local(tiny_config(root), str(out), quiet)["data"]["pool"] == 45
 
 
 def test_guard_stops_when_asked(scenes: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings
-from threestage.data.records import Manifest, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
 from threestage.seeds import derive_seed
 
 DECODED_CACHE_BYTES = 512 * 2**20
@@ -62,9 +62,12 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def decode_sample(sample: Sample, downscale: int) -> Decoded:
-    """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already."""
-    image = downscale_image(decode_image(sample.image), downscale)
+def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Decoded:
+    """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already.
+
+    Raises BadImage when the image cannot be decoded, ValueError when it is not of its pseudo-mask's size.
+    """
+    image = downscale_image(decode_image(sample.image, max_pixels), downscale)
     maps = {}
     if sample.mask is not None:
         maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)
@@ -75,9 +78,8 @@ def decode_sample(sample: Sample, downscale: int) -> Decoded:
     return Decoded(image, maps)
 
 
-def canvas_size(manifest: Manifest, augment: AugmentSettings, downscale: int) -> tuple[int, int]:
-    """Height and width of the canvas: what the widest weak view needs, no more than the largest image has."""
-    largest = (manifest.sizes.max_height // downscale, manifest.sizes.max_width // downscale)
+def canvas_size(largest: tuple[int, int], augment: AugmentSettings) -> tuple[int, int]:
+    """Height and width of the canvas: what the widest weak view needs, no more than the `largest` image has."""
     needed = [math.ceil(side / augment.scale[0]) for side in augment.crop_size]
     return min(largest[0], needed[0]), min(largest[1], needed[1])
 
@@ -112,9 +114,10 @@ def stack(samples: Sequence[tuple[str, Decoded]], canvas: tuple[int, int], rng: 
 class SampleSet:
     """Encoded rows in memory; decoded ones are kept as long as they fit into DECODED_CACHE_BYTES."""
 
-    def __init__(self, samples: Sequence[Sample], downscale: int) -> None:
+    def __init__(self, samples: Sequence[Sample], downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         self.samples = samples
         self._downscale = downscale
+        self._max_pixels = max_pixels
         self._cache: dict[int, Decoded] = {}
         self._free = DECODED_CACHE_BYTES
 
@@ -132,7 +135,7 @@ class SampleSet:
     def decoded(self, index: int) -> Decoded:
         if index in self._cache:
             return self._cache[index]
-        decoded = decode_sample(self.samples[index], self._downscale)
+        decoded = decode_sample(self.samples[index], self._downscale, self._max_pixels)
         self._free -= decoded.image.nbytes + sum(value.nbytes for value in decoded.maps.values())
         if self._free > 0:
             self._cache[index] = decoded
@@ -176,8 +179,8 @@ def batches(
             yield stack([(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)], canvas, rng)
 
 
-def prefetch(source: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
-    """The same batches, made ahead in a thread; an error in the source is raised here."""
+def prefetch(source: Iterator[Batch], device: torch.device, depth: int = 3) -> Iterator[Batch]:
+    """The same batches, made ahead in a thread and on their way to the device; an error in the source is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -192,7 +195,7 @@ def prefetch(source: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
     def fill() -> None:
         try:
             for batch in source:
-                hand_over(batch)
+                hand_over(batch.to(device))
                 if stop.is_set():
                     return
             hand_over(None)

@@ -8,9 +8,15 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from threestage.data.classes import Lookup, Unknown
-from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, BadImage, check_pixels, decoder_complaint
+from threestage.data.records import (
+    DECODER_ERRORS,
+    EXIF_ORIENTATION,
+    MAX_IMAGE_PIXELS,
+    BadImage,
+    check_pixels,
+    decoder_complaint,
+)
 
-EXIF_ORIENTATION = 0x0112
 JPEG_FORMATS = ("JPEG", "MPO")
 GREY_PNG = 0
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from threestage.data import storage
 from threestage.data.listing import listed_files
@@ -17,6 +16,9 @@ from threestage.settings import Settings
 
 MAX_IMAGE_BYTES = 256 * 2**20
 FETCH_THREADS = 16
+POOL_SCHEMA = pa.schema(
+    [("uri", pa.string()), ("rows", pa.int64()), ("digest", pa.string()), ("by_reference", pa.bool_())]
+)
 
 
 class PoolFile(Settings):
@@ -59,29 +61,46 @@ def listed_pool(folder: str) -> list[PoolFile]:
     ]
 
 
-def read_rows(file: PoolFile, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[list[PoolRow]]:
-    """All rows of a file in its order, `chunk` at a time; by reference, the next chunk is fetched meanwhile.
+def write_pool(uri: str, files: Sequence[PoolFile]) -> None:
+    """Publish which files are a run's pool."""
+    storage.write_table(uri, pa.Table.from_pylist([file.model_dump() for file in files], schema=POOL_SCHEMA))
+
+
+def load_pool(uri: str) -> list[PoolFile]:
+    return [PoolFile(**row) for row in storage.read_table(uri).to_pylist()]
+
+
+def read_rows(
+    file: PoolFile, order: Sequence[int] | None = None, masks: bool = True, chunk: int = storage.ROW_GROUP_ROWS
+) -> Iterator[list[PoolRow]]:
+    """The rows of a file, all in its order or those at the positions `order`, `chunk` at a time.
 
     An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
-    OSError.
+    OSError. By reference, the next chunk is fetched while the caller works on this one.
     """
     if file.by_reference:
-        yield from _read_references(file, chunk)
+        yield from _read_references(storage.read_table(file.uri), order, chunk)
         return
-    parquet = pq.ParquetFile(pa.BufferReader(storage.read_bytes(file.uri)))
-    for batch in parquet.iter_batches(chunk, columns=["image_id", "source", "image", "mask"]):
-        yield [PoolRow(**row) for row in batch.to_pylist()]
+    columns = ["image_id", "source", "image", *(["mask"] if masks else [])]
+    for part in chunks(storage.read_table(file.uri, columns), order, chunk):
+        yield [PoolRow(**row) for row in part.to_pylist()]
 
 
-def _read_references(file: PoolFile, chunk: int) -> Iterator[list[PoolRow]]:
-    rows = storage.read_table(file.uri).to_pylist()
+def chunks(table: pa.Table, order: Sequence[int] | None, chunk: int) -> Iterator[pa.Table]:
+    """The table cut into pieces of `chunk` rows: all of them, or those at the positions `order`."""
+    for start in range(0, len(table) if order is None else len(order), chunk):
+        yield table.slice(start, chunk) if order is None else table.take(pa.array(order[start : start + chunk]))
+
+
+def _read_references(table: pa.Table, order: Sequence[int] | None, chunk: int) -> Iterator[list[PoolRow]]:
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         waiting: list[Future[PoolRow]] = []
-        for start in range(0, len(rows) + chunk, chunk):
-            following = [threads.submit(_fetch, row) for row in rows[start : start + chunk]]
+        for part in chunks(table, order, chunk):
+            following = [threads.submit(_fetch, row) for row in part.to_pylist()]
             if waiting:
                 yield [future.result() for future in waiting]
             waiting = following
+        yield [future.result() for future in waiting]
 
 
 def _fetch(row: dict[str, Any]) -> PoolRow:

@@ -25,6 +25,7 @@ from threestage.settings import Settings
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_IMAGE_PIXELS = 64_000_000
+EXIF_ORIENTATION = 0x0112
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -199,7 +200,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image, max_pixels)
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            if image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1):
+                image = ImageOps.exif_transpose(image)
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except BadImage:
         raise
     except DECODER_ERRORS as error:

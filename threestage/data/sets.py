@@ -1,21 +1,26 @@
 """Which samples a stage trains and validates on: rows of the data set joined with their pseudo-masks."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
+from threestage.augment.views import AugmentSettings
 from threestage.data import storage
-from threestage.data.batches import Sample, SampleSet, samples_of
-from threestage.data.records import DataFile, Manifest, SplitName, labelled_rows, pool_files
+from threestage.data.batches import Sample, SampleSet, canvas_size, samples_of
+from threestage.data.pool import PoolFile, chunks, read_rows
+from threestage.data.records import DataSettings, Manifest, SplitName, labelled_rows
+from threestage.data.rejects import Reject
 from threestage.data.split import Split
-from threestage.pseudo_masks import pseudo_mask_uri
+from threestage.pseudo_masks import IndexRow, pseudo_mask_uri, read_index
+
+OnReject = Callable[[Reject], None]
 
 
 def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
     """The labelled images with their masks, and with pseudo-masks where a folder of them is given."""
     table = labelled_rows(root, manifest, "train", split.labelled)
     if pseudo_masks is not None:
-        table = _with_pseudo_masks(table, _pseudo_mask_rows(manifest, pseudo_masks, set(split.labelled)))
+        table = _with_pseudo_masks(table, _pseudo_mask_rows(pseudo_masks))
     return SampleSet(samples_of(table.to_pydict()), downscale)
 
 
@@ -25,35 +30,50 @@ def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) 
     return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
 
 
-def pool_set(root: str, manifest: Manifest, pseudo_masks: str, downscale: int) -> SampleSet:
+def pool_set(files: Sequence[PoolFile], pseudo_masks: str, data: DataSettings, rejected: OnReject) -> SampleSet:
     """The whole pool in memory, still encoded: for `--local` only."""
-    samples = [sample for file in pool_files(manifest) for sample in pool_file_samples(root, file, pseudo_masks)]
-    return SampleSet(samples, downscale)
+    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected))
+    return SampleSet([sample for chunk in parts for sample in chunk], data.downscale, data.max_image_pixels)
 
 
-def pool_file_samples(root: str, file: DataFile, pseudo_masks: str) -> Iterator[Sample]:
-    """The pool's rows of one file, each beside its pseudo-mask; rows without one are not in the pool.
+def pool_canvas(index: Sequence[IndexRow], augment: AugmentSettings) -> tuple[int, int]:
+    """Canvas of the pool's images, whose sizes are known once they are predicted."""
+    return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
 
-    Raises ValueError when the two files do not hold the same rows in the same order.
+
+def pool_samples(
+    file: PoolFile, pseudo_masks: str, rejected: OnReject, order: Sequence[int] | None = None
+) -> Iterator[list[Sample]]:
+    """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool.
+
+    `order`: positions of the rows to read, in their order. An image that has vanished since its pseudo-mask was made
+    goes to `rejected`. Raises ValueError when the two files do not hold the same rows in the same order.
     """
-    images = storage.read_table(storage.join(root, file.path), ["image_id", "image"])
     predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
-    if images.column("image_id") != predicted.column("image_id"):
-        raise ValueError(
-            f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.path}: their image ids differ"
-        )
-    for column in ("pseudo_mask", "confidence"):
-        images = images.append_column(column, predicted.column(column))
-    return (sample for sample in samples_of(images.to_pydict()) if sample.pseudo_mask is not None)
+    rows = read_rows(file, order, masks=False)
+    for images, masks in zip(rows, chunks(predicted, order, storage.ROW_GROUP_ROWS), strict=True):
+        found = []
+        for row, target in zip(images, masks.to_pylist(), strict=True):
+            if row.image_id != target["image_id"]:
+                raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
+            if row.problem is not None and target["pseudo_mask"] is not None:
+                rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
+            elif target["pseudo_mask"] is not None:
+                found.append(Sample(image=row.image, **target))
+        yield found
 
 
-def _pseudo_mask_rows(manifest: Manifest, folder: str, ids: Collection[str]) -> dict[str, tuple[bytes, bytes]]:
-    found = {}
-    for file in pool_files(manifest):
-        table = storage.read_table(pseudo_mask_uri(folder, file))
-        keep = pa.array([image_id in ids for image_id in table.column("image_id").to_pylist()], pa.bool_())
-        for row in table.filter(keep).to_pylist():
-            found[row["image_id"]] = (row["pseudo_mask"], row["confidence"])
+def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:
+    """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them.
+
+    The data set's files come first: an image of another source that bears a labelled image's id is passed over.
+    """
+    found: dict[str, tuple[bytes, bytes]] = {}
+    for entry in read_index(folder):
+        if entry.labelled_ids:
+            table = storage.read_rows(storage.join(folder, entry.file), "image_id", entry.labelled_ids)
+            for row in table.to_pylist():
+                found.setdefault(row["image_id"], (row["pseudo_mask"], row["confidence"]))
     return found
 
 

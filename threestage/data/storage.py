@@ -10,12 +10,13 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
@@ -137,7 +138,7 @@ def s3_filesystem(
     return files
 
 
-class _S3FileSystem(pafs.S3FileSystem):  # type: ignore[misc]
+class _S3FileSystem(pafs.S3FileSystem):
     """Pickles as what was chosen: pyarrow's own pickle forgets the retries, and the checksum variables beside it."""
 
     chosen: _S3
@@ -249,8 +250,21 @@ def delete(uri: str) -> None:
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns. Raises FileNotFoundError when it is absent."""
     files, path = filesystem(uri)
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+    with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
         return parquet.read(columns=None if columns is None else list(columns))
+
+
+def read_rows(uri: str, key: str, values: Collection[str]) -> pa.Table:
+    """The rows of a Parquet file whose column `key` is among `values`; only the row groups that hold one are read."""
+    files, path = filesystem(uri)
+    wanted = pa.array(sorted(values), pa.string())
+    parts = []
+    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+        for group in range(parquet.num_row_groups):
+            found = pc.is_in(parquet.read_row_group(group, columns=[key]).column(key), value_set=wanted)
+            if pc.any(found).as_py():
+                parts.append(parquet.read_row_group(group).filter(found))
+        return pa.concat_tables(parts) if parts else parquet.schema_arrow.empty_table()
 
 
 def write_table(uri: str, table: pa.Table) -> None:

@@ -1,68 +1,69 @@
 """The unlabelled pool as one Ray Data stream: files in an order that depends on (seed, stage, pass), decoded on CPUs
-anywhere in the cluster, cut to canvases, dealt out to the workers."""
+anywhere in the cluster, cut to canvases, dealt out to the workers, mixed there in a buffer."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray.data
 import torch
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
 
 from threestage.config import Config
-from threestage.data.batches import Batch, canvas_size, decode_sample, place
-from threestage.data.records import DataFile, load_manifest, pool_files
-from threestage.data.sets import pool_file_samples
-from threestage.pseudo_masks import pseudo_mask_uri, stored_statistics
+from threestage.data import storage
+from threestage.data.batches import Batch, Sample, decode_sample, place
+from threestage.data.pool import PoolFile, load_pool
+from threestage.data.records import BadImage
+from threestage.data.rejects import Reject, write_rejects
+from threestage.data.sets import pool_canvas, pool_samples
+from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed
 from threestage.stages import StageTask
 
-ROWS_PER_BLOCK = 64
+BLOCK_BYTES = 32 * 2**20
 SHUFFLE_ROWS = 256
+SHUFFLE_BYTES = 512 * 2**20
+MAX_TASKS = 4096
+
+Arrays = dict[str, np.ndarray]
 
 
 def unlabelled_stream(task: StageTask, first_step: int) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
     Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,) int64; image_id. A resumed stage leaves out
-    the files that its pass had consumed.
+    the files that its pass had consumed. The plan grows with the steps of the stage, not with the pool.
     """
+    assert task.pool is not None and task.pseudo_masks is not None
     config = task.settings()
-    manifest = load_manifest(config.data.root, task.manifest_version)
-    files = pool_files(manifest)
+    files, index = load_pool(task.pool), read_index(task.pseudo_masks)
     per_step = config.stage(task.stage).unlabelled_batch * config.cluster.workers
-    rows = pool_rows(files, task.pseudo_masks)
-    needed = (config.stage(task.stage).steps + 1) * per_step
-    order = file_order(files, rows, (config.seed, task.stage), first_step * per_step, needed)
-    read = _FileReader(task, config, canvas_size(manifest, config.augment, config.data.downscale))
-    items = [{"pass": pass_, "file": file.model_dump_json()} for pass_, file in order]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1)
+    lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile; the rest of a batch per worker
+    needed = math.ceil((config.stage(task.stage).steps + 4) * per_step / (1 - lost))
+    rows = [entry.images for entry in index]
+    order = file_order(rows, (config.seed, task.stage), first_step * per_step, needed)
+    items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
+    DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
+    return source.map_batches(_FileReader(task, config, pool_canvas(index, config.augment)), batch_size=1)
 
 
-def pool_rows(files: Sequence[DataFile], pseudo_masks: str | None) -> list[int]:
-    """Images of each file that have a pseudo-mask: validation images and unreadable ones are not in the stream."""
-    assert pseudo_masks is not None
-    found = [stored_statistics(pseudo_mask_uri(pseudo_masks, file)) for file in files]
-    return [0 if statistics is None else statistics.images for statistics in found]
-
-
-def file_order(
-    files: Sequence[DataFile], rows: Sequence[int], place: tuple[int | str, ...], consumed: int, needed: int
-) -> list[tuple[int, DataFile]]:
-    """(pass, file) from the file that holds image number `consumed` until `needed` images and one pass more are reached.
+def file_order(rows: Sequence[int], place: tuple[int | str, ...], consumed: int, needed: int) -> list[tuple[int, int]]:
+    """(pass, file number) from the file that holds image number `consumed` to the one that holds number `needed`.
 
     rows: images of each file in the stream. Every pass is a permutation of the files that depends on (place, pass) alone.
     """
-    per_pass = sum(rows)
-    order: list[tuple[int, DataFile]] = []
-    position = (consumed // per_pass) * per_pass
-    for pass_ in range(consumed // per_pass, math.ceil(needed / per_pass) + 1):
-        rng = np.random.default_rng(derive_seed(*place, "files", pass_))
-        for index in rng.permutation(len(files)):
-            position += rows[index]
-            if position > consumed and rows[index]:
-                order.append((pass_, files[index]))
+    per_file = np.asarray(rows, np.int64)
+    per_pass = int(per_file.sum())
+    order: list[tuple[int, int]] = []
+    first = consumed // per_pass
+    for pass_ in range(first, math.ceil(needed / per_pass)):
+        permutation = np.random.default_rng(derive_seed(*place, "files", pass_)).permutation(len(per_file))
+        ends = pass_ * per_pass + per_file[permutation].cumsum()
+        starts = ends - per_file[permutation]
+        wanted = (per_file[permutation] > 0) & (ends > consumed) & (starts < needed)
+        order += [(pass_, int(number)) for number in permutation[wanted]]
     return order
 
 
@@ -72,42 +73,108 @@ class _FileReader:
     def __init__(self, task: StageTask, config: Config, canvas: tuple[int, int]) -> None:
         assert task.pseudo_masks is not None
         self._pseudo_masks = task.pseudo_masks
+        self._rejects = storage.join(task.folder, "rejects")
         self._place = (config.seed, task.stage)
-        self._root = config.data.root
-        self._downscale = config.data.downscale
+        self._data = config.data
         self._canvas = canvas
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-        pass_, file = int(batch["pass"][0]), DataFile.model_validate_json(str(batch["file"][0]))
-        samples = list(pool_file_samples(self._root, file, self._pseudo_masks))
+    def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
+        pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
+        rejects: list[Reject] = []
         rng = np.random.default_rng(derive_seed(*self._place, "rows", pass_, file.digest))
-        order = rng.permutation(len(samples))
-        for start in range(0, len(order), ROWS_PER_BLOCK):
-            chosen = [samples[i] for i in order[start : start + ROWS_PER_BLOCK]]
-            placed = [place(decode_sample(sample, self._downscale), self._canvas, rng) for sample in chosen]
-            yield {
-                "image": np.stack([image for image, _, _ in placed]),
-                "pseudo_mask": np.stack([maps["pseudo_mask"] for _, maps, _ in placed]),
-                "confidence": np.stack([maps["confidence"] for _, maps, _ in placed]),
-                "size": np.array([size for _, _, size in placed], np.int64),
-                "image_id": np.array([sample.image_id for sample in chosen]),
-            }
+        order = rng.permutation(file.rows).tolist()
+        samples = (
+            sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append, order) for sample in chunk
+        )
+        yield from blocks(self._placed(samples, file, rejects, rng), self._canvas)
+        if rejects:
+            write_rejects(storage.join(self._rejects, file.name), rejects)
+
+    def _placed(
+        self, samples: Iterable[Sample], file: PoolFile, rejects: list[Reject], rng: np.random.Generator
+    ) -> Iterator[Arrays]:
+        for sample in samples:
+            try:
+                decoded = decode_sample(sample, self._data.downscale, self._data.max_image_pixels)
+            except (BadImage, ValueError) as error:  # it was good when its pseudo-mask was made
+                rejects.append(Reject(image_id=sample.image_id, source=file.uri, reason=str(error)))
+                continue
+            image, maps, size = place(decoded, self._canvas, rng)
+            yield {"image": image, **maps, "size": np.array(size, np.int64), "image_id": np.array(sample.image_id)}
+
+
+def blocks(rows: Iterable[Arrays], canvas: tuple[int, int]) -> Iterator[Arrays]:
+    """Rows stacked so that each block is a little larger than BLOCK_BYTES: Ray Data then passes it on without a copy."""
+    per_block = math.ceil(1.1 * BLOCK_BYTES / (canvas[0] * canvas[1] * 5))
+    waiting: list[Arrays] = []
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == per_block:
+            yield _stacked(waiting)
+            waiting = []
+    if waiting:
+        yield _stacked(waiting)
+
+
+def _stacked(rows: Sequence[Arrays]) -> Arrays:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def stream_batches(shard: Any, batch_size: int, seed: int, rank: int) -> Iterator[Batch]:
     """This worker's batches. RuntimeError when the stream ends: it was made to outlast the stage."""
-    for rows in shard.iter_batches(
-        batch_size=batch_size,
-        batch_format="numpy",
-        prefetch_batches=4,
-        drop_last=True,
-        local_shuffle_buffer_size=SHUFFLE_ROWS,
-        local_shuffle_seed=derive_seed(seed, "buffer", rank) % 2**32,
-    ):
+    rng = np.random.default_rng(derive_seed(seed, "buffer", rank))
+    for rows in mixed(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2), batch_size, rng):
         yield Batch(
-            torch.from_numpy(np.array(rows["image"])).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(np.array(rows["size"])),
-            {name: torch.from_numpy(np.array(rows[name])) for name in ("pseudo_mask", "confidence")},
+            torch.from_numpy(rows["image"]).permute(0, 3, 1, 2),
+            torch.from_numpy(rows["size"]),
+            {name: torch.from_numpy(rows[name]) for name in ("pseudo_mask", "confidence")},
             tuple(map(str, rows["image_id"])),
         )
     raise RuntimeError(f"the stream of unlabelled images ended early for worker {rank}: are the pool's files readable?")
+
+
+def mixed(parts: Iterable[Mapping[str, np.ndarray]], batch_size: int, rng: np.random.Generator) -> Iterator[Arrays]:
+    """Batches drawn at random from a buffer of SHUFFLE_ROWS rows (fewer where they exceed SHUFFLE_BYTES).
+
+    The buffer is this function's own memory: blocks of the object store are let go as soon as they are copied into it.
+    The last rows, less than a batch, are dropped.
+    """
+    buffer: Arrays = {}
+    filled = 0
+    for part in parts:
+        if not buffer:
+            buffer = _room_for(part, batch_size)
+        length = len(part["image"])
+        start = 0
+        while start < length:
+            taken = min(length - start, len(buffer["image"]) - filled)
+            for name, values in buffer.items():
+                values[filled : filled + taken] = part[name][start : start + taken]
+            start, filled = start + taken, filled + taken
+            if filled == len(buffer["image"]):
+                yield _drawn(buffer, filled, batch_size, rng)
+                filled -= batch_size
+    while filled >= batch_size:
+        yield _drawn(buffer, filled, batch_size, rng)
+        filled -= batch_size
+
+
+def _room_for(part: Mapping[str, np.ndarray], batch_size: int) -> Arrays:
+    row_bytes = sum(values.nbytes for values in part.values()) // len(part["image"])
+    rows = max(batch_size, min(SHUFFLE_ROWS, SHUFFLE_BYTES // row_bytes))
+    return {
+        name: np.empty((rows, *values.shape[1:]), object if name == "image_id" else values.dtype)
+        for name, values in part.items()
+    }
+
+
+def _drawn(buffer: Arrays, filled: int, batch_size: int, rng: np.random.Generator) -> Arrays:
+    """Take `batch_size` random rows out; rows from the end move into their places."""
+    chosen = np.sort(rng.choice(filled, batch_size, replace=False))
+    batch = {name: values[chosen] for name, values in buffer.items()}
+    rest = filled - batch_size
+    holes = chosen[chosen < rest]
+    movers = np.setdiff1d(np.arange(rest, filled), chosen)
+    for values in buffer.values():
+        values[holes] = values[movers]
+    return batch

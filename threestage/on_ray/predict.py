@@ -1,36 +1,58 @@
-"""Pseudo-masks of the whole pool as a Ray Data job: a row is one image file of the data set."""
+"""Pseudo-masks of the whole pool as a Ray Data job: a row is one image file of the pool, predicted by one of some actors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
+import numpy as np
 import ray.data
 import torch
 
-from threestage.data.records import DataFile
+from threestage.data.pool import PoolFile
 from threestage.models.export import load_model
 from threestage.on_ray.settings import ClusterSettings
-from threestage.pseudo_masks import PoolTask, Statistics, predict_file
+from threestage.pool_prediction import predict_files
+from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.training.worker import default_device
 
+MAX_TASKS = 1024
+TASKS_PER_PREDICTOR = 16
 
-def predict_pool(model: str, task: PoolTask, files: Sequence[DataFile], cluster: ClusterSettings) -> Statistics:
-    """Predict all files on `cluster.predictors` processes. Each file is published whole, so a rerun predicts the rest."""
-    rows = ray.data.from_items([{"file": file.model_dump_json()} for file in files], override_num_blocks=len(files))
-    predicted = rows.map(
+
+def predict_pool(
+    model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings
+) -> Iterator[FileReport]:
+    """Predict all files on `cluster.predictors` processes; the report of each comes as soon as it is published.
+
+    An actor that dies is replaced and predicts its files again, but for those that it had published.
+    """
+    if not files:
+        return
+    rows = ray.data.from_items(
+        [{"file": file.model_dump_json()} for file in files], override_num_blocks=number_of_tasks(len(files), cluster)
+    )
+    rows.context.target_max_block_size = 1  # a report leaves the actor alone, not with those of the files that follow
+    reports = rows.map_batches(
         _Predictor,
+        batch_size=None,
         fn_constructor_args=(model, task.model_dump(mode="json"), cluster.cpus_per_worker),
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.predictors, len(files))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.predictors, len(files)), max_tasks_in_flight_per_actor=2),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
     )
-    statistics = Statistics()
-    for row in predicted.iter_rows():
-        statistics += Statistics.model_validate_json(row["statistics"])
-    return statistics
+    with closing(iter(reports.iter_rows())) as found:
+        for row in found:
+            yield FileReport.model_validate_json(row["report"])
+
+
+def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
+    """Few enough that a task holds many files, which follow each other without a pause and keep the plan small; enough
+    that the predictors finish together."""
+    return min(files, MAX_TASKS, TASKS_PER_PREDICTOR * cluster.predictors)
 
 
 class _Predictor:
-    """An actor that holds the network and predicts one file after the other."""
+    """An actor that holds the network."""
 
     def __init__(self, model: str, task: dict[str, Any], cpus: float) -> None:
         torch.set_num_threads(max(1, int(cpus)))
@@ -38,6 +60,8 @@ class _Predictor:
         self._network = load_model(model)[0].to(self._device)
         self._task = PoolTask.model_validate(task)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        file = DataFile.model_validate_json(row["file"])
-        return {"statistics": predict_file(self._network, self._task, file, self._device).model_dump_json()}
+    def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        """Predict the files of a task; their reports."""
+        files = [PoolFile.model_validate_json(str(file)) for file in rows["file"]]
+        for report in predict_files(self._network, self._task, files, self._device):
+            yield {"report": [report.model_dump_json()]}

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,13 +17,13 @@ from ray.train.torch import TorchTrainer
 from threestage import pipeline
 from threestage.config import Config
 from threestage.data import storage
-from threestage.data.records import DataFile
+from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import unlabelled_stream
 from threestage.on_ray.predict import predict_pool
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.worker import train_worker
-from threestage.pseudo_masks import PoolTask, Statistics
+from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask
 
 TRAIN_NAME = "checkpoints"
@@ -40,9 +41,9 @@ def run_on_ray(
     def run_stage(task: StageTask) -> None:
         train_on_ray(task, show)
 
-    def predict(model: str, task: PoolTask, files: Sequence[DataFile]) -> Statistics:
+    def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Iterator[FileReport]:
         try:
-            return predict_pool(model, task, files, config.cluster)
+            yield from predict_pool(model, task, files, config.cluster)
         except ray.exceptions.RayError as error:
             raise StageFailure(f"pseudo-masks: {_root_cause(error)}; the same command goes on") from error
 
@@ -71,7 +72,9 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
+    if address is not None:
+        options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
+    else:
         wanted = int(cluster.workers * cluster.cpus_per_worker + cluster.predictors * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted + SPARE_CPUS), "dashboard_host": "127.0.0.1"}
     ray.init(address=address or "local", **options)
@@ -91,7 +94,8 @@ def train_on_ray(task: StageTask, show: Show) -> None:
     files, path = storage.filesystem(task.folder)
     datasets = {}
     if task.stage != "stage1":
-        datasets["unlabelled"] = unlabelled_stream(task, last_checkpoint_step(task.folder))
+        # Ray calls it whenever it starts the workers, so that one restarted goes on where the last checkpoint is
+        datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -120,6 +124,10 @@ def train_on_ray(task: StageTask, show: Show) -> None:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise StageFailure(f"{task.stage}: {_root_cause(error)}") from error
+
+
+def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
+    return unlabelled_stream(task, last_checkpoint_step(task.folder))
 
 
 def _resources(cluster: ClusterSettings) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray.train
 import ray.train.torch
@@ -18,25 +18,25 @@ from threestage.on_ray.data import stream_batches
 from threestage.stages import StageTask, train_stage
 from threestage.training.worker import Row
 
+CHECKPOINT_FILE = "state.pt"
+
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's progress actor."""
     torch.set_num_threads(max(1, int(arguments["threads"])))
     task = StageTask.model_validate(arguments["task"])
-    with tempfile.TemporaryDirectory() as scratch:
-        train_stage(task, RayWorker(task, arguments["progress"], Path(scratch)))
+    train_stage(task, RayWorker(task, arguments["progress"]))
 
 
 class RayWorker:
     """A Worker of a Ray Train group: checkpoints go through ray.train.report, which Ray keeps in the stage's folder."""
 
-    def __init__(self, task: StageTask, progress: Any, scratch: Path) -> None:
+    def __init__(self, task: StageTask, progress: Any) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self._task = task
         self._progress = progress
-        self._scratch = scratch
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -69,16 +69,20 @@ class RayWorker:
         size = config.stage(self._task.stage).unlabelled_batch
         return stream_batches(ray.train.get_dataset_shard("unlabelled"), size, config.seed, self.rank)
 
-    def latest_checkpoint(self) -> Path | None:
+    def latest_checkpoint(self) -> bytes | None:
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory(str(self._scratch / "resume")))
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return Path(folder, CHECKPOINT_FILE).read_bytes()
 
-    def save(self, row: Row, write: Any) -> None:
+    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
         if self.rank > 0:
             ray.train.report(dict(row))
             return
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            write(Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            with open(Path(folder, CHECKPOINT_FILE), "wb") as file:
+                write(file)
             ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
         self.log(row)
 

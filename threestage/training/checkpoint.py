@@ -1,7 +1,8 @@
 """A stage's state: all that a killed stage needs to go on as if nothing had happened."""
 
+import io
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -9,7 +10,6 @@ from torch import nn
 from threestage.training.worker import Row
 
 FORMAT = 1
-FILE = "state.pt"
 
 
 @dataclass
@@ -29,8 +29,8 @@ class TrainState:
         return self.student if self.teacher is None else self.teacher
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> None:
-    """Write the state into an existing folder."""
+def save_checkpoint(state: TrainState, file: IO[bytes]) -> None:
+    """Write the state into an open file."""
     torch.save(
         {
             "format": FORMAT,
@@ -41,15 +41,15 @@ def save_checkpoint(state: TrainState, folder: Path) -> None:
             "seconds": state.seconds,
             "history": state.history,
         },
-        folder / FILE,
+        file,
     )
 
 
-def load_checkpoint(state: TrainState, folder: Path) -> None:
-    """Continue from the folder: fills `state` in place. ValueError on a format that this version does not know."""
-    saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+def load_checkpoint(state: TrainState, content: bytes) -> None:
+    """Continue from a checkpoint: fills `state` in place. ValueError on a format that this version does not know."""
+    saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if saved["format"] != FORMAT:
-        raise ValueError(f"{folder / FILE} has checkpoint format {saved['format']}, this version reads {FORMAT}")
+        raise ValueError(f"the checkpoint has format {saved['format']}, this version reads {FORMAT}")
     state.student.load_state_dict(saved["student"])
     if state.teacher is not None:
         state.teacher.load_state_dict(saved["teacher"])

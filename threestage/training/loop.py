@@ -70,15 +70,15 @@ def fit(
                 network.train()
             state.history.append(row)
             if saving:
-                worker.save(row, lambda folder: save_checkpoint(state, folder))
+                worker.save(row, lambda file: save_checkpoint(state, file))
             else:
                 worker.log(row)
 
 
 def resume(state: TrainState, worker: Worker) -> None:
     """Continue from the worker's last checkpoint, if it has one."""
-    if (folder := worker.latest_checkpoint()) is not None:
-        load_checkpoint(state, folder)
+    if (content := worker.latest_checkpoint()) is not None:
+        load_checkpoint(state, content)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,9 +1,8 @@
 """What the training loop needs from its surroundings, and the version of it for a single process."""
 
-import shutil
+import io
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,11 @@ class Worker(Protocol):
     def unlabelled(self, first_step: int) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches from `first_step` on."""
 
-    def latest_checkpoint(self) -> Path | None:
-        """A local copy of the last checkpoint folder, or None when the stage has not saved one."""
+    def latest_checkpoint(self) -> bytes | None:
+        """The last checkpoint, or None when the stage has not saved one."""
 
-    def save(self, row: Row, write: Callable[[Path], None]) -> None:
-        """Keep what `write` puts into a folder as the checkpoint of row["step"]; only rank 0's counts."""
+    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
+        """Keep what `write` puts into a file as the checkpoint of row["step"]; only rank 0's counts."""
 
     def log(self, row: Row) -> None:
         """Show how far the stage is. Losing it loses nothing."""
@@ -60,9 +59,7 @@ class LocalWorker:
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
     ) -> None:
         self.device = default_device()
-        self._checkpoints = (
-            Path(storage.local_path(folder, "--local keeps its checkpoints on a local disk")) / "checkpoints"
-        )
+        self._checkpoints = storage.join(folder, "checkpoints")
         self._unlabelled = unlabelled
         self._show = show
 
@@ -78,24 +75,20 @@ class LocalWorker:
     def unlabelled(self, first_step: int) -> Iterator[Batch]:
         return self._unlabelled(first_step)
 
-    def latest_checkpoint(self) -> Path | None:
+    def latest_checkpoint(self) -> bytes | None:
         saved = self._saved()
-        return saved[-1] if saved else None
+        return storage.read_bytes(saved[-1]) if saved else None
 
-    def save(self, row: Row, write: Callable[[Path], None]) -> None:
-        partial = self._checkpoints / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        final = self._checkpoints / f"step-{int(row['step']):09d}"
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
+        content = io.BytesIO()
+        write(content)
+        storage.write_bytes(storage.join(self._checkpoints, f"step-{int(row['step']):09d}.pt"), content.getvalue())
         for old in self._saved()[:-2]:
-            shutil.rmtree(old)
+            storage.delete(old)
         self.log(row)
 
     def log(self, row: Row) -> None:
         self._show(row)
 
-    def _saved(self) -> list[Path]:
-        return sorted(self._checkpoints.glob("step-*"))
+    def _saved(self) -> list[str]:
+        return storage.list_files(self._checkpoints)

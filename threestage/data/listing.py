@@ -1,0 +1,519 @@
+"""A bucket prefix or a folder of images, however many, as shards of (image_id, image_uri, bytes) that a rerun extends.
+
+The keys below a prefix are cut once into ranges that lie side by side without a gap (`partitions.json`). Each range is
+listed page by page, apart from the others, gathered to windows, mixed within a window and written as shards; then
+`ranges/<n>.json` names its shards, and at the end `files.parquet` names all. A killed listing goes on with the ranges
+that are not done. A finished one is extended: every range is listed again, and images not known yet become new shards.
+
+Memory of a range: one window of rows, and when it is extended 8 bytes for each of its images.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache, partial
+from itertools import chain, islice, pairwise, takewhile
+from os.path import splitext
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from threestage.data import storage
+from threestage.data.formats import IMAGE_SUFFIXES
+from threestage.errors import InputError
+from threestage.settings import Settings
+
+LISTED_SCHEMA = pa.schema([("image_id", pa.string()), ("image_uri", pa.string()), ("bytes", pa.int64())])
+FILES_SCHEMA = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("digest", pa.string())])
+WINDOW = 2**15
+PAGE = 1000
+THREADS = 8
+_ONE_STORE = Lock()
+PATIENCE_S = 60.0
+LONGEST_WAIT_S = 15.0
+
+FEW_KEYS = 10_000
+MIN_RANGES = 48
+MAX_RANGES = 256
+LEVELS = 8
+LAST_CHARACTER = chr(0x10FFFF)
+
+Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Like map(), possibly parallel (threads, Ray tasks) and in any order. What it is handed can be pickled."""
+
+Keys = Callable[[str, str | None, int], Iterator[str]]
+"""(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
+
+Found = tuple[str, int]
+"""A file: its key, or its path below the source; bytes."""
+
+Hashes = npt.NDArray[np.uint64]
+
+
+class ListedFile(Settings):
+    """A shard. `path`: below the destination. `digest`: SHA-256 (hex) of its ids, URIs and sizes in order."""
+
+    path: str
+    rows: int
+    digest: str
+
+
+class KeyRange(Settings):
+    """The keys k with after < k ≤ until, in the order of code points, which is that of S3; null: no bound."""
+
+    after: str | None = None
+    until: str | None = None
+
+
+class Partition(Settings):
+    """`partitions.json`: what is listed, and how its key space is cut."""
+
+    version: Literal[1] = 1
+    source: str
+    rows_per_file: int
+    ranges: tuple[KeyRange, ...]
+
+
+@dataclass(frozen=True)
+class RangeTask:
+    """One range to list. Strings and whole numbers only, so that it may travel to another process."""
+
+    source: str
+    destination: str
+    rows_per_file: int
+    number: int
+    after: str | None
+    until: str | None
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """map() in a few threads of this process."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(function, items)
+
+
+def list_images(source: str, destination: str, rows_per_file: int, each: Each = in_threads) -> list[ListedFile]:
+    """List the images below a source into shards of `rows_per_file` rows; the shards of this and all earlier runs.
+
+    Shards that were there stay as they are; images that were deleted from the source stay listed. Raises InputError
+    when the source holds no image, or when the destination holds a listing of something else; OSError, naming the
+    URI, when the source cannot be listed. What a killed run wrote of a range that changed meanwhile stays there unused.
+    """
+    source = storage.absolute(source)
+    partition = _partition(source, destination, rows_per_file)
+    before = listed_files(destination) if storage.exists(_files_uri(destination)) else None
+    done = set() if before is not None else set(storage.list_files(storage.join(destination, "ranges")))
+    tasks = [
+        RangeTask(source, destination, rows_per_file, number, keys.after, keys.until)
+        for number, keys in enumerate(partition.ranges)
+        if storage.absolute(_range_uri(destination, number)) not in done
+    ]
+    for _ in each(list_range, tasks):
+        pass
+    files = _files_of_all(destination, len(partition.ranges))
+    if not files:
+        _forget(destination)
+        expected = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"{source}: no image below it; files in {expected} are expected")
+    if files != before:
+        rows = pa.Table.from_pylist([file.model_dump() for file in files], FILES_SCHEMA)
+        storage.write_table(_files_uri(destination), rows)
+    return files
+
+
+def listed_files(destination: str) -> list[ListedFile]:
+    """The shards of a finished listing, sorted by path. Raises FileNotFoundError when it is not finished."""
+    return [ListedFile(**row) for row in storage.read_table(_files_uri(destination)).to_pylist()]
+
+
+def first_image(source: str) -> str | None:
+    """URI of some image among the first 10,000 files below the source, None where there is none. Raises OSError."""
+    source = storage.absolute(source)
+    pages = _pages_of(source, KeyRange())
+    return next((_uri(source, path) for page in islice(pages, 10) for path, _ in page), None)
+
+
+def list_range(task: RangeTask) -> int:
+    """List one range, write what is new in it as shards, then say so in `ranges/<n>.json`. Returns the new rows."""
+    uri = _range_uri(task.destination, task.number)
+    started = storage.exists(uri)
+    before = _files_of_range(uri) if started else []
+    known = _known_hashes(task.destination, before)
+    pages = (_table(task.source, page) for page in _pages_of(task.source, KeyRange(after=task.after, until=task.until)))
+    windows = _windows((_without(page, known) for page in pages), _window_rows(task.rows_per_file))
+    write = partial(_write_window, task.destination, task.rows_per_file)
+    added = list(chain.from_iterable(map(write, windows)))
+    if added or not started:
+        storage.write_json(uri, {"files": [file.model_dump() for file in [*before, *added]]})
+    return sum(file.rows for file in added)
+
+
+def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
+    """The partition that is there, else a new one. InputError when the one there is of another listing."""
+    uri = storage.join(destination, "partitions.json")
+    if not storage.exists(uri):
+        partition = Partition(source=source, rows_per_file=rows_per_file, ranges=_cut(source))
+        storage.write_json(uri, partition.model_dump(mode="json"))
+        return partition
+    partition = Partition.model_validate(storage.read_json(uri))
+    if (partition.source, partition.rows_per_file) != (source, rows_per_file):
+        raise InputError(
+            f"{uri}: the listing there is of {partition.source} with rows_per_file {partition.rows_per_file}, not of "
+            f"{source} with rows_per_file {rows_per_file}; give another folder"
+        )
+    return partition
+
+
+def _cut(source: str) -> tuple[KeyRange, ...]:
+    if not storage.is_s3(source):
+        os.scandir(storage.filesystem(source)[1]).close()  # raises where there is no such folder
+        return (KeyRange(),)
+    bucket, prefix = _bucket_and_prefix(source)
+    return cut_key_space(partial(_keys, bucket), prefix)
+
+
+def _forget(destination: str) -> None:
+    """So that a rerun looks again."""
+    storage.delete(storage.join(destination, "partitions.json"))
+    storage.delete(storage.join(destination, "ranges"))
+
+
+def _range_uri(destination: str, number: int) -> str:
+    return storage.join(destination, "ranges", f"{number}.json")
+
+
+def _files_uri(destination: str) -> str:
+    return storage.join(destination, "files.parquet")
+
+
+def _files_of_range(uri: str) -> list[ListedFile]:
+    return [ListedFile(**file) for file in storage.read_json(uri)["files"]]
+
+
+def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = pool.map(_files_of_range, (_range_uri(destination, number) for number in range(ranges)))
+        return sorted(chain.from_iterable(parts), key=lambda file: file.path)
+
+
+# Pages → windows → shards
+
+
+def _pages_of(source: str, keys: KeyRange) -> Iterator[list[Found]]:
+    """The images of each 1000 files of a range: paths below the source, bytes."""
+    if not storage.is_s3(source):
+        yield from _local_pages(storage.filesystem(source)[1])
+        return
+    bucket, prefix = _bucket_and_prefix(source)
+    for page in _s3_pages(bucket, prefix, keys.after, PAGE):
+        inside = page if keys.until is None else [found for found in page if found[0] <= keys.until]
+        paths = ((key[len(prefix) :], size) for key, size in inside)
+        yield [(path, size) for path, size in paths if _is_image(path)]
+        if len(inside) < len(page):
+            return
+
+
+def _is_image(path: str) -> bool:
+    hidden = path.startswith(".") or "/." in path
+    return not hidden and splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _uri(source: str, path: str) -> str:
+    return f"{source.rstrip('/')}/{path}"
+
+
+def _table(source: str, found: list[Found]) -> pa.Table:
+    ids = [splitext(path)[0] for path, _ in found]
+    uris = [_uri(source, path) for path, _ in found]
+    return pa.table([ids, uris, [size for _, size in found]], schema=LISTED_SCHEMA)
+
+
+def _without(table: pa.Table, known: Hashes) -> pa.Table:
+    """The rows whose URI is not known. `known`: sorted hashes of URIs."""
+    if not len(known) or not table.num_rows:
+        return table
+    hashes = _hashes(table.column("image_uri"))
+    places = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    return table.filter(pa.array(known[places] != hashes))
+
+
+def _known_hashes(destination: str, files: list[ListedFile]) -> Hashes:
+    """Sorted hashes of the URIs in some shards."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = list(pool.map(lambda file: _uri_hashes(storage.join(destination, file.path)), files))
+    return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+
+
+def _uri_hashes(uri: str) -> Hashes:
+    return _hashes(storage.read_table(uri, ["image_uri"]).column("image_uri"))
+
+
+def _hashes(texts: pa.ChunkedArray) -> Hashes:
+    """(rows,) the first 8 bytes of each text's SHA-256, most significant first."""
+    digests = (hashlib.sha256(text.encode()).digest()[:8] for text in texts.to_pylist())
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+
+
+def _window_rows(rows_per_file: int) -> int:
+    """WINDOW rounded down to whole shards; at least one."""
+    return rows_per_file * max(1, WINDOW // rows_per_file)
+
+
+def _windows(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows` rows; the last may be shorter."""
+    waiting, count = [LISTED_SCHEMA.empty_table()], 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= rows:
+            waiting = [pa.concat_tables(waiting)]
+            yield waiting[0].slice(0, rows)
+            waiting, count = [waiting[0].slice(rows)], count - rows
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _write_window(destination: str, rows_per_file: int, window: pa.Table) -> list[ListedFile]:
+    """Shards of a window's rows in the order of the ids' SHA-256: neighbours in a film come apart, each time alike."""
+    order = np.argsort(_hashes(window.column("image_id")), kind="stable")
+    mixed = window.combine_chunks().take(order)
+    shards = (mixed.slice(start, rows_per_file) for start in range(0, mixed.num_rows, rows_per_file))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(partial(_write_shard, destination), shards))
+
+
+def _write_shard(destination: str, shard: pa.Table) -> ListedFile:
+    digest = rows_digest(shard)
+    file = ListedFile(path=f"listed-{digest[:16]}.parquet", rows=shard.num_rows, digest=digest)
+    storage.write_table(storage.join(destination, file.path), shard)
+    return file
+
+
+def rows_digest(shard: pa.Table) -> str:
+    """SHA-256 (hex) of [ids, URIs, sizes] as JSON."""
+    columns = [shard.column(name).to_pylist() for name in LISTED_SCHEMA.names]
+    return hashlib.sha256(json.dumps(columns, ensure_ascii=False).encode()).hexdigest()
+
+
+# A local folder
+
+
+def _local_pages(folder: str) -> Iterator[list[Found]]:
+    paths = _walk(folder, "")
+    while page := list(islice(paths, PAGE)):
+        sizes = ((path, _size(os.path.join(folder, path))) for path in page if _is_image(path))
+        yield [(path, size) for path, size in sizes if size is not None]
+
+
+def _walk(folder: str, below: str) -> Iterator[str]:
+    """Paths of the files below a folder, in the order that S3 would give; hidden folders are left out."""
+    for name in _names(os.path.join(folder, below)):
+        if not name.endswith("/"):
+            yield below + name
+        elif not name.startswith("."):
+            yield from _walk(folder, below + name)
+
+
+def _names(folder: str) -> list[str]:
+    """Sorted names in a folder, those of folders with a slash. InputError for one that is not UTF-8."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{folder}: the name of a file is not UTF-8 ({error}); rename it") from None
+    return names
+
+
+def _size(path: str) -> int | None:
+    """Bytes; None when the file went away or is a link to nothing."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+# Requests to S3
+
+
+def _bucket_and_prefix(source: str) -> tuple[str, str]:
+    bucket, _, path = storage.filesystem(source)[1].partition("/")
+    return bucket, path + "/" if path else ""
+
+
+def _keys(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[str]:
+    return (key for page in _s3_pages(bucket, prefix, after, limit) for key, _ in page)
+
+
+def _s3_pages(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[list[Found]]:
+    """Keys and bytes, `limit` or fewer a page; a store may send an empty page that is not the last."""
+    place = {} if after is None else {"StartAfter": after}
+    while True:
+        answer = _request(Bucket=bucket, Prefix=prefix, MaxKeys=limit, **place)
+        yield [(entry["Key"], entry["Size"]) for entry in answer.get("Contents", ())]
+        if not answer.get("IsTruncated"):
+            return
+        place = {"ContinuationToken": answer["NextContinuationToken"]}
+
+
+def _request(**arguments: Any) -> dict[str, Any]:
+    """One ListObjectsV2, repeated for a minute while the store is busy (the SDK gives up early when threads share it).
+
+    Raises OSError (also FileNotFoundError, PermissionError) that names the URI.
+    """
+    uri = f"{storage.S3_SCHEME}{arguments['Bucket']}/{arguments['Prefix']}"
+    give_up, wait = time.monotonic() + PATIENCE_S, 1.0
+    while True:
+        try:
+            answer: dict[str, Any] = _store().call_s3("list_objects_v2", **arguments)
+            return answer
+        except Exception as error:
+            if not _is_of_the_store(error):
+                raise
+            if not _is_passing(error) or time.monotonic() > give_up:
+                kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
+                raise kind(f"{uri}: {error}") from error
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _store() -> Any:
+    with _ONE_STORE:
+        return _store_of(os.getpid(), tuple(sorted(storage.environment(storage.StorageSettings()).items())))
+
+
+@lru_cache(maxsize=1)
+def _store_of(process: int, variables: tuple[tuple[str, str], ...]) -> Any:
+    """One client for all threads of a process: each would load the SDK's description of S3 anew."""
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
+    store = storage.s3fs_filesystem()
+    store.session = session
+    return store
+
+
+def _timestamp(text: Any) -> Any:
+    """What the SDK makes of it, but not by way of dateutil, which takes two thirds of the time of a page."""
+    from botocore.utils import parse_timestamp
+
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return parse_timestamp(text)
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    from botocore import exceptions
+
+    return isinstance(error, OSError | exceptions.BotoCoreError | exceptions.ClientError)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed later: 5xx, 429, time-outs, broken connections."""
+    from botocore import exceptions
+
+    response = getattr(error.__cause__ or error, "response", None)
+    if response is None:
+        return isinstance(error, TimeoutError | exceptions.HTTPClientError | exceptions.ConnectionError)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return bool(status >= 500 or status == 429)
+
+
+# Where to cut the keys
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The keys with a prefix: the first, the last and the number of those on the first page; whether more follow."""
+
+    prefix: str
+    seen: int
+    first: str
+    last: str
+    is_large: bool
+
+
+def cut_key_space(keys: Keys, prefix: str) -> tuple[KeyRange, ...]:
+    """Ranges side by side, from the first possible key to the last, about `MIN_RANGES` or more where there are many keys.
+
+    Prefixes with more than 1000 keys are cut at each next character, level by level; small neighbours share a range.
+    """
+    if sum(1 for _ in islice(keys(prefix, None, PAGE), FEW_KEYS + 1)) <= FEW_KEYS:
+        return (KeyRange(),)
+    parts = [_part(keys, prefix)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(LEVELS):
+            if len(_starts(parts)) >= MIN_RANGES or not any(part.is_large for part in parts):
+                break
+            parts = _next_level(pool, keys, parts)
+    return tuple(KeyRange(after=after, until=until) for after, until in pairwise([None, *_starts(parts)[1:], None]))
+
+
+def _next_level(pool: ThreadPoolExecutor, keys: Keys, parts: list[_Part]) -> list[_Part]:
+    large = [part for part in parts if part.is_large]
+    limit = max(2, MAX_RANGES // len(large))
+    prefixes = chain.from_iterable(list(pool.map(partial(_children, keys, limit), large)))
+    small = [part for part in parts if not part.is_large]
+    return sorted([*small, *pool.map(partial(_part, keys), prefixes)], key=lambda part: part.prefix)
+
+
+def _part(keys: Keys, prefix: str) -> _Part:
+    seen = list(islice(keys(prefix, None, PAGE), PAGE)) or [prefix]
+    more = len(seen) == PAGE and _first_after(keys, prefix, seen[-1]) is not None
+    return _Part(prefix, len(seen), seen[0], seen[-1], more)
+
+
+def _starts(parts: list[_Part]) -> list[str]:
+    """The prefixes at which a range begins, when neighbours of together `FEW_KEYS` or fewer share one."""
+    starts: list[str] = []
+    in_range = FEW_KEYS
+    for part in parts:
+        size = FEW_KEYS if part.is_large else part.seen
+        if in_range + size > FEW_KEYS:
+            starts.append(part.prefix)
+            in_range = 0
+        in_range += size
+    return starts
+
+
+def _children(keys: Keys, limit: int, part: _Part) -> list[str]:
+    """What the keys of a part share, longer by one character: the first `limit` that occur, one request each."""
+    stem = _common(keys, part)
+    children: list[str] = []
+    key = _first_after(keys, stem, stem)
+    while key is not None and len(children) < limit:
+        child = key[: len(stem) + 1]
+        if children and child <= children[-1]:
+            break  # the key goes on with U+10FFFF, so it lies beyond the jump and still in the last child
+        children.append(child)
+        key = _first_after(keys, stem, child + LAST_CHARACTER)
+    return children
+
+
+def _common(keys: Keys, part: _Part) -> str:
+    """The longest beginning that all keys of the part share."""
+    stem = _shared(part.first, part.last)
+    while len(stem) > len(part.prefix):
+        beyond = _first_after(keys, part.prefix, stem + LAST_CHARACTER)
+        if beyond is None or beyond.startswith(stem):
+            break
+        stem = _shared(stem, beyond)
+    return stem
+
+
+def _shared(left: str, right: str) -> str:
+    return left[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))]
+
+
+def _first_after(keys: Keys, prefix: str, after: str) -> str | None:
+    return next(keys(prefix, after, 1), None)

@@ -1,0 +1,441 @@
+"""The pool through a network, file by file: reading and decoding ahead of the device, encoding and publishing behind it.
+
+    one thread         reads the next rows (by reference, others fetch the images)
+    some threads       decode the images of the next batches, encode the results of the last ones
+    the caller's       makes batches of one size and gives them to the device
+    one thread         compresses what is encoded, in the order of the rows; a few publish the files that are complete
+
+What waits between them is bounded, so memory depends neither on the length of a file nor on that of the pool. Batches
+are a function of a file's rows alone: a file predicted again is the same to the bit on the same machine.
+"""
+
+import struct
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from threestage.data import storage
+from threestage.data.batches import Decoded, Sample, decode_sample
+from threestage.data.pool import PoolFile, PoolRow, read_rows
+from threestage.data.records import DECODER_ERRORS, BadImage, decoder_complaint
+from threestage.data.rejects import Reject
+from threestage.pseudo_masks import (
+    DIGEST_KEY,
+    PSEUDO_MASK_SCHEMA,
+    REPORT_KEY,
+    FileReport,
+    PoolTask,
+    Statistics,
+    file_digest,
+    measure,
+    predict,
+    pseudo_mask_uri,
+    quantise,
+    stored_report,
+)
+from threestage.training.loop import autocast_dtype
+
+BATCH_PIXELS = 2**24
+WAITING_BYTES = 256 * 2**20
+WAITING_ROWS = 256
+BATCHES_IN_FLIGHT = 2
+UNPUBLISHED_FILES = 4
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_UP_FILTER = 2
+
+Item = TypeVar("Item")
+Encoded = tuple[bytes | None, bytes | None]  # pseudo-mask and confidence
+
+
+def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:
+    """Predict one file; see `predict_files`."""
+    (report,) = predict_files(network, task, [file], device)
+    return report
+
+
+def predict_files(
+    network: nn.Module, task: PoolTask, files: Sequence[PoolFile], device: torch.device
+) -> Iterator[FileReport]:
+    """Predict files; yields their reports, in their order, each once the file's pseudo-masks are published, atomically.
+
+    A file that was predicted with the same model and settings is kept, and its stored report given. An image that
+    cannot be used is a reject and a null row. Raises OSError when the store fails.
+    """
+    threads = max(2, torch.get_num_threads())
+    with ExitStack() as stack:
+        workers, writer, publishers = (
+            stack.enter_context(ThreadPoolExecutor(count)) for count in (threads, 1, UNPUBLISHED_FILES)
+        )
+        jobs = _jobs(task, files, writer)
+        images = stack.enter_context(closing(_decoded(jobs, task, workers, task.batch_size + threads)))
+        predictor = _Predictor(network, task, device, workers)
+        reports: deque[Future[FileReport]] = deque()
+        for job, found in groupby(images, key=itemgetter(0)):
+            predictor.predict(job, (image for _, image in found if image is not None))
+            reports.append(publishers.submit(job.publish))
+            while reports and (len(reports) >= UNPUBLISHED_FILES or reports[0].done()):
+                yield reports.popleft().result()
+        while reports:
+            yield reports.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One row of a file. `decoded` is None where nothing is predicted: `problem` then says why, and is None where the
+    row is not in the pool."""
+
+    position: int
+    row: PoolRow
+    decoded: Decoded | None
+    problem: str | None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        assert self.decoded is not None
+        return self.decoded.image
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        assert self.decoded is not None
+        return self.decoded.maps.get("mask")
+
+
+def _decode(position: int, row: PoolRow, task: PoolTask) -> _Image:
+    """A row's image at the size in which it is predicted, with its mask where that was not trained on."""
+    if row.image_id in task.excluded_ids:
+        return _Image(position, row, None, None)
+    if row.problem is not None:
+        return _Image(position, row, None, row.problem)
+    sample = Sample(row.image_id, row.image, None if row.image_id in task.used_ids else row.mask)
+    try:
+        decoded = decode_sample(sample, task.downscale, task.max_image_pixels)
+    except BadImage as error:
+        return _Image(position, row, None, str(error))
+    except DECODER_ERRORS as error:
+        return _Image(position, row, None, f"its mask {decoder_complaint(error)}")
+    image = _Image(position, row, decoded, None)
+    if 0 in image.pixels.shape:
+        return _Image(position, row, None, f"is smaller than data.downscale={task.downscale}")
+    if image.mask is not None and image.mask.shape != image.pixels.shape[:2]:
+        return _Image(position, row, None, f"its mask has the shape {image.mask.shape}, it {image.pixels.shape[:2]}")
+    return image
+
+
+def ahead(source: Iterator[Item]) -> Generator[Item]:
+    """The same items; the next one is made in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, source, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, source, None)
+            yield item
+
+
+def _jobs(
+    task: PoolTask, files: Sequence[PoolFile], writer: ThreadPoolExecutor
+) -> Iterator[tuple["_Job", list[PoolRow]]]:
+    """The rows of the files that are not done yet, in chunks, and once every file without rows."""
+    task_digest = task.digest()
+    for file in files:
+        job = _Job(task, file, task_digest, writer)
+        yield job, []
+        if job.stored is None:
+            for rows in read_rows(file):
+                yield job, rows
+
+
+def _decoded(
+    jobs: Iterator[tuple["_Job", list[PoolRow]]], task: PoolTask, workers: ThreadPoolExecutor, depth: int
+) -> Generator[tuple["_Job", _Image | None]]:
+    """The rows in their order, about `depth` of them decoded ahead; None stands for no row, so that no file is missing."""
+    waiting: deque[tuple[_Job, Future[_Image] | None]] = deque()
+    with closing(ahead(jobs)) as chunks:
+        for job, rows in chunks:
+            waiting.append((job, None))
+            for row in rows:
+                waiting.append((job, workers.submit(_decode, job.next_position(), row, task)))
+                while len(waiting) > depth:
+                    yield _finished(waiting.popleft())
+        while waiting:
+            yield _finished(waiting.popleft())
+
+
+def _finished(entry: tuple["_Job", "Future[_Image] | None"]) -> tuple["_Job", _Image | None]:
+    job, image = entry
+    return job, None if image is None else image.result()
+
+
+def one_size_batches(images: Iterable[_Image], batch_size: int) -> Iterator[list[_Image]]:
+    """Batches of images of one size, at most `batch_size` of them and BATCH_PIXELS pixels.
+
+    An image waits for others of its size until WAITING_ROWS more rows have come, WAITING_BYTES wait, or the file ends.
+    """
+    waiting: dict[tuple[int, ...], list[_Image]] = {}  # the size that waits longest comes first
+    held = 0
+    for image in images:
+        size = image.pixels.shape
+        waiting.setdefault(size, []).append(image)
+        held += image.pixels.nbytes
+        if len(waiting[size]) >= min(batch_size, BATCH_PIXELS // (size[0] * size[1])):
+            held -= len(waiting[size]) * image.pixels.nbytes
+            yield waiting.pop(size)
+        while waiting and (held > WAITING_BYTES or image.position - _oldest(waiting)[0].position >= WAITING_ROWS):
+            batch = waiting.pop(_oldest(waiting)[0].pixels.shape)
+            held -= len(batch) * batch[0].pixels.nbytes
+            yield batch
+    yield from waiting.values()
+
+
+def _oldest(waiting: dict[tuple[int, ...], list[_Image]]) -> list[_Image]:
+    return next(iter(waiting.values()))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a batch gave, on the CPU as soon as `ready`: class ids and confidence (N,H,W) uint8, sums as `measure`'s."""
+
+    class_ids: Tensor
+    confidence: Tensor
+    sums: Tensor
+    ready: torch.cuda.Event | None
+
+    def encoded(self, index: int) -> Encoded:
+        self._wait()
+        return encode_class_ids(self.class_ids[index].numpy()), self.confidence[index].numpy().tobytes()
+
+    def total(self) -> np.ndarray:
+        self._wait()
+        return self.sums.numpy()
+
+    def _wait(self) -> None:
+        if self.ready is not None:
+            self.ready.synchronize()
+
+
+class _Predictor:
+    """Gives batches to the device, at most BATCHES_IN_FLIGHT before the first of them is encoded."""
+
+    def __init__(self, network: nn.Module, task: PoolTask, device: torch.device, workers: ThreadPoolExecutor) -> None:
+        self._network = network
+        self._task = task
+        self._device = device
+        self._workers = workers
+        self._dtype = autocast_dtype("auto", device)
+        self._in_flight: deque[list[Future[Encoded]]] = deque()
+
+    def predict(self, job: "_Job", images: Iterable[_Image]) -> None:
+        """Predict the images of one file; all of its rows are settled then."""
+        for batch in one_size_batches(job.usable(images), self._task.batch_size):
+            self._predict_batch(job, batch)
+        job.send_rest()
+
+    def _predict_batch(self, job: "_Job", batch: list[_Image]) -> None:
+        """A batch that does not fit into the device's memory is tried image by image."""
+        while len(self._in_flight) >= BATCHES_IN_FLIGHT:
+            wait(self._in_flight.popleft())
+        outcome = self._launch(batch)
+        if outcome is not None:
+            encoded = [self._workers.submit(outcome.encoded, index) for index in range(len(batch))]
+            job.settle(batch, encoded, self._workers.submit(outcome.total))
+            self._in_flight.append(encoded)
+        elif len(batch) == 1:
+            height, width = batch[0].pixels.shape[:2]
+            job.reject(
+                batch[0], f"its {width}x{height} pixels do not fit into the memory of the device ({self._device})"
+            )
+        else:
+            for image in batch:
+                self._predict_batch(job, [image])
+
+    def _launch(self, batch: list[_Image]) -> _Outcome | None:
+        """None where the device has too little memory."""
+        try:
+            return self._forward(batch)
+        except torch.OutOfMemoryError:
+            return None
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[_Image]) -> _Outcome:
+        """Does not wait for a GPU: results are copied to the CPU behind the computation."""
+        pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            class_ids, confidence, entropy = predict(self._network, pixels.permute(0, 3, 1, 2))
+        masks = [image.mask for image in batch]
+        sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
+        class_ids, confidence, sums = (
+            tensor.to("cpu", non_blocking=True) for tensor in (class_ids, quantise(confidence), sums)
+        )
+        return _Outcome(class_ids, confidence, sums, _recorded_event(self._device))
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
+    """Comes to pass when the device has done what it was given so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
+
+
+class _Job:
+    """One file in the making: rows are settled in any order and leave for the Parquet file in theirs."""
+
+    def __init__(self, task: PoolTask, file: PoolFile, task_digest: str, writer: ThreadPoolExecutor) -> None:
+        self._task = task
+        self._file = file
+        self._uri = pseudo_mask_uri(task.destination, file)
+        self._digest = file_digest(task_digest, file)
+        self._writer = writer
+        self._positions = 0
+        self._settled: dict[int, tuple[str, Future[Encoded] | None]] = {}  # those that have not left
+        self._left = self._complete = 0  # the rows before have left; the rows before are settled
+        self._writes: list[Future[None]] = []
+        self._predicted: list[_Summary] = []
+        self._sums: list[Future[np.ndarray]] = []
+        self._rejects: list[tuple[int, Reject]] = []
+        self._parquet = _ParquetFile()
+        self.stored = stored_report(self._uri, self._digest)
+
+    def next_position(self) -> int:
+        self._positions += 1
+        return self._positions - 1
+
+    def usable(self, images: Iterable[_Image]) -> Iterator[_Image]:
+        """Those to predict; the others are settled."""
+        for image in images:
+            if image.decoded is not None:
+                yield image
+            elif image.problem is not None:
+                self.reject(image, image.problem)
+            else:
+                self._settle(image, None)
+
+    def reject(self, image: _Image, reason: str) -> None:
+        row = image.row
+        self._rejects.append((image.position, Reject(image_id=row.image_id, source=row.source, reason=reason)))
+        self._settle(image, None)
+
+    def settle(self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray]) -> None:
+        self._sums.append(sums)
+        for image, result in zip(batch, encoded, strict=True):
+            height, width = image.pixels.shape[:2]
+            self._predicted.append(_Summary(image.position, image.row.image_id, height, width))
+            self._settle(image, result)
+
+    def _settle(self, image: _Image, result: Future[Encoded] | None) -> None:
+        self._settled[image.position] = (image.row.image_id, result)
+        while self._complete in self._settled:
+            self._complete += 1
+        while self._complete - self._left >= storage.ROW_GROUP_ROWS:
+            self._send(storage.ROW_GROUP_ROWS)
+
+    def _send(self, rows: int) -> None:
+        group = [self._settled.pop(position) for position in range(self._left, self._left + rows)]
+        self._left += rows
+        self._writes.append(self._writer.submit(self._parquet.write, group))
+
+    def send_rest(self) -> None:
+        if self._complete > self._left:
+            self._send(self._complete - self._left)
+
+    def publish(self) -> FileReport:
+        """The report, of the file published now or found."""
+        if self.stored is not None:
+            return self.stored
+        report = self._report()
+        for write in self._writes:
+            write.result()
+        metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest}
+        storage.write_bytes(self._uri, self._parquet.close(metadata))
+        return report
+
+    def _report(self) -> FileReport:
+        predicted = sorted(self._predicted)
+        number = self._task.num_classes
+        sums = [part.result() for part in self._sums]
+        return FileReport(
+            file=self._file.name,
+            statistics=Statistics.of(len(predicted), len(self._rejects), sums, number),
+            max_height=max((image.height for image in predicted), default=0),
+            max_width=max((image.width for image in predicted), default=0),
+            labelled_ids=tuple(image.image_id for image in predicted if image.image_id in self._task.used_ids),
+            rejects=tuple(reject for _, reject in sorted(self._rejects, key=itemgetter(0))),
+        )
+
+
+@dataclass(frozen=True, order=True)
+class _Summary:
+    """A predicted image."""
+
+    position: int
+    image_id: str
+    height: int
+    width: int
+
+
+class _ParquetFile:
+    """A Parquet file of PSEUDO_MASK_SCHEMA, compressed as its row groups come."""
+
+    def __init__(self) -> None:
+        self._sink = pa.BufferOutputStream()
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, rows: list[tuple[str, Future[Encoded] | None]]) -> None:
+        """Add a row group of ids and what belongs to them, when all of that is encoded."""
+        results = [(None, None) if result is None else result.result() for _, result in rows]
+        columns = [[image_id for image_id, _ in rows], *zip(*results, strict=True)]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, PSEUDO_MASK_SCHEMA, strict=True)]
+        self._open().write_table(pa.table(arrays, PSEUDO_MASK_SCHEMA))
+
+    def close(self, metadata: dict[bytes, str]) -> pa.Buffer:
+        """The whole file."""
+        self._open().add_key_value_metadata(metadata)
+        self._open().close()
+        return self._sink.getvalue()
+
+    def _open(self) -> pq.ParquetWriter:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._sink,
+                PSEUDO_MASK_SCHEMA,
+                compression="zstd",
+                use_dictionary=False,
+                write_statistics=False,
+                store_schema=False,  # with it, readers see its metadata instead of what is added at the end
+            )
+        return self._writer
+
+
+def encode_class_ids(class_ids: np.ndarray) -> bytes:
+    """PNG of uint8 (H,W) class ids: every row as its difference from the one above, run lengths only.
+
+    On predictions of CamVid's size 0.3 ms and 3.2 kB, where PIL takes 1.3 ms and 3.6 kB.
+    """
+    height, width = class_ids.shape
+    rows = np.empty((height, width + 1), np.uint8)
+    rows[:, 0] = PNG_UP_FILTER
+    rows[0, 1:] = class_ids[0]
+    np.subtract(class_ids[1:], class_ids[:-1], out=rows[1:, 1:])
+    compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    content = compressor.compress(rows.data) + compressor.flush()
+    return b"".join(
+        [PNG_SIGNATURE, _png_chunk(b"IHDR", header), _png_chunk(b"IDAT", content), _png_chunk(b"IEND", b"")]
+    )
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
