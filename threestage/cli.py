@@ -50,10 +50,12 @@ def main() -> None:
     except StageFailure as error:
         _fail(error, 1)
     except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer
-        _fail(error, 2)
+        from threestage.data.store_errors import explain
+
+        _fail(explain(None, error), 2)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception | str, code: int) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
     sys.exit(code)
 
@@ -113,6 +115,36 @@ def _run(config: Any, out: str, local: bool) -> None:
 
 
 @app.command()
+def check(
+    config: ConfigArgument,
+    out: OutOption = None,
+    local: LocalOption = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try what a run needs before it takes a GPU: storage, MLflow and the data set. Exit code 2 when something fails."""
+    from threestage.check import check as check_run
+    from threestage.config import load
+
+    resolved = load(config, overrides or [])
+    outcomes = []
+    for outcome in check_run(resolved, out or f"runs/{resolved.name}", local):
+        outcomes.append(outcome)
+        if not as_json:
+            _show_outcome(outcome)
+    if as_json:
+        print(json.dumps([outcome._asdict() for outcome in outcomes]))
+    if any(outcome.problem for outcome in outcomes):
+        raise typer.Exit(2)
+
+
+def _show_outcome(outcome: Any) -> None:
+    mark, text = ("[green]✓[/]", outcome.value) if outcome.problem is None else ("[bold red]✗[/]", outcome.problem)
+    line = f"{mark} {outcome.name}  {_escape(text)}  [dim]{outcome.seconds:.1f} s[/]"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ingest(
     source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
     out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
@@ -122,14 +154,19 @@ def ingest(
     ] = None,
     class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
-    max_bad_share: Annotated[float, typer.Option(help="Fail when more than this share of the files is bad.")] = 0.02,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Fail when more than this share of the images is bad.")
+    ] = 0.02,
+    rows_per_file: Annotated[int, typer.Option(help="Images per Parquet file.")] = 256,
     name: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a data set: checks every file, writes the good ones as Parquet, lists the bad ones with the reason."""
+    """Make a data set: checks every file, writes the good ones as Parquet, lists the bad ones. Rerun it after a kill."""
     from threestage.config import validated
     from threestage.data.ingest import IngestSettings
-    from threestage.data.ingest import ingest as ingest_files
+    from threestage.data.ingest import ingest as ingest_here
 
     settings = validated(
         IngestSettings,
@@ -138,24 +175,38 @@ def ingest(
             "masks": masks,
             "class_map": class_map,
             "split": split,
-            "max_bad_share": max_bad_share,
+            "max_bad_fraction": max_bad_fraction,
+            "rows_per_file": rows_per_file,
             "name": name,
         },
     )
-    with console.status("checking files") as status:
-        report = ingest_files(source, out, settings, lambda done, of: status.update(f"checked {done} of {of} files"))
+    with console.status("listing files") as status:
+
+        def progress(done: int, of: int) -> None:
+            status.update(f"checked {done:,} of {of:,} images")
+
+        if local:
+            report = ingest_here(source, out, settings, progress)
+        else:
+            from threestage.on_ray.ingest import ingest_on_ray
+            from threestage.on_ray.settings import ClusterSettings
+
+            report = ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
     if as_json:
-        print(json.dumps({"added_images": report.added_images, "added_labels": report.added_labels, "skipped": report.skipped,
-                          "rejected": report.rejected, "manifest": report.manifest.model_dump(mode="json")}))  # fmt: skip
+        print(report.model_dump_json())
         return
-    for file, reason in report.rejected:
-        console.print(f"[yellow]left out[/] {_escape(file)}: {_escape(reason)}", highlight=False, soft_wrap=True)
+    for reject in report.rejected:
+        console.print(
+            f"[yellow]left out[/] {_escape(reject.source)}: {_escape(reject.reason)}", highlight=False, soft_wrap=True
+        )
+    if report.bad:
+        console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, soft_wrap=True)
     table = Table("split", "images", "labelled", title=f"{out} version {report.manifest.version}")
     for split_name, counts in report.manifest.counts.items():
         table.add_row(split_name, str(counts.images), str(counts.labelled))
     console.print(table)
     console.print(f"{report.added_images} images and {report.added_labels} labels added, {report.skipped} were there already, "
-                  f"{len(report.rejected)} left out")  # fmt: skip
+                  f"{report.bad} left out")  # fmt: skip
 
 
 @app.command()

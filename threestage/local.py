@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from threestage import pipeline
+from threestage.check import check_store
 from threestage.config import Config, load
 from threestage.data.pool import PoolFile
 from threestage.data.store_errors import explain
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     try:
-        results = run_local(load(options.config, [*options.set, *seed]), options.out, _print_row)
+        config = load(options.config, [*options.set, *seed])
+        check_store(config, options.out)
+        results = run_local(config, options.out, _print_row)
     except (InputError, StageFailure) as error:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:

@@ -30,7 +30,7 @@ from threestage.data.batches import SampleSet
 from threestage.data.listing import Each, in_threads, list_images
 from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, rows_of, write_pool
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
-from threestage.data.rejects import Reject, read_rejects, too_many, write_rejects
+from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split
 from threestage.errors import InputError, StageFailure
@@ -314,8 +314,9 @@ class _Run:
         if not rejects:
             return
         listed = storage.join(self.folder(stage), "rejects.parquet")
-        write_rejects(listed, rejects)
-        if complaint := too_many(rejects, rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
+        found = RejectList(rejects)
+        found.write(listed)
+        if complaint := found.complaint(rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
             raise StageFailure(f"{stage}: {complaint}")
         self.warn(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 

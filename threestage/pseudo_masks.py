@@ -10,7 +10,7 @@ Confidences are stored, so a threshold is applied when they are read and a new o
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.pool import PoolFile, rows_of
-from threestage.data.rejects import REJECT_SCHEMA, Reject, too_many
+from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.settings import Settings
 from threestage.training.metrics import mean_iou
@@ -42,7 +42,6 @@ DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
 VANISHED_SHARE = 0.01
 TILE_PIXELS = 8192
-REJECTS_TOGETHER = 4096
 
 
 class PseudoMaskSettings(Settings):
@@ -263,7 +262,7 @@ def gather(
     Raises StageFailure as soon as more than the share `max_bad_fraction` of the files' images is bad; rejects.parquet
     then holds those so far, and `reports` is closed.
     """
-    statistics, index, rejected = Statistics(), {}, _Rejected()
+    statistics, index, rejected = Statistics(), {}, RejectList()
     limit = max_bad_fraction * rows_of(files)
     try:
         for report in reports:
@@ -272,14 +271,14 @@ def gather(
             index[report.file] = _index_row(report)
             statistics += report.statistics
             rejected.add(report.rejects)
-            if len(rejected) > limit:
+            if rejected.count > limit:
                 break
     finally:
         if (close := getattr(reports, "close", None)) is not None:
             close()
     listed = storage.join(task.destination, REJECTS_NAME)
     rejected.write(listed)
-    if (complaint := too_many(rejected, rows_of(files), max_bad_fraction, listed)) is not None:
+    if (complaint := rejected.complaint(rows_of(files), max_bad_fraction, listed)) is not None:
         raise StageFailure(
             f"{complaint}; raise data.max_bad_fraction to go on, or mend the images and delete {task.destination}"
         )
@@ -300,36 +299,6 @@ def read_index(folder: str) -> list[IndexRow]:
     """The index of a finished set, in the order of its pool's files. Raises FileNotFoundError where there is none."""
     rows = storage.read_table(storage.join(folder, INDEX_NAME)).to_pylist()
     return [IndexRow(**row | {"labelled_ids": tuple(row["labelled_ids"])}) for row in rows]
-
-
-class _Rejected(Sequence[Reject]):
-    """Rejects in the order in which they came, packed: there may be millions."""
-
-    def __init__(self) -> None:
-        self._packed = REJECT_SCHEMA.empty_table()
-        self._loose: list[Reject] = []
-
-    def add(self, rejects: Iterable[Reject]) -> None:
-        self._loose.extend(rejects)
-        if len(self._loose) >= REJECTS_TOGETHER:
-            self._pack()
-
-    def write(self, uri: str) -> None:
-        """A Parquet file of REJECT_SCHEMA, sorted by source."""
-        self._pack()
-        storage.write_table(uri, self._packed.sort_by([("source", "ascending"), ("image_id", "ascending")]))
-
-    def _pack(self) -> None:
-        rows = pa.Table.from_pylist([reject.model_dump() for reject in self._loose], REJECT_SCHEMA)
-        self._packed, self._loose = pa.concat_tables([self._packed, rows]), []
-
-    def __len__(self) -> int:
-        return len(self._packed) + len(self._loose)
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self._packed):
-            return self._loose[index - len(self._packed)]
-        return Reject(**self._packed.slice(index, 1).to_pylist()[0])
 
 
 def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classes: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from threestage import pipeline
+from threestage.check import check_store, check_writable
 from threestage.config import Config, load
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
@@ -33,7 +34,7 @@ def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) 
 
     Writes results.json and pictures.png into `out`; returns the results.
     """
-    storage.configure(config.storage)
+    check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
         results = run_local(config, out, show, warn)
@@ -98,6 +99,7 @@ def _close(registry: Registry, key: str, status: Any, out: str) -> None:
 
 def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
     """Make the demo's scenes and data set below `out`, unless they are there; returns the demo's configuration."""
+    check_writable(out)
     data, scenes = storage.join(out, "data"), storage.join(out, "scenes")
     if not storage.exists(storage.join(data, MANIFEST_NAME)):
         write_scenes(scenes, DEMO_SCENES, seed)

@@ -15,7 +15,7 @@ from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, batches, canvas_size, prefetch
 from threestage.data.pool import load_pool
 from threestage.data.records import Manifest, load_manifest
-from threestage.data.rejects import Reject, write_rejects
+from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
 from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
@@ -269,7 +269,7 @@ def local_unlabelled(task: StageTask) -> Callable[[int], Iterator[Batch]]:
         rejects: list[Reject] = []
         pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append)
         if rejects:
-            write_rejects(storage.join(task.folder, "rejects", "pool.parquet"), rejects)
+            RejectList(rejects).write(storage.join(task.folder, "rejects", "pool.parquet"))
         canvas = pool_canvas(read_index(task.pseudo_masks), config.augment)
         return batches(pool, config.stage(task.stage).unlabelled_batch, canvas,
                        (config.seed, task.stage, "unlabelled"), first_step)  # fmt: skip

@@ -13,8 +13,9 @@ from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.rejects import read_rejects
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray.ingest import in_tasks, ingest_on_ray
+from threestage.on_ray.ingest import ingest_on_ray
 from threestage.on_ray.settings import ClusterSettings
+from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.train import connected
 
 pytestmark = [
@@ -76,11 +77,12 @@ def test_an_outage_of_the_store_is_a_retry_of_the_task(tmp_path: Path, ray_clust
 def test_an_outage_that_lasts_fails_the_ingest(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     monkeypatch.setattr("threestage.data.ingest.write_shard", _broken)
     cluster = ClusterSettings(max_failures=1)
     with pytest.raises(StageFailure, match=r"ingest: .*503 Slow Down; the same command goes on"):
-        ingest_on_ray(str(tmp_path), f"{tmp_path}/ds", IngestSettings(format="images"), cluster)
+        ingest_on_ray(str(tmp_path), f"{tmp_path}/ds", IngestSettings(format="images", rows_per_file=1), cluster)
     assert not os.path.exists(tmp_path / "ds" / "manifest.json")
 
 

@@ -103,7 +103,9 @@ def test_the_pool_holds_labelled_images_but_no_validation_ones(scenes: Path, tmp
     ids = {sample.image_id for sample in pool.samples}
     assert len(ids) == 38 and not ids & excluded and set(split.labelled[2:]) <= ids
     assert pool.decoded(0).maps["pseudo_mask"].shape == (64, 64)
-    again = labelled_set(str(scenes), manifest, split.model_copy(update={"labelled": split.labelled[2:]}), 1, task.destination)
+    again = labelled_set(
+        str(scenes), manifest, split.model_copy(update={"labelled": split.labelled[2:]}), 1, task.destination
+    )
     assert all(sample.pseudo_mask is not None for sample in again.samples) and len(again) == 6
     assert not ids & {s.image_id for s in validation_set(str(scenes), manifest, split, 1).samples}
     assert gather(task, files, predict_pool(str(tmp_path / "model"), task, files), 0.0) == statistics

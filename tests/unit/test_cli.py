@@ -52,7 +52,7 @@ def photos(tmp_path: Path) -> Path:
 
 def ingest_arguments(photos: Path, *more: object) -> list[object]:
     options = ["--masks", photos / "masks", "--class-map", photos / "classes.yaml"]
-    return ["ingest", photos / "images", photos / "data", *options, *more]
+    return ["ingest", photos / "images", photos / "data", "--local", *options, *more]
 
 
 def refused(result: tuple[int, str, str], *expected: str) -> None:
@@ -85,11 +85,11 @@ def test_id_outside_the_class_map(threestage: Run, photos: Path) -> None:
 def test_truncated_jpeg_is_skipped_counted_and_listed(threestage: Run, photos: Path) -> None:
     file = photos / "images/3.jpg"
     file.write_bytes(file.read_bytes()[:-200])
-    code, out, _ = threestage(*ingest_arguments(photos, "--max-bad-share", 0.2, "--json"))
+    code, out, _ = threestage(*ingest_arguments(photos, "--max-bad-fraction", 0.2, "--json"))
     report = json.loads(out)
     assert code == 0 and report["added_images"] == 9
-    assert [Path(rejected).name for rejected, _ in report["rejected"]] == ["3.jpg"]
-    refused(threestage(*ingest_arguments(photos, "--max-bad-share", 0.05)), "3.jpg")
+    assert [Path(rejected["source"]).name for rejected in report["rejected"]] == ["3.jpg"] and report["bad"] == 1
+    refused(threestage(*ingest_arguments(photos, "--max-bad-fraction", 0.05)), "3.jpg")
 
 
 def test_wrong_settings(threestage: Run, scenes: Path) -> None:

@@ -1,6 +1,6 @@
 """Why: everything downstream trusts that a data set holds what its manifest says, after errors and kills too."""
 
-import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,13 @@ import pytest
 from PIL import Image
 
 from threestage.data import storage
-from threestage.data.ingest import IngestReport, IngestSettings, ingest
-from threestage.data.publish import next_manifest
+from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder, ingest
+from threestage.data.known import build_index, look_up
+from threestage.data.listing import Each, list_images
+from threestage.data.publish import Known, digest_of, next_manifest
 from threestage.data.records import Manifest, decode_mask, labelled_rows, load_manifest, pool_files
+from threestage.data.rejects import read_rejects
+from threestage.data.shards import Job, in_threads
 from threestage.errors import InputError
 
 CLASS_MAP = """
@@ -42,9 +46,9 @@ def source(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(source: Path, **settings: object) -> IngestReport:
+def run(source: Path, each: Each = in_threads, **settings: object) -> IngestReport:
     given = {"format": "folders", "masks": f"{source}/masks", "class_map": f"{source}/map.yaml", "rows_per_file": 4}
-    return ingest(f"{source}/images", f"{source}/ds", IngestSettings.model_validate({**given, **settings}))
+    return ingest(f"{source}/images", f"{source}/ds", IngestSettings.model_validate({**given, **settings}), each=each)
 
 
 def rows_of(root: Path) -> dict[str, dict[str, object]]:
@@ -59,10 +63,11 @@ def test_a_data_set_holds_the_files_and_says_so(source: Path) -> None:
     manifest = load_manifest(f"{source}/ds")
     assert report.manifest == manifest == load_manifest(f"{source}/ds", 1)
     assert (report.added_images, report.added_labels, report.skipped, report.rejected) == (10, 4, 0, ())
+    assert (report.bad, report.rejects_uri) == (0, None)
     assert manifest.classes == ("ground", "thing") and manifest.colours == ((10, 10, 10), (200, 0, 0))
     assert (manifest.counts["train"].images, manifest.counts["train"].labelled) == (10, 4)
     assert (manifest.sizes.min_height, manifest.sizes.mean_width) == (6, 8.0)
-    assert [file.rows for file in manifest.files] == [4, 4, 2]
+    assert sorted(file.rows for file in manifest.files) == [2, 4, 4]
     rows = rows_of(source / "ds")
     for name, row in rows.items():
         assert row["image"] == (source / "images" / f"{name}.png").read_bytes()
@@ -112,26 +117,30 @@ def test_images_first_and_labels_later(source: Path) -> None:
 def test_bad_files_are_listed_and_the_good_ones_kept(source: Path) -> None:
     draw(source, "01", 1, mask_value=37)
     (source / "images" / "05.png").write_bytes((source / "images" / "05.png").read_bytes()[:-30])
-    report = run(source, max_bad_share=0.2)
+    report = run(source, max_bad_fraction=0.2)
     assert report.added_images == 8
-    listed = json.loads((source / "ds" / "rejected" / "v0001.json").read_text())
-    assert [(entry["file"], entry["reason"]) for entry in listed] == list(report.rejected)
-    (first, why), (second, why_second) = report.rejected
-    assert first.endswith("images/01.png") and why.startswith("mask 01.png holds id 37 at (0, 0), not in class map")
-    assert second.endswith("images/05.png") and "cannot be decoded" in why_second
+    assert report.rejects_uri == f"{source}/ds/rejected/v0001.parquet" and report.bad == 2
+    assert read_rejects(report.rejects_uri) == list(report.rejected)
+    first, second = report.rejected
+    assert first.source.endswith("images/01.png") and first.image_id == "01"
+    assert first.reason.startswith("mask 01.png holds id 37 at (0, 0), not in class map")
+    assert second.source.endswith("images/05.png") and "cannot be decoded" in second.reason
 
 
 def test_too_many_bad_files_fail_and_change_nothing(source: Path) -> None:
     (source / "images" / "05.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"1 of 10 files are bad \(10\.0%.* 2\.0%.*05\.png: is empty; .*v0001\.json"):
+    with pytest.raises(
+        InputError, match=r"1 of 10 images are bad \(10\.0%.* 2\.0%.*05\.png: is empty; .*v0001\.parquet"
+    ):
         run(source)
-    assert storage.list_files(f"{source}/ds") == [f"{source}/ds/rejected/v0001.json"]
+    assert not storage.exists(f"{source}/ds/manifest.json") and not storage.exists(f"{source}/ds/manifests")
+    assert len(read_rejects(f"{source}/ds/rejected/v0001.parquet")) == 1
 
 
 def test_another_image_under_a_known_id_and_another_split_are_refused(source: Path) -> None:
     run(source)
     draw(source, "07", 99)
-    assert "another image under the id 07" in run(source, max_bad_share=0.1).rejected[0][1]
+    assert "another image under the id 07" in run(source, max_bad_fraction=0.1).rejected[0].reason
     with pytest.raises(InputError, match="has it in split train, and here it is in val"):
         run(source, split="val")
 
@@ -169,6 +178,185 @@ def test_a_killed_ingest_leaves_the_set_and_is_completed(source: Path, monkeypat
     assert {uri: Path(uri).stat().st_mtime_ns for uri in written} == before
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the image files that are read from here on, one for each time."""
+    read_bytes, seen = storage.read_bytes, []
+
+    def counted(uri: str) -> bytes:
+        if "/images/" in uri and uri.endswith(".png"):
+            seen.append(uri.rsplit("/", 1)[-1])
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    return seen
+
+
+def fail_after(shards: int) -> Each:
+    """Shards one after the other, and a failure of the store after some."""
+
+    def each(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for done, item in enumerate(items):
+            if done == shards:
+                raise OSError("503 Slow Down")
+            yield function(item)
+
+    return each
+
+
+@pytest.mark.parametrize("format", ["folders", "images"])
+def test_what_is_finished_is_not_read_again(source: Path, format: str, reads: list[str]) -> None:
+    given: dict[str, Any] = {} if format == "folders" else {"format": "images", "masks": None, "class_map": None}
+    undisturbed = run(source, **given).manifest
+    (source / "ds").rename(source / "whole")
+    if format == "images":
+        list_images(f"{source}/images", listing_of(source), 4)
+    reads.clear()
+    with pytest.raises(OSError, match="503"):
+        run(source, each=fail_after(2), **given)
+    finished = list(reads)
+    assert len(finished) >= 6
+    reads.clear()
+    report = run(source, **given)
+    assert report.manifest == undisturbed and report.added_images == 10
+    assert sorted(reads + finished) == [f"{i:02d}.png" for i in range(10)]
+
+
+def listing_of(source: Path) -> str:
+    job = Job(f"{source}/ds", 4, None, "", None, None)
+    return _listing_folder(job, f"{source}/images")
+
+
+def test_a_shard_whose_image_or_mask_changed_is_done_again(source: Path, reads: list[str]) -> None:
+    (source / "images" / "05.png").write_bytes(b"")
+    with pytest.raises(InputError, match="1 of 10"):
+        run(source)
+    draw(source, "05", 5)
+    draw(source, "00", 0, mask_value=9)
+    reads.clear()
+    assert run(source).added_images == 10
+    assert 0 < len(reads) < 10 and {"00.png", "05.png"} <= set(reads)
+    masks = {row["image_id"]: row["mask"] for row in rows_of(source / "ds").values()}
+    assert decode_mask(masks["00"])[0, 0] == 255  # type: ignore[arg-type]
+
+
+def test_a_higher_limit_reads_only_the_bad_again(source: Path, reads: list[str]) -> None:
+    (source / "images" / "05.png").write_bytes(b"")
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    with pytest.raises(InputError, match="1 of 10"):
+        run(source, **images)
+    reads.clear()
+    assert run(source, max_bad_fraction=0.1, **images).bad == 1
+    assert reads == ["05.png"]
+
+
+def test_bad_images_that_were_removed_are_no_longer_counted(source: Path) -> None:
+    (source / "images" / "05.png").write_bytes(b"")
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    with pytest.raises(InputError, match="1 of 10"):
+        run(source, **images)
+    (source / "images" / "05.png").unlink()
+    report = run(source, **images)
+    assert (report.added_images, report.bad, report.rejects_uri) == (9, 0, None)
+    assert not storage.exists(f"{source}/ds/rejected/v0001.parquet")
+
+
+def test_a_grown_folder_of_images_is_read_where_it_grew(source: Path, reads: list[str]) -> None:
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    first = run(source, **images).manifest
+    draw(source, "10", 10)
+    (source / "images" / "03.png").unlink()  # the data set keeps it
+    reads.clear()
+    report = run(source, **images)
+    assert reads == ["10.png"] and (report.added_images, report.skipped, report.bad) == (1, 10, 0)
+    assert report.manifest.files[: len(first.files)] == first.files
+    assert len(rows_of(source / "ds")) == 11
+
+
+def test_a_mended_image_joins_the_set_later(source: Path) -> None:
+    (source / "images" / "05.png").write_bytes(b"")
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None, "max_bad_fraction": 0.1}
+    assert run(source, **images).bad == 1
+    draw(source, "05", 5)
+    (source / "images" / "01.png").unlink()
+    report = run(source, **images)
+    assert (report.added_images, report.skipped, report.bad) == (1, 9, 0)
+    assert len(rows_of(source / "ds")) == 10
+
+
+def test_a_report_counts_only_for_the_set_it_was_compared_with(source: Path) -> None:
+    with pytest.raises(OSError, match="503"):
+        run(source, each=fail_after(1))
+    ingest(f"{source}/images", f"{source}/ds", IngestSettings(format="images"))
+    report = run(source)
+    assert (report.added_images, report.added_labels) == (0, 4)
+    assert len(rows_of(source / "ds")) == 10
+
+
+def test_two_files_of_one_id_and_an_absurdly_large_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 6)).save(source / "images" / "03.jpg")
+    (source / "images" / "04.png").write_bytes(bytes(5000))
+    monkeypatch.setattr("threestage.data.shards.MAX_IMAGE_BYTES", 4999)
+    for format in ("images", "folders"):
+        root = f"{source}/{format}"
+        settings = IngestSettings(
+            format=format,
+            masks=f"{source}/masks" if format == "folders" else None,
+            class_map=f"{source}/map.yaml",
+            max_bad_fraction=0.2,
+        )
+        report = ingest(f"{source}/images", root, settings)
+        assert report.added_images == 9
+        assert [reject.reason.split(",")[0] for reject in report.rejected] == [
+            "has the id 03",
+            "has 5000 bytes",
+        ]
+
+
+@pytest.mark.parametrize(("bad", "passes"), [(5, True), (50, False)])
+def test_a_share_of_corrupt_images(tmp_path: Path, bad: int, passes: bool) -> None:
+    for i in range(100):
+        draw(tmp_path, f"{i:03d}", i)
+        if i < bad:
+            file = tmp_path / "images" / f"{i:03d}.png"
+            file.write_bytes(file.read_bytes()[: 20 + i])
+    settings = IngestSettings(format="images", rows_per_file=16, max_bad_fraction=0.05)
+    listed = f"{tmp_path}/ds/rejected/v0001.parquet"
+    if passes:
+        report = ingest(f"{tmp_path}/images", f"{tmp_path}/ds", settings)
+        assert (report.bad, len(report.rejected), report.added_images) == (5, 5, 95)
+    else:
+        with pytest.raises(InputError, match=rf"50 of 100 images are bad \(50\.0%.*000\.png.*{listed}"):
+            ingest(f"{tmp_path}/images", f"{tmp_path}/ds", settings)
+    assert [reject.image_id for reject in read_rejects(listed)] == [f"{i:03d}" for i in range(bad)]
+
+
+def test_the_report_holds_the_first_rejects_only(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threestage.data.rejects.SHOWN", 2)
+    monkeypatch.setattr("threestage.data.rejects.WRITTEN_AT_ONCE", 3)
+    for i in range(8):
+        (source / "images" / f"{i:02d}.png").write_bytes(b"")
+    report = run(source, max_bad_fraction=0.8)
+    assert report.bad == 8 and [reject.image_id for reject in report.rejected] == ["00", "01"]
+    assert report.rejects_uri is not None
+    assert sorted(reject.image_id for reject in read_rejects(report.rejects_uri)) == [f"{i:02d}" for i in range(8)]
+
+
+def test_the_index_of_what_is_known(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(source)
+    draw(source, "04", 4, mask_value=1)
+    manifest = run(source).manifest
+    monkeypatch.setattr("threestage.data.known.PART_ENTRIES", 1)
+    folder = build_index(f"{source}/ds", manifest)
+    assert len(storage.list_files(folder)) == 16 + 1
+    found = look_up(folder, ["04", "nowhere", "09"])
+    assert found == {
+        "04": Known("train", digest_of((source / "images" / "04.png").read_bytes()), found["04"].mask_digest),
+        "09": Known("train", digest_of((source / "images" / "09.png").read_bytes()), None),
+    }
+    assert found["04"].mask_digest is not None and look_up(None, ["04"]) == {}
+
+
 def test_an_ingest_that_another_overtook_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overtaken(*arguments: Any) -> Manifest | None:
         monkeypatch.setattr("threestage.data.ingest.next_manifest", next_manifest)
@@ -193,9 +381,9 @@ def test_a_store_that_fails_is_no_bad_file(source: Path, monkeypatch: pytest.Mon
 
 def test_progress_counts_every_item(source: Path) -> None:
     seen: list[tuple[int, int]] = []
-    settings = IngestSettings(format="images")
+    settings = IngestSettings(format="images", rows_per_file=4)
     ingest(f"{source}/images", f"{source}/ds", settings, lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 10) for i in range(1, 11)]
+    assert seen[-1] == (10, 10) and seen == sorted(set(seen))
 
 
 def test_camvid_as_it_is_shared(tmp_path: Path) -> None:

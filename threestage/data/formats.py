@@ -8,12 +8,14 @@ train_aug.txt, where they are there, in place of train.txt.
 `cityscapes`: leftImg8bit/<split>/<city> and gtFine/<split>/<city>; train_extra adds unlabelled train images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Literal
 
+import pyarrow.fs as pafs
 from pydantic import Field
 
 from threestage.data import storage
@@ -28,12 +30,15 @@ SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 Paths = Mapping[str, str]
 """Path below the source → URI."""
 
+Stamps = dict[str, tuple[int, int]]
+"""URI → bytes, time of the last change in ns."""
+
 
 class IngestSettings(Settings):
     """How `threestage ingest` reads a source.
 
     `masks`: folder of the masks ("folders" only). `class_map`: YAML; by default the shipped one of the format. `split`:
-    of every image of "folders" and "images". `max_bad_share`: more bad files than this share of all is a failure.
+    of every image of "folders" and "images". `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
@@ -41,20 +46,26 @@ class IngestSettings(Settings):
     masks: str | None = None
     class_map: str | None = None
     split: SplitName = "train"
-    max_bad_share: float = Field(default=0.02, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     rows_per_file: int = Field(default=256, ge=1)
     name: str | None = None
 
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One image of a source; `problem` says why it cannot be taken, where the listing already shows it."""
+    """One image of a source; `problem` says why it cannot be taken, where the listing already shows it.
+
+    `size`: bytes of the image's file. `stamp`: differs when the image's or the mask's file has changed, as far as the
+    listing shows it.
+    """
 
     image_id: str
     image_uri: str
     mask_uri: str | None
     split: SplitName
     problem: str | None = None
+    size: int = 0
+    stamp: str = ""
 
 
 def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
@@ -64,19 +75,42 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
     """
     if settings.masks is not None and settings.format != "folders":
         raise InputError(f"masks is {settings.masks}, but format {settings.format} finds its own; leave masks out")
-    readers = {"folders": _folders, "images": _images, "camvid": _camvid, "voc": _voc, "cityscapes": _cityscapes}
-    paths = _listing(source, "images")
+    stamps: Stamps = {}
+    readers: dict[str, Callable[[str, Paths, IngestSettings], list[SourceItem]]] = {
+        "folders": partial(_folders, stamps),
+        "images": _images,
+        "camvid": _camvid,
+        "voc": _voc,
+        "cityscapes": _cityscapes,
+    }
+    paths = _listing(source, "images", stamps)
     items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
-    return _each_id_once(items)
+    return each_id_once([_stamped(item, stamps) for item in items])
 
 
-def _listing(folder: str, expected: str) -> Paths:
-    base, uris = storage.absolute(folder), storage.list_files(folder)
-    if not uris:
-        state = "is empty" if storage.exists(folder) else "does not exist"
-        raise InputError(f"{folder}: the folder {state}; {expected} are expected there")
-    relative = {uri[len(base) :].lstrip("/"): uri for uri in uris}
+def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
+    """The files below a folder, less hidden ones, in the order of their paths; notes their stamps."""
+    files, base = storage.filesystem(folder)
+    found = files.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+    infos = sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
+    if not infos:
+        raise missing(folder, expected)
+    scheme = storage.S3_SCHEME if storage.is_s3(folder) else ""
+    stamps.update((scheme + info.path, (info.size, info.mtime_ns)) for info in infos)
+    relative = {info.path[len(base) :].lstrip("/"): scheme + info.path for info in infos}
     return {path: uri for path, uri in relative.items() if not _hidden(path)}
+
+
+def missing(folder: str, expected: str) -> InputError:
+    """What to tell the user of a folder without files."""
+    state = "is empty" if storage.exists(folder) else "does not exist"
+    return InputError(f"{folder}: the folder {state}; {expected} are expected there")
+
+
+def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
+    size = stamps.get(item.image_uri, (0, 0))[0]
+    both = [stamps.get(uri) for uri in (item.image_uri, item.mask_uri) if uri is not None]
+    return replace(item, size=size, stamp=repr(both))
 
 
 def _hidden(path: str) -> bool:
@@ -90,10 +124,10 @@ def _images(source: str, paths: Paths, settings: IngestSettings) -> list[SourceI
     return items
 
 
-def _folders(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+def _folders(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     if settings.masks is None:
         raise InputError("masks is not given: format folders needs the folder of the masks (or use format images)")
-    mask_paths = _listing(settings.masks, "masks named like the images")
+    mask_paths = _listing(settings.masks, "masks named like the images", stamps)
     masks = {stem: mask_paths[path] for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES)}
     inside = set(mask_paths.values())
     found = _images(source, {path: uri for path, uri in paths.items() if uri not in inside}, settings)
@@ -196,7 +230,8 @@ def _names(suffixes: frozenset[str]) -> str:
     return ", ".join(sorted(suffixes))
 
 
-def _each_id_once(items: list[SourceItem]) -> list[SourceItem]:
+def each_id_once(items: list[SourceItem]) -> list[SourceItem]:
+    """The items, of which only the first with an id has no problem."""
     taken: dict[str, str] = {}
     for index, item in enumerate(items):
         other = taken.setdefault(item.image_id, item.image_uri)

@@ -1,135 +1,123 @@
 """Make or extend a data set: list a source, check every file, write immutable Parquet files, publish a manifest last.
 
-A killed ingest leaves the data set as it was; the same command, run again, finds its finished files by their names (the
-digest of what is in them) and completes. Images are stored in the order of sha256(image_id): a file is then a fair
-sample of its split, not one film's neighbouring frames, and shuffling files and a small buffer is enough for training.
+The images are cut into shards that are worked on apart from each other (`threestage.data.shards`), in threads here or as
+Ray tasks; the process that started the ingest holds figures of shards, not images. A killed ingest leaves the data set
+as it was, and the same command, run again, does only the shards that are not finished.
+
+Images are stored in the order of sha256(image_id), those of format images within windows of their listing: a file is
+then a fair sample of its split, not one film's neighbouring frames, and shuffling files and a small buffer is enough
+for training.
+
+Besides the data set (`threestage.data.records`) the root holds
+
+rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA)
+listing/<digest>/       the listing of a source of format images. It is extended by a later ingest, which then reads only
+                        images with new URIs: one that was changed in place is not seen
+shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose files are in the
+                        manifest counts as skipped. Other formats than images are read once more in a rerun (as shards
+                        of images that are known), then no more
+index/                  what the data set holds (`threestage.data.known`), while an ingest extends it
+
+Parquet files of an ingest that was given up stay too; no manifest names them.
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
-from typing import TypeVar
 
 from threestage.data import storage
-from threestage.data.check import BadFile, check_image, check_mask
-from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
-from threestage.data.formats import IngestSettings, SourceItem, discover
-from threestage.data.publish import Known, Row, Writer, digest_of, next_manifest, publish, row_digests
-from threestage.data.records import MANIFEST_NAME, Manifest, encode_mask, load_manifest
+from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
+from threestage.data.formats import IngestSettings, SourceItem, discover, missing
+from threestage.data.known import build_index, look_up
+from threestage.data.listing import Each, list_images
+from threestage.data.publish import Additions, ShardReport, next_manifest, publish
+from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
+from threestage.data.rejects import Reject, RejectList
+from threestage.data.shards import Job, Shard, finished, in_threads, report_uri, shard_digest, write_shard
 from threestage.errors import InputError
 from threestage.settings import Settings
 
-__all__ = ["IngestReport", "IngestSettings", "ingest"]
+__all__ = ["IngestReport", "IngestSettings", "Progress", "ingest"]
 
-WORKERS = 8
 SHIPPED = ("camvid", "voc", "cityscapes")
+KNOWN_PER_SHARD = 16  # files' worth of images that the data set has: most of them write nothing
 
 Progress = Callable[[int, int], None]
-Rejected = tuple[tuple[str, str], ...]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class IngestReport(Settings):
     """`added_labels`: masks new to the set, of new or of known images. `skipped`: images that it had already.
 
-    `manifest` is the one before when nothing was added. `rejected`: (file, reason).
+    `manifest` is the one before when nothing was added. `bad`: how many images were refused; `rejected`: the first of
+    them, at most 20; `rejects_uri`: where all are listed, None when none was refused.
     """
 
     manifest: Manifest
     added_images: int
     added_labels: int
     skipped: int
-    rejected: Rejected
+    bad: int
+    rejected: tuple[Reject, ...]
+    rejects_uri: str | None
 
 
-def ingest(source: str, root: str, settings: IngestSettings, progress: Progress | None = None) -> IngestReport:
+def ingest(
+    source: str, root: str, settings: IngestSettings, progress: Progress | None = None, each: Each = in_threads
+) -> IngestReport:
     """Check the images and masks of `source` and add what is new to the data set at `root`, as a new version of it.
 
-    `progress` is called with (images done, images in all). Refused files are listed in root/rejected/v000N.json.
-    Raises InputError when the source is not as its format says, when its classes are not the data set's, or when more
-    than the share `max_bad_share` of it is bad; the data set is then as it was.
+    `progress` is called with (images done, images in all) after every shard. `each` runs the shards: a map(), parallel
+    and in any order. Raises InputError when the source is not as its format says, when its classes are not the data
+    set's, or when more than the share `max_bad_fraction` of it is bad; OSError when a store fails. The data set is then
+    as it was, and what is finished is not done again.
     """
+    root = storage.absolute(root)
     current = load_manifest(root) if storage.exists(storage.join(root, MANIFEST_NAME)) else None
-    class_map, lookup = _class_map(settings)
+    class_map, map_name = _class_map(settings)
     _check_classes(root, current, class_map)
-    items = sorted(discover(source, settings), key=lambda item: (item.split, _order(item.image_id)))
-    writer = Writer(root, settings.rows_per_file)
-    rejected = _add(root, current, lookup, items, writer, progress)
-    listed = _list_rejected(root, current, rejected)
-    if len(rejected) > settings.max_bad_share * len(items):
-        writer.discard()
-        raise _too_many_bad(source, listed, rejected, len(items), settings.max_bad_share)
-    manifest = publish(root, current, next_manifest(current, class_map, settings.name, writer))
+    if not storage.exists(source):
+        raise missing(source, "images")
+    index = build_index(root, current) if current else None
+    job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
+    shards, total = _plan(job, source, settings, each)
+    added, rejects = Additions(), RejectList()
+    for report in _reports(job, shards, current, each):
+        added.add(report)
+        rejects.add(report.rejected)
+        if progress:
+            progress(added.checked, total)
+    listed = storage.join(root, "rejected", f"v{current.version + 1 if current else 1:04d}.parquet")
+    if rejects.count:
+        rejects.write(listed)
+    else:
+        storage.delete(listed)
+    if complaint := rejects.complaint(total, settings.max_bad_fraction, listed):
+        storage.delete(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
+        raise InputError(f"{source}: {complaint}")
+    manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
+    storage.delete(storage.join(root, "index"))
     return IngestReport(
         manifest=manifest,
-        added_images=writer.images,
-        added_labels=writer.labels,
-        skipped=len(items) - len(rejected) - writer.rows,
-        rejected=rejected,
+        added_images=added.images,
+        added_labels=added.labels,
+        skipped=added.skipped,
+        bad=rejects.count,
+        rejected=tuple(rejects.first),
+        rejects_uri=listed if rejects.count else None,
     )
 
 
-def _order(image_id: str) -> str:
-    return hashlib.sha256(image_id.encode()).hexdigest()
-
-
-def _add(
-    root: str,
-    current: Manifest | None,
-    lookup: Lookup | None,
-    items: list[SourceItem],
-    writer: Writer,
-    progress: Progress | None,
-) -> Rejected:
-    """Write the good and new ones of the items; one split at a time, so that one file's rows are in memory."""
-    rejected: list[tuple[str, str]] = []
-    done = 0
-    with ThreadPoolExecutor(WORKERS) as pool:
-        known = _index(root, current, pool)
-        for _, group in groupby(items, key=lambda item: item.split):
-            for item, outcome in _ahead(pool, lambda item: _check(item, known.get(item.image_id), lookup), group):
-                if isinstance(outcome, BadFile):
-                    rejected.append((item.image_uri, str(outcome)))
-                elif outcome is not None:
-                    writer.add(outcome)
-                done += 1
-                if progress:
-                    progress(done, len(items))
-            writer.flush()
-    return tuple(sorted(rejected))
-
-
-def _list_rejected(root: str, current: Manifest | None, rejected: Rejected) -> str:
-    version = current.version + 1 if current else 1
-    uri = storage.join(root, "rejected", f"v{version:04d}.json")
-    if rejected:
-        storage.write_json(uri, [{"file": file, "reason": reason} for file, reason in rejected])
-    return uri
-
-
-def _too_many_bad(source: str, listed: str, rejected: Rejected, total: int, max_bad_share: float) -> InputError:
-    file, reason = rejected[0]
-    return InputError(
-        f"{source}: {len(rejected)} of {total} files are bad ({len(rejected) / total:.1%}, max_bad_share is "
-        f"{max_bad_share:.1%}), the first is {file}: {reason}; all are listed in {listed}"
-    )
-
-
-def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, Lookup | None]:
+def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:
     if settings.class_map is not None:
-        class_map = load_class_map(settings.class_map)
-        return class_map, Lookup(class_map, settings.class_map)
+        return load_class_map(settings.class_map), settings.class_map
     if settings.format in SHIPPED:
-        class_map = shipped_class_map(settings.format)
-        return class_map, Lookup(class_map, settings.format)
+        return shipped_class_map(settings.format), settings.format
     if settings.format == "folders":
         raise InputError(
             "class_map is not given: format folders needs a YAML that says which id or colour is which class"
         )
-    return None, None
+    return None, ""
 
 
 def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | None) -> None:
@@ -142,84 +130,73 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
         raise InputError(f"class_map: its classes are not those of the data set {root} ({difference}); mend the map")
 
 
-# Checking.
+# The plan: which images make a shard.
 
 
-def _check(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Row | BadFile | None:
-    """A row to write, why the item is refused, or None: the data set has it already."""
-    try:
-        return _checked(item, known, lookup)
-    except BadFile as bad:
-        return bad
+def _plan(job: Job, source: str, settings: IngestSettings, each: Each) -> tuple[list[Shard], int]:
+    """The shards, and how many images are in them all. Sources other than of format images are held in memory."""
+    if settings.format == "images":
+        return _plan_listed(job, source, settings, each)
+    items = sorted(discover(source, settings), key=lambda item: (item.split, _order(item.image_id)))
+    return list(_cut(job, items)), len(items)
 
 
-def _checked(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Row | None:
-    if item.problem:
-        raise BadFile(item.problem)
-    data = _read(item.image_uri, "it")
-    image_digest = digest_of(data)
-    if known:
-        _check_same(item, known, image_digest)
-        if item.mask_uri is None:
-            return None
-    image = check_image(data)
-    mask = None
-    mask_digest = None
-    if item.mask_uri is not None and lookup is not None:
-        name = item.mask_uri.rsplit("/", 1)[-1]
-        mask = check_mask(_read(item.mask_uri, f"mask {name}"), lookup, (image.height, image.width), name)
-        mask_digest = digest_of(mask.tobytes())
-    if known and known.mask_digest == mask_digest:
+def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) -> tuple[list[Shard], int]:
+    folder = _listing_folder(job, source)
+    files = list_images(source, folder, job.rows_per_file, each)
+    shards = [
+        Shard(settings.split, shard_digest(job, settings.split, file.digest), listed=storage.join(folder, file.path))
+        for file in files
+    ]
+    return shards, sum(file.rows for file in files)
+
+
+def _listing_folder(job: Job, source: str) -> str:
+    name = f"{storage.absolute(source)} {job.rows_per_file}"
+    return storage.join(job.root, "listing", hashlib.sha256(name.encode()).hexdigest()[:16])
+
+
+def _cut(job: Job, items: Sequence[SourceItem]) -> Iterator[Shard]:
+    """Shards of one split; new images apart from known ones, so that what is new comes together in few files."""
+    known = look_up(job.index, [item.image_id for item in items])
+    for of_known in (False, True):
+        size = job.rows_per_file * (KNOWN_PER_SHARD if of_known else 1)
+        chosen = [item for item in items if (item.image_id in known) == of_known]
+        for split, group in groupby(chosen, key=lambda item: item.split):
+            members = tuple(group)
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                yield Shard(split, shard_digest(job, split, part), items=part)
+
+
+def _order(image_id: str) -> str:
+    return hashlib.sha256(image_id.encode()).hexdigest()
+
+
+# The work, less what is done.
+
+
+def _reports(job: Job, shards: Sequence[Shard], current: Manifest | None, each: Each) -> Iterator[ShardReport]:
+    """The report of every shard in any order: of those that are done first, then as they are done."""
+    there = set(storage.list_files(storage.join(job.root, "shards")))
+    rest = {shard.digest: shard for shard in shards}
+    published = {file.path for file in current.files} if current else set()
+    started = [shard for shard in shards if report_uri(job.root, shard.digest) in there]
+    for digest, report in each(partial(finished, job), started):
+        if valid := _still_valid(report, job.base, published):
+            del rest[digest]
+            yield valid
+    yield from each(partial(write_shard, job), list(rest.values()))
+
+
+def _still_valid(report: ShardReport | None, base: str | None, published: set[str]) -> ShardReport | None:
+    """A report found, as it counts now; None when its shard must be done again.
+
+    Files that are not in the manifest count only when it is the one that the shard was compared with: another ingest
+    may have added the same images since.
+    """
+    if report is None:
         return None
-    record = {
-        "image_id": item.image_id,
-        "image": image.data,
-        "mask": None if mask is None else encode_mask(mask),
-        "height": image.height,
-        "width": image.width,
-        "source": item.image_uri,
-    }
-    return Row(record, item.split, image_digest, mask_digest, known)
-
-
-def _read(uri: str, what: str) -> bytes:
-    """A store that fails is no bad file: such an error goes up."""
-    try:
-        return storage.read_bytes(uri)
-    except (FileNotFoundError, PermissionError) as error:
-        raise BadFile(f"{what} cannot be read: {error}") from None
-
-
-def _check_same(item: SourceItem, known: Known, image_digest: str) -> None:
-    if known.image_digest != image_digest:
-        raise BadFile(f"the data set has another image under the id {item.image_id}: rename this one")
-    if known.split != item.split:
-        raise BadFile(f"the data set has it in split {known.split}, and here it is in {item.split}")
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """Items with their results, in order, with few of them worked on or waiting, so that memory stays bounded."""
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) >= 2 * WORKERS:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _index(root: str, current: Manifest | None, pool: ThreadPoolExecutor) -> dict[str, Known]:
-    """What the data set holds, by image id; a mask that came later wins."""
-    files = sorted(current.files if current else (), key=lambda file: file.kind == "labels")
-    known: dict[str, Known] = {}
-    for file, rows in _ahead(pool, lambda file: row_digests(root, file), files):
-        known.update((image_id, Known(file.split, image, mask)) for image_id, image, mask in rows)
-    return known
+    if all(file.path in published for file in report.files):
+        return report.published()
+    return report if report.base == base else None

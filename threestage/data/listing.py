@@ -399,6 +399,7 @@ def _store_of(process: int, variables: tuple[tuple[str, str], ...]) -> Any:
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
     store = storage.s3fs_filesystem()
     store.session = session
+    store.retries = 1  # `_request` and the SDK repeat; five times both of them would be five minutes
     return store
 
 

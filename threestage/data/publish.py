@@ -1,10 +1,10 @@
-"""Write the files of a data set and publish a new version of its manifest."""
+"""Write the Parquet files of a data set, add up what shards wrote, publish a new version of the manifest."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 
@@ -21,7 +21,9 @@ from threestage.data.records import (
     load_manifest,
     version_uri,
 )
+from threestage.data.rejects import Reject
 from threestage.errors import InputError
+from threestage.settings import Settings
 
 MAX_FILE_BYTES = 128 * 1024**2
 ROW_DIGESTS_KEY = b"threestage.row_digests"
@@ -48,7 +50,6 @@ class Row:
     """A row to write; `known` is what the data set has of the image already, whose mask is then new or mended."""
 
     record: dict[str, Any]
-    split: SplitName
     image_digest: str
     mask_digest: str | None
     known: Known | None
@@ -62,62 +63,116 @@ class Row:
         return len(self.record["image"]) + len(self.record["mask"] or b"")
 
 
-class Writer:
-    """Collects rows into files of at most `rows_per_file` rows and MAX_FILE_BYTES, and counts what it writes."""
+class Extent(Settings):
+    """Of some lengths in pixels; zeros for none."""
 
-    def __init__(self, root: str, rows_per_file: int) -> None:
-        self.files: list[DataFile] = []
-        self.rows = self.images = self.labels = 0
-        self.newly_labelled: dict[SplitName, int] = {}
-        self.heights: list[int] = []
-        self.widths: list[int] = []
+    smallest: int = 0
+    largest: int = 0
+    total: int = 0
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Self:
+        return cls(smallest=min(lengths), largest=max(lengths), total=sum(lengths)) if lengths else cls()
+
+    def __add__(self, other: "Extent") -> "Extent":
+        known = [extent.smallest for extent in (self, other) if extent.total]
+        return Extent(
+            smallest=min(known, default=0),
+            largest=max(self.largest, other.largest),
+            total=self.total + other.total,
+        )
+
+
+class ShardReport(Settings):
+    """What became of the images of one shard, all of one split.
+
+    `base`: digest of the manifest that the shard was compared with, None for none. `images`, `labels`: new in the data
+    set, `newly_labelled`: of these labels, those of images that had none. `skipped`: images that the data set had.
+    `heights`, `widths`: of the new images.
+    """
+
+    base: str | None
+    split: SplitName
+    files: tuple[DataFile, ...] = ()
+    images: int = 0
+    labels: int = 0
+    newly_labelled: int = 0
+    skipped: int = 0
+    heights: Extent = Extent()
+    widths: Extent = Extent()
+    rejected: tuple[Reject, ...] = ()
+
+    @property
+    def checked(self) -> int:
+        return sum(file.rows for file in self.files) + self.skipped + len(self.rejected)
+
+    def published(self) -> "ShardReport":
+        """The same once its files are in the manifest: nothing is new in it."""
+        skipped = self.checked - len(self.rejected)
+        return ShardReport(base=self.base, split=self.split, skipped=skipped, rejected=self.rejected)
+
+
+class Writer:
+    """Collects the rows of one shard into files of at most `rows_per_file` rows and MAX_FILE_BYTES, and counts them."""
+
+    def __init__(self, root: str, split: SplitName, rows_per_file: int) -> None:
         self._root = root
+        self._split = split
         self._rows_per_file = rows_per_file
-        self._waiting: dict[tuple[Kind, SplitName], list[Row]] = {}
-        self._written: list[str] = []
+        self._files: list[DataFile] = []
+        self._waiting: dict[Kind, list[Row]] = {"images": [], "labels": []}
+        self._bytes: dict[Kind, int] = {"images": 0, "labels": 0}
+        self._labels = self._newly_labelled = 0
+        self._heights: list[int] = []
+        self._widths: list[int] = []
 
     def add(self, row: Row) -> None:
-        waiting = self._waiting.setdefault((row.kind, row.split), [])
-        waiting.append(row)
+        self._waiting[row.kind].append(row)
+        self._bytes[row.kind] += row.size
         self._count(row)
-        if len(waiting) >= self._rows_per_file or sum(other.size for other in waiting) >= MAX_FILE_BYTES:
-            self._write(row.kind, row.split, self._waiting.pop((row.kind, row.split)))
+        if len(self._waiting[row.kind]) >= self._rows_per_file or self._bytes[row.kind] >= MAX_FILE_BYTES:
+            self._write(row.kind)
 
-    def flush(self) -> None:
-        """Write what waits, however little."""
-        for (kind, split), rows in sorted(self._waiting.items()):
-            self._write(kind, split, rows)
-        self._waiting.clear()
-
-    def discard(self) -> None:
-        """Delete the files that this writer made (not those that it found finished)."""
-        for uri in self._written:
-            storage.delete(uri)
+    def report(self, base: str | None, skipped: int, rejected: Sequence[Reject]) -> ShardReport:
+        """Write what waits, however little; say what was written."""
+        self._write("images")
+        self._write("labels")
+        return ShardReport(
+            base=base,
+            split=self._split,
+            files=tuple(self._files),
+            images=len(self._heights),
+            labels=self._labels,
+            newly_labelled=self._newly_labelled,
+            skipped=skipped,
+            heights=Extent.of(self._heights),
+            widths=Extent.of(self._widths),
+            rejected=tuple(rejected),
+        )
 
     def _count(self, row: Row) -> None:
-        self.rows += 1
         if row.known is None:
-            self.images += 1
-            self.heights.append(row.record["height"])
-            self.widths.append(row.record["width"])
+            self._heights.append(row.record["height"])
+            self._widths.append(row.record["width"])
         if row.mask_digest is not None:
-            self.labels += 1
-            if row.known is None or row.known.mask_digest is None:
-                self.newly_labelled[row.split] = self.newly_labelled.get(row.split, 0) + 1
+            self._labels += 1
+            self._newly_labelled += row.known is None or row.known.mask_digest is None
 
-    def _write(self, kind: Kind, split: SplitName, rows: Sequence[Row]) -> None:
+    def _write(self, kind: Kind) -> None:
+        rows, self._waiting[kind], self._bytes[kind] = self._waiting[kind], [], 0
+        if not rows:
+            return
         digests = [[row.image_digest, row.mask_digest] for row in rows]
         ids = [row.record["image_id"] for row in rows]
-        digest = hashlib.sha256(json.dumps([kind, split, ids, digests]).encode()).hexdigest()
-        path = f"{kind}/{split}-{digest[:16]}.parquet"
+        digest = hashlib.sha256(json.dumps([kind, self._split, ids, digests]).encode()).hexdigest()
+        path = f"{kind}/{self._split}-{digest[:16]}.parquet"
         uri = storage.join(self._root, path)
         if not storage.exists(uri):
-            self._written.append(uri)
             schema = RECORD_SCHEMA.with_metadata({ROW_DIGESTS_KEY: json.dumps(digests)})
             storage.write_table(uri, pa.Table.from_pylist([row.record for row in rows], schema=schema))
         labelled = sum(row.mask_digest is not None for row in rows)
-        self.files.append(
-            DataFile(path=path, kind=kind, split=split, rows=len(rows), labelled_rows=labelled, digest=digest)
+        self._files.append(
+            DataFile(path=path, kind=kind, split=self._split, rows=len(rows), labelled_rows=labelled, digest=digest)
         )
 
 
@@ -129,52 +184,79 @@ def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     return [(image_id, image, mask) for image_id, (image, mask) in zip(ids, digests, strict=True)]
 
 
+class Additions:
+    """The sum of shard reports, the same in whatever order they come. Of a shard it keeps its files' entries only."""
+
+    def __init__(self) -> None:
+        self.checked = self.images = self.labels = self.skipped = 0
+        self.newly_labelled: dict[SplitName, int] = {"train": 0, "val": 0, "test": 0}
+        self.heights = self.widths = Extent()
+        self._files: list[DataFile] = []
+
+    def add(self, report: ShardReport) -> None:
+        self.checked += report.checked
+        self.images += report.images
+        self.labels += report.labels
+        self.skipped += report.skipped
+        self.newly_labelled[report.split] += report.newly_labelled
+        self.heights += report.heights
+        self.widths += report.widths
+        self._files += report.files
+
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        return tuple(sorted(self._files, key=lambda file: file.path))
+
+
 def next_manifest(
-    current: Manifest | None, class_map: ClassMap | None, name: str | None, writer: Writer
+    current: Manifest | None, class_map: ClassMap | None, name: str | None, added: Additions
 ) -> Manifest | None:
     """The data set's next version with what was written added, or None if nothing was."""
-    if not writer.files:
+    if not added.files:
         return None
     entries = class_map.classes if class_map else ()
     classes, colours = tuple(entry.name for entry in entries), tuple(entry.colour for entry in entries)
     if current and current.classes:
         classes, colours = current.classes, current.colours
-    files = (*(current.files if current else ()), *writer.files)
+    files = (*(current.files if current else ()), *added.files)
     return Manifest(
         version=current.version + 1 if current else 1,
         name=name or (current.name if current else None),
         classes=classes,
         colours=colours,
         files=files,
-        counts=_counts(current, writer),
-        sizes=_sizes(current, writer),
+        counts=_counts(current, added),
+        sizes=_sizes(current, added),
         digest=hashlib.sha256(json.dumps([classes, [file.digest for file in files]]).encode()).hexdigest(),
     )
 
 
-def _counts(current: Manifest | None, writer: Writer) -> dict[SplitName, SplitCounts]:
+def _counts(current: Manifest | None, added: Additions) -> dict[SplitName, SplitCounts]:
     counts: dict[SplitName, SplitCounts] = {"train": SplitCounts(), "val": SplitCounts(), "test": SplitCounts()}
     counts |= current.counts if current else {}
-    for split, count in counts.items():
-        images = sum(file.rows for file in writer.files if file.kind == "images" and file.split == split)
-        labelled = writer.newly_labelled.get(split, 0)
-        counts[split] = SplitCounts(images=count.images + images, labelled=count.labelled + labelled)
+    for file in added.files:
+        if file.kind == "images":
+            before = counts[file.split]
+            counts[file.split] = before.model_copy(update={"images": before.images + file.rows})
+    for split, labelled in added.newly_labelled.items():
+        counts[split] = counts[split].model_copy(update={"labelled": counts[split].labelled + labelled})
     return counts
 
 
-def _sizes(current: Manifest | None, writer: Writer) -> SizeStatistics:
+def _sizes(current: Manifest | None, added: Additions) -> SizeStatistics:
     old = current.sizes if current else SizeStatistics()
     before = sum(count.images for count in current.counts.values()) if current else 0
-    if not writer.images:
+    if not added.images:
         return old
-    total = before + writer.images
+    total = before + added.images
+    heights, widths = added.heights, added.widths
     return SizeStatistics(
-        min_height=min(*writer.heights, *([old.min_height] if before else writer.heights)),
-        max_height=max(*writer.heights, old.max_height),
-        mean_height=(old.mean_height * before + sum(writer.heights)) / total,
-        min_width=min(*writer.widths, *([old.min_width] if before else writer.widths)),
-        max_width=max(*writer.widths, old.max_width),
-        mean_width=(old.mean_width * before + sum(writer.widths)) / total,
+        min_height=min(heights.smallest, old.min_height if before else heights.smallest),
+        max_height=max(heights.largest, old.max_height),
+        mean_height=(old.mean_height * before + heights.total) / total,
+        min_width=min(widths.smallest, old.min_width if before else widths.smallest),
+        max_width=max(widths.largest, old.max_width),
+        mean_width=(old.mean_width * before + widths.total) / total,
     )
 
 

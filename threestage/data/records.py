@@ -198,10 +198,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     Raises BadImage when it cannot be decoded or, without decoding it, when it has more than `max_pixels`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            check_pixels(image, max_pixels)
-            if image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1):
-                image = ImageOps.exif_transpose(image)
+        with Image.open(io.BytesIO(data)) as stored:
+            check_pixels(stored, max_pixels)
+            turned = stored.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+            image = ImageOps.exif_transpose(stored) if turned else stored
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except BadImage:
         raise

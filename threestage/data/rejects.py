@@ -1,13 +1,16 @@
 """Images that could not be used: who, where from, why. One bad image costs itself only; too many of them fail the job."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from threestage.data import storage
 from threestage.settings import Settings
 
 REJECT_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
+SHOWN = 20
+WRITTEN_AT_ONCE = 10_000
 
 
 class Reject(Settings):
@@ -18,26 +21,54 @@ class Reject(Settings):
     reason: str
 
 
-def write_rejects(uri: str, rejects: Sequence[Reject]) -> None:
-    """A Parquet file of REJECT_SCHEMA, sorted by source."""
-    rows = [reject.model_dump() for reject in sorted(rejects, key=lambda reject: (reject.source, reject.image_id))]
-    storage.write_table(uri, pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
+class RejectList:
+    """Rejects as they come, kept as compressed Parquet: some 50 bytes for each in memory. `first`: at most 20 by source."""
+
+    def __init__(self, rejects: Iterable[Reject] = ()) -> None:
+        self.count = 0
+        self.first: list[Reject] = []
+        self._waiting: list[Reject] = []
+        self._sink = pa.BufferOutputStream()
+        self._parquet = pq.ParquetWriter(self._sink, REJECT_SCHEMA, compression="zstd")
+        self.add(rejects)
+
+    def add(self, rejects: Iterable[Reject]) -> None:
+        new = list(rejects)
+        self.count += len(new)
+        self.first = sorted([*self.first, *new], key=_by_source)[:SHOWN]
+        self._waiting += new
+        if len(self._waiting) >= WRITTEN_AT_ONCE:
+            self._compress()
+
+    def write(self, uri: str) -> None:
+        """Publish a Parquet file of REJECT_SCHEMA, sorted by source while they are fewer than WRITTEN_AT_ONCE. Once."""
+        self._compress()
+        self._parquet.close()
+        storage.write_bytes(uri, self._sink.getvalue())
+
+    def complaint(self, total: int, max_bad_fraction: float, listed: str) -> str | None:
+        """What to tell the user when they are more than the share `max_bad_fraction` of `total` images, else None.
+
+        `listed`: where all of them are listed.
+        """
+        if self.count <= max_bad_fraction * total:
+            return None
+        return (
+            f"{self.count} of {total} images are bad ({self.count / total:.1%}, max_bad_fraction is {max_bad_fraction:.1%}), "
+            f"the first is {self.first[0].source}: {self.first[0].reason}; all are listed in {listed}"
+        )
+
+    def _compress(self) -> None:
+        rows = [reject.model_dump() for reject in sorted(self._waiting, key=_by_source)]
+        if rows:
+            self._parquet.write_table(pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
+        self._waiting = []
+
+
+def _by_source(reject: Reject) -> tuple[str, str]:
+    return reject.source, reject.image_id
 
 
 def read_rejects(uri: str) -> list[Reject]:
     """Raises FileNotFoundError when the file is absent."""
     return [Reject(**row) for row in storage.read_table(uri).to_pylist()]
-
-
-def too_many(rejects: Sequence[Reject], total: int, max_bad_fraction: float, listed: str) -> str | None:
-    """What to tell the user when more than the share `max_bad_fraction` of `total` images is bad, else None.
-
-    `listed`: where all of them are listed.
-    """
-    if len(rejects) <= max_bad_fraction * total:
-        return None
-    first = min(rejects, key=lambda reject: reject.source)
-    return (
-        f"{len(rejects)} of {total} images are bad ({len(rejects) / total:.1%}, max_bad_fraction is {max_bad_fraction:.1%}), "
-        f"the first is {first.source}: {first.reason}; all are listed in {listed}"
-    )

@@ -155,6 +155,7 @@ def s3fs_filesystem() -> Any:
     style = variables.get(STYLE_VARIABLE, "path" if "AWS_ENDPOINT_URL_S3" in variables else "auto")
     return s3fs.S3FileSystem(
         anon=ANONYMOUS_VARIABLE in variables,
+        use_listings_cache=False,
         endpoint_url=variables.get("AWS_ENDPOINT_URL_S3"),
         client_kwargs={"region_name": variables["AWS_REGION"]} if "AWS_REGION" in variables else {},
         config_kwargs={
@@ -239,11 +240,12 @@ def _unfinished(info: pafs.FileInfo) -> bool:
 def delete(uri: str) -> None:
     """Remove a file, or a folder with all that is in it; absent is fine."""
     files, path = filesystem(uri)
-    kind = files.get_file_info(path).type
     with contextlib.suppress(FileNotFoundError):
-        if kind == pafs.FileType.Directory:
+        if is_s3(uri):
+            s3fs_filesystem().rm(path, recursive=True)  # pyarrow would leave an empty object in the folder's place
+        elif os.path.isdir(path):
             files.delete_dir(path)
-        elif kind == pafs.FileType.File:
+        else:
             files.delete_file(path)
 
 

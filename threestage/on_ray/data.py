@@ -15,7 +15,7 @@ from threestage.data import storage
 from threestage.data.batches import Batch, Sample, decode_sample, place
 from threestage.data.pool import PoolFile, load_pool
 from threestage.data.records import BadImage
-from threestage.data.rejects import Reject, write_rejects
+from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import pool_canvas, pool_samples
 from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed
@@ -88,7 +88,7 @@ class _FileReader:
         )
         yield from blocks(self._placed(samples, file, rejects, rng), self._canvas)
         if rejects:
-            write_rejects(storage.join(self._rejects, file.name), rejects)
+            RejectList(rejects).write(storage.join(self._rejects, file.name))
 
     def _placed(
         self, samples: Iterable[Sample], file: PoolFile, rejects: list[Reject], rng: np.random.Generator

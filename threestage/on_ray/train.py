@@ -22,6 +22,7 @@ from threestage.errors import StageFailure
 from threestage.on_ray.data import unlabelled_stream
 from threestage.on_ray.predict import predict_pool
 from threestage.on_ray.settings import ClusterSettings
+from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.worker import train_worker
 from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask
@@ -47,9 +48,12 @@ def run_on_ray(
         except ray.exceptions.RayError as error:
             raise StageFailure(f"pseudo-masks: {_root_cause(error)}; the same command goes on") from error
 
+    def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.predictors)
+
     with connected(config.cluster):
         _warn_of_traps(config, out, warn)
-        return pipeline.run(config, out, run_stage, predict, record, warn)
+        return pipeline.run(config, out, run_stage, predict, record, warn, each)
 
 
 def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
@@ -146,6 +150,8 @@ def last_checkpoint_step(folder: str) -> int:
 
 def _root_cause(error: BaseException) -> str:
     """The last line of the innermost error: what the worker said, without Ray's trace of it."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

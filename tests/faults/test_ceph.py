@@ -1,0 +1,163 @@
+"""A real S3 store, Ceph's gateway: it refuses wrong keys and bare uploads, which stores made for tests take."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import tiny_config
+from tests.s3 import free_port
+from threestage import local
+from threestage.check import check
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.storage import StorageSettings
+
+SCRIPT = Path(__file__).parents[3] / "shared" / "tools" / "ceph_rgw.sh"
+missing = [name for name in ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin") if not shutil.which(name)]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not SCRIPT.is_file(), reason=f"needs {SCRIPT.name}, which starts Ceph on one machine"),
+    pytest.mark.skipif(bool(missing), reason=f"needs Ceph: {', '.join(missing)} not found"),
+]
+
+
+class Gateway(NamedTuple):
+    endpoint: str
+    key_id: str
+    secret: str
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Gateway]:
+    """Ceph in a folder of its own (of a short name: it holds sockets), with one user; everything ends with the module."""
+    folder, port = Path(tempfile.mkdtemp(prefix="ceph-")), free_port()
+    keys = Gateway(f"http://127.0.0.1:{port}", secrets.token_hex(10).upper(), secrets.token_hex(20))
+    environment = {**os.environ, "CEPH_DIR": str(folder / "data"), "CEPH_CONF": str(folder / "data" / "ceph.conf")}
+    user = ["user", "create", "--uid=test", "--display-name=test"]
+    try:
+        _run(["bash", str(SCRIPT), "init"], {**environment, "PORT": str(port)}, folder / "init.log")
+        user += [f"--access-key={keys.key_id}", f"--secret-key={keys.secret}"]
+        _run(["radosgw-admin", *user], environment, folder / "user.log")
+        yield keys
+    finally:
+        _stop(folder / "data" / "run")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path) -> None:
+    """Run to the end of the command, which may leave daemons behind that hold its output open."""
+    with log.open("w") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=300)
+    assert done.returncode == 0, log.read_text()[-3000:]
+
+
+def _stop(run: Path) -> None:
+    for name in ("client.rgw", "osd.0", "mgr.x", "mon.a"):
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            pid = int((run / f"{name}.pid").read_text())
+            os.kill(pid, signal.SIGKILL)
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.05)
+
+
+@pytest.fixture
+def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in a new bucket, which this process's environment can use."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", gateway.key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", gateway.secret)
+    storage.configure(StorageSettings(endpoint=gateway.endpoint))
+    name = f"bucket-{secrets.token_hex(4)}"
+    storage.s3fs_filesystem().call_s3("create_bucket", Bucket=name)
+    return f"s3://{name}/some/folder"
+
+
+@pytest.fixture
+def config(gateway: Gateway, bucket: str, scenes: Path) -> Config:
+    for uri in storage.list_files(str(scenes)):
+        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{bucket}/data"), storage.read_bytes(uri))
+    data = {"root": f"{bucket}/data", "labelled": 8}
+    return tiny_config(scenes, data=data, storage={"endpoint": gateway.endpoint})
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    tree = config.model_dump(mode="json")
+    tree[section] |= values
+    return Config.model_validate(tree)
+
+
+def test_round_trip(bucket: str) -> None:
+    large = np.random.default_rng(0).bytes(25 * 2**20)  # several parts
+    for name, content in (("small", b"x"), ("empty", b""), ("large", large)):
+        storage.write_bytes(f"{bucket}/a/{name}", content)
+        assert storage.read_bytes(f"{bucket}/a/{name}") == content
+    assert storage.list_files(bucket) == [f"{bucket}/a/{name}" for name in ("empty", "large", "small")]
+    storage.delete(f"{bucket}/a/large")
+    assert not storage.exists(f"{bucket}/a/large") and storage.exists(f"{bucket}/a/small")
+    storage.delete(f"{bucket}/a")
+    assert storage.list_files(bucket) == []
+
+
+def test_check_passes_and_leaves_nothing(config: Config, bucket: str) -> None:
+    before = storage.list_files(bucket)
+    for outcome in check(config, f"{bucket}/run", local=True):
+        assert outcome.problem is None, outcome
+    assert storage.list_files(bucket) == before
+
+
+def the_line(config: Config, out: str) -> str:
+    """The only line that fails, found in less than 15 seconds."""
+    start = time.monotonic()
+    (line,) = [outcome.problem for outcome in check(config, out, local=True) if outcome.problem]
+    seconds = time.monotonic() - start
+    print(f"{seconds:.2f} s: {line}")
+    assert seconds < 15 and "\n" not in line
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert os.environ[name] not in line
+    return line
+
+
+def test_a_wrong_secret(config: Config, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong" * 8)
+    line = the_line(config, f"{bucket}/run")
+    assert "refuses the signature" in line and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in line
+
+
+def test_a_wrong_key_id(config: Config, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "WRONG" * 4)
+    line = the_line(config, f"{bucket}/run")
+    assert "does not know the access key" in line and "set AWS_ACCESS_KEY_ID" in line
+
+
+def test_a_wrong_bucket(config: Config, gateway: Gateway) -> None:
+    line = the_line(config, "s3://nobodys-bucket/run")
+    assert line.startswith(f"s3://nobodys-bucket: endpoint {gateway.endpoint} has no bucket nobodys-bucket: make it")
+
+
+def test_a_wrong_endpoint(config: Config, bucket: str) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    line = the_line(changed(config, "storage", endpoint=endpoint), f"{bucket}/run")
+    assert f"endpoint {endpoint} refuses the connection" in line and "mend storage.endpoint" in line
+
+
+def test_a_whole_run_in_one_process(config: Config, bucket: str, tmp_path: Path) -> None:
+    """Data, checkpoints, pseudo-masks and models all lie on Ceph."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert local.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
+    stages = storage.read_json(f"{bucket}/run/results.json")["stages"]
+    assert [stage["steps"] for stage in stages.values()] == [6, 6, 6]
+    assert storage.list_files(f"{bucket}/run/stage3/checkpoints")
+    assert local.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0

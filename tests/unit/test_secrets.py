@@ -1,0 +1,130 @@
+"""Why: a key in a log, a pickle or a checkpoint is a key on every machine that holds a copy of it."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_config
+from tests.failing_s3 import ERRORS, failing_s3
+from tests.s3 import SECRET
+from threestage.check import check, check_store
+from threestage.cli import main
+from threestage.config import Config, load
+from threestage.data import storage, store_check
+from threestage.data.split import Split
+from threestage.data.storage import StorageSettings
+from threestage.data.store_errors import explain, without_secrets
+from threestage.errors import InputError
+from threestage.stages import StageTask
+from threestage.tracking import flatten, redact
+
+KEY_ID, TOKEN, PASSWORD = "AKIAKEYIDOFTHETEST", "TokenThatMustAppearNowhere", "PasswordThatMustAppearNowhere"
+SECRETS = (SECRET, KEY_ID, TOKEN, PASSWORD)
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+
+
+def config_on_s3(endpoint: str) -> Config:
+    return tiny_config(Path("x"), data={"root": "s3://bucket/data", "labelled": 8}, storage={"endpoint": endpoint})
+
+
+def holds_no_secret(content: object) -> None:
+    text = content if isinstance(content, bytes) else str(content).encode()
+    for secret in SECRETS:
+        assert secret.encode() not in text, f"{secret} in {text[:500]!r}"
+
+
+@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9"])
+def test_a_file_system_is_pickled_without_them(endpoint: str | None) -> None:
+    storage.configure(StorageSettings(endpoint=endpoint, region="eu-central-1"))
+    files = storage.filesystem("s3://bucket/key")[0]
+    holds_no_secret(pickle.dumps(files))
+    holds_no_secret(pickle.dumps(pickle.loads(pickle.dumps(files))))
+
+
+def test_the_file_system_of_listings_is_pickled_without_them() -> None:
+    storage.configure(StorageSettings(endpoint="http://127.0.0.1:9"))
+    holds_no_secret(pickle.dumps(storage.s3fs_filesystem()))
+
+
+def test_the_variables_that_travel_are_not_credentials() -> None:
+    holds_no_secret(storage.environment(StorageSettings(endpoint="http://127.0.0.1:9")))
+
+
+def test_a_task_and_a_configuration_hold_none() -> None:
+    config = config_on_s3("http://127.0.0.1:9")
+    holds_no_secret(config.model_dump_json())
+    holds_no_secret(flatten(config.model_dump(mode="json")))
+    split = Split(labelled=("a",), validation=("b",), validation_split="val")
+    task = StageTask(stage="stage1", config=config.model_dump(mode="json"), manifest_version=1, split=split, folder="f",
+                     pool=None, pseudo_masks=None, previous_model=None)  # fmt: skip
+    holds_no_secret(task.model_dump_json())
+    holds_no_secret(pickle.dumps(task))
+
+
+def test_no_setting_takes_a_credential() -> None:
+    with pytest.raises(InputError, match="an endpoint holds no credentials: set AWS_ACCESS_KEY_ID"):
+        load("demo", [f"storage.endpoint=http://user:{PASSWORD}@127.0.0.1:9"])
+    for key in ("access_key", "secret_key", "secret", "session_token"):
+        with pytest.raises(InputError, match="unknown key"):
+            load("demo", [f"storage.{key}=x"])
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_neither_lines_nor_logs_hold_them(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the store refuses, at the most talkative level."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(store_check, "BUSY_S", 0.2)
+    with failing_s3(ERRORS[name]) as (endpoint, _):
+        config = config_on_s3(endpoint)
+        outcomes = list(check(config, "s3://bucket/run", local=True))
+        assert outcomes[0].problem
+        holds_no_secret(json.dumps(outcomes))
+        if name != "busy":
+            with pytest.raises(InputError) as raised:
+                check_store(config, "s3://bucket/run")
+            holds_no_secret(raised.value)
+    holds_no_secret([record.getMessage() for record in caplog.records if record.name.startswith("threestage")])
+
+
+def test_credentials_in_the_endpoint_of_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = f"http://user:{PASSWORD}@127.0.0.1:9"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    error = OSError(
+        "When listing in bucket 'b': AWS Error NETWORK_CONNECTION during ListObjectsV2 operation: curlCode: 7"
+    )
+    line = explain(None, error)
+    holds_no_secret(line)
+    assert "http://127.0.0.1:9 refuses the connection" in line
+
+
+def test_words_of_a_store_that_repeat_a_secret_are_cut() -> None:
+    line = explain(
+        None, OSError(f"AWS Error UNKNOWN (HTTP status 418) during PutObject operation: {SECRET} {KEY_ID} {TOKEN}")
+    )
+    holds_no_secret(line)
+    assert "418" in line
+    assert without_secrets(f"{SECRET} at http://a:{PASSWORD}@host:1/x?y=z@w") == "… at http://host:1/x?y=z@w"
+    assert redact(f"http://a:{PASSWORD}@host") == "http://host"
+
+
+def test_the_command_line_prints_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with failing_s3(ERRORS["secret"]) as (endpoint, _):
+        sets = ["--set", "data.root=s3://bucket/data", "--set", f"storage.endpoint={endpoint}"]
+        for command in (["check", "demo", "--local", *sets], ["config", "demo", *sets]):
+            monkeypatch.setattr("sys.argv", ["threestage", *command])
+            with pytest.raises(SystemExit):
+                main()
+            captured = capsys.readouterr()
+            assert endpoint in captured.out
+            holds_no_secret(captured.out + captured.err)

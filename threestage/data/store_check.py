@@ -1,0 +1,234 @@
+"""Can a place be reached, read and written? Asked of all places at once, and answered within seconds.
+
+The usual file systems retry for minutes, so that a run outlives an outage; here a wrong address must show at once.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDone
+from typing import NamedTuple, TypeVar
+
+import pyarrow.fs as pafs
+
+from threestage.data import storage
+from threestage.data.listing import first_image
+from threestage.data.records import MANIFEST_NAME
+from threestage.data.store_errors import Complaint, complaint
+from threestage.errors import InputError
+
+T = TypeVar("T")
+DEADLINE_S = 9.0
+RETRIES, CONNECT_S, ANSWER_S = 1, 2.0, 3.0
+BUSY_S, BUSY_PAUSE_S = 5.0, 0.5
+PROBE_NAME = ".threestage-check-"
+PROBE = b"written by threestage check"
+
+
+class Probe(NamedTuple):
+    """Something to try. `name`: of the setting; `try_it` raises InputError or OSError when it does not work."""
+
+    name: str
+    value: str
+    try_it: Callable[[], None]
+
+
+class Outcome(NamedTuple):
+    """`problem`: one line, None when all is well; `busy`: it may pass by itself."""
+
+    name: str
+    value: str
+    seconds: float
+    problem: str | None = None
+    busy: bool = False
+
+
+class _Place(NamedTuple):
+    files: pafs.FileSystem
+    path: str
+    on_s3: bool
+
+
+def try_all(probes: Sequence[Probe], deadline_s: float = DEADLINE_S) -> list[Outcome]:
+    """Try them at the same time. One that is not done when the time is over has failed, and is left behind."""
+    start = time.monotonic()
+    futures = [_in_background(probe) for probe in probes]
+    return [_wait(probe, future, start, deadline_s) for probe, future in zip(probes, futures, strict=True)]
+
+
+def try_one(probe: Probe) -> Outcome:
+    """Try it here, however long it takes."""
+    start = time.monotonic()
+    problem = Complaint("")
+    try:
+        probe.try_it()
+    except InputError as error:
+        problem = Complaint(" ".join(str(error).split()))
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.startswith("botocore")):
+            raise
+        problem = complaint(probe.value, error)
+    return Outcome(probe.name, probe.value, time.monotonic() - start, problem.text or None, problem.busy)
+
+
+def data_set(name: str, uri: str) -> Probe:
+    """A data set is there and its manifest can be read."""
+    place = _place(uri)
+    return Probe(name, uri, lambda: _read_manifest(name, uri, place))
+
+
+def images(name: str, uri: str) -> Probe:
+    """A data set, or a folder or prefix with an image below it."""
+    place = _place(uri)
+    return Probe(name, uri, lambda: _find_image(name, uri, place))
+
+
+def file(name: str, uri: str) -> Probe:
+    """A file is there and can be read."""
+    place = _place(uri)
+    return Probe(name, uri, lambda: _read_byte(name, uri, place))
+
+
+def writable(name: str, uri: str) -> Probe:
+    """A small file can be written below the place, read back and deleted; nothing of it stays."""
+    place = _place(uri)
+    return Probe(name, uri, lambda: _write_read_delete(name, uri, place))
+
+
+# ---- In the background
+
+
+def _in_background(probe: Probe) -> "Future[Outcome]":
+    future: Future[Outcome] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(try_one(probe))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _wait(probe: Probe, future: "Future[Outcome]", start: float, deadline_s: float) -> Outcome:
+    try:
+        return future.result(max(0.0, start + deadline_s - time.monotonic()))
+    except NotDone:
+        problem = f"{probe.value}: no answer within {deadline_s:g} s: is it up, and is {probe.name} right?"
+        return Outcome(probe.name, probe.value, time.monotonic() - start, problem)
+
+
+# ---- What is tried
+
+
+def _place(uri: str) -> _Place:
+    """With a file system that gives up soon. To be made before the requests: pyarrow's makes a new one wait for them."""
+    files, path = storage.filesystem(uri)
+    if storage.is_s3(uri):
+        files = storage.s3_filesystem(files.chosen, RETRIES, CONNECT_S, ANSWER_S)
+    return _Place(files, path, storage.is_s3(uri))
+
+
+def _read_manifest(name: str, uri: str, place: _Place) -> None:
+    _reach(place, place.path)
+    manifest = storage.join(uri, MANIFEST_NAME)
+    content = _read(place.files, storage.join(place.path, MANIFEST_NAME))
+    if content is None:
+        raise InputError(f"{manifest}: no data set there; make one with `threestage ingest`, or mend {name}")
+    try:
+        json.loads(content)
+    except ValueError:
+        raise InputError(f"{manifest}: not a manifest of a threestage data set; mend {name}") from None
+
+
+def _find_image(name: str, uri: str, place: _Place) -> None:
+    _reach(place, place.path)
+    if _read(place.files, storage.join(place.path, MANIFEST_NAME)) is None and first_image(uri) is None:
+        raise InputError(f"{name}={uri}: no image below it, and it is no data set either")
+
+
+def _read_byte(name: str, uri: str, place: _Place) -> None:
+    _reach(place, os.path.dirname(place.path))
+    if _read(place.files, place.path, 1) is None:
+        raise InputError(f"{name}={uri}: no file there; mend it")
+
+
+def _write_read_delete(name: str, uri: str, place: _Place) -> None:
+    _reach(place, place.path)
+    folder = place.path if place.on_s3 else _nearest_folder(name, place.path)
+    probe = storage.join(folder, PROBE_NAME + secrets.token_hex(8))
+    _patiently(lambda: _write(place.files, probe))
+    try:
+        if _read(place.files, probe) != PROBE:
+            raise InputError(f"{uri}: what is written there does not come back; mend {name} or storage.endpoint")
+    except BaseException:
+        with contextlib.suppress(Exception):
+            _delete(place, probe)
+        raise
+    _delete(place, probe)
+
+
+def _nearest_folder(name: str, path: str) -> str:
+    """The folder itself, or the one above that a run would make it in."""
+    folder = path
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"{path}: {folder} is a file: give another {name}")
+    return folder
+
+
+def _reach(place: _Place, folder: str) -> None:
+    """Raises the OSError of an address, credentials, a region or a bucket that is wrong.
+
+    It lists what is not there: an error of a listing names its reason, those of a HEAD request do not.
+    """
+    if place.on_s3:
+        below = storage.join(folder, PROBE_NAME + secrets.token_hex(8))
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(lambda: place.files.get_file_info(pafs.FileSelector(below)))
+
+
+def _read(files: pafs.FileSystem, path: str, length: int | None = None) -> bytes | None:
+    """The file, or its first bytes; None when it is absent."""
+
+    def read() -> bytes | None:
+        try:
+            with files.open_input_file(path) as stream:
+                return bytes(stream.read(length))
+        except FileNotFoundError:
+            return None
+
+    return _patiently(read)
+
+
+def _write(files: pafs.FileSystem, path: str) -> None:
+    with files.open_output_stream(path) as stream:
+        stream.write(PROBE)
+
+
+def _delete(place: _Place, path: str) -> None:
+    """On S3 by s3fs: pyarrow would leave an empty object in the name of the folder."""
+    if not place.on_s3:
+        place.files.delete_file(path)
+        return
+    bucket, _, key = path.partition("/")
+    storage.s3fs_filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """The action, repeated for some seconds while the store is busy."""
+    give_up = time.monotonic() + BUSY_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if not complaint(None, error).busy or time.monotonic() > give_up:
+                raise
+        time.sleep(BUSY_PAUSE_S)

@@ -1,0 +1,59 @@
+"""map() as Ray Data tasks: the parts of a listing or of an ingest on any node."""
+
+import itertools
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.data
+import ray.exceptions
+from ray.data import TaskPoolStrategy
+
+from threestage.errors import InputError, StageFailure
+
+MAX_TASKS = 4096
+LONGEST_WAIT_S = 30
+
+
+def in_tasks(
+    function: Callable[[Any], Any], items: Sequence[Any], max_failures: int, at_once: int | None = None
+) -> Iterator[Any]:
+    """map() in tasks of one CPU each, `at_once` of them at most, results in any order.
+
+    What raises OSError is tried again `max_failures` times; tasks that are lost with their node are run again by Ray.
+    Raises InputError as the function does, StageFailure when anything else goes wrong for good.
+    """
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    source = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
+    source.context.raise_original_map_exception = True
+    done = source.map(_Retried(function, max_failures), num_cpus=1, compute=TaskPoolStrategy(size=at_once))
+    try:
+        for row in done.iter_rows():
+            yield pickle.loads(row["result"])
+    except ray.exceptions.RayError as error:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if isinstance(cause, InputError):
+            raise cause from error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise StageFailure(f"{reason}; the same command goes on") from error
+
+
+@dataclass(frozen=True)
+class _Retried:
+    """A function of rows that hold pickled arguments and results, which Arrow cannot read."""
+
+    function: Callable[[Any], Any]
+    max_failures: int
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        item = pickle.loads(row["item"])
+        for failures in itertools.count():
+            try:
+                return {"result": pickle.dumps(self.function(item))}
+            except OSError:  # a store that does not answer; its client has been patient already
+                if failures == self.max_failures:
+                    raise
+                time.sleep(min(LONGEST_WAIT_S, 2**failures))
+        raise AssertionError
