@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from threestage import pipeline
+from threestage.allocator import keep_freed_memory
 from threestage.check import check_store
 from threestage.config import Config, load
 from threestage.data.pool import PoolFile
@@ -42,6 +43,7 @@ def run_local(
 
 def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Iterator[FileReport]:
     """Predict every file of the pool, one after the other; their reports as they are done."""
+    keep_freed_memory()
     device = default_device()
     yield from predict_files(load_model(model)[0].to(device), task, files, device)
 

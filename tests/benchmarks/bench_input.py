@@ -110,13 +110,15 @@ def stream(task: dict[str, Any]) -> Iterator[int]:
 
     import ray
 
-    from threestage.on_ray.data import stream_batches, unlabelled_stream
+    from threestage.on_ray.data import stream_batches, stream_options, unlabelled_stream
     from threestage.on_ray.train import quiet_ray_data
     from threestage.stages import StageTask
 
     ray.init("local", num_cpus=4, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
     quiet_ray_data()
-    shard = unlabelled_stream(StageTask.model_validate(task), 0).streaming_split(1, equal=True)[0]
+    dataset = unlabelled_stream(StageTask.model_validate(task), 0)
+    dataset.context.execution_options = stream_options(1)  # as Ray Train does
+    shard = dataset.streaming_split(1, equal=True)[0]
     for batch in stream_batches(shard, BATCH, 0, 0):
         yield from [1] * len(batch.image_ids)
 

@@ -22,6 +22,7 @@ import ray
 import torch
 
 from tests.benchmarks.measure import cpu_seconds, report, tree, write_jpegs
+from threestage.allocator import keep_freed_memory
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.pool import PoolFile, data_set_files, read_rows, rows_of
 from threestage.data.records import decode_image, encode_mask, load_manifest
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="write the figures here too")
     options = parser.parse_args()
+    keep_freed_memory()  # in all variants
     torch.set_num_threads(1)
     quiet_ray_data()
     ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), log_to_driver=False, dashboard_host="127.0.0.1")

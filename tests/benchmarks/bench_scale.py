@@ -111,7 +111,7 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
 
     import ray
 
-    from threestage.on_ray.data import stream_batches, unlabelled_stream
+    from threestage.on_ray.data import stream_batches, stream_options, unlabelled_stream
     from threestage.on_ray.train import quiet_ray_data
     from threestage.stages import StageTask
 
@@ -119,7 +119,9 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     quiet_ray_data()
     with Peaks() as peaks:
         start = time.monotonic()
-        shard = unlabelled_stream(StageTask.model_validate(task), 0).streaming_split(1, equal=True)[0]
+        dataset = unlabelled_stream(StageTask.model_validate(task), 0)
+        dataset.context.execution_options = stream_options(1)  # as Ray Train does
+        shard = dataset.streaming_split(1, equal=True)[0]
         batches = stream_batches(shard, 8, 0, 0)
         next(batches)
         first = time.monotonic() - start

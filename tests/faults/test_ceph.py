@@ -6,9 +6,11 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +19,14 @@ import pytest
 import yaml
 
 from tests.conftest import tiny_config
+from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
 from threestage import local
 from threestage.check import check
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.storage import StorageSettings
+from threestage.data.synthetic import write_scenes
 
 SCRIPT = Path(__file__).parents[3] / "shared" / "tools" / "ceph_rgw.sh"
 missing = [name for name in ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin") if not shutil.which(name)]
@@ -161,3 +165,38 @@ def test_a_whole_run_in_one_process(config: Config, bucket: str, tmp_path: Path)
     assert [stage["steps"] for stage in stages.values()] == [6, 6, 6]
     assert storage.list_files(f"{bucket}/run/stage3/checkpoints")
     assert local.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
+
+
+def threestage(folder: Path, *arguments: str) -> str:
+    """A command in a process of its own, which finds the store in its environment only; returns what it printed."""
+    command = [sys.executable, "-c", "from threestage.cli import main; main()", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_the_commands_from_ingest_to_predict_on_ray(
+    gateway: Gateway, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources, data set, checkpoints, pseudo-masks, models, MLflow's artifacts and predictions all lie on Ceph."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", gateway.endpoint)
+    write_scenes(f"{bucket}/scenes", {"train": 40, "val": 6}, seed=5)
+    write_scenes(f"{bucket}/photos", {"train": 30}, seed=6)
+    (tmp_path / "empty").mkdir()
+    with mlflow_server(tmp_path, f"{bucket}/mlflow") as (tracking_uri, _):
+        config = tiny_config(tmp_path, registry={"tracking_uri": tracking_uri}, cluster={"workers": 2})
+        data = config.data.model_copy(update={"root": f"{bucket}/data", "unlabelled": f"{bucket}/photos/train/images"})
+        config = config.model_copy(update={"data": data})
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        run = partial(threestage, tmp_path / "empty")
+        run("ingest", f"{bucket}/scenes", f"{bucket}/data", "--format", "camvid", "--rows-per-file", "16",
+            "--class-map", f"{bucket}/scenes/class_map.yaml")  # fmt: skip
+        run("check", "../config.yaml", "--out", f"{bucket}/run")
+        run("run", "../config.yaml", "--out", f"{bucket}/run")
+        photos = [f"{bucket}/photos/train/images", f"{bucket}/predicted", "--tracking-uri", tracking_uri]
+        assert "30 images predicted, 0 left out" in run("predict", "models:/tiny@stage3", *photos)
+    assert list((tmp_path / "empty").iterdir()) == []
+    results = storage.read_json(f"{bucket}/run/results.json")
+    assert results["data"]["pool"] == 70 and list(results["stages"]) == ["stage1", "stage2", "stage3"]
+    assert any(uri.endswith(".safetensors") for uri in storage.list_files(f"{bucket}/mlflow"))
+    assert len(storage.list_files(f"{bucket}/predicted/masks")) == 30

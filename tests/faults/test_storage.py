@@ -90,7 +90,7 @@ def test_a_store_that_answers_503_for_20_seconds(config: Config, faults: Faults)
     starter.start()
     results = run(config, [])
     starter.join()
-    assert faults.refused > 10 and [figures["steps"] for figures in results.values()] == [6, 6, 6]
+    assert faults.refused >= 5 and [figures["steps"] for figures in results.values()] == [6, 6, 6]
     every_image_once(config, f"{BUCKET}/run/pseudo_masks1")
 
 

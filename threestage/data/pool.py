@@ -70,32 +70,29 @@ def load_pool(uri: str) -> list[PoolFile]:
     return [PoolFile(**row) for row in storage.read_table(uri).to_pylist()]
 
 
-def read_rows(
-    file: PoolFile, order: Sequence[int] | None = None, masks: bool = True, chunk: int = storage.ROW_GROUP_ROWS
-) -> Iterator[list[PoolRow]]:
-    """The rows of a file, all in its order or those at the positions `order`, `chunk` at a time.
+def read_rows(file: PoolFile, masks: bool = True, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[list[PoolRow]]:
+    """All rows of a file in its order, `chunk` at a time; with `masks` those of a data set bring theirs.
 
     An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
     OSError. By reference, the next chunk is fetched while the caller works on this one.
     """
     if file.by_reference:
-        yield from _read_references(storage.read_table(file.uri), order, chunk)
+        yield from _read_references(storage.read_table(file.uri), chunk)
         return
     columns = ["image_id", "source", "image", *(["mask"] if masks else [])]
-    for part in chunks(storage.read_table(file.uri, columns), order, chunk):
+    for part in chunks(storage.read_table(file.uri, columns), chunk):
         yield [PoolRow(**row) for row in part.to_pylist()]
 
 
-def chunks(table: pa.Table, order: Sequence[int] | None, chunk: int) -> Iterator[pa.Table]:
-    """The table cut into pieces of `chunk` rows: all of them, or those at the positions `order`."""
-    for start in range(0, len(table) if order is None else len(order), chunk):
-        yield table.slice(start, chunk) if order is None else table.take(pa.array(order[start : start + chunk]))
+def chunks(table: pa.Table, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[pa.Table]:
+    """The table cut into pieces of `chunk` rows."""
+    return (table.slice(start, chunk) for start in range(0, len(table), chunk))
 
 
-def _read_references(table: pa.Table, order: Sequence[int] | None, chunk: int) -> Iterator[list[PoolRow]]:
+def _read_references(table: pa.Table, chunk: int) -> Iterator[list[PoolRow]]:
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         waiting: list[Future[PoolRow]] = []
-        for part in chunks(table, order, chunk):
+        for part in chunks(table, chunk):
             following = [threads.submit(_fetch, row) for row in part.to_pylist()]
             if waiting:
                 yield [future.result() for future in waiting]

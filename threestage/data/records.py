@@ -192,8 +192,8 @@ class BadImage(ValueError):
     """Why an image cannot be decoded, in words for the user."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
-    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says.
+def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, writable: bool = True) -> Bytes:
+    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says; it costs a copy less when it is only read.
 
     Raises BadImage when it cannot be decoded or, without decoding it, when it has more than `max_pixels`.
     """
@@ -202,7 +202,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
             check_pixels(stored, max_pixels)
             turned = stored.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
             image = ImageOps.exif_transpose(stored) if turned else stored
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            pixels = image if image.mode == "RGB" else image.convert("RGB")
+            return np.array(pixels) if writable else np.asarray(pixels)
     except BadImage:
         raise
     except DECODER_ERRORS as error:

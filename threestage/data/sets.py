@@ -41,17 +41,15 @@ def pool_canvas(index: Sequence[IndexRow], augment: AugmentSettings) -> tuple[in
     return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
 
 
-def pool_samples(
-    file: PoolFile, pseudo_masks: str, rejected: OnReject, order: Sequence[int] | None = None
-) -> Iterator[list[Sample]]:
+def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Iterator[list[Sample]]:
     """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool.
 
-    `order`: positions of the rows to read, in their order. An image that has vanished since its pseudo-mask was made
-    goes to `rejected`. Raises ValueError when the two files do not hold the same rows in the same order.
+    An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
+    not hold the same rows in the same order.
     """
     predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
-    rows = read_rows(file, order, masks=False)
-    for images, masks in zip(rows, chunks(predicted, order, storage.ROW_GROUP_ROWS), strict=True):
+    rows = read_rows(file, masks=False)
+    for images, masks in zip(rows, chunks(predicted), strict=True):
         found = []
         for row, target in zip(images, masks.to_pylist(), strict=True):
             if row.image_id != target["image_id"]:

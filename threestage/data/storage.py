@@ -272,8 +272,14 @@ def read_rows(uri: str, key: str, values: Collection[str]) -> pa.Table:
 def write_table(uri: str, table: pa.Table) -> None:
     """Publish a Parquet file whole. Row groups are small, so that a reader can stream images."""
     sink = pa.BufferOutputStream()
+    compression = {name: "none" if name == "image" else "zstd" for name in table.column_names}  # JPEG and PNG are dense
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, write_statistics=False, row_group_size=ROW_GROUP_ROWS
+        table,
+        sink,
+        compression=compression,
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=ROW_GROUP_ROWS,
     )
     write_bytes(uri, sink.getvalue())
 

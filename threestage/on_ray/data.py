@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from ray.data import DataContext, Dataset
+from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 
 from threestage.config import Config
 from threestage.data import storage
@@ -22,6 +22,7 @@ from threestage.seeds import derive_seed
 from threestage.stages import StageTask
 
 BLOCK_BYTES = 32 * 2**20
+STREAM_BYTES = 512 * 2**20
 SHUFFLE_ROWS = 256
 SHUFFLE_BYTES = 512 * 2**20
 MAX_TASKS = 4096
@@ -67,8 +68,14 @@ def file_order(rows: Sequence[int], place: tuple[int | str, ...], consumed: int,
     return order
 
 
+def stream_options(workers: int) -> ExecutionOptions:
+    """At most STREAM_BYTES for each worker wait in the object store; it is then the same memory over and over, which is
+    cheaper than new."""
+    return ExecutionOptions(resource_limits=ExecutionResources(object_store_memory=workers * STREAM_BYTES))
+
+
 class _FileReader:
-    """Reads one image file with its pseudo-mask file, in an order of its own for every pass."""
+    """Reads one image file with its pseudo-mask file; every pass cuts canvases of its own."""
 
     def __init__(self, task: StageTask, config: Config, canvas: tuple[int, int]) -> None:
         assert task.pseudo_masks is not None
@@ -81,11 +88,8 @@ class _FileReader:
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
         pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
         rejects: list[Reject] = []
-        rng = np.random.default_rng(derive_seed(*self._place, "rows", pass_, file.digest))
-        order = rng.permutation(file.rows).tolist()
-        samples = (
-            sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append, order) for sample in chunk
-        )
+        rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
+        samples = (sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append) for sample in chunk)
         yield from blocks(self._placed(samples, file, rejects, rng), self._canvas)
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))

@@ -8,6 +8,7 @@ import numpy as np
 import ray.data
 import torch
 
+from threestage.allocator import keep_freed_memory
 from threestage.data.pool import PoolFile
 from threestage.models.export import load_model
 from threestage.on_ray.settings import ClusterSettings
@@ -40,9 +41,12 @@ def predict_pool(
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
     )
-    with closing(iter(reports.iter_rows())) as found:
-        for row in found:
-            yield FileReport.model_validate_json(row["report"])
+    with closing(
+        iter(reports.iter_batches(batch_size=None, prefetch_batches=0))
+    ) as found:  # else each waits for the next
+        for rows_of_reports in found:
+            for report in rows_of_reports["report"]:
+                yield FileReport.model_validate_json(str(report))
 
 
 def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
@@ -55,6 +59,7 @@ class _Predictor:
     """An actor that holds the network."""
 
     def __init__(self, model: str, task: dict[str, Any], cpus: float) -> None:
+        keep_freed_memory()
         torch.set_num_threads(max(1, int(cpus)))
         self._device = default_device()
         self._network = load_model(model)[0].to(self._device)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from threestage import pipeline
@@ -19,7 +19,7 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
-from threestage.on_ray.data import unlabelled_stream
+from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.predict import predict_pool
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
@@ -122,6 +122,7 @@ def train_on_ray(task: StageTask, show: Show) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
         datasets=datasets,
+        dataset_config=DataConfig(execution_options=stream_options(cluster.workers)),
     )
     with _shown(progress, lambda row: show(task.stage, row)):
         try:
