@@ -102,7 +102,7 @@ def _run(config: Any, out: str, local: bool) -> None:
     from threestage.report import rich_table
 
     with StageProgress(config, console) as progress:
-        results = runs.run(config, out, local, progress.show, progress.warn)
+        results = runs.run(config, out, local, progress.show, progress.warn, progress.watch)
     console.print(rich_table(results))
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png", highlight=False, soft_wrap=True)
     if not local:

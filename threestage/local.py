@@ -8,7 +8,7 @@ needs torch, timm, pyarrow and pydantic only.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 
 def run_local(
-    config: Config, out: str, show: Show, warn: pipeline.Warn = print, record: pipeline.Record = lambda outcome: None
+    config: Config,
+    out: str,
+    show: Show,
+    warn: pipeline.Warn = print,
+    record: pipeline.Record = lambda outcome: None,
+    watch: pipeline.Watch = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Run the three stages here; returns what results.json holds."""
 
@@ -38,10 +43,10 @@ def run_local(
         worker = LocalWorker(task.folder, local_unlabelled(task), lambda row: show(task.stage, row))
         train_stage(task, worker)
 
-    return pipeline.run(config, out, run_stage, predict_pool, record, warn)
+    return pipeline.run(config, out, run_stage, predict_pool, record, warn, watch=watch)
 
 
-def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Iterator[FileReport]:
+def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
     """Predict every file of the pool, one after the other; their reports as they are done."""
     keep_freed_memory()
     device = default_device()
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(options.config, [*options.set, *seed])
         check_store(config, options.out)
-        results = run_local(config, options.out, _print_row)
+        results = run_local(config, options.out, _print_row, watch=_print_count)
     except (InputError, StageFailure) as error:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:
@@ -76,6 +81,10 @@ def _failed(error: Exception | str, code: int) -> int:
 def _print_row(stage: str, row: Mapping[str, float]) -> None:
     values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
     print(f"{stage} step {int(row['step'])}  {values}", flush=True)
+
+
+def _print_count(what: str, done: int, total: int) -> None:
+    print(f"{what}: {done} of {total} images", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ Everything lies under one folder:
     results.json                  the table of all stages
 """
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ PredictPool = Callable[
     [str, PoolTask, Sequence[PoolFile]], Iterator[FileReport]
 ]  # (model folder, task, files) → as done
 Warn = Callable[[str], None]
+Watch = Callable[[str, int, int], None]  # (what is done, so many, of so many)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def run(
     record: Record,
     warn: Warn = print,
     each: Each = in_threads,
+    watch: Watch = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Run the stages that are not done yet; returns what results.json holds. `each` runs the parts of a listing.
 
@@ -84,7 +87,7 @@ def run(
     storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
     pool = _pool_in_background(config, out, manifest, each, warn)
-    run_ = _Run(config, out, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn)
+    run_ = _Run(config, out, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn, watch)
     stages = _run_stages(run_, record)
     results = {
         "name": config.name,
@@ -218,6 +221,7 @@ class _Run:
     run_stage: RunStage
     predict_pool: PredictPool
     warn: Warn
+    watch: Watch
 
     def folder(self, stage: str) -> str:
         return storage.join(self.out, stage)
@@ -298,11 +302,20 @@ class _Run:
         marker = storage.join(folder, "done.json")
         if not (storage.exists(marker) and storage.read_json(marker)["digest"] == digest):
             reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
-            statistics = gather(task, files, reports, self.config.data.max_bad_fraction)
+            watched = self._watched(f"pseudo-masks {number}", reports, rows_of(files))
+            statistics = gather(task, files, watched, self.config.data.max_bad_fraction)
             self._guard(stage, statistics)
             storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
         statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
         return digest, {**statistics.summary(), "rejected": statistics.unreadable}
+
+    def _watched(self, what: str, reports: Generator[FileReport], total: int) -> Iterator[FileReport]:
+        done = 0
+        with contextlib.closing(reports):
+            for report in reports:
+                done += report.statistics.images + report.statistics.unreadable
+                self.watch(what, done, total)
+                yield report
 
     def rejects(self, stage: str) -> list[Reject]:
         """Images that had a pseudo-mask and could not be used when the stage trained, each once."""

@@ -14,7 +14,7 @@ LINE_SECONDS = 10.0
 
 
 class StageProgress:
-    """A context: `show` takes the rows that the training loop reports."""
+    """A context: `show` takes the rows that the training loop reports, `watch` counts of images that are done."""
 
     def __init__(self, config: Config, console: Console) -> None:
         self._config = config
@@ -53,6 +53,15 @@ class StageProgress:
             self._console.print(
                 f"{stage} {int(row['step'])}/{steps}  {figures}  {left:.0f} s left", highlight=False, soft_wrap=True
             )
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        if self._console.is_terminal:
+            if what not in self._bars:
+                self._bars[what] = self._progress.add_task(what, total=total, figures="images")
+            self._progress.update(self._bars[what], completed=done)
+        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"{what}: {done:,} of {total:,} images", highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)

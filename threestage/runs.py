@@ -29,7 +29,14 @@ DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 PICTURES = 6
 
 
-def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) -> dict[str, Any]:
+def run(
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch = lambda what, done, total: None,
+) -> dict[str, Any]:
     """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
 
     Writes results.json and pictures.png into `out`; returns the results.
@@ -37,7 +44,7 @@ def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) 
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
-        results = run_local(config, out, show, warn)
+        results = run_local(config, out, show, warn, watch=watch)
         write_pictures(config, out)
         return results
     from threestage.on_ray.train import run_on_ray
@@ -46,7 +53,7 @@ def run(config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn) 
     key = _run_key(out)
     status = "FAILED"
     try:
-        results = run_on_ray(config, out, show, warn, _recorder(registry, config, key, warn))
+        results = run_on_ray(config, out, show, warn, _recorder(registry, config, key, warn), watch)
         write_pictures(config, out)
         status = "FINISHED"
     finally:

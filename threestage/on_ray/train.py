@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,14 +35,19 @@ Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 
 def run_on_ray(
-    config: Config, out: str, show: Show, warn: pipeline.Warn = print, record: pipeline.Record = lambda outcome: None
+    config: Config,
+    out: str,
+    show: Show,
+    warn: pipeline.Warn = print,
+    record: pipeline.Record = lambda outcome: None,
+    watch: pipeline.Watch = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Run the three stages on a cluster; returns what results.json holds."""
 
     def run_stage(task: StageTask) -> None:
         train_on_ray(task, show)
 
-    def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Iterator[FileReport]:
+    def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
         try:
             yield from predict_pool(model, task, files, config.cluster)
         except ray.exceptions.RayError as error:
@@ -53,7 +58,7 @@ def run_on_ray(
 
     with connected(config.cluster):
         _warn_of_traps(config, out, warn)
-        return pipeline.run(config, out, run_stage, predict, record, warn, each)
+        return pipeline.run(config, out, run_stage, predict, record, warn, each, watch)
 
 
 def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
