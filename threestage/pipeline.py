@@ -41,7 +41,7 @@ from threestage.stages import StageTask
 
 RunStage = Callable[[StageTask], None]
 PredictPool = Callable[
-    [str, PoolTask, Sequence[PoolFile]], Iterator[FileReport]
+    [str, PoolTask, Sequence[PoolFile]], Generator[FileReport]
 ]  # (model folder, task, files) → as done
 Warn = Callable[[str], None]
 Watch = Callable[[str, int, int], None]  # (what is done, so many, of so many)

@@ -114,7 +114,9 @@ def stream(task: dict[str, Any]) -> Iterator[int]:
     from threestage.on_ray.train import quiet_ray_data
     from threestage.stages import StageTask
 
-    ray.init("local", num_cpus=4, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local", num_cpus=os.cpu_count(), dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR
+    )
     quiet_ray_data()
     dataset = unlabelled_stream(StageTask.model_validate(task), 0)
     dataset.context.execution_options = stream_options(1)  # as Ray Train does

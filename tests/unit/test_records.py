@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from threestage.data import storage
 from threestage.data.records import (
     RECORD_SCHEMA,
+    BadImage,
     DataFile,
     DataSettings,
     Manifest,
@@ -132,3 +133,32 @@ def test_manifest_round_trip_and_refusals(tmp_path: Path) -> None:
 def test_labelled_is_a_count_a_fraction_or_all(labelled: int | float | str) -> None:
     with pytest.raises(ValidationError):
         DataSettings.model_validate({"root": "r", "labelled": labelled})
+
+
+def pil_pixels(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_decodes_as_pillow_does_it(mode: str, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 14, 3), np.uint8)
+    picture = Image.fromarray(pixels).resize((45, 31)).convert(mode)
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    for settings in ({"subsampling": 0}, {"subsampling": 2, "progressive": True}):
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=80, exif=exif, **settings)
+        decoded = decode_image(stream.getvalue())
+        assert np.array_equal(decoded, pil_pixels(stream.getvalue())) and decoded.flags.writeable
+
+
+def test_pillow_decides_about_a_jpeg_with_faults() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(stream, "JPEG")
+    data = stream.getvalue()
+    with pytest.raises(BadImage, match="truncated"):
+        decode_image(data[:-300])
+    noisy = data[:-2] + b"\x11" * 40 + data[-2:]  # bytes that belong to nothing: worth a warning only
+    assert np.array_equal(decode_image(noisy), pil_pixels(noisy))

@@ -38,8 +38,6 @@ class Sample:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Read-only pixels."""
-
     image: np.ndarray  # (H,W,3) uint8
     maps: dict[str, np.ndarray]  # (H,W) uint8 each
 
@@ -69,7 +67,7 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
 
     Raises BadImage when the image cannot be decoded, ValueError when it is not of its pseudo-mask's size.
     """
-    image = downscale_image(decode_image(sample.image, max_pixels, writable=False), downscale)
+    image = downscale_image(decode_image(sample.image, max_pixels), downscale)
     maps = {}
     if sample.mask is not None:
         maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)

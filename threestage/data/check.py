@@ -10,11 +10,11 @@ from PIL import Image, ImageOps
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.records import (
     DECODER_ERRORS,
-    EXIF_ORIENTATION,
     MAX_IMAGE_PIXELS,
     BadImage,
     check_pixels,
     decoder_complaint,
+    is_turned,
 )
 
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -46,8 +46,7 @@ def check_image(data: bytes) -> CheckedImage:
         raise BadFile(f"has transparent pixels (mode {image.mode}): flatten it first")
     if image.mode not in ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
         raise BadFile(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
-    if not turned and image.mode in ("L", "RGB"):
+    if not is_turned(image) and image.mode in ("L", "RGB"):
         return CheckedImage(data, image.height, image.width, converted=False)
     upright = ImageOps.exif_transpose(image).convert("L" if image.mode == "L" else "RGB")
     return CheckedImage(_encoded(upright, image.format), upright.height, upright.width, converted=True)

@@ -10,6 +10,7 @@ import ray.data
 import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 
+from threestage.allocator import keep_freed_memory
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import Batch, Sample, decode_sample, place
@@ -86,6 +87,7 @@ class _FileReader:
         self._canvas = canvas
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
+        keep_freed_memory()
         pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
         rejects: list[Reject] = []
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
@@ -144,23 +146,21 @@ def mixed(parts: Iterable[Mapping[str, np.ndarray]], batch_size: int, rng: np.ra
     The last rows, less than a batch, are dropped.
     """
     buffer: Arrays = {}
-    filled = 0
+    free: list[int] = []  # rows of the buffer to fill next
     for part in parts:
         if not buffer:
             buffer = _room_for(part, batch_size)
-        length = len(part["image"])
-        start = 0
-        while start < length:
-            taken = min(length - start, len(buffer["image"]) - filled)
+            free = list(range(len(buffer["image"])))
+        for row in range(len(part["image"])):
+            place = free.pop()
             for name, values in buffer.items():
-                values[filled : filled + taken] = part[name][start : start + taken]
-            start, filled = start + taken, filled + taken
-            if filled == len(buffer["image"]):
-                yield _drawn(buffer, filled, batch_size, rng)
-                filled -= batch_size
-    while filled >= batch_size:
-        yield _drawn(buffer, filled, batch_size, rng)
-        filled -= batch_size
+                values[place] = part[name][row]
+            if not free:
+                free = rng.choice(len(buffer["image"]), batch_size, replace=False).tolist()
+                yield {name: values[free] for name, values in buffer.items()}
+    rest = rng.permutation(np.setdiff1d(np.arange(len(buffer["image"])), free)) if buffer else np.empty(0, np.int64)
+    for start in range(0, len(rest) - batch_size + 1, batch_size):
+        yield {name: values[rest[start : start + batch_size]] for name, values in buffer.items()}
 
 
 def _room_for(part: Mapping[str, np.ndarray], batch_size: int) -> Arrays:
@@ -170,15 +170,3 @@ def _room_for(part: Mapping[str, np.ndarray], batch_size: int) -> Arrays:
         name: np.empty((rows, *values.shape[1:]), object if name == "image_id" else values.dtype)
         for name, values in part.items()
     }
-
-
-def _drawn(buffer: Arrays, filled: int, batch_size: int, rng: np.random.Generator) -> Arrays:
-    """Take `batch_size` random rows out; rows from the end move into their places."""
-    chosen = np.sort(rng.choice(filled, batch_size, replace=False))
-    batch = {name: values[chosen] for name, values in buffer.items()}
-    rest = filled - batch_size
-    holes = chosen[chosen < rest]
-    movers = np.setdiff1d(np.arange(rest, filled), chosen)
-    for values in buffer.values():
-        values[holes] = values[movers]
-    return batch

@@ -41,11 +41,10 @@ def predict_pool(
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
     )
-    with closing(
-        iter(reports.iter_batches(batch_size=None, prefetch_batches=0))
-    ) as found:  # else each waits for the next
-        for rows_of_reports in found:
-            for report in rows_of_reports["report"]:
+    blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
+    with closing(iter(blocks)) as found:
+        for block in found:
+            for report in block["report"]:
                 yield FileReport.model_validate_json(str(report))
 
 

@@ -13,6 +13,7 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from threestage.allocator import keep_freed_memory
 from threestage.data.batches import Batch
 from threestage.on_ray.data import stream_batches
 from threestage.stages import StageTask, train_stage
@@ -23,6 +24,7 @@ CHECKPOINT_FILE = "state.pt"
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's progress actor."""
+    keep_freed_memory()
     torch.set_num_threads(max(1, int(arguments["threads"])))
     task = StageTask.model_validate(arguments["task"])
     train_stage(task, RayWorker(task, arguments["progress"]))
