@@ -121,6 +121,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.root",
         "data.unlabelled",
         "data.max_bad_fraction",
+        "data.max_image_pixels",
         "data.labelled",
         "data.split_seed",
         "data.validation",

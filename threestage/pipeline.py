@@ -16,6 +16,7 @@ Everything lies under one folder:
 """
 
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -29,7 +30,7 @@ from threestage.config import Config, StageName, flatten, stage_keys
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.listing import Each, in_threads, list_images
-from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, rows_of, write_pool
+from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
@@ -131,6 +132,7 @@ def _pool_in_background(
             found.set_result(_find_pool(config, out, manifest, each, warn))
         except BaseException as error:
             found.set_exception(error)
+            warn(f"the run will stop after stage 1, its pool cannot be found: {error}")
 
     threading.Thread(target=find, daemon=True).start()  # daemon: a run that fails does not wait for a long listing
     return found.result
@@ -143,8 +145,13 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
     """
     uri = storage.join(out, "pool.parquet")
     files = data_set_files(config.data.root, manifest)
-    if _begun(storage.join(out, "stage2")):
-        pool = load_pool(uri)
+    if _begun(storage.join(out, "stage2")) and storage.exists(uri):
+        pool, unlabelled = load_pool(uri), pool_source(uri)
+        if unlabelled != config.data.unlabelled:
+            raise InputError(
+                f"{uri} was made with data.unlabelled={unlabelled}, this run has {config.data.unlabelled}: give another --out, "
+                f"set it back, or delete {storage.join(out, 'stage2')} and the stages after it"
+            )
         if not {file.uri for file in files} <= {file.uri for file in pool}:
             warn(
                 f"{config.data.root} has new images: this run goes on with the pool that stage 2 began with; to take them "
@@ -153,13 +160,14 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
         return pool
     if (more := config.data.unlabelled) is not None:
         if storage.exists(storage.join(more, MANIFEST_NAME)):
-            files += data_set_files(more, load_manifest(more))
+            files += data_set_files(more, load_manifest(more), own=False)
         else:
-            listing = storage.join(out, "listing")
+            listing = storage.join(out, "listing", hashlib.sha256(more.encode()).hexdigest()[:16])
             list_images(more, listing, LISTED_ROWS_PER_FILE, each)
             files += listed_pool(listing)
+    files = list({file.name: file for file in reversed(files)}.values())[::-1]  # a file is named by what is in it
     check_pool(config, rows_of(files))
-    write_pool(uri, files)
+    write_pool(uri, files, config.data.unlabelled)
     return files
 
 
@@ -209,6 +217,14 @@ def _refuse_difference(out: str, where: str, before: dict[str, Any], now: dict[s
         )
 
 
+def _other_inputs(folder: str, what: str) -> InputError:
+    return InputError(
+        f"{storage.join(folder, 'inputs.json')}: {folder.rsplit('/', 1)[-1]} was trained with other {what} (the data set, "
+        "data.max_image_pixels or the stage before has changed, or an older threestage made them): give another --out, set it "
+        f"back, or delete {folder} and the stages after it to train them again; what comes before is kept"
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     config: Config
@@ -232,6 +248,8 @@ class _Run:
         inputs = self._inputs(stage, pseudo_digest)
         self._claim(stage, inputs)
         if not storage.exists(storage.join(folder, "done.json")):
+            if not _begun(folder):
+                storage.delete(storage.join(folder, "rejects"))
             self.run_stage(
                 StageTask(
                     stage=stage,
@@ -274,10 +292,7 @@ class _Run:
             ("pseudo_masks", "pseudo-masks"),
         ):
             if saved[key] != now[key]:
-                raise InputError(
-                    f"{uri}: {stage} was trained with other {what} (the data set or the stage before has changed): give another "
-                    f"--out, or delete {folder} and the stages after it to train them again; what comes before is kept"
-                )
+                raise _other_inputs(folder, what)
         if saved["code_version"] != now["code_version"]:
             self.warn(f"{stage} was made by threestage {saved['code_version']}, this is {now['code_version']}")
 
@@ -301,6 +316,7 @@ class _Run:
         digest = set_digest(task, files)
         marker = storage.join(folder, "done.json")
         if not (storage.exists(marker) and storage.read_json(marker)["digest"] == digest):
+            self._refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
             watched = self._watched(f"pseudo-masks {number}", reports, rows_of(files))
             statistics = gather(task, files, watched, self.config.data.max_bad_fraction)
@@ -308,6 +324,12 @@ class _Run:
             storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
         statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
         return digest, {**statistics.summary(), "rejected": statistics.unreadable}
+
+    def _refuse_new_targets(self, following: str, digest: str) -> None:
+        """A stage that has trained with other pseudo-masks keeps them: they are not predicted over."""
+        folder = self.folder(following)
+        if _begun(folder) and storage.read_json(storage.join(folder, "inputs.json"))["pseudo_masks"] != digest:
+            raise _other_inputs(folder, "pseudo-masks")
 
     def _watched(self, what: str, reports: Generator[FileReport], total: int) -> Iterator[FileReport]:
         done = 0
@@ -330,7 +352,10 @@ class _Run:
         found = RejectList(rejects)
         found.write(listed)
         if complaint := found.complaint(rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
-            raise StageFailure(f"{stage}: {complaint}")
+            raise StageFailure(
+                f"{stage}: {complaint}; raise data.max_bad_fraction to go on, or bring the images back and delete "
+                f"{self.folder(stage)} to train it again"
+            )
         self.warn(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 
     def _guard(self, stage: StageName, statistics: Statistics) -> None:

@@ -371,7 +371,9 @@ class _Job:
             statistics=Statistics.of(len(predicted), len(self._rejects), sums, number),
             max_height=max((image.height for image in predicted), default=0),
             max_width=max((image.width for image in predicted), default=0),
-            labelled_ids=tuple(image.image_id for image in predicted if image.image_id in self._task.used_ids),
+            labelled_ids=tuple(
+                image.image_id for image in predicted if self._file.own and image.image_id in self._task.used_ids
+            ),
             rejects=tuple(reject for _, reject in sorted(self._rejects, key=itemgetter(0))),
         )
 

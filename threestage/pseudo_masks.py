@@ -282,6 +282,8 @@ def gather(
         raise StageFailure(
             f"{complaint}; raise data.max_bad_fraction to go on, or mend the images and delete {task.destination}"
         )
+    if files and not statistics.images:
+        raise StageFailure(f"no image of the pool could be used; all are listed in {listed}")
     _write_index(storage.join(task.destination, INDEX_NAME), [index[file.name] for file in files])
     return statistics
 

@@ -85,7 +85,7 @@ def prepare(jpegs: Path, root: str, out: str) -> Any:
         max_image_pixels=10**8, used_ids=frozenset(), excluded_ids=frozenset(),
     )  # fmt: skip
     gather(task, files, (predict_file(network.eval(), task, file, torch.device("cpu")) for file in files), 0.0)
-    write_pool(f"{out}/pool.parquet", files)
+    write_pool(f"{out}/pool.parquet", files, None)
     config = tiny_config(
         Path(root), stage2__unlabelled_batch=BATCH, stage2__steps=10_000, augment__crop_size=[CROP] * 2
     )

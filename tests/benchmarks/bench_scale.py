@@ -75,7 +75,7 @@ def make_pool(root: str, images: int) -> Any:
         storage.write_table(f"{root}/pseudo_masks1/{name}", pa.table(masks, PSEUDO_MASK_SCHEMA))
         files.append(PoolFile(uri=f"{root}/images/{name}", rows=count, digest=name))
         index.append({"file": name, "images": count, "max_height": SIDE, "max_width": SIDE, "labelled_ids": []})
-    write_pool(f"{root}/pool.parquet", files)
+    write_pool(f"{root}/pool.parquet", files, None)
     storage.write_table(f"{root}/pseudo_masks1/index.parquet", pa.Table.from_pylist(index))
     config = tiny_config(Path("/"), stage2__unlabelled_batch=8, stage2__steps=100_000)
     return StageTask(
@@ -115,7 +115,9 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     from threestage.on_ray.train import quiet_ray_data
     from threestage.stages import StageTask
 
-    ray.init("local", num_cpus=4, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local", num_cpus=os.cpu_count(), dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR
+    )
     quiet_ray_data()
     with Peaks() as peaks:
         start = time.monotonic()

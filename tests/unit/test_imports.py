@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "segmentation_models_pytorch")
+BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "simplejpeg", "segmentation_models_pytorch")
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

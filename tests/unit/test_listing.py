@@ -293,8 +293,11 @@ def test_no_image_is_said_and_not_remembered(pool: Bucket, tmp_path: Path) -> No
 def test_the_first_image_takes_few_requests(pool: Bucket) -> None:
     assert first_image(SOURCE) == "s3://bucket/pool/film_00000/frame_000000.jpg"
     assert len(pool.requests) == 1
-    pool.keys = [f"pool/{number:06d}.txt" for number in range(12_000)]
+    pool.keys = [f"pool/{number:06d}.txt" for number in range(9_000)]
     assert first_image(SOURCE) is None
+    pool.keys = [f"pool/{number:06d}.txt" for number in range(12_000)]
+    pool.requests.clear()
+    assert first_image(SOURCE) == "", "not known: it stops looking"
     assert len(pool.requests) == 11
 
 

@@ -101,6 +101,33 @@ def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: 
     assert run_local(tiny_config(root), str(out), quiet)["data"]["pool"] == 45
 
 
+def test_a_finished_run_keeps_its_pool_and_refuses_another_source(
+    scenes: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    config = tiny_config(scenes)
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"unlabelled": str(scenes)})})
+    with pytest.raises(InputError, match=r"was made with data.unlabelled=None, this run has .*delete .*stage2"):
+        run_local(elsewhere, str(out), quiet, lambda text: None)
+    larger = config.model_copy(update={"data": config.data.model_copy(update={"max_image_pixels": 10**7})})
+    before = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").iterdir()}
+    with pytest.raises(InputError, match="stage2 was trained with other pseudo-masks"):
+        run_local(larger, str(out), quiet)
+    assert {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").iterdir()} == before
+
+
+def test_sources_that_share_files_count_them_once(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes, data__unlabelled=str(scenes), stages=1)
+    assert run_local(config, str(tmp_path), quiet)["data"]["pool"] == 40
+
+
+def test_a_pool_of_which_nothing_is_left_stops_the_run(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes, data__max_image_pixels=64 * 64 - 1, data__max_bad_fraction=1.0)
+    with pytest.raises(StageFailure, match="no image of the pool could be used"):
+        run_local(config, str(tmp_path), quiet)
+
+
 def test_guard_stops_when_asked(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(StageFailure, match="vanished from the pseudo-masks"):
         run_local(tiny_config(scenes, stage1__steps=1, pseudo_mask__guard="stop"), str(tmp_path), quiet)

@@ -1,6 +1,7 @@
 """Every image of the pool ends as a pseudo-mask or as a reject with its reason, in the order of its file, and once."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -87,14 +88,14 @@ def by_value(folder: Path, images: Sequence[bytes], masks: Sequence[bytes | None
     }
     uri = str(folder / f"train-{len(list(folder.iterdir()))}.parquet")
     storage.write_table(uri, pa.table(columns, RECORD_SCHEMA))
-    return PoolFile(uri=uri, rows=len(images), digest=f"digest of {uri}")
+    return PoolFile(uri=uri, rows=len(images), digest=f"digest of {uri}", own=True)
 
 
 def by_reference(folder: Path, uris: Sequence[str]) -> PoolFile:
     table = {
         "image_id": [f"i{number:03d}" for number in range(len(uris))],
         "image_uri": list(uris),
-        "bytes": [100] * len(uris),
+        "bytes": [os.path.getsize(uri) if os.path.isfile(uri) else 100 for uri in uris],
     }
     storage.write_table(str(folder / "listed.parquet"), pa.table(table))
     return PoolFile(uri=str(folder / "listed.parquet"), rows=len(uris), digest="d", by_reference=True)
@@ -200,6 +201,20 @@ def test_a_vanished_image_is_a_reject(tmp_path: Path) -> None:
     (reject,) = report.rejects
     assert reject.source == uris[1] and "cannot be read" in reject.reason
     assert [row["pseudo_mask"] is None for row in written(task, file)] == [False, True]
+
+
+def test_an_image_that_changed_since_it_was_listed_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0, (8, 8)))
+    file = by_reference(tmp_path, [str(tmp_path / "a.png")])
+    (tmp_path / "a.png").write_bytes(picture(1, (9, 30)))
+    (reject,) = predict_file(Colours(), task_for(tmp_path), file, CPU).rejects
+    assert "has changed since it was listed" in reject.reason
+
+
+def test_the_masks_and_ids_of_another_data_set_are_not_the_runs(tmp_path: Path) -> None:
+    file = by_value(tmp_path, [picture(0, (8, 8))], [b"broken"]).model_copy(update={"own": False})
+    report = predict_file(Colours(), task_for(tmp_path, used_ids=frozenset({"i000"})), file, CPU)
+    assert report.rejects == () and report.labelled_ids == () and report.statistics.images == 1
 
 
 def test_an_image_smaller_than_the_downscale_is_a_reject(tmp_path: Path) -> None:
@@ -367,6 +382,11 @@ def test_gather_writes_the_lists_also_when_they_are_empty(tmp_path: Path) -> Non
     assert gather(task, [], iter(()), 0.0) == Statistics()
     assert read_index(task.destination) == []
     assert read_rejects(storage.join(task.destination, "rejects.parquet")) == []
+
+
+def test_a_pool_without_a_usable_image_stops_the_job(tmp_path: Path) -> None:
+    with pytest.raises(StageFailure, match="no image of the pool could be used"):
+        gather(task_for(tmp_path), pool(1), reports_of([20])(), 1.0)
 
 
 def test_too_many_bad_images_stop_the_job_at_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings
 from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.errors import StageFailure
 from threestage.seeds import derive_seed
 
 DECODED_CACHE_BYTES = 512 * 2**20
@@ -34,6 +35,7 @@ class Sample:
     mask: bytes | None = None
     pseudo_mask: bytes | None = None
     confidence: bytes | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
         maps["pseudo_mask"] = decode_mask(sample.pseudo_mask)
     if sample.confidence is not None:
         maps["confidence"] = np.frombuffer(sample.confidence, np.uint8).reshape(image.shape[:2])
+    for name, values in maps.items():
+        if values.shape != image.shape[:2]:
+            raise ValueError(
+                f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed"
+            )
     return Decoded(image, maps)
 
 
@@ -135,7 +142,10 @@ class SampleSet:
     def decoded(self, index: int) -> Decoded:
         if index in self._cache:
             return self._cache[index]
-        decoded = decode_sample(self.samples[index], self._downscale, self._max_pixels)
+        try:
+            decoded = decode_sample(self.samples[index], self._downscale, self._max_pixels)
+        except ValueError as error:
+            raise StageFailure(f"{self.samples[index].image_id}: {error}") from error
         self._free -= decoded.image.nbytes + sum(value.nbytes for value in decoded.maps.values())
         if self._free > 0:
             self._cache[index] = decoded

@@ -135,10 +135,14 @@ def listed_files(destination: str) -> list[ListedFile]:
 
 
 def first_image(source: str) -> str | None:
-    """URI of some image among the first 10,000 files below the source, None where there is none. Raises OSError."""
+    """URI of some image below the source, None where there is none, "" where 10,000 other files come first.
+
+    Raises OSError.
+    """
     source = storage.absolute(source)
     pages = _pages_of(source, KeyRange())
-    return next((_uri(source, path) for page in islice(pages, 10) for path, _ in page), None)
+    found = next((_uri(source, path) for page in islice(pages, 10) for path, _ in page), None)
+    return "" if found is None and next(pages, None) is not None else found
 
 
 def list_range(task: RangeTask) -> int:

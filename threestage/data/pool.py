@@ -17,17 +17,26 @@ from threestage.settings import Settings
 MAX_IMAGE_BYTES = 256 * 2**20
 FETCH_THREADS = 16
 POOL_SCHEMA = pa.schema(
-    [("uri", pa.string()), ("rows", pa.int64()), ("digest", pa.string()), ("by_reference", pa.bool_())]
+    [
+        ("uri", pa.string()),
+        ("rows", pa.int64()),
+        ("digest", pa.string()),
+        ("by_reference", pa.bool_()),
+        ("own", pa.bool_()),
+    ]
 )
+SOURCE_KEY = b"threestage.unlabelled"
 
 
 class PoolFile(Settings):
-    """One Parquet file of the pool. `digest` covers its rows in order; `by_reference`: they hold URIs, not bytes."""
+    """One Parquet file of the pool. `digest` covers its rows in order; `by_reference`: they hold URIs, not bytes; `own`:
+    of the run's own data set, whose image ids and masks are the run's."""
 
     uri: str
     rows: int
     digest: str
     by_reference: bool = False
+    own: bool = False
 
     @property
     def name(self) -> str:
@@ -46,10 +55,11 @@ class PoolRow:
     problem: str | None = None
 
 
-def data_set_files(root: str, manifest: Manifest) -> list[PoolFile]:
+def data_set_files(root: str, manifest: Manifest, own: bool = True) -> list[PoolFile]:
     """The pool's part that lies in a data set: its train images, labelled or not."""
     return [
-        PoolFile(uri=storage.join(root, file.path), rows=file.rows, digest=file.digest) for file in pool_files(manifest)
+        PoolFile(uri=storage.join(root, file.path), rows=file.rows, digest=file.digest, own=own)
+        for file in pool_files(manifest)
     ]
 
 
@@ -61,9 +71,15 @@ def listed_pool(folder: str) -> list[PoolFile]:
     ]
 
 
-def write_pool(uri: str, files: Sequence[PoolFile]) -> None:
-    """Publish which files are a run's pool."""
-    storage.write_table(uri, pa.Table.from_pylist([file.model_dump() for file in files], schema=POOL_SCHEMA))
+def write_pool(uri: str, files: Sequence[PoolFile], unlabelled: str | None) -> None:
+    """Publish which files are a run's pool, and the `data.unlabelled` that they were made with."""
+    schema = POOL_SCHEMA.with_metadata({SOURCE_KEY: unlabelled or ""})
+    storage.write_table(uri, pa.Table.from_pylist([file.model_dump() for file in files], schema=schema))
+
+
+def pool_source(uri: str) -> str | None:
+    """The `data.unlabelled` that a pool was made with."""
+    return ((storage.read_metadata(uri) or {}).get(SOURCE_KEY) or b"").decode() or None
 
 
 def load_pool(uri: str) -> list[PoolFile]:
@@ -71,7 +87,7 @@ def load_pool(uri: str) -> list[PoolFile]:
 
 
 def read_rows(file: PoolFile, masks: bool = True, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[list[PoolRow]]:
-    """All rows of a file in its order, `chunk` at a time; with `masks` those of a data set bring theirs.
+    """All rows of a file in its order, `chunk` at a time; with `masks` those of the run's own data set bring theirs.
 
     An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
     OSError. By reference, the next chunk is fetched while the caller works on this one.
@@ -79,7 +95,7 @@ def read_rows(file: PoolFile, masks: bool = True, chunk: int = storage.ROW_GROUP
     if file.by_reference:
         yield from _read_references(storage.read_table(file.uri), chunk)
         return
-    columns = ["image_id", "source", "image", *(["mask"] if masks else [])]
+    columns = ["image_id", "source", "image", *(["mask"] if masks and file.own else [])]
     for part in chunks(storage.read_table(file.uri, columns), chunk):
         yield [PoolRow(**row) for row in part.to_pylist()]
 
@@ -107,6 +123,8 @@ def _fetch(row: dict[str, Any]) -> PoolRow:
             problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES}"
         else:
             image = storage.read_bytes(row["image_uri"])
+            if len(image) != row["bytes"]:
+                problem = f"has changed since it was listed: it had {row['bytes']} bytes, now {len(image)}"
     except (FileNotFoundError, PermissionError) as error:
         problem = f"cannot be read: {error}"
     return PoolRow(row["image_id"], row["image_uri"], image, problem=problem)

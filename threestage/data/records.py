@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import simplejpeg
 from PIL import Image, ImageOps
 from pydantic import Field
 
@@ -28,6 +27,7 @@ from threestage.settings import Settings
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_IMAGE_PIXELS = 64_000_000
+PILLOWS_LIMIT = 178_956_970
 EXIF_ORIENTATION = 0x0112
 DECODER_ERRORS = (
     OSError,
@@ -72,7 +72,7 @@ class DataSettings(Settings):
     validation: float = Field(default=0.2, ge=0, lt=1)
     downscale: int = Field(default=1, ge=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
-    max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1)
+    max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
 
 
 class DataFile(Settings):
@@ -220,15 +220,17 @@ def is_turned(image: Image.Image) -> bool:
 def _decode_jpeg(data: bytes, image: Image.Image) -> Bytes:
     """What PIL gives, to the bit, in two thirds of its time; PIL decides about a file that is not without fault."""
     try:
+        import simplejpeg
+
         return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-    except ValueError:
+    except (ImportError, ValueError):
         return np.array(image.convert("RGB"))
 
 
 def check_pixels(image: Image.Image, max_pixels: int) -> None:
     """Raises BadImage for an image whose header announces more than `max_pixels`; nothing is decoded."""
     if image.width * image.height > max_pixels:
-        raise BadImage(f"has {image.width}x{image.height} pixels, more than {max_pixels} (data.max_image_pixels)")
+        raise BadImage(f"has {image.width}x{image.height} pixels, more than {max_pixels}")
 
 
 def decoder_complaint(error: Exception) -> str:

@@ -11,6 +11,7 @@ from threestage.data.pool import PoolFile, chunks, read_rows
 from threestage.data.records import DataSettings, Manifest, SplitName, labelled_rows
 from threestage.data.rejects import Reject
 from threestage.data.split import Split
+from threestage.errors import StageFailure
 from threestage.pseudo_masks import IndexRow, pseudo_mask_uri, read_index
 
 OnReject = Callable[[Reject], None]
@@ -57,26 +58,29 @@ def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Itera
             if row.problem is not None and target["pseudo_mask"] is not None:
                 rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
             elif target["pseudo_mask"] is not None:
-                found.append(Sample(image=row.image, **target))
+                found.append(Sample(image=row.image, source=row.source, **target))
         yield found
 
 
 def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:
-    """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them.
-
-    The data set's files come first: an image of another source that bears a labelled image's id is passed over.
-    """
+    """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them."""
     found: dict[str, tuple[bytes, bytes]] = {}
     for entry in read_index(folder):
         if entry.labelled_ids:
             table = storage.read_rows(storage.join(folder, entry.file), "image_id", entry.labelled_ids)
             for row in table.to_pylist():
-                found.setdefault(row["image_id"], (row["pseudo_mask"], row["confidence"]))
+                found[row["image_id"]] = (row["pseudo_mask"], row["confidence"])
     return found
 
 
 def _with_pseudo_masks(table: pa.Table, rows: dict[str, tuple[bytes, bytes]]) -> pa.Table:
     ids = table.column("image_id").to_pylist()
+    for image_id in ids:
+        if image_id not in rows:
+            raise StageFailure(
+                f"the labelled image {image_id} has no pseudo-mask, it is among the rejects: mend it and ingest it again, or "
+                "raise data.max_image_pixels"
+            )
     for position, column in enumerate(("pseudo_mask", "confidence")):
         table = table.append_column(column, pa.array([rows[image_id][position] for image_id in ids], pa.binary()))
     return table

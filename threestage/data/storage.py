@@ -29,6 +29,7 @@ FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
 ROW_GROUP_ROWS = 64
 S3_ATTEMPTS = 12
+DENIED = ("ACCESS_DENIED", "AccessDenied", "InvalidObjectState")
 STYLE_VARIABLE = "THREESTAGE_S3_ADDRESSING_STYLE"
 ANONYMOUS_VARIABLE = "THREESTAGE_S3_ANONYMOUS"
 
@@ -184,10 +185,18 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises FileNotFoundError when it is absent."""
+    """The whole file. Raises FileNotFoundError when it is absent or has a name that cannot be asked for, PermissionError
+    when it may not be read; other OSErrors are the store's."""
     files, path = filesystem(uri)
-    with files.open_input_file(path) as stream:
-        return bytes(stream.read())
+    try:
+        with files.open_input_file(path) as stream:
+            return bytes(stream.read())
+    except pa.ArrowInvalid as error:
+        raise FileNotFoundError(f"{uri}: {error}") from error
+    except OSError as error:
+        if any(code in str(error) for code in DENIED):
+            raise PermissionError(str(error)) from error
+        raise
 
 
 def read_json(uri: str) -> Any:

@@ -15,7 +15,6 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import Batch, Sample, decode_sample, place
 from threestage.data.pool import PoolFile, load_pool
-from threestage.data.records import BadImage
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import pool_canvas, pool_samples
 from threestage.pseudo_masks import read_index
@@ -26,7 +25,7 @@ BLOCK_BYTES = 32 * 2**20
 STREAM_BYTES = 512 * 2**20
 SHUFFLE_ROWS = 256
 SHUFFLE_BYTES = 512 * 2**20
-MAX_TASKS = 4096
+MAX_TASKS = 1024
 
 Arrays = dict[str, np.ndarray]
 
@@ -35,7 +34,8 @@ def unlabelled_stream(task: StageTask, first_step: int) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
     Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,) int64; image_id. A resumed stage leaves out
-    the files that its pass had consumed. The plan grows with the steps of the stage, not with the pool.
+    the files that its pass had consumed; those that were being read then may come again or be missed. The plan grows with
+    the steps of the stage, not with the pool.
     """
     assert task.pool is not None and task.pseudo_masks is not None
     config = task.settings()
@@ -92,18 +92,16 @@ class _FileReader:
         rejects: list[Reject] = []
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
         samples = (sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append) for sample in chunk)
-        yield from blocks(self._placed(samples, file, rejects, rng), self._canvas)
+        yield from blocks(self._placed(samples, rejects, rng), self._canvas)
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))
 
-    def _placed(
-        self, samples: Iterable[Sample], file: PoolFile, rejects: list[Reject], rng: np.random.Generator
-    ) -> Iterator[Arrays]:
+    def _placed(self, samples: Iterable[Sample], rejects: list[Reject], rng: np.random.Generator) -> Iterator[Arrays]:
         for sample in samples:
             try:
                 decoded = decode_sample(sample, self._data.downscale, self._data.max_image_pixels)
-            except (BadImage, ValueError) as error:  # it was good when its pseudo-mask was made
-                rejects.append(Reject(image_id=sample.image_id, source=file.uri, reason=str(error)))
+            except ValueError as error:  # it was good when its pseudo-mask was made
+                rejects.append(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
                 continue
             image, maps, size = place(decoded, self._canvas, rng)
             yield {"image": image, **maps, "size": np.array(size, np.int64), "image_id": np.array(sample.image_id)}

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from threestage.data.ingest import IngestReport, IngestSettings, Progress, ingest
+from threestage.errors import StageFailure
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.train import connected
@@ -30,4 +31,7 @@ def ingest_on_ray(
                 stack.enter_context(connected(cluster))
             yield from in_tasks(function, items, cluster.max_failures)
 
-        return ingest(source, root, settings, progress, each)
+        try:
+            return ingest(source, root, settings, progress, each)
+        except StageFailure as error:
+            raise StageFailure(f"ingest: {error}") from error

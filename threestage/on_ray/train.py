@@ -54,6 +54,8 @@ def run_on_ray(
             raise StageFailure(f"pseudo-masks: {_root_cause(error)}; the same command goes on") from error
 
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        if len(items) < 2:
+            return map(function, items)
         return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.predictors)
 
     with connected(config.cluster):
