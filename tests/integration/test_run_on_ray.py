@@ -71,6 +71,9 @@ def test_everything_on_s3_with_two_workers(
     assert score == pytest.approx(
         results["stages"]["stage3"]["mean_iou"], abs=1e-3
     )  # another batch size rounds otherwise
+    mirrored = open_registry(settings)._client.search_runs(["1"])
+    assert {run.data.metrics["rejected"] for run in mirrored if "rejected" in run.data.metrics} == {1}
+    assert any(uri.endswith("rejects.parquet") for uri in storage.list_files(f"{s3_root}/mlflow"))
     assert any("mlflow" in uri and uri.endswith(".safetensors") for uri in storage.list_files(s3_root))
     assert_the_secret_is_nowhere(s3_root, tmp_path)
 
