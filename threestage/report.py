@@ -116,7 +116,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("pseudo-mask mean IoU", "pseudo_mask_mean_iou", _fraction),
     ("mean confidence", "mean_confidence", _fraction),
     ("share above 0.9", "share_above_0.9", _percent),
-    ("images left out", "rejected", "{:.0f}".format),
+    ("left out", "rejected", "{:.0f}".format),
     ("time", "seconds", _duration),
 )
 
