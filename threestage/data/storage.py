@@ -21,7 +21,6 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from threestage.errors import InputError
 from threestage.settings import Settings
 
 S3_SCHEME = "s3://"
@@ -301,10 +300,3 @@ def read_metadata(uri: str) -> dict[bytes, bytes] | None:
             return dict(parquet.schema_arrow.metadata or {})
     except FileNotFoundError:
         return None
-
-
-def local_path(uri: str, why: str) -> str:
-    """The path of a local URI. InputError with the reason when it is an s3:// one."""
-    if is_s3(uri):
-        raise InputError(f"{uri}: {why}; give a local path")
-    return filesystem(uri)[1]
