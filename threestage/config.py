@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -26,6 +26,8 @@ from threestage.training.schedule import EmaSettings, OptimiserSettings
 
 StageName = Literal["stage1", "stage2", "stage3"]
 Model = TypeVar("Model", bound=BaseModel)
+# They were not there in the first runs, which go on with the defaults.
+LATER_TRAINING_KEYS = {"batch", "learning_rate_rule", "accumulate"}
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 
@@ -117,6 +119,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
     keys = flatten(dump) | {"training.precision": config.training.precision}
+    keys |= {f"training.{key}": value for key, value in _changed(config.training) if key in LATER_TRAINING_KEYS}
     without = {
         "data.root",
         "data.unlabelled",
@@ -131,6 +134,13 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     if stage == "stage1" and not config.stage1.strong_view:
         without |= {key for key in keys if key.startswith("augment.strong.")}
     return {key: value for key, value in sorted(keys.items()) if key not in without}
+
+
+def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """The keys that do not have their default."""
+    for key, field in type(settings).model_fields.items():
+        if getattr(settings, key) != field.default:
+            yield key, getattr(settings, key)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -232,7 +242,12 @@ def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: S
 
 
 def _is_union_tag(part: str) -> bool:
-    return part.startswith(("constrained-", "literal[", "function-")) or part in {"int", "float", "str", "bool"}
+    return part.startswith(("constrained-", "literal[", "function-", "tuple[")) or part in {
+        "int",
+        "float",
+        "str",
+        "bool",
+    }
 
 
 def _model_at(root: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:

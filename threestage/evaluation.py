@@ -15,27 +15,27 @@ from threestage.pseudo_masks import predict_images
 from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
 from threestage.training.worker import default_device
 
-CHUNK = 64  # images decoded at a time
-BATCH = 4  # images per forward pass
+BATCH = 8  # images per forward pass, of one size
 
 
 def evaluate(
     network: nn.Module,
     samples: SampleSet,
     num_classes: int,
-    batch_size: int,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
-    """Confusion matrix (C,C) int64 on the CPU over all samples; each worker predicts every world_size-th of them."""
+    """Confusion matrix (C,C) int64 on the CPU over all samples, each counted once.
+
+    Batches are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
+    """
     network.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    mine = range(rank, len(samples), world_size)
-    for start in range(0, len(mine), CHUNK):
-        decoded = [samples.decoded(i) for i in mine[start : start + CHUNK]]
-        for index, class_ids, _, _ in predict_images(network, [d.image for d in decoded], batch_size, device):
+    for start in range(rank * BATCH, len(samples), world_size * BATCH):
+        decoded = [samples.decoded(i) for i in range(start, min(start + BATCH, len(samples)))]
+        for index, class_ids, _, _ in predict_images(network, [d.image for d in decoded], BATCH, device):
             mask = torch.from_numpy(decoded[index].maps["mask"])
             confusion += confusion_matrix(mask, class_ids, num_classes)
     return sum_over_workers(confusion.to(device)).cpu()
@@ -65,7 +65,7 @@ def evaluate_model(network: Network, card: ModelCard, dataset: str, split: Split
             f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}"
         )
     device = default_device()
-    confusion = evaluate(network.to(device), samples, len(card.classes), BATCH, device)
+    confusion = evaluate(network.to(device), samples, len(card.classes), device)
     return {**summarise(confusion, card.classes), "confusion_matrix": confusion.tolist(), "images": len(samples)}
 
 

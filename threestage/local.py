@@ -40,8 +40,10 @@ def run_local(
     """Run the three stages here; returns what results.json holds."""
 
     def run_stage(task: StageTask) -> None:
-        worker = LocalWorker(task.folder, local_unlabelled(task), lambda row: show(task.stage, row))
-        train_stage(task, worker)
+        keep = config.training.checkpoints_kept
+        worker = LocalWorker(task.folder, keep, local_unlabelled(task), lambda row: show(task.stage, row))
+        with worker.listening():
+            train_stage(task, worker)
 
     return pipeline.run(config, out, run_stage, predict_pool, record, warn, watch=watch)
 

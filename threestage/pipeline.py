@@ -39,6 +39,7 @@ from threestage.errors import InputError, StageFailure
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
 from threestage.stages import StageTask
+from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 RunStage = Callable[[StageTask], None]
 PredictPool = Callable[
@@ -173,8 +174,8 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
 
 def _begun(folder: str) -> bool:
     """Whether a stage has trained so far that other inputs would be mixed with what it has learnt."""
-    return storage.exists(storage.join(folder, "done.json")) or bool(
-        storage.list_files(storage.join(folder, "checkpoints"))
+    return (
+        storage.exists(storage.join(folder, "done.json")) or Checkpoints(checkpoint_folder(folder)).latest() is not None
     )
 
 

@@ -46,10 +46,18 @@ def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, vali
 
 
 def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:
-    if size * config.cluster.workers > available:
+    workers = config.cluster.most_workers
+    shared = config.training.batch == "global"
+    if shared and size < workers:
         raise InputError(
-            f"{key}={size} on cluster.workers={config.cluster.workers} is more than the {available} {what} "
-            f"images that there are: at most {available // config.cluster.workers}"
+            f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers): at least one "
+            "image for each"
+        )
+    at_most = available if shared else available // workers
+    if size > at_most:
+        of = "" if shared else f" on cluster.workers={workers}"
+        raise InputError(
+            f"{key}={size}{of} is more than the {available} {what} images that there are: at most {at_most}"
         )
 
 

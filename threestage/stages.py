@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from threestage import IGNORE_INDEX
 from threestage.augment.views import View, strong_view, weak_view
 from threestage.config import Config
 from threestage.data import storage
-from threestage.data.batches import Batch, SampleSet, batches, canvas_size, prefetch
+from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import load_pool
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
@@ -22,15 +22,15 @@ from threestage.evaluation import evaluate, summarise
 from threestage.models.export import ModelCard, save_model, start_from
 from threestage.models.network import Network, build_network
 from threestage.pseudo_masks import read_index
-from threestage.seeds import derive_seed, generator
+from threestage.seeds import Draws, derive_seed, generator
 from threestage.settings import Settings
 from threestage.training import losses
-from threestage.training.checkpoint import TrainState
+from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import StepLoss, fit, resume
-from threestage.training.losses import LossSum
+from threestage.training.loop import compiled, fit, laid_out, make_scaler, resume
 from threestage.training.schedule import ramp_up
-from threestage.training.worker import Row, Worker
+from threestage.training.step import StepInputs, StepSource
+from threestage.training.worker import Worker
 
 AUXILIARY: Mapping[str, Literal["none", "branch", "shared"]] = {
     "stage1": "none",
@@ -66,27 +66,30 @@ class StageData:
 def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish `model/` and `result.json` in its folder."""
     config = task.settings()
+    stage = config.stage(task.stage)
     data = load_data(task, config)
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     resume(state, worker)
-    step_loss = make_step(task, config, state, data, worker)
+    source = make_source(task, config, state, data, worker)
     confusion = torch.zeros(0)
 
     def validate(network: nn.Module) -> Row:
         nonlocal confusion
+        classes = data.manifest.classes
         confusion = evaluate(
-            network, data.validation, len(data.manifest.classes), config.pseudo_mask.batch_size, worker.device,
-            worker.rank, worker.world_size, worker.sum,
-        )  # fmt: skip
-        return {"mean_iou": float(summarise(confusion, data.manifest.classes)["mean_iou"])}  # type: ignore[arg-type]
+            network, data.validation, len(classes), worker.device, worker.rank, worker.world_size, worker.sum
+        )
+        return {"mean_iou": float(summarise(confusion, classes)["mean_iou"])}  # type: ignore[arg-type]
 
     fit(
-        state, worker, step_loss, validate, steps=config.stage(task.stage).steps, seed_place=(config.seed, task.stage),
-        loop=config.training, optimiser=config.optimiser, ema=config.ema,
+        state, worker, source, validate, steps=stage.steps,
+        images_per_step=share_of(stage.unlabelled_batch, config.training.batch, 0, worker.world_size).total,
+        seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema,
     )  # fmt: skip
     if not len(confusion):  # the last checkpoint already held the last step
         validate(state.shipped)
     if worker.rank == 0:
+        worker.checkpoints.wait()
         publish(task, config, state, data.manifest, confusion)
 
 
@@ -107,8 +110,10 @@ def build_state(task: StageTask, config: Config, num_classes: int, device: torch
     student = build_network(config.network, num_classes, AUXILIARY[task.stage], seed).to(device)
     if config.stage(task.stage).warm_start and task.previous_model is not None:
         start_from(student, task.previous_model)
+    if config.training.channels_last:
+        student = student.to(memory_format=torch.channels_last)
     teacher = None if task.stage == "stage1" else make_teacher(student)
-    return TrainState(student, teacher, make_optimiser(student, config))
+    return TrainState(student, teacher, make_optimiser(student, config), make_scaler(config.training.precision, device))
 
 
 def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
@@ -142,90 +147,86 @@ def publish(task: StageTask, config: Config, state: TrainState, manifest: Manife
     storage.write_json(storage.join(task.folder, "result.json"), result)
 
 
-def make_step(task: StageTask, config: Config, state: TrainState, data: StageData, worker: Worker) -> StepLoss:
-    """The stage's step: draws its batches, makes the views, returns the loss."""
-    size = config.stage(task.stage).labelled_batch
-    labelled = prefetch(
-        batches(
-            data.labelled,
-            size,
-            data.canvas,
-            (config.seed, task.stage, "labelled"),
-            state.step,
-            worker.rank,
-            worker.world_size,
-        ),
-        worker.device,
-    )
+def make_source(task: StageTask, config: Config, state: TrainState, data: StageData, worker: Worker) -> StepSource:
+    """What the stage's steps compute, from the state's step on."""
+    stage, place = config.stage(task.stage), (config.seed, task.stage, "labelled")
+    share = share_of(stage.labelled_batch, config.training.batch, worker.rank, worker.world_size)
+    source = batches(data.labelled, share, data.canvas, place, state.step * share.total)
+    labelled = Feed(Timed(prefetch(source, worker.device)), share)
     if task.stage == "stage1":
-        return _supervised_step(config, labelled, worker)
-    unlabelled = prefetch(worker.unlabelled(state.step), worker.device)
-    return _three_task_step(task, config, state, labelled, unlabelled, worker)
+        return SupervisedSteps(config, labelled)
+    share_u = share_of(stage.unlabelled_batch, config.training.batch, worker.rank, worker.world_size)
+    unlabelled = Timed(prefetch(worker.unlabelled(share_u, state.unlabelled_images), worker.device))
+    assert state.teacher is not None
+    teacher = compiled(state.teacher, config.training)
+    return ThreeTaskSteps(task.stage, config, teacher, labelled, Feed(unlabelled, share_u))
 
 
-def _supervised_step(config: Config, labelled: Iterator[Batch], worker: Worker) -> StepLoss:
+class Feed(NamedTuple):
+    """Batches on the device, and which rows of the global batch they are."""
+
+    batches: Timed
+    share: Share
+
+    def draws(self, random: torch.Generator) -> Draws:
+        return Draws(random, self.share.first, self.share.total)
+
+
+class SupervisedSteps:
     """Stage 1: CE(g(x_l), y_l); with `stage1.strong_view` the strong view of each image is learnt beside the weak one."""
 
-    def step_loss(network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = next(labelled)
-        random = generator(config.seed, "stage1", "augment", step, worker.rank)
-        view = weak_view(batch.image, batch.size, config.augment, random)
+    def __init__(self, config: Config, labelled: Feed) -> None:
+        self._config = config
+        self._labelled = labelled
+
+    @property
+    def waited(self) -> float:
+        return self._labelled.batches.seconds
+
+    def draw(self, step: int) -> StepInputs:
+        config, batch = self._config, next(self._labelled.batches)
+        draws = self._labelled.draws(generator(config.seed, "stage1", "augment", step))
+        view = weak_view(batch.image, batch.size, config.augment, draws)
         image, mask = view.image, view.warp(batch.maps["mask"])
         if config.stage1.strong_view:
-            strong = strong_view(view, config.augment.strong, random)
+            strong = strong_view(view, config.augment.strong, draws)
             image, mask = torch.cat([image, strong.image]), torch.cat([mask, strong.warp(mask)])
-        logits, _ = network(image)
-        terms = {"supervised_loss": losses.supervised_loss(logits, mask)}
-        return losses.total_loss(terms, {"supervised_loss": 1.0}, worker.sum, worker.world_size)
-
-    return step_loss
+        image = laid_out(image, config.training)
+        return StepInputs(image, {"supervised_loss": mask}, {"supervised_loss": 1.0}, batch.image_ids)
 
 
-def _three_task_step(
-    task: StageTask,
-    config: Config,
-    state: TrainState,
-    labelled: Iterator[Batch],
-    unlabelled: Iterator[Batch],
-    worker: Worker,
-) -> StepLoss:
+class ThreeTaskSteps:
     """Stages 2 and 3: w_sup · L_sup + w_con · L_con + w_pm · L_pm."""
-    ramp_up_steps = config.consistency.ramp_up * config.stage(task.stage).steps
 
-    def step_loss(network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        random = generator(config.seed, task.stage, "augment", step, worker.rank)
-        batch_l, batch_u = next(labelled), next(unlabelled)
-        weak_l = weak_view(batch_l.image, batch_l.size, config.augment, random)
-        weak_u = weak_view(batch_u.image, batch_u.size, config.augment, random)
-        strong_u = strong_view(weak_u, config.augment.strong, random)
-        assert state.teacher is not None
-        main, auxiliary = network(torch.cat([weak_l.image, strong_u.image]), with_auxiliary=True)
-        terms = three_losses(
-            main,
-            auxiliary,
-            weak_l.warp(batch_l.maps["mask"]),
-            teacher_targets(state.teacher, weak_l, weak_u, strong_u, config.consistency.confidence_threshold),
-            pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, strong_u, config.pseudo_mask.confidence_threshold),
-        )
+    def __init__(self, stage: str, config: Config, teacher: nn.Module, labelled: Feed, unlabelled: Feed) -> None:
+        self._stage, self._config, self._teacher = stage, config, teacher
+        self._labelled, self._unlabelled = labelled, unlabelled
+        self._ramp_up_steps = config.consistency.ramp_up * config.stage(stage).steps  # type: ignore[arg-type]
+
+    @property
+    def waited(self) -> float:
+        return self._labelled.batches.seconds + self._unlabelled.batches.seconds
+
+    def draw(self, step: int) -> StepInputs:
+        config, random = self._config, generator(self._config.seed, self._stage, "augment", step)
+        batch_l, batch_u = next(self._labelled.batches), next(self._unlabelled.batches)
+        draws_l, draws_u = self._labelled.draws(random), self._unlabelled.draws(random)
+        weak_l = weak_view(batch_l.image, batch_l.size, config.augment, draws_l)
+        weak_u = weak_view(batch_u.image, batch_u.size, config.augment, draws_u)
+        strong_u = strong_view(weak_u, config.augment.strong, draws_u)
+        threshold_c, threshold_p = config.consistency.confidence_threshold, config.pseudo_mask.confidence_threshold
+        targets = {
+            "supervised_loss": weak_l.warp(batch_l.maps["mask"]),
+            "consistency_loss": teacher_targets(self._teacher, weak_l, weak_u, strong_u, threshold_c),
+            "pseudo_mask_loss": pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, strong_u, threshold_p),
+        }
         weights = {
             "supervised_loss": config.supervised.weight,
-            "consistency_loss": config.consistency.weight * ramp_up(step, ramp_up_steps),
+            "consistency_loss": config.consistency.weight * ramp_up(step, self._ramp_up_steps),
             "pseudo_mask_loss": config.pseudo_mask.weight,
         }
-        return losses.total_loss(terms, weights, worker.sum, worker.world_size)
-
-    return step_loss
-
-
-def three_losses(
-    main: Tensor, auxiliary: Tensor, mask: Tensor, teacher_class: Tensor, pseudo_mask: Tensor
-) -> dict[str, LossSum]:
-    """The terms of stages 2 and 3. Logits (N,C,H,W) of [x_l; A x_u]; `mask` (n_l,H,W) of x_l; both other targets (N,H,W)."""
-    return {
-        "supervised_loss": losses.supervised_loss(main[: len(mask)], mask),
-        "consistency_loss": losses.consistency_loss(main, teacher_class),
-        "pseudo_mask_loss": losses.pseudo_mask_loss(auxiliary, pseudo_mask),
-    }
+        image = laid_out(torch.cat([weak_l.image, strong_u.image]), config.training)
+        return StepInputs(image, targets, weights, batch_l.image_ids + batch_u.image_ids)
 
 
 @torch.no_grad()
@@ -259,19 +260,18 @@ def _labelled_and_strong(class_ids: Tensor, labelled: int, strong_u: View) -> Te
     return torch.cat([class_ids[:labelled], strong_u.warp(class_ids[labelled:])])
 
 
-def local_unlabelled(task: StageTask) -> Callable[[int], Iterator[Batch]]:
+def local_unlabelled(task: StageTask) -> Callable[[Share, int], Iterator[Batch]]:
     """Unlabelled batches from a pool held in memory; the source of `--local`."""
 
     config = task.settings()
 
-    def source(first_step: int) -> Iterator[Batch]:
+    def source(share: Share, first_image: int) -> Iterator[Batch]:
         assert task.pool is not None and task.pseudo_masks is not None
         rejects: list[Reject] = []
         pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append)
         if rejects:
             RejectList(rejects).write(storage.join(task.folder, "rejects", "pool.parquet"))
         canvas = pool_canvas(read_index(task.pseudo_masks), config.augment)
-        return batches(pool, config.stage(task.stage).unlabelled_batch, canvas,
-                       (config.seed, task.stage, "unlabelled"), first_step)  # fmt: skip
+        return batches(pool, share, canvas, (config.seed, task.stage, "unlabelled"), first_image)
 
     return source

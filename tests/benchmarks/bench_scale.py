@@ -114,6 +114,7 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     from threestage.on_ray.data import stream_batches, stream_options, unlabelled_stream
     from threestage.on_ray.train import quiet_ray_data
     from threestage.stages import StageTask
+    from threestage.training.checkpoint import Pointer
 
     ray.init(
         "local", num_cpus=os.cpu_count(), dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR
@@ -121,7 +122,7 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     quiet_ray_data()
     with Peaks() as peaks:
         start = time.monotonic()
-        dataset = unlabelled_stream(StageTask.model_validate(task), 0)
+        dataset = unlabelled_stream(StageTask.model_validate(task), Pointer())
         dataset.context.execution_options = stream_options(1)  # as Ray Train does
         shard = dataset.streaming_split(1, equal=True)[0]
         batches = stream_batches(shard, 8, 0, 0)

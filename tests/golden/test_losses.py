@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from threestage.stages import three_losses
-from threestage.training.losses import cross_entropy_sum, keep_confident, supervised_loss, total_loss
+from threestage.training.losses import cross_entropy_sum, keep_confident, supervised_loss, total_loss, valid_pixels
+from threestage.training.step import StepInputs, piece_sums, pieces
 
 
 def logits_for(probabilities: list[list[float]]) -> Tensor:
@@ -15,23 +15,32 @@ def logits_for(probabilities: list[list[float]]) -> Tensor:
     return torch.tensor(probabilities).log()[None, :, None, :]
 
 
-def alone(tensor: Tensor) -> Tensor:
-    return tensor
+class Given(nn.Module):
+    """A network that answers with logits made beforehand, in order."""
+
+    def __init__(self, main: Tensor, auxiliary: Tensor) -> None:
+        super().__init__()
+        self.main, self.auxiliary, self.given = main, auxiliary, 0
+
+    def forward(self, image: Tensor, with_auxiliary: bool) -> tuple[Tensor, Tensor]:
+        rows = slice(self.given, self.given + len(image))
+        self.given += len(image)
+        return self.main[rows], self.auxiliary[rows]
 
 
 def test_supervised_loss_is_the_sum_of_minus_log_p_over_valid_pixels() -> None:
     logits = logits_for([[0.5, 0.25, 0.9], [0.5, 0.75, 0.1]])
-    total, count = supervised_loss(logits, torch.tensor([[[0, 1, 255]]], dtype=torch.uint8))
-    assert total.item() == pytest.approx(-math.log(0.5) - math.log(0.75))
-    assert count.item() == 2
+    mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    assert supervised_loss(logits, mask).item() == pytest.approx(-math.log(0.5) - math.log(0.75))
+    assert valid_pixels(mask).item() == 2
 
 
 def test_nothing_valid_is_zero_and_not_nan() -> None:
     logits = logits_for([[0.5], [0.5]]).requires_grad_()
-    term = cross_entropy_sum(logits, torch.full((1, 1, 1), 255))
-    loss, means = total_loss({"supervised_loss": term}, {"supervised_loss": 1.0}, alone, 1)
+    mask = torch.full((1, 1, 1), 255)
+    loss = total_loss({"l": cross_entropy_sum(logits, mask)}, {"l": valid_pixels(mask)}, {"l": 1.0}, 1)
     loss.backward()
-    assert loss.item() == 0 and means["supervised_loss"].item() == 0
+    assert loss.item() == 0
     assert logits.grad is not None and logits.grad.abs().sum() == 0
 
 
@@ -43,18 +52,23 @@ def test_threshold_keeps_what_reaches_it() -> None:
     assert keep_confident(class_ids, confidence, 0.0).tolist() == [[[1, 1, 1, 1]]]
 
 
-def test_weighted_total_by_hand() -> None:
-    """One labelled and one unlabelled pixel, two classes: L = 0.5 L_sup + 0.25 L_con + 0.25 L_pm."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weighted_total_by_hand(accumulate: int) -> None:
+    """One labelled and one unlabelled pixel, two classes: L = 0.5 L_sup + 0.25 L_con + 0.25 L_pm, whole or in pieces."""
     main = torch.cat([logits_for([[0.8], [0.2]]), logits_for([[0.4], [0.6]])])
     auxiliary = torch.cat([logits_for([[0.5], [0.5]]), logits_for([[0.1], [0.9]])])
-    mask = torch.tensor([[[0]]])
-    terms = three_losses(main, auxiliary, mask, torch.tensor([[[0]], [[1]]]), torch.tensor([[[255]], [[0]]]))
+    targets = {
+        "supervised_loss": torch.tensor([[[0]]]),
+        "consistency_loss": torch.tensor([[[0]], [[1]]]),
+        "pseudo_mask_loss": torch.tensor([[[255]], [[0]]]),
+    }
     weights = {"supervised_loss": 0.5, "consistency_loss": 0.25, "pseudo_mask_loss": 0.25}
-    loss, means = total_loss(terms, weights, alone, 1)
-    assert means["supervised_loss"].item() == pytest.approx(-math.log(0.8))
-    assert means["consistency_loss"].item() == pytest.approx((-math.log(0.8) - math.log(0.6)) / 2)
-    assert means["pseudo_mask_loss"].item() == pytest.approx(-math.log(0.1))
-    assert loss.item() == pytest.approx(
+    inputs = StepInputs(torch.zeros(2, 3, 1, 1), targets, weights, ("a", "b"))
+    counts = {name: valid_pixels(target) for name, target in targets.items()}
+    network, loss = Given(main, auxiliary), 0.0
+    for piece in pieces(2, accumulate):
+        loss += total_loss(piece_sums(network, inputs, piece), counts, weights, 1).item()
+    assert loss == pytest.approx(
         0.5 * -math.log(0.8) + 0.25 * (-math.log(0.8) - math.log(0.6)) / 2 + 0.25 * -math.log(0.1)
     )
 
@@ -63,8 +77,16 @@ def test_two_workers_average_to_the_loss_of_one() -> None:
     """3 valid pixels on one rank and 1 on the other: the mean of both ranks' losses is the mean over 4 pixels."""
     a, b = torch.randn(1, 3, 1, 3), torch.randn(1, 3, 1, 3)
     target_a, target_b = torch.tensor([[[0, 1, 2]]]), torch.tensor([[[2, 255, 255]]])
-    terms = [{"l": cross_entropy_sum(x, t)} for x, t in ((a, target_a), (b, target_b))]
-    everything = torch.stack([torch.stack(tuple(t["l"])) for t in terms]).sum(0, keepdim=True)
-    per_rank = [total_loss(t, {"l": 1.0}, lambda _: everything, 2)[0] for t in terms]
+    counts = {"l": valid_pixels(target_a) + valid_pixels(target_b)}
+    sums = [{"l": cross_entropy_sum(x, t)} for x, t in ((a, target_a), (b, target_b))]
+    per_rank = [total_loss(each, counts, {"l": 1.0}, 2) for each in sums]
     whole = torch.nn.functional.cross_entropy(torch.cat([a, b]), torch.cat([target_a, target_b]), ignore_index=255)
     assert torch.stack(per_rank).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_pieces_cover_the_batch_once() -> None:
+    for images in range(1, 9):
+        for accumulate in range(1, 10):
+            cut = [list(range(images))[piece] for piece in pieces(images, accumulate)]
+            assert [i for piece in cut for i in piece] == list(range(images))
+            assert len(cut) == min(images, accumulate) and all(cut)

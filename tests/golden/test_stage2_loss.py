@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from threestage.augment.views import View
 from threestage.data.batches import Batch
-from threestage.stages import pseudo_mask_targets, teacher_targets, three_losses
-from threestage.training.losses import total_loss
+from threestage.stages import pseudo_mask_targets, teacher_targets
+from threestage.training.losses import total_loss, valid_pixels
+from threestage.training.step import StepInputs, piece_sums
 
 N_L, N_U, C, SIDE = 2, 3, 4, 6
 WEIGHTS = {"supervised_loss": 0.5, "consistency_loss": 0.25, "pseudo_mask_loss": 0.25}
@@ -66,14 +67,12 @@ def test_stage_two_equals_the_reference() -> None:
         }
         return Batch(image, torch.tensor([[SIDE, SIDE]] * len(image)), maps, ("",) * len(image))
 
-    main, auxiliary = student(torch.cat([weak_l.image, strong_u.image]), with_auxiliary=True)
-    assert auxiliary is not None
-    terms = three_losses(
-        main,
-        auxiliary,
-        y_l,
-        teacher_targets(teacher, weak_l, weak_u, strong_u, 0.0),
-        pseudo_mask_targets(batch(x_l, pm_l), batch(x_u, pm_u), weak_l, weak_u, strong_u, 0.0),
-    )
-    loss, _ = total_loss(terms, WEIGHTS, lambda tensor: tensor, 1)
+    targets = {
+        "supervised_loss": y_l,
+        "consistency_loss": teacher_targets(teacher, weak_l, weak_u, strong_u, 0.0),
+        "pseudo_mask_loss": pseudo_mask_targets(batch(x_l, pm_l), batch(x_u, pm_u), weak_l, weak_u, strong_u, 0.0),
+    }
+    inputs = StepInputs(torch.cat([weak_l.image, strong_u.image]), targets, WEIGHTS, ())
+    counts = {name: valid_pixels(target) for name, target in targets.items()}
+    loss = total_loss(piece_sums(student, inputs, slice(None)), counts, WEIGHTS, 1).float()
     torch.testing.assert_close(loss, reference(student, teacher, x_l, x_u, y_l, pm_l, pm_u))

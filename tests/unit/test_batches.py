@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from threestage.data.batches import Batch, Decoded, Order, SampleSet, batches, canvas_size, place, prefetch
+from threestage.data.batches import (
+    Batch,
+    BatchMode,
+    Decoded,
+    Order,
+    SampleSet,
+    batches,
+    canvas_size,
+    place,
+    prefetch,
+    share_of,
+)
 from threestage.data.pool import data_set_files
 from threestage.data.records import load_manifest
 from threestage.data.sets import labelled_set, pool_set, validation_set
@@ -37,18 +48,23 @@ def test_every_pass_is_a_permutation_of_its_own() -> None:
 
 
 def test_batches_from_any_step_equal_those_of_an_undisturbed_run(labelled: SampleSet) -> None:
-    whole = list(islice(batches(labelled, 3, (48, 40), (0, "s")), 6))
-    rest = list(islice(batches(labelled, 3, (48, 40), (0, "s"), first_step=4), 2))
+    whole = list(islice(batches(labelled, share_of(3, "per_worker", 0, 1), (48, 40), (0, "s")), 6))
+    rest = list(islice(batches(labelled, share_of(3, "per_worker", 0, 1), (48, 40), (0, "s"), first_image=12), 2))
     for a, b in zip(whole[4:], rest, strict=True):
         assert (
             a.image_ids == b.image_ids and torch.equal(a.image, b.image) and torch.equal(a.maps["mask"], b.maps["mask"])
         )
 
 
-def test_ranks_share_the_global_batch(labelled: SampleSet) -> None:
-    one = next(batches(labelled, 4, (64, 64), (0, "s")))
-    ranks = [next(batches(labelled, 2, (64, 64), (0, "s"), rank=r, world_size=2)) for r in range(2)]
-    assert one.image_ids == ranks[0].image_ids + ranks[1].image_ids
+@pytest.mark.parametrize(("size", "batch", "workers"), [(2, "per_worker", 2), (4, "global", 2), (4, "global", 3)])
+def test_workers_share_the_global_batch(labelled: SampleSet, size: int, batch: BatchMode, workers: int) -> None:
+    """The same images, cut at the same places, whatever their number."""
+    one = next(batches(labelled, share_of(4, "per_worker", 0, 1), (24, 24), (0, "s"), first_image=4))
+    shares = [share_of(size, batch, rank, workers) for rank in range(workers)]
+    parts = [next(batches(labelled, share, (24, 24), (0, "s"), first_image=4)) for share in shares]
+    assert one.image_ids == tuple(image_id for part in parts for image_id in part.image_ids)
+    assert torch.equal(one.image, torch.cat([part.image for part in parts]))
+    assert max(share.count for share in shares) - min(share.count for share in shares) <= 1
 
 
 def test_small_images_are_padded_and_large_ones_cut() -> None:
@@ -72,12 +88,14 @@ def test_canvas_is_what_the_widest_view_needs(scenes: Path) -> None:
 
 def test_prefetch_gives_all_in_order_and_passes_errors_on(labelled: SampleSet) -> None:
     def failing() -> Iterator[Batch]:
-        yield from islice(batches(labelled, 2, (64, 64), (0, "s")), 3)
+        yield from islice(batches(labelled, share_of(2, "per_worker", 0, 1), (64, 64), (0, "s")), 3)
         raise OSError("disk gone")
 
     source = prefetch(failing(), torch.device("cpu"), depth=1)
     got = [next(source).image_ids for _ in range(3)]
-    assert got == [b.image_ids for b in islice(batches(labelled, 2, (64, 64), (0, "s")), 3)]
+    assert got == [
+        b.image_ids for b in islice(batches(labelled, share_of(2, "per_worker", 0, 1), (64, 64), (0, "s")), 3)
+    ]
     with pytest.raises(OSError, match="disk gone"):
         next(source)
 

@@ -9,14 +9,19 @@ from torch import Generator, Tensor
 
 from threestage.augment import geometry, photometry, views
 from threestage.augment.views import AugmentSettings, StrongSettings, View, strong_view, weak_view
+from threestage.seeds import Draws
 
 CANVAS = (60, 80)
 CROP = (32, 48)
 PLAIN = StrongSettings(operations=0, cutouts=0)
 
 
-def seeded(seed: int = 0) -> Generator:
+def generator(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
+
+
+def seeded(seed: int = 0) -> Draws:
+    return Draws(generator(seed))
 
 
 def coordinates(count: int) -> Tensor:
@@ -31,7 +36,7 @@ def whole(count: int) -> Tensor:
 
 
 def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, *CANVAS), dtype=torch.uint8, generator=seeded(seed))
+    return torch.randint(256, (count, 3, *CANVAS), dtype=torch.uint8, generator=generator(seed))
 
 
 def some_view(count: int = 16, seed: int = 0) -> View:
@@ -156,7 +161,7 @@ def drawn(*names: str, level: int = 5) -> views._Drawn:
 
 
 def test_geometric_operations_act_in_the_order_drawn() -> None:
-    scene = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=seeded()), (60, 90))
+    scene = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=generator()), (60, 90))
     picture = Image.fromarray((scene[0] * 255).byte().permute(1, 2, 0).numpy())
     stepwise = picture.rotate(15).transform(picture.size, Image.Transform.AFFINE, (1, 0.15, 0, 0, 1, 0))
     stepwise = stepwise.transform(picture.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, -5))
@@ -219,14 +224,16 @@ def test_a_seed_gives_the_same_views_and_another_seed_others() -> None:
 def test_no_value_is_read_back_from_the_device_and_the_draws_do_not_depend_on_it() -> None:
     """A tensor on torch's "meta" device has no values: whatever would wait for the device fails here."""
     settings = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5))
-    here, there = seeded(), seeded()
+    random = generator()
+    here = Draws(random)
     labels = torch.zeros(16, *CROP, dtype=torch.uint8)
     strong_view(weak_view(noise(16), whole(16), settings, here), settings.strong, here).warp(labels)
     for sizes in (whole(16), whole(16).to("meta")):
-        there = seeded()
+        random_there = generator()
+        there = Draws(random_there)
         view = strong_view(weak_view(noise(16).to("meta"), sizes, settings, there), settings.strong, there)
         assert view.warp(labels.to("meta")).shape == labels.shape
-        assert torch.equal(here.get_state(), there.get_state())
+        assert torch.equal(random.get_state(), random_there.get_state())
 
 
 @pytest.mark.parametrize("wrong", [{"crop_size": (0, 8)}, {"crop_size": (8, 8), "scale": (1.5, 0.5)}])
@@ -235,3 +242,17 @@ def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
         AugmentSettings.model_validate(wrong)
     with pytest.raises(ValidationError):
         StrongSettings(levels=(5, 2))
+
+
+def test_workers_draw_what_one_worker_draws_for_their_rows() -> None:
+    settings = AugmentSettings(crop_size=CROP, scale=(0.5, 1.5))
+    image, sizes = noise(6), whole(6)
+    alone = seeded()
+    weak = weak_view(image, sizes, settings, alone)
+    whole_batch = strong_view(weak, settings.strong, alone).image
+    parts = []
+    for first, end in ((0, 4), (4, 6)):
+        mine = Draws(generator(), first, 6)
+        view = weak_view(image[first:end], sizes[first:end], settings, mine)
+        parts.append(strong_view(view, settings.strong, mine).image)
+    torch.testing.assert_close(torch.cat(parts), whole_batch)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field, model_validator
-from torch import Generator, Tensor
+from torch import Tensor
 
 from threestage.augment import geometry, photometry
+from threestage.seeds import Draws
 from threestage.settings import Settings
 
 FILL = 0.5
@@ -88,7 +89,7 @@ class View:
         return geometry.gather_labels(labels, index, self.valid)
 
 
-def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, generator: Generator) -> View:
+def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws) -> View:
     """Random scale, crop and flip of canvases `image` uint8 (N,3,H,W), each padded below and right of its `size`.
 
     `size` (N,2) int64 holds the valid height and width, on any device. An image that is scaled to less than the crop
@@ -96,9 +97,9 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, generator:
     to whole pixels; an unscaled image keeps its exact pixels.
     """
     count, crop = len(image), settings.crop_size
-    scale = _draw_scale(count, settings, generator)
-    place = torch.rand(count, 2, generator=generator)
-    flipped = torch.rand(count, generator=generator) < settings.flip_probability
+    scale = _draw_scale(count, settings, draws)
+    place = draws.uniform(count, 2)
+    flipped = draws.uniform(count) < settings.flip_probability
     theta = geometry.compose(
         _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image)).to(image.device, non_blocking=True),
         geometry.horizontal_flip(_to(flipped, image)),
@@ -114,13 +115,13 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, generator:
     return View(view.masked_fill_(~valid[:, None], FILL), valid, theta)
 
 
-def _draw_scale(count: int, settings: AugmentSettings, generator: Generator) -> Tensor:
+def _draw_scale(count: int, settings: AugmentSettings, draws: Draws) -> Tensor:
     """(N,) float32 factors; in steps they are rounded, so that a step that means 1 is exactly 1."""
     least, greatest = settings.scale
     if settings.scale_step == 0:
-        return least + (greatest - least) * torch.rand(count, generator=generator)
+        return least + (greatest - least) * draws.uniform(count)
     steps = int((greatest - least) / settings.scale_step + 1e-6)
-    drawn = torch.randint(steps + 1, (count,), generator=generator)
+    drawn = draws.integers(0, steps + 1, count)
     return torch.round(least + settings.scale_step * drawn.double(), decimals=6).float()
 
 
@@ -134,7 +135,7 @@ def _crop_theta(scale: Tensor, size: Tensor, place: Tensor, crop: geometry.Size,
     return geometry.window(top, left, crop[0] * factor[:, 0], crop[1] * factor[:, 1], source)
 
 
-def strong_view(view: View, settings: StrongSettings, generator: Generator) -> View:
+def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     """A of method.md: RandAugment, then cutout, of a weak view; `theta` leads from the strong crop to the weak one.
 
     Differs from PIL calls one after the other in this: the photometric operations act first, in the order drawn, on
@@ -145,8 +146,8 @@ def strong_view(view: View, settings: StrongSettings, generator: Generator) -> V
     mid-range, but only the latter lose `valid`.
     """
     count, size = len(view.image), _size(view.image)
-    drawn = _draw_operations(count, settings, generator)
-    corners = _draw_cutouts(count, size, settings, generator)
+    drawn = _draw_operations(count, settings, draws)
+    corners = _draw_cutouts(count, size, settings, draws)
     theta = _to(_drawn_theta(drawn, size), view.image)
     image = _apply_photometry(view, drawn)
     index, inside = geometry.nearest_index(theta, size, size)
@@ -172,18 +173,18 @@ class _Drawn:
         return chosen * self.magnitude[:, slot] * self.sign[:, slot]
 
 
-def _draw_operations(count: int, settings: StrongSettings, generator: Generator) -> _Drawn:
+def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> _Drawn:
     shape = (count, settings.operations)
-    operation = torch.randint(len(OPERATIONS), shape, generator=generator)
-    applied = torch.rand(shape, generator=generator) < settings.probability
-    level = torch.randint(settings.levels[0], settings.levels[1] + 1, shape, generator=generator)
-    sign = torch.randint(2, shape, generator=generator) * 2 - 1
+    operation = draws.integers(0, len(OPERATIONS), *shape)
+    applied = draws.uniform(*shape) < settings.probability
+    level = draws.integers(settings.levels[0], settings.levels[1] + 1, *shape)
+    sign = draws.integers(0, 2, *shape) * 2 - 1
     return _Drawn(torch.where(applied, operation, OPERATIONS.index("identity")), level / 10, sign.float())
 
 
-def _draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, generator: Generator) -> Tensor:
+def _draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, draws: Draws) -> Tensor:
     """(N,cutouts,2) float32: the first row and column of each square, whose centre is any pixel of the crop."""
-    centre = torch.floor(torch.rand(count, settings.cutouts, 2, generator=generator) * torch.tensor(size))
+    centre = torch.floor(draws.uniform(count, settings.cutouts, 2) * torch.tensor(size))
     return centre - settings.cutout_size // 2
 
 

@@ -8,10 +8,12 @@ import hashlib
 import math
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from threestage.errors import StageFailure
 from threestage.seeds import derive_seed
 
 DECODED_CACHE_BYTES = 512 * 2**20
+BatchMode = Literal["per_worker", "global"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Batch:
     size: Tensor
     maps: dict[str, Tensor]
     image_ids: tuple[str, ...]
+
+    def first(self, count: int) -> "Batch":
+        maps = {name: value[:count] for name, value in self.maps.items()}
+        return Batch(self.image[:count], self.size[:count], maps, self.image_ids[:count])
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
@@ -110,9 +117,11 @@ def place(
     return np.pad(image, (*padding, (0, 0))), maps, size
 
 
-def stack(samples: Sequence[tuple[str, Decoded]], canvas: tuple[int, int], rng: np.random.Generator) -> Batch:
-    """One batch of the samples, in their order."""
-    placed = [place(decoded, canvas, rng) for _, decoded in samples]
+def stack(
+    samples: Sequence[tuple[str, Decoded]], canvas: tuple[int, int], randoms: Sequence[np.random.Generator]
+) -> Batch:
+    """One batch of the samples, in their order, each placed with a generator of its own."""
+    placed = [place(decoded, canvas, rng) for (_, decoded), rng in zip(samples, randoms, strict=True)]
     image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2).contiguous()
     maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
     return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))
@@ -169,24 +178,60 @@ class Order:
         return int(self._items[offset])
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of a step's global batch that one worker takes."""
+
+    first: int
+    count: int
+    total: int  # images in the global batch
+
+
+def share_of(batch_size: int, batch: BatchMode, rank: int, world_size: int) -> Share:
+    """`per_worker`: every worker takes `batch_size` images; `global`: all together take them, the shares differ by one."""
+    if batch == "per_worker":
+        return Share(rank * batch_size, batch_size, world_size * batch_size)
+    first, end = (batch_size * r // world_size for r in (rank, rank + 1))
+    return Share(first, end - first, batch_size)
+
+
 def batches(
     samples: SampleSet,
-    batch_size: int,
+    share: Share,
     canvas: tuple[int, int],
     seed_place: tuple[int | str, ...],
-    first_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    first_image: int = 0,
 ) -> Iterator[Batch]:
-    """Endless batches from `first_step` on: the global batch of a step is cut into one piece per rank."""
+    """Endless batches: a worker's rows of every global batch, the first of which begins at image `first_image`.
+
+    Which images they are, and where they are cut, depends on their place in the order alone, not on the number of workers.
+    """
     order = Order(len(samples), *seed_place)
     with ThreadPoolExecutor(2) as pool:
-        for step in count(first_step):
-            start = (step * world_size + rank) * batch_size
-            chosen = [order[start + i] for i in range(batch_size)]
-            rng = np.random.default_rng(derive_seed(*seed_place, "canvas", step, rank))
+        for start in count(first_image + share.first, share.total):
+            places = range(start, start + share.count)
+            chosen = [order[place] for place in places]
+            randoms = [np.random.default_rng(derive_seed(*seed_place, "canvas", place)) for place in places]
             decoded = pool.map(samples.decoded, chosen)
-            yield stack([(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)], canvas, rng)
+            named = [(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)]
+            yield stack(named, canvas, randoms)
+
+
+class Timed:
+    """An iterator that sums up how long it was waited for, in seconds."""
+
+    def __init__(self, source: Iterator[Batch]) -> None:
+        self._source = source
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self._source)
+        self.seconds += time.perf_counter() - started
+        return batch
 
 
 def prefetch(source: Iterator[Batch], device: torch.device, depth: int = 3) -> Iterator[Batch]:

@@ -202,7 +202,7 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
-def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
+def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Publish a file whole; a reader sees the old content, or none, until the new one is complete. Creates parents."""
     files, path = filesystem(uri)
     if is_s3(uri):
@@ -224,7 +224,7 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
         raise
 
 
-def _write(files: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
+def _write(files: pafs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer) -> None:
     with files.open_output_stream(path) as stream:
         stream.write(data)
 

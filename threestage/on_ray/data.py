@@ -13,13 +13,14 @@ from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 from threestage.allocator import keep_freed_memory
 from threestage.config import Config
 from threestage.data import storage
-from threestage.data.batches import Batch, Sample, decode_sample, place
+from threestage.data.batches import Batch, Sample, decode_sample, place, share_of
 from threestage.data.pool import PoolFile, load_pool
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import pool_canvas, pool_samples
 from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed
 from threestage.stages import StageTask
+from threestage.training.checkpoint import Pointer
 
 BLOCK_BYTES = 32 * 2**20
 STREAM_BYTES = 512 * 2**20
@@ -30,21 +31,22 @@ MAX_TASKS = 1024
 Arrays = dict[str, np.ndarray]
 
 
-def unlabelled_stream(task: StageTask, first_step: int) -> Dataset:
+def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
-    Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,) int64; image_id. A resumed stage leaves out
-    the files that its pass had consumed; those that were being read then may come again or be missed. The plan grows with
-    the steps of the stage, not with the pool.
+    begin: the checkpoint that the stage goes on from: the files that its pass had consumed are left out; those that were
+    being read then may come again or be missed. Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,)
+    int64; image_id. The plan grows with the steps of the stage, not with the pool.
     """
     assert task.pool is not None and task.pseudo_masks is not None
     config = task.settings()
     files, index = load_pool(task.pool), read_index(task.pseudo_masks)
-    per_step = config.stage(task.stage).unlabelled_batch * config.cluster.workers
+    stage, workers = config.stage(task.stage), config.cluster.most_workers
+    per_step = share_of(stage.unlabelled_batch, config.training.batch, 0, workers).total + workers  # shares rounded up
     lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile; the rest of a batch per worker
-    needed = math.ceil((config.stage(task.stage).steps + 4) * per_step / (1 - lost))
+    needed = begin.unlabelled_images + math.ceil((stage.steps - begin.step + 4) * per_step / (1 - lost))
     rows = [entry.images for entry in index]
-    order = file_order(rows, (config.seed, task.stage), first_step * per_step, needed)
+    order = file_order(rows, (config.seed, task.stage), begin.unlabelled_images, needed)
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
     DataContext.get_current().target_max_block_size = BLOCK_BYTES
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))

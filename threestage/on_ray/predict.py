@@ -23,7 +23,7 @@ TASKS_PER_PREDICTOR = 16
 def predict_pool(
     model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings
 ) -> Iterator[FileReport]:
-    """Predict all files on `cluster.predictors` processes; the report of each comes as soon as it is published.
+    """Predict all files on `cluster.number_of_predictors` processes; the report of each comes as soon as it is published.
 
     An actor that dies is replaced and predicts its files again, but for those that it had published.
     """
@@ -37,7 +37,9 @@ def predict_pool(
         _Predictor,
         batch_size=None,
         fn_constructor_args=(model, task.model_dump(mode="json"), cluster.cpus_per_worker),
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.predictors, len(files)), max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
     )
@@ -51,7 +53,7 @@ def predict_pool(
 def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
     """Few enough that a task holds many files, which follow each other without a pause and keep the plan small; enough
     that the predictors finish together."""
-    return min(files, MAX_TASKS, TASKS_PER_PREDICTOR * cluster.predictors)
+    return min(files, MAX_TASKS, TASKS_PER_PREDICTOR * cluster.number_of_predictors)
 
 
 class _Predictor:

@@ -1,15 +1,68 @@
 """What a run asks of a Ray cluster. Imports no Ray, so that a configuration can be read without it."""
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from threestage.settings import Settings
 
 
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running cluster; none starts one on this machine")
-    workers: int = Field(1, ge=1, description="training processes; every one takes the batch of the stage")
+    workers: int | tuple[int, int] = Field(
+        1, description="training processes; [least, most]: goes on with fewer when nodes are lost, takes new ones in"
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
-    predictors: int = Field(1, ge=1, description="processes that predict pseudo-masks")
-    max_failures: int = Field(3, ge=-1, description="times a stage is restarted from its last checkpoint")
-    start_timeout_s: int = Field(300, ge=1, description="how long to wait for the workers to come up")
+    resources_per_worker: dict[str, float] = Field({}, description="what else a worker takes, in Ray's names: memory …")
+    accelerator: str | None = Field(None, description="type of the GPUs in Ray's names, e.g. H100 or A10G")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="workers on few nodes or on many; STRICT: on one, or each on its own"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
+    sync_batch_norm: bool | None = Field(
+        None, description="batch norm over the images of all workers; null: on GPUs, where batch norm is live"
+    )
+    predictors: int | None = Field(
+        None, ge=1, description="processes that predict pseudo-masks; null: as many as workers"
+    )
+    max_failures: int = Field(3, ge=-1, description="times a stage is restarted from its last checkpoint; -1: always")
+    start_timeout_s: int = Field(300, ge=1, description="how long to wait for resources before the run fails")
+    report_after_s: int = Field(
+        30, ge=1, description="when missing resources are reported, and again each time it has passed"
+    )
+    collective_timeout_s: int = Field(600, ge=1, description="how long workers wait for one that is cut off")
+    hang_after_s: int = Field(300, ge=1, description="without a step, every worker writes its stack to its log")
+    resize_after_s: float = Field(60, ge=0, description="how often an elastic group looks for new nodes")
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def number_of_predictors(self) -> int:
+        return self.predictors or self.most_workers
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What one worker takes, in Ray's names."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker, **gpus, **self.resources_per_worker}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not 1 <= self.least_workers <= self.most_workers:
+            raise ValueError(f"workers={self.workers}: at least 1, or [least, most] with least ≤ most")
+        if self.sync_batch_norm and not self.gpus_per_worker:
+            raise ValueError(
+                "sync_batch_norm=true needs GPUs, torch has none for CPUs: set gpus_per_worker, or sync_batch_norm=null"
+            )
+        if self.backend == "nccl" and not self.gpus_per_worker:
+            raise ValueError("backend=nccl needs GPUs: set gpus_per_worker, or backend=gloo")
+        if not {"CPU", "GPU"}.isdisjoint(self.resources_per_worker):
+            raise ValueError("resources_per_worker: give CPU and GPU as cpus_per_worker and gpus_per_worker")
+        return self

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from threestage import pipeline
 from threestage.config import Config
@@ -20,16 +20,19 @@ from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_options, unlabelled_stream
+from threestage.on_ray.patience import Patience, await_resources
 from threestage.on_ray.predict import predict_pool
+from threestage.on_ray.pulse import News, start_monitor
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.worker import train_worker
 from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask
+from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
 
-TRAIN_NAME = "checkpoints"
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
+STRAY_SECONDS = 60.0  # after which an elastic group that did not start is tried again with what is there then
 
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
@@ -45,9 +48,10 @@ def run_on_ray(
     """Run the three stages on a cluster; returns what results.json holds."""
 
     def run_stage(task: StageTask) -> None:
-        train_on_ray(task, show)
+        train_on_ray(task, show, warn)
 
     def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
+        await_resources("pseudo-masks", config.cluster, warn)
         try:
             yield from predict_pool(model, task, files, config.cluster)
         except ray.exceptions.RayError as error:
@@ -56,7 +60,7 @@ def run_on_ray(
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         if len(items) < 2:
             return map(function, items)
-        return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.predictors)
+        return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.number_of_predictors)
 
     with connected(config.cluster):
         _warn_of_traps(config, out, warn)
@@ -75,8 +79,11 @@ def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine; an existing one is kept."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
+    elastic = cluster.least_workers < cluster.most_workers
+    attempt = min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(attempt))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     quiet_ray_data()
     if ray.is_initialized():
         yield
@@ -86,7 +93,7 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
     if address is not None:
         options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
     else:
-        wanted = int(cluster.workers * cluster.cpus_per_worker + cluster.predictors * cluster.cpus_per_worker)
+        wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted + SPARE_CPUS), "dashboard_host": "127.0.0.1"}
     ray.init(address=address or "local", **options)
     try:
@@ -95,65 +102,110 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def train_on_ray(task: StageTask, show: Show) -> None:
+def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
-    Raises StageFailure with the worker's own words when the stage could not be trained.
+    A worker or a node that is lost costs a restart of the group, which Ray sees to; a lost controller costs a new one.
+    Raises StageFailure with the worker's own words when the stage could not be trained, and when the cluster has had no
+    room for it for `cluster.start_timeout_s`.
     """
+    failures = 0
+    while True:
+        try:
+            _watch_fit(task, partial(show, task.stage), warn)
+            return
+        except ray.train.TrainingFailedError as error:
+            raise StageFailure(f"{task.stage}: {_root_cause(error)}; the same command goes on") from error
+        except ray.exceptions.RayActorError as error:
+            failures += 1
+            if 0 <= task.settings().cluster.max_failures < failures:
+                raise StageFailure(
+                    f"{task.stage}: Ray Train's controller was lost {failures} times: {error}"
+                ) from error
+            warn(f"{task.stage}: Ray Train's controller was lost; the stage goes on from its last checkpoint")
+
+
+def _watch_fit(task: StageTask, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn) -> None:
+    """Ray Train's fit in a thread, while this one passes on what the workers say and reports what is missing."""
     cluster = task.settings().cluster
-    progress = _Progress.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    monitor = start_monitor()
+    trainer = make_trainer(task, monitor)
+    patience = Patience(task.stage, cluster, warn)
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
+        _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
+        if outcome[0] is not None:
+            raise outcome[0]
+    finally:
+        ray.kill(monitor)
+
+
+def _pass_on(
+    news: News, stage: str, patience: Patience, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn
+) -> None:
+    for row in news.rows:
+        show(row)
+    for warning in news.warnings:
+        warn(warning)
+    if news.failure is not None:
+        raise StageFailure(f"{stage}: {news.failure}")
+    patience.look(news.signs)
+
+
+def make_trainer(task: StageTask, monitor: Any) -> TorchTrainer:
+    """Ray Train keeps nothing of ours: the stage's checkpoints are our own files."""
+    cluster = task.settings().cluster
     files, path = storage.filesystem(task.folder)
     datasets = {}
     if task.stage != "stage1":
         # Ray calls it whenever it starts the workers, so that one restarted goes on where the last checkpoint is
         datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
-    trainer = TorchTrainer(
+    elastic = cluster.least_workers < cluster.most_workers
+    return TorchTrainer(
         train_worker,
         train_loop_config={
             "task": task.model_dump(mode="json"),
-            "progress": progress,
+            "monitor": monitor,
             "threads": cluster.cpus_per_worker,
         },
+        torch_config=TorchConfig(
+            backend=None if cluster.backend == "auto" else cluster.backend, timeout_s=cluster.collective_timeout_s
+        ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=(cluster.least_workers, cluster.most_workers) if elastic else cluster.most_workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster),
+            resources_per_worker=cluster.worker_resources,
+            placement_strategy=cluster.placement,
+            accelerator_type=cluster.accelerator,
+            elastic_resize_monitor_interval_s=cluster.resize_after_s,
         ),
         run_config=RunConfig(
-            name=TRAIN_NAME,
+            name="ray_train",
             storage_path=path,
             storage_filesystem=files,
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=-1),
         ),
         datasets=datasets,
-        dataset_config=DataConfig(execution_options=stream_options(cluster.workers)),
+        dataset_config=DataConfig(execution_options=stream_options(cluster.most_workers)),
     )
-    with _shown(progress, lambda row: show(task.stage, row)):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise StageFailure(f"{task.stage}: {_root_cause(error)}") from error
 
 
 def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
-    return unlabelled_stream(task, last_checkpoint_step(task.folder))
-
-
-def _resources(cluster: ClusterSettings) -> dict[str, float]:
-    resources = {"CPU": cluster.cpus_per_worker}
-    return resources | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-
-
-def last_checkpoint_step(folder: str) -> int:
-    """The step of the newest checkpoint that Ray Train's snapshot in a stage's folder names; 0 without one."""
-    snapshot = storage.join(folder, TRAIN_NAME, "checkpoint_manager_snapshot.json")
-    if not storage.exists(snapshot):
-        return 0
-    latest = storage.read_json(snapshot).get("latest_checkpoint_result") or {}
-    return int(latest.get("metrics", {}).get("step", 0))
+    latest = Checkpoints(checkpoint_folder(task.folder)).latest()
+    return unlabelled_stream(task, latest or Pointer())
 
 
 def _root_cause(error: BaseException) -> str:
@@ -174,42 +226,3 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     for library in ("ray.data", "ray.train"):
         logging.getLogger(library).setLevel(logging.WARNING)
-
-
-@ray.remote
-class _Progress:
-    """Rows on their way from the first worker to the driver's screen."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-
-    def push(self, row: dict[str, float]) -> None:
-        self._rows.append(row)
-
-    def take(self) -> list[dict[str, float]]:
-        rows, self._rows = self._rows, []
-        return rows
-
-
-@contextlib.contextmanager
-def _shown(progress: Any, show: Callable[[Mapping[str, float]], None]) -> Iterator[None]:
-    """Show the rows that arrive at the actor while the block runs."""
-    stop = threading.Event()
-
-    def drain() -> None:
-        for row in ray.get(progress.take.remote()):
-            show(row)
-
-    def poll() -> None:
-        while not stop.wait(POLL_SECONDS):
-            drain()
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-        drain()
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(progress)

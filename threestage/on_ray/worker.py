@@ -1,55 +1,83 @@
 """The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
 
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.train import Checkpoint
+from ray.util.metrics import Gauge
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from threestage.allocator import keep_freed_memory
-from threestage.data.batches import Batch
+from threestage.data.batches import Batch, Share
+from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_batches
+from threestage.on_ray.pulse import Pulse
 from threestage.stages import StageTask, train_stage
-from threestage.training.worker import Row
-
-CHECKPOINT_FILE = "state.pt"
+from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's progress actor."""
+    """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's monitor.
+
+    A StageFailure is told to the driver, which ends the stage: trying again would end the same way.
+    """
     keep_freed_memory()
     torch.set_num_threads(max(1, int(arguments["threads"])))
-    task = StageTask.model_validate(arguments["task"])
-    train_stage(task, RayWorker(task, arguments["progress"]))
+    task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
+    if ray.get(monitor.failed.remote()):
+        return
+    context = ray.train.get_context()
+    pulse = Pulse(
+        monitor, task.stage, context.get_world_rank(), context.get_world_size(), task.settings().cluster.hang_after_s
+    )
+    with pulse:
+        try:
+            train_stage(task, RayWorker(task, monitor, pulse))
+        except StageFailure as error:
+            ray.get(monitor.fail.remote(str(error)))
+            raise
 
 
 class RayWorker:
-    """A Worker of a Ray Train group: checkpoints go through ray.train.report, which Ray keeps in the stage's folder."""
+    """A Worker of a Ray Train group. Ray starts the group again when one of it is lost; what it learnt is in the stage's
+    checkpoints, which rank 0 writes."""
 
-    def __init__(self, task: StageTask, progress: Any) -> None:
+    def __init__(self, task: StageTask, monitor: Any, pulse: Pulse) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.checkpoints = Checkpoints(checkpoint_folder(task.folder), task.settings().training.checkpoints_kept)
         self._task = task
-        self._progress = progress
+        self._monitor = monitor
+        self._pulse = pulse
+        self._gauges: dict[str, Gauge] = {}
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return network
-        if self.device.type == "cpu":
-            return DistributedDataParallel(network, broadcast_buffers=False)
-        if self._task.settings().network.batch_norm == "live":
+        config = self._task.settings()
+        synchronised = config.cluster.sync_batch_norm
+        if synchronised is None:
+            synchronised = self.device.type == "cuda" and config.network.batch_norm == "live"
+        if synchronised:
             from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norm layers
 
             network = convert_sync_batchnorm(network)
-        return DistributedDataParallel(network, device_ids=[self.device], broadcast_buffers=False)
+        devices = None if self.device.type == "cpu" else [self.device]
+        return DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def share_buffers(self, network: nn.Module) -> None:
         """Running statistics become their mean over the workers: without SyncBN (CPU) each one sees its own batch only."""
@@ -66,28 +94,47 @@ class RayWorker:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def unlabelled(self, first_step: int) -> Iterator[Batch]:
-        config = self._task.settings()
-        size = config.stage(self._task.stage).unlabelled_batch
-        return stream_batches(ray.train.get_dataset_shard("unlabelled"), size, config.seed, self.rank)
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
-    def latest_checkpoint(self) -> bytes | None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return Path(folder, CHECKPOINT_FILE).read_bytes()
+    def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
+        """From Ray's stream, which was made to begin at that image. It gives all workers the same number of images, so
+        one whose share is smaller passes over the rest."""
+        size = math.ceil(share.total / self.world_size)
+        for batch in stream_batches(
+            ray.train.get_dataset_shard("unlabelled"), size, self._task.settings().seed, self.rank
+        ):
+            yield batch if share.count == size else batch.first(share.count)
 
-    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
-        if self.rank > 0:
-            ray.train.report(dict(row))
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            with open(Path(folder, CHECKPOINT_FILE), "wb") as file:
-                write(file)
-            ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
-        self.log(row)
+    def leaving(self) -> bool:
+        """Ray's own get_preemption_info is a barrier of all workers; the loop agrees by itself, so this only looks."""
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        context = getattr(get_train_context(), "preemption_context", None)
+        return context is not None and context.preemption_info is not None
+
+    def leave(self, step: int) -> None:
+        """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
+        if self.rank == 0:
+            self._monitor.warn.remote(
+                f"{self._task.stage}: a node is about to leave; the checkpoint of step {step} is saved"
+            )
+
+    def doing(self, step: int, what: str) -> None:
+        self._pulse.doing(step, what)
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """Gauges named threestage_…, one series for each rank, on the metrics port of the worker's node."""
+        tags = {"run": self._task.settings().name, "stage": self._task.stage, "rank": str(self.rank)}
+        for name, value in values.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"threestage_{name.replace('/', '_')}", tag_keys=tuple(tags))
+            self._gauges[name].set(value, tags)
 
     def log(self, row: Row) -> None:
         if self.rank == 0:
-            self._progress.push.remote(dict(row))
+            self._monitor.row.remote(dict(row))

@@ -1,15 +1,30 @@
-"""A stage's state: all that a killed stage needs to go on as if nothing had happened."""
+"""A stage's state, and where it is kept: all that a killed stage needs to go on as if nothing had happened.
+
+checkpoints/step-000000500.pt    student, teacher, optimiser, history …: one file, written whole
+checkpoints/latest.json          the one to go on from; written after it
+checkpoints/owner.json           which process may write here
+"""
 
 import io
+import logging
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from threestage.training.worker import Row
+from threestage.data import storage
+from threestage.errors import StageFailure
+from threestage.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
+POINTER, OWNER = "latest.json", "owner.json"
+
+Row = dict[str, float]  # "step" and the values measured there
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -19,7 +34,9 @@ class TrainState:
     student: nn.Module
     teacher: nn.Module | None
     optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     step: int = 0
+    unlabelled_images: int = 0  # of the stream, taken by all workers together
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
 
@@ -28,30 +45,117 @@ class TrainState:
         """The network that the stage delivers: the teacher where there is one."""
         return self.student if self.teacher is None else self.teacher
 
-
-def save_checkpoint(state: TrainState, file: IO[bytes]) -> None:
-    """Write the state into an open file."""
-    torch.save(
-        {
+    def snapshot(self) -> dict[str, Any]:
+        """A copy in host memory that later steps do not change: plain values and tensors."""
+        return {
             "format": FORMAT,
-            "student": state.student.state_dict(),
-            "teacher": None if state.teacher is None else state.teacher.state_dict(),
-            "optimiser": state.optimiser.state_dict(),
-            "step": state.step,
-            "seconds": state.seconds,
-            "history": state.history,
-        },
-        file,
-    )
+            "student": _copied(self.student.state_dict()),
+            "teacher": None if self.teacher is None else _copied(self.teacher.state_dict()),
+            "optimiser": _copied(self.optimiser.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "unlabelled_images": self.unlabelled_images,
+            "seconds": self.seconds,
+            "history": list(self.history),
+        }
+
+    def restore(self, content: bytes) -> None:
+        """Go on from a checkpoint, in place. StageFailure on a format that this version does not know."""
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved["format"] not in (1, FORMAT):
+            raise StageFailure(f"the checkpoint has format {saved['format']}, this version reads 1 and {FORMAT}")
+        self.student.load_state_dict(saved["student"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(saved["teacher"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+        self.unlabelled_images = saved.get("unlabelled_images", 0)
 
 
-def load_checkpoint(state: TrainState, content: bytes) -> None:
-    """Continue from a checkpoint: fills `state` in place. ValueError on a format that this version does not know."""
-    saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if saved["format"] != FORMAT:
-        raise ValueError(f"the checkpoint has format {saved['format']}, this version reads {FORMAT}")
-    state.student.load_state_dict(saved["student"])
-    if state.teacher is not None:
-        state.teacher.load_state_dict(saved["teacher"])
-    state.optimiser.load_state_dict(saved["optimiser"])
-    state.step, state.seconds, state.history = saved["step"], saved["seconds"], saved["history"]
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def not_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether any value of the float tensors is infinite or NaN; reads one number back from the device."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return not bool(torch.stack(torch._foreach_norm(floats)).isfinite().all())
+
+
+def checkpoint_folder(stage_folder: str) -> str:
+    return storage.join(stage_folder, "checkpoints")
+
+
+class Pointer(Settings):
+    """What latest.json says."""
+
+    step: int = 0
+    unlabelled_images: int = 0
+
+
+class Checkpoints:
+    """The checkpoints in a folder. One process writes; any may read.
+
+    Writing happens in a thread beside the training, one checkpoint at a time.
+    """
+
+    def __init__(self, folder: str, keep: int = 2) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._token = secrets.token_hex(8)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def latest(self) -> Pointer | None:
+        """The checkpoint to go on from, or None when the stage has saved none."""
+        uri = storage.join(self._folder, POINTER)
+        return Pointer.model_validate(storage.read_json(uri)) if storage.exists(uri) else None
+
+    def read(self, step: int) -> bytes:
+        return storage.read_bytes(self._uri(step))
+
+    def claim(self) -> None:
+        """From now on this process alone may save here: one that claimed the folder before is refused."""
+        storage.write_json(storage.join(self._folder, OWNER), {"token": self._token})
+
+    def save(self, snapshot: dict[str, Any]) -> None:
+        """Write a snapshot of the state in the background; the one before must be done, and is waited for.
+
+        A checkpoint that cannot be written is named in the log, and the stage goes on: the next one makes up for it.
+        """
+        try:
+            self.wait()
+        except OSError as error:
+            logger.warning("a checkpoint could not be written, the next one will be tried: %s", error)
+        self._writing = self._writer.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        """Until what was saved is written. OSError when it could not be, StageFailure when another process took over."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, snapshot: dict[str, Any]) -> None:
+        content = io.BytesIO()
+        torch.save(snapshot, content)
+        storage.write_bytes(self._uri(snapshot["step"]), content.getbuffer())
+        owner = storage.read_json(storage.join(self._folder, OWNER))["token"]
+        if owner != self._token:
+            raise StageFailure(f"{self._folder}: another process has taken this stage over, this one stops")
+        pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
+        storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
+        for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:
+            storage.delete(self._uri(step))
+
+    def _uri(self, step: int) -> str:
+        return storage.join(self._folder, f"step-{step:09d}.pt")
+
+    def _steps(self) -> list[int]:
+        names = [uri.rsplit("/", 1)[-1] for uri in storage.list_files(self._folder)]
+        return [int(name[5:-3]) for name in names if name.startswith("step-") and name.endswith(".pt")]

@@ -1,8 +1,8 @@
-"""The one training loop. A stage hands it a state, a step and a way to evaluate."""
+"""The one training loop. A stage hands it a state, a source of steps and a way to evaluate."""
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -12,73 +12,150 @@ from torch import Tensor, nn
 from threestage.errors import StageFailure
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
-from threestage.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from threestage.training import losses
+from threestage.training.checkpoint import Row, TrainState, not_finite
 from threestage.training.ema import update_teacher
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor
-from threestage.training.worker import Row, Worker
+from threestage.training.step import StepInputs, StepSource, piece_sums, pieces
+from threestage.training.window import Window, how_to_go_on
+from threestage.training.worker import Worker
+
+NOTICE_LAG = 3  # steps that a GPU may run behind before the loop waits to read its notice
 
 
 class LoopSettings(Settings):
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs that have it, else float32"
+    )
+    channels_last: bool = Field(False, description="memory format of networks and views; faster on GPUs with bfloat16")
+    compile: bool = Field(
+        False, description="torch.compile student and teacher: minutes at a stage's start, faster steps"
+    )
+    batch: Literal["per_worker", "global"] = Field(
+        "per_worker", description="whether a stage's batch sizes are each worker's, or all workers' together"
+    )
+    learning_rate_rule: Literal["none", "sqrt", "linear"] = Field(
+        "none", description="what a per_worker batch multiplies the learning rates by: 1, √workers or workers"
+    )
+    accumulate: int = Field(1, ge=1, description="pieces that a worker computes its batch in, to need less memory")
     log_every: int = Field(50, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps")
+    checkpoints_kept: int = Field(2, ge=1)
     evaluate_every: int = Field(1000, ge=1, description="steps; the last step is always evaluated")
-
-
-# (network to call, step number) → (loss of this worker to differentiate, mean of each term over the global batch)
-StepLoss = Callable[[nn.Module, int], tuple[Tensor, dict[str, Tensor]]]
+    loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
 
 
 def fit(
     state: TrainState,
     worker: Worker,
-    step_loss: StepLoss,
+    source: StepSource,
     evaluate: Callable[[nn.Module], Row],
     *,
     steps: int,
+    images_per_step: int,
     seed_place: tuple[int | str, ...],
     loop: LoopSettings,
     optimiser: OptimiserSettings,
     ema: EmaSettings,
 ) -> None:
-    """Train from the state's step to `steps`. Metrics since the last save are published with the next checkpoint."""
-    network = worker.wrap(state.student).train()
-    window = _Window(worker.device)
+    """Train from the state's step to `steps`. Metrics since the last checkpoint are published with the next one.
+
+    images_per_step: unlabelled ones of all workers. StageFailure, on all workers alike, when the loss is not finite or
+    above the limit.
+    """
+    wrapped = worker.wrap(state.student).train()
+    network = compiled(wrapped, loop)
+    window = Window(worker, state.step, loop.loss_limit)
     dtype = autocast_dtype(loop.precision, worker.device)
+    rate = rate_factor(loop, worker.world_size)
+    notices = _Notices(worker)
     while state.step < steps:
         torch.manual_seed(derive_seed(*seed_place, "torch", state.step, worker.rank))
-        _set_learning_rate(state.optimiser, learning_rate_factor(state.step, steps, optimiser))
+        _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, steps, optimiser))
+        worker.doing(state.step, "data")
         with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
-            loss, means = step_loss(network, state.step)
-        state.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if optimiser.clip_norm is not None:
-            nn.utils.clip_grad_norm_(state.student.parameters(), optimiser.clip_norm)
-        state.optimiser.step()
+            inputs = source.draw(state.step)
+        worker.doing(state.step, "step")
+        pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
+        counts, leaving = notices.agree(pixels)
+        sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
+        _optimise(state, optimiser.clip_norm)
         worker.share_buffers(state.student)
         if state.teacher is not None:
             update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
         state.step += 1
-        window.add(means)
+        state.unlabelled_images += images_per_step
+        window.add(inputs, sums, pixels, counts)
 
         evaluating = state.step % loop.evaluate_every == 0 or state.step == steps
-        saving = state.step % loop.checkpoint_every == 0 or state.step == steps
+        saving = leaving or state.step % loop.checkpoint_every == 0 or state.step == steps
         if evaluating or saving or state.step % loop.log_every == 0:
-            row = window.close(state)
+            row = window.close(state, source.waited)
             if evaluating:
+                worker.doing(state.step, "evaluation")
                 row |= evaluate(state.shipped)
-                network.train()
+                wrapped.train()
             state.history.append(row)
-            if saving:
-                worker.save(row, lambda file: save_checkpoint(state, file))
-            else:
-                worker.log(row)
+            worker.log(row)
+        if saving:
+            worker.doing(state.step, "checkpoint")
+            _save(state, worker)
+        if leaving:
+            worker.checkpoints.wait()
+            worker.leave(state.step)
+
+
+def _backward(
+    wrapped: nn.Module,
+    network: nn.Module,
+    worker: Worker,
+    inputs: StepInputs,
+    counts: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+    accumulate: int,
+) -> dict[str, Tensor]:
+    """Gradients of the whole batch, piece by piece; returns each term's sum over this worker's pixels."""
+    sums = {name: torch.zeros((), device=worker.device, dtype=torch.float64) for name in inputs.targets}
+    cut = list(pieces(len(inputs.image), accumulate))
+    for number, piece in enumerate(cut, 1):
+        with nullcontext() if number == len(cut) else worker.hold_gradients(wrapped):
+            with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
+                found = piece_sums(network, inputs, piece)
+                loss = losses.total_loss(found, counts, inputs.weights, worker.world_size)
+            scaler.scale(loss).backward()
+        for name, value in found.items():
+            sums[name] += value.detach()
+    return sums
+
+
+def _optimise(state: TrainState, clip_norm: float | None) -> None:
+    if clip_norm is not None:
+        state.scaler.unscale_(state.optimiser)
+        nn.utils.clip_grad_norm_(state.student.parameters(), clip_norm)
+    state.scaler.step(state.optimiser)
+    state.scaler.update()
+    state.optimiser.zero_grad(set_to_none=True)
+
+
+def _save(state: TrainState, worker: Worker) -> None:
+    """A checkpoint that can be gone on from: weights that are not finite are not saved (on all workers alike)."""
+    if not_finite(state.student.parameters()):
+        raise StageFailure(
+            f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}"
+        )
+    if worker.rank == 0:
+        worker.checkpoints.save(state.snapshot())
 
 
 def resume(state: TrainState, worker: Worker) -> None:
-    """Continue from the worker's last checkpoint, if it has one."""
-    if (content := worker.latest_checkpoint()) is not None:
-        load_checkpoint(state, content)
+    """Continue from the stage's last checkpoint, if it has one: the one that rank 0 sees."""
+    latest = worker.checkpoints.latest()
+    if worker.rank == 0:
+        worker.checkpoints.claim()
+    step = worker.gather(None if latest is None else latest.step)[0]
+    if step is not None:
+        state.restore(worker.checkpoints.read(step))
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -89,44 +166,68 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return getattr(torch, precision)
 
 
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Keeps float16 gradients from vanishing; does nothing in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=autocast_dtype(precision, device) == torch.float16)
+
+
+def compiled(network: nn.Module, loop: LoopSettings) -> nn.Module:
+    """The network as it is called, of the same parameters."""
+    return torch.compile(network) if loop.compile else network  # type: ignore[return-value]
+
+
+def laid_out(image: Tensor, loop: LoopSettings) -> Tensor:
+    """The views in the memory format of the networks."""
+    return image.contiguous(memory_format=torch.channels_last) if loop.channels_last else image
+
+
+def rate_factor(loop: LoopSettings, world_size: int) -> float:
+    """What the learning rates are multiplied by: a global batch keeps its size whatever the number of workers."""
+    if loop.batch == "global":
+        return 1.0
+    return {"none": 1.0, "sqrt": math.sqrt(world_size), "linear": float(world_size)}[loop.learning_rate_rule]
+
+
 def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-class _Window:
-    """Means of the loss terms since the last row; they stay on the device until a row is written."""
+class _Notices:
+    """The workers' one agreement per step: global pixel counts, and whether any of them has been told to leave.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
+    Every rank hears of a notice in the same step. A GPU's answer is read NOTICE_LAG steps late, so that nothing waits.
+    """
 
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._start = time.monotonic()
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._heard = False
 
-    def add(self, means: dict[str, Tensor]) -> None:
-        self._steps += 1
-        for name, value in means.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def agree(self, pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """Valid pixels of the global batch by term; True once, when a notice has come."""
+        told = torch.full((), float(self._worker.leaving()), dtype=torch.float64, device=self._worker.device)
+        *counts, notices = self._worker.sum(torch.stack([*pixels.values(), told])).unbind()
+        return dict(zip(pixels, counts, strict=True)), self._news(notices)
 
-    def close(self, state: TrainState) -> Row:
-        """The row of the steps since the last one. StageFailure when a loss is not finite."""
-        values = torch.stack(list(self._sums.values())).tolist()
-        row = {name: value / self._steps for name, value in zip(self._sums, values, strict=True)}
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise StageFailure(
-                    f"{name} became {value} between steps {state.step - self._steps} and {state.step}: "
-                    "lower optimiser.learning_rate, set optimiser.clip_norm, or go on from the last checkpoint by rerunning"
-                )
-        elapsed = time.monotonic() - self._start
-        state.seconds += elapsed
-        row |= {
-            "step": state.step,
-            "steps_per_second": self._steps / elapsed,
-            "learning_rate": state.optimiser.param_groups[0]["lr"],
-        }
-        self._reset()
-        return row
+    def _news(self, notices: Tensor) -> bool:
+        self._waiting.append(_on_its_way(notices))
+        if len(self._waiting) <= (NOTICE_LAG if notices.is_cuda else 0):
+            return False
+        value, arrived = self._waiting.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        news = bool(value > 0) and not self._heard
+        self._heard = self._heard or news
+        return news
+
+
+def _on_its_way(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The value in host memory, and the event after which it is there."""
+    if not value.is_cuda:
+        return value, None
+    host = torch.empty_like(value, device="cpu", pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

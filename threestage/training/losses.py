@@ -1,11 +1,10 @@
-"""The three losses of one step, as sums and counts so that any number of workers gives the same mean.
+"""The three losses of one step, as sums and counts so that any number of workers and pieces gives the same mean.
 
 Stage 1:     L = L_sup                                               (method.md, "Stage 1")
 Stage 2, 3:  L = w_sup · L_sup + w_con · L_con + w_pm · L_pm          (method.md, "Stage 2")
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +13,32 @@ from torch import Tensor
 from threestage import IGNORE_INDEX
 
 
-class LossSum(NamedTuple):
-    """A loss before its mean is taken: both are scalars on the device."""
+def cross_entropy_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target], in nats, over the pixels whose target is not 255.
 
-    total: Tensor  # sum of the cross-entropy over the valid pixels, in nats
-    pixels: Tensor  # number of valid pixels, float32
-
-
-def cross_entropy_sum(logits: Tensor, target: Tensor) -> LossSum:
-    """Sum of -log softmax(logits)[target] over the pixels whose target is not 255.
-
-    logits: (N,C,H,W) of any float type, computed in float32; target: (N,H,W) class ids of any integer type.
-    A batch without a valid pixel gives (0, 0), never NaN.
+    logits: (N,C,H,W) of any float type, computed in float32 at least; target: (N,H,W) class ids of any integer type.
+    A batch without a valid pixel gives 0, never NaN.
     """
-    total = F.cross_entropy(logits.float(), target.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return LossSum(total, (target != IGNORE_INDEX).sum().float())
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def supervised_loss(main_logits: Tensor, mask: Tensor) -> LossSum:
+def valid_pixels(target: Tensor) -> Tensor:
+    """Number of pixels of (N,H,W) that count, float64 on the device: sums over any number of workers stay exact."""
+    return (target != IGNORE_INDEX).sum().double()
+
+
+def supervised_loss(main_logits: Tensor, mask: Tensor) -> Tensor:
     """L_sup = CE(g(x_l), y_l); (N,C,H,W) against (N,H,W). Void and padding (255) do not count."""
     return cross_entropy_sum(main_logits, mask)
 
 
-def consistency_loss(main_logits: Tensor, teacher_class: Tensor) -> LossSum:
+def consistency_loss(main_logits: Tensor, teacher_class: Tensor) -> Tensor:
     """L_con = CE([g(x_l); g(A x_u)], [argmax T(x_l); W argmax T(x_u)]), both stacked along N."""
     return cross_entropy_sum(main_logits, teacher_class)
 
 
-def pseudo_mask_loss(auxiliary_logits: Tensor, pseudo_mask: Tensor) -> LossSum:
+def pseudo_mask_loss(auxiliary_logits: Tensor, pseudo_mask: Tensor) -> Tensor:
     """L_pm = CE([ĝ(x_l); ĝ(A x_u)], [ŷ_l; W ŷ_u]), both stacked along N; only the auxiliary head sees ŷ."""
     return cross_entropy_sum(auxiliary_logits, pseudo_mask)
 
@@ -58,24 +55,12 @@ def keep_confident(class_ids: Tensor, confidence: Tensor, confidence_threshold: 
 
 
 def total_loss(
-    terms: Mapping[str, LossSum],
-    weights: Mapping[str, float],
-    sum_over_workers: Callable[[Tensor], Tensor],
-    world_size: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scalar to differentiate on this worker, and each term's mean over the valid pixels of the global batch.
+    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float], world_size: int
+) -> Tensor:
+    """The scalar to differentiate: Σ w · sum / count · world_size, over this worker's sums and the global counts.
 
-    DDP averages gradients over the workers, so each worker's sum is divided by the global count and multiplied by
-    `world_size`; with one worker that is the plain mean.
+    DDP averages gradients over the workers, hence the factor `world_size`; with one worker each term is its plain mean.
+    The sums may be those of a piece of the batch: gradients of all pieces add up to that of the whole.
     """
-    sums = torch.stack([torch.stack([term.total.detach(), term.pixels]) for term in terms.values()])
-    totals, counts = sum_over_workers(sums).clamp(min=0).unbind(dim=1)
-    counts = counts.clamp(min=1)
-    loss = torch.stack(
-        [
-            weights[name] * term.total * world_size / count
-            for (name, term), count in zip(terms.items(), counts, strict=True)
-        ]
-    ).sum()
-    means = dict(zip(terms, totals / counts, strict=True))
-    return loss, means
+    terms = [weights[name] * world_size * total / counts[name].clamp(min=1) for name, total in sums.items()]
+    return torch.stack(terms).sum()

@@ -1,16 +1,19 @@
 """What the training loop needs from its surroundings, and the version of it for a single process."""
 
-import io
+import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Protocol
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from threestage.data import storage
-from threestage.data.batches import Batch
-
-Row = dict[str, float]  # "step" and the values measured there
+from threestage.data.batches import Batch, Share
+from threestage.errors import StageFailure
+from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
 
 
 class Worker(Protocol):
@@ -19,24 +22,37 @@ class Worker(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: Checkpoints
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network as it is called in a step: gradients averaged over the workers, batch norm synchronised."""
 
+    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        """Inside it, backward passes add to this worker's gradients without averaging: for all pieces but the last."""
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over all workers."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each worker has to say (plain values), by rank."""
 
     def share_buffers(self, network: nn.Module) -> None:
         """Make the network's running statistics the same on all workers."""
 
-    def unlabelled(self, first_step: int) -> Iterator[Batch]:
-        """This worker's share of the unlabelled batches from `first_step` on."""
+    def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
+        """This worker's share of the unlabelled batches, from that image of the stream on."""
 
-    def latest_checkpoint(self) -> bytes | None:
-        """The last checkpoint, or None when the stage has not saved one."""
+    def leaving(self) -> bool:
+        """Whether a worker of the stage has been told that it will soon be taken away."""
 
-    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
-        """Keep what `write` puts into a file as the checkpoint of row["step"]; only rank 0's counts."""
+    def leave(self, step: int) -> None:
+        """What follows from the notice, once the checkpoint of `step` is written."""
+
+    def doing(self, step: int, what: str) -> None:
+        """Where the loop is, for whoever watches it."""
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """Figures of this worker alone since the last row, for the cluster's metrics."""
 
     def log(self, row: Row) -> None:
         """Show how far the stage is. Losing it loses nothing."""
@@ -47,7 +63,7 @@ def default_device() -> torch.device:
 
 
 class LocalWorker:
-    """A Worker that is alone: checkpoints lie in `<folder>/checkpoints`, the newest two are kept."""
+    """A Worker that is alone. A SIGTERM is its notice: the stage saves a checkpoint and stops."""
 
     rank = 0
     world_size = 1
@@ -55,40 +71,63 @@ class LocalWorker:
     def __init__(
         self,
         folder: str,
-        unlabelled: Callable[[int], Iterator[Batch]],
+        keep: int,
+        unlabelled: Callable[[Share, int], Iterator[Batch]],
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
     ) -> None:
         self.device = default_device()
-        self._checkpoints = storage.join(folder, "checkpoints")
+        self.checkpoints = Checkpoints(checkpoint_folder(folder), keep)
         self._unlabelled = unlabelled
         self._show = show
+        self._told = threading.Event()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM is a notice inside it, where the interpreter allows a handler (in its main thread)."""
+
+        def told(number: int, frame: FrameType | None) -> None:
+            self._told.set()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, told)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
 
+    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def share_buffers(self, network: nn.Module) -> None:
         pass
 
-    def unlabelled(self, first_step: int) -> Iterator[Batch]:
-        return self._unlabelled(first_step)
+    def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
+        return self._unlabelled(share, first_image)
 
-    def latest_checkpoint(self) -> bytes | None:
-        saved = self._saved()
-        return storage.read_bytes(saved[-1]) if saved else None
+    def leaving(self) -> bool:
+        return self._told.is_set()
 
-    def save(self, row: Row, write: Callable[[IO[bytes]], None]) -> None:
-        content = io.BytesIO()
-        write(content)
-        storage.write_bytes(storage.join(self._checkpoints, f"step-{int(row['step']):09d}.pt"), content.getvalue())
-        for old in self._saved()[:-2]:
-            storage.delete(old)
-        self.log(row)
+    def leave(self, step: int) -> None:
+        raise StageFailure(
+            f"stopped by SIGTERM; the checkpoint of step {step} is saved, the same command goes on from it"
+        )
+
+    def doing(self, step: int, what: str) -> None:
+        pass
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        pass
 
     def log(self, row: Row) -> None:
         self._show(row)
-
-    def _saved(self) -> list[str]:
-        return storage.list_files(self._checkpoints)

@@ -1,0 +1,55 @@
+"""The guard of a local cluster, without Ray: what was started goes, whatever happens to the process that started it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.local import Guard, members, split_cpus
+
+ROOT = Path(__file__).parents[2]
+# Starts a shell with a child in a session of its own, as a Ray job has, and prints the guard's and the shell's ids.
+STARTER = """
+import os, sys, time
+from pathlib import Path
+from cluster.local import Guard
+guard = Guard(Path(sys.argv[1]))
+(guard.ray_folder / "node1" / "session_2026" / "logs").mkdir(parents=True)
+(guard.ray_folder / "node1" / "session_2026" / "logs" / "raylet.out").write_text("kept")
+pid = guard.start(["sh", "-c", "setsid sleep 1000 & sleep 1000"], dict(os.environ), Path(sys.argv[1]) / "logs" / "sh.log")
+print(guard._undo.pid, pid, guard.ray_folder, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_the_nodes_share_evenly_and_the_head_has_the_rest() -> None:
+    assert split_cpus(8, 2) == (2, 3)
+    assert split_cpus(3, 2) == (1, 1)
+    for cpus, nodes in ((2, 2), (8, 0)):
+        with pytest.raises(ValueError, match=f"{cpus} CPUs and {nodes} nodes"):
+            split_cpus(cpus, nodes)
+
+
+def test_nothing_outlives_a_killed_process(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        guard, shell, ray_folder = process.stdout.readline().split()
+        _until(lambda: len(members({int(shell)})) == 3)
+        started = members({int(shell)})
+        with pytest.raises(RuntimeError, match="belongs to a running cluster"):
+            Guard(tmp_path)
+        process.kill()
+    _until(lambda: not members({int(guard), *started}))
+    assert not Path(ray_folder).exists()
+    assert (tmp_path / "logs" / "node1" / "raylet.out").read_text() == "kept"
+
+
+def _until(condition, limit_s: float = 20) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

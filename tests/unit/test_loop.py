@@ -1,0 +1,171 @@
+"""The loop with batches made beforehand: pieces, precisions, divergence, notices, and what a checkpoint brings back."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fixed_steps import FixedSteps, network, new_state
+from threestage.data.batches import Batch, Share
+from threestage.errors import StageFailure
+from threestage.training.checkpoint import Row, TrainState
+from threestage.training.loop import LoopSettings, fit, rate_factor, resume
+from threestage.training.schedule import EmaSettings, OptimiserSettings
+from threestage.training.step import StepInputs
+from threestage.training.worker import LocalWorker
+
+STEPS = 20
+
+
+class Poisoned(FixedSteps):
+    """Step 7 holds an image that is not finite."""
+
+    def draw(self, step: int) -> StepInputs:
+        inputs = super().draw(step)
+        return replace(inputs, image=inputs.image * float("inf")) if step == 6 else inputs
+
+
+def worker(folder: Path, rows: list[Row] | None = None) -> LocalWorker:
+    def none(share: Share, first_image: int) -> Iterator[Batch]:
+        return iter(())
+
+    return LocalWorker(str(folder), 2, none, lambda row: None if rows is None else rows.append(dict(row)))
+
+
+def train(state: TrainState, where: LocalWorker, source: Any = None, steps: int = STEPS, **loop: Any) -> TrainState:
+    resume(state, where)
+    fit(
+        state, where, source or FixedSteps(), lambda shipped: {"mean_iou": 0.5}, steps=steps, images_per_step=4,
+        seed_place=(0,), loop=LoopSettings(**({"log_every": 5, "checkpoint_every": 10, "evaluate_every": 10} | loop)),
+        optimiser=OptimiserSettings(learning_rate=1e-3), ema=EmaSettings(),
+    )  # fmt: skip
+    where.checkpoints.wait()
+    return state
+
+
+def parameters(state: TrainState) -> Tensor:
+    return torch.cat([parameter.detach().float().flatten() for parameter in state.student.parameters()])
+
+
+def test_a_stage_that_goes_on_ends_where_an_undisturbed_one_ends(tmp_path: Path) -> None:
+    whole = train(new_state(), worker(tmp_path / "whole"))
+    train(new_state(), worker(tmp_path / "killed"), steps=13)
+    again = new_state()
+    resume(again, worker(tmp_path / "killed"))
+    assert again.step == 13 and again.unlabelled_images == 13 * 4
+    train(again, worker(tmp_path / "killed"))
+    assert torch.equal(parameters(whole), parameters(again))
+    assert [row["step"] for row in again.history] == [5, 10, 13, 15, 20]
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """DDP is told not to look for parameters without one."""
+    student, inputs = network(), FixedSteps().draw(0)
+    main, auxiliary = student(inputs.image, with_auxiliary=True)
+    (main.sum() + auxiliary.sum()).backward()
+    assert [name for name, value in student.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 9])
+def test_pieces_give_the_gradients_of_the_whole_batch(tmp_path: Path, accumulate: int) -> None:
+    whole = train(new_state(network().double()), worker(tmp_path / "whole"), FixedSteps(dtype=torch.float64))
+    pieces = train(
+        new_state(network().double()),
+        worker(tmp_path / "pieces"),
+        FixedSteps(dtype=torch.float64),
+        accumulate=accumulate,
+    )
+    torch.testing.assert_close(parameters(pieces), parameters(whole), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns(tmp_path: Path, precision: str) -> None:
+    state = train(new_state(precision=precision), worker(tmp_path), precision=precision)
+    assert state.history[-1]["supervised_loss"] < state.history[0]["supervised_loss"]
+    again = new_state(precision=precision)
+    resume(again, worker(tmp_path))
+    assert again.scaler.state_dict() == state.scaler.state_dict() and again.scaler.is_enabled() == (
+        precision == "float16"
+    )
+
+
+def test_channels_last_is_the_same_to_rounding(tmp_path: Path) -> None:
+    plain = train(new_state(), worker(tmp_path / "plain"), steps=5)
+    student = network().to(memory_format=torch.channels_last)
+    other = train(new_state(student), worker(tmp_path / "other"), steps=5)
+    torch.testing.assert_close(parameters(other), parameters(plain), rtol=1e-2, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_step_images_and_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(
+        StageFailure, match=r"became nan in step 7, with the images image0, image1, .*good checkpoint is of step 5"
+    ):
+        train(new_state(), worker(tmp_path), Poisoned(), checkpoint_every=5)
+
+
+def test_an_exploding_loss_stops_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(StageFailure, match=r"above training.loss_limit=0.1 in step 1,.*no checkpoint was saved before"):
+        train(new_state(), worker(tmp_path), loss_limit=0.1)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Breaking(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 15:
+                next(state.student.parameters()).data[0] = float("nan")
+            inputs = super().draw(step)
+            silent = {name: torch.full_like(target, 255) for name, target in inputs.targets.items()}
+            return replace(inputs, targets=silent)  # no loss shows what the weights are
+
+    state = new_state()
+    with pytest.raises(StageFailure, match="last good checkpoint is of step 10"):
+        train(state, worker(tmp_path), Breaking())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == ["step-000000010.pt"]
+
+
+def test_a_sigterm_saves_a_checkpoint_at_once_and_stops(tmp_path: Path) -> None:
+    class Terminated(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().draw(step)
+
+    where = worker(tmp_path)
+    with where.listening(), pytest.raises(StageFailure, match="stopped by SIGTERM; the checkpoint of step 4 is saved"):
+        train(new_state(), where, Terminated())
+    again = new_state()
+    resume(again, worker(tmp_path))
+    assert again.step == 4 and [row["step"] for row in again.history] == [4]
+
+
+def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:
+    rows: list[Row] = []
+    state = train(new_state(), worker(tmp_path, rows), steps=10)
+    assert rows == state.history and [row["step"] for row in rows] == [5, 10]
+    last = rows[-1]
+    assert last["images_per_second"] == pytest.approx(6 * last["steps_per_second"])
+    assert last["data_wait_seconds"] == 0 and last["memory_bytes"] > 2**20 and last["workers"] == 1
+    assert 0.5 < last["kept_share/supervised"] < 0.7
+    assert last["step_seconds"] == pytest.approx(1 / last["steps_per_second"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [({}, 1), ({"learning_rate_rule": "sqrt"}, 2), ({"learning_rate_rule": "linear"}, 4),
+     ({"learning_rate_rule": "linear", "batch": "global"}, 1)],
+)  # fmt: skip
+def test_learning_rate_rule(settings: dict[str, Any], factor: float) -> None:
+    assert rate_factor(LoopSettings(**settings), 4) == factor
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
+    plain = train(new_state(), worker(tmp_path / "plain"), steps=5)
+    fast = train(new_state(), worker(tmp_path / "fast"), steps=5, compile=True)
+    torch.testing.assert_close(parameters(fast), parameters(plain), rtol=1e-2, atol=1e-4)

@@ -1,0 +1,83 @@
+"""Waiting for a cluster to have room, never in silence: what is asked, what there is, and an end to it."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import ray
+
+from threestage.errors import StageFailure
+from threestage.on_ray.pulse import BEAT_SECONDS, Sign
+from threestage.on_ray.settings import ClusterSettings
+
+SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
+Warn = Callable[[str], None]
+
+
+class Patience:
+    """With the workers of a stage: reports when none is there, and when one of them stands still.
+
+    The clock runs while no worker gives a sign of life: at the start, and when Ray has to start the group again.
+    """
+
+    def __init__(self, stage: str, cluster: ClusterSettings, warn: Warn) -> None:
+        self._stage, self._cluster, self._warn = stage, cluster, warn
+        self._alone_since = time.time()
+        self._next_report_s = float(cluster.report_after_s)
+        self._named: set[tuple[int, int]] = set()
+
+    def look(self, signs: Mapping[int, tuple[Sign, float]]) -> None:
+        """Raises StageFailure after `start_timeout_s` without a worker."""
+        newest = max((arrived for _, arrived in signs.values()), default=0.0)
+        if time.time() - newest < SILENCE_SECONDS:
+            self._alone_since, self._next_report_s = newest, float(self._cluster.report_after_s)
+            self._name_the_hung([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
+            return
+        waited = time.time() - self._alone_since
+        if waited > self._cluster.start_timeout_s:
+            raise StageFailure(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
+        if waited > self._next_report_s:
+            self._warn(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
+            self._next_report_s += self._cluster.report_after_s
+
+    def _name_the_hung(self, signs: list[Sign]) -> None:
+        """The worker that the others wait for is the one that came to where it is last."""
+        stalled = [sign for sign in signs if sign.seconds > self._cluster.hang_after_s]
+        if len(stalled) < len(signs):
+            return
+        late = min(stalled, key=lambda sign: (sign.step, sign.doing == "step", -sign.seconds))
+        if (late.rank, late.step) not in self._named:
+            self._named.add((late.rank, late.step))
+            self._warn(
+                f"{self._stage} has stood still for {late.seconds:.0f} s: rank {late.rank} of {late.world_size} on {late.node} "
+                f"is at step {late.step}, {late.doing}; every worker has written its stacks to its log"
+            )
+
+
+def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
+    """Until a node of the cluster could hold one predictor. Reports and raises like Patience."""
+    start = time.time()
+    next_report_s = float(cluster.report_after_s)
+    while not _fits(cluster.worker_resources):
+        waited = time.time() - start
+        if waited > cluster.start_timeout_s:
+            raise StageFailure(_missing(what, cluster, waited, 1))
+        if waited > next_report_s:
+            warn(_missing(what, cluster, waited, 1))
+            next_report_s += cluster.report_after_s
+        time.sleep(1)
+
+
+def _fits(resources: Mapping[str, float]) -> bool:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in alive)
+
+
+def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    asked = ", ".join(f"{name} {amount:g}" for name, amount in cluster.worker_resources.items())
+    has = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in cluster.worker_resources)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return (
+        f"{what}: waiting for {waited:.0f} s for {workers} × ({asked}); the cluster has {has} on {nodes} nodes: add nodes, "
+        "or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
+    )

@@ -1,0 +1,114 @@
+"""Signs of life: what the workers of a stage tell the driver, and what a worker that stands still says of itself."""
+
+import faulthandler
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+BEAT_SECONDS = 2.0
+
+
+class Sign(NamedTuple):
+    """Of one worker: where it is, and for how many seconds it has been there."""
+
+    rank: int
+    world_size: int
+    node: str
+    step: int
+    doing: str
+    seconds: float
+
+
+class News(NamedTuple):
+    """What has come since the last time, and the latest sign of each worker of the group, with its time of arrival."""
+
+    rows: list[dict[str, float]]
+    warnings: list[str]
+    failure: str | None
+    signs: dict[int, tuple[Sign, float]]
+
+
+@ray.remote
+class _Monitor:
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._warnings: list[str] = []
+        self._failure: str | None = None
+        self._signs: dict[int, tuple[Sign, float]] = {}
+
+    def row(self, row: dict[str, float]) -> None:
+        self._rows.append(row)
+
+    def warn(self, text: str) -> None:
+        self._warnings.append(text)
+
+    def fail(self, text: str) -> None:
+        self._failure = self._failure or text
+
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def sign(self, sign: Sign) -> None:
+        self._signs[sign.rank] = (sign, time.time())
+
+    def news(self) -> News:
+        news = News(self._rows, self._warnings, self._failure, self._signs)
+        self._rows, self._warnings = [], []
+        return news
+
+
+def start_monitor() -> Any:
+    """An actor on the driver's own node: it is lost only with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Monitor.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class Pulse:
+    """A context in a worker: a thread that tells the monitor every BEAT_SECONDS where the loop is.
+
+    When it has been at one place for `hang_after_s`, the stacks of all its threads go to the worker's log, under a line
+    that names the rank, once for each place.
+    """
+
+    def __init__(self, monitor: Any, stage: str, rank: int, world_size: int, hang_after_s: float) -> None:
+        self._monitor, self._stage, self._rank, self._world_size = monitor, stage, rank, world_size
+        self._hang_after_s = hang_after_s
+        self._node = ray.util.get_node_ip_address()
+        self._place: tuple[int, str, float] = (0, "start", time.monotonic())
+        self._dumped: tuple[int, str, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def doing(self, step: int, what: str) -> None:
+        self._place = (step, what, time.monotonic())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+
+    def _beat(self) -> None:
+        while True:
+            place = self._place
+            step, what, since = place
+            seconds = time.monotonic() - since
+            self._monitor.sign.remote(Sign(self._rank, self._world_size, self._node, step, what, seconds))
+            if seconds > self._hang_after_s and place != self._dumped:
+                self._dumped = place
+                print(
+                    f"threestage: {self._stage} rank {self._rank} of {self._world_size} on {self._node} has stood still for "
+                    f"{seconds:.0f} s: step {step}, {what}; its stacks:",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            if self._stop.wait(BEAT_SECONDS):
+                return
