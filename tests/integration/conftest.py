@@ -32,6 +32,7 @@ def ray_cluster(s3_of_session: str) -> Iterator[None]:
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # so that a test need not wait for it
     ray.init("local", num_cpus=8, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

@@ -1,6 +1,9 @@
 """Workers of a Ray Train group: what they compute together, what they say, and what stops them."""
 
 import io
+import re
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from tests.conftest import tiny_config
 from tests.fixed_steps import FixedSteps, network, new_state
 from threestage.data.batches import Batch, Share
 from threestage.data.split import Split
+from threestage.errors import StageFailure
+from threestage.on_ray import train as on_ray
 from threestage.on_ray.pulse import Pulse, start_monitor
 from threestage.on_ray.worker import RayWorker
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, TrainState, checkpoint_folder
 from threestage.training.loop import fit, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
+from threestage.training.step import StepInputs
 from threestage.training.worker import LocalWorker, Worker
 
 pytestmark = [
@@ -29,8 +35,8 @@ pytestmark = [
 ]
 
 
-def new_task(folder: Path) -> StageTask:
-    config = tiny_config(folder, training={"log_every": 5, "checkpoint_every": 10, "evaluate_every": 20})
+def new_task(folder: Path, **changes: Any) -> StageTask:
+    config = tiny_config(folder, training={"log_every": 5, "checkpoint_every": 10, "evaluate_every": 20}, **changes)
     split = Split(labelled=("a",), validation=("b",), validation_split="val")
     return StageTask(
         stage="stage2", config=config.model_dump(mode="json"), manifest_version=1, split=split, folder=str(folder),
@@ -38,12 +44,12 @@ def new_task(folder: Path) -> StageTask:
     )  # fmt: skip
 
 
-def train(worker: Worker, task: StageTask) -> TrainState:
+def train(worker: Worker, task: StageTask, steps: type[FixedSteps] = FixedSteps) -> TrainState:
     """20 steps of fixed inputs in float64 with frozen batch norm."""
     state = new_state(network().double())
     resume(state, worker)
     fit(
-        state, worker, FixedSteps(worker.rank, worker.world_size, torch.float64), lambda shipped: {"mean_iou": 0.5},
+        state, worker, steps(worker.rank, worker.world_size, torch.float64), lambda shipped: {"mean_iou": 0.5},
         steps=20, images_per_step=4, seed_place=(0,), loop=task.settings().training,
         optimiser=OptimiserSettings(learning_rate=1e-3, clip_norm=1.0), ema=EmaSettings(),
     )  # fmt: skip
@@ -52,14 +58,14 @@ def train(worker: Worker, task: StageTask) -> TrainState:
     return state
 
 
-def train_fixed(arguments: dict[str, Any]) -> None:
+def train_fixed(arguments: dict[str, Any], steps: type[FixedSteps] = FixedSteps) -> None:
     import ray.train
 
     torch.set_num_threads(1)
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     context = ray.train.get_context()
-    with Pulse(monitor, "stage2", context.get_world_rank(), context.get_world_size(), 60) as pulse:
-        train(RayWorker(task, monitor, pulse), task)
+    with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
+        train(RayWorker(task, monitor, pulse), task, steps)
 
 
 def run_group(function: Callable[[dict[str, Any]], None], task: StageTask, workers: int) -> Any:
@@ -97,3 +103,72 @@ def test_two_workers_equal_one(ray_cluster: None, tmp_path: Path) -> None:
         assert theirs["kept_share/consistency"] == mine["kept_share/consistency"] and theirs["workers"] == 2
     assert [row["step"] for row in news.rows] == [5, 10, 15, 20] and news.failure is None
     assert {(sign.rank, sign.world_size) for sign, _ in news.signs.values()} == {(0, 2), (1, 2)}
+
+
+class Stalling(FixedSteps):
+    """Its images do not come for 12 s in step 7."""
+
+    def draw(self, step: int) -> StepInputs:
+        if step == 7 and self.rank == 1:
+            time.sleep(12)
+        return super().draw(step)
+
+
+def train_stalling(arguments: dict[str, Any]) -> None:
+    train_fixed(arguments, Stalling)
+
+
+def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_rank(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    metrics: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        metrics.append(scraped())
+
+    monkeypatch.setattr(on_ray, "train_worker", train_stalling)
+    cluster = {"workers": 2, "hang_after_s": 5, "report_after_s": 100}
+    task = new_task(tmp_path, cluster=cluster).model_copy(update={"stage": "stage1"})  # no stream to wait for
+    on_ray.train_on_ray(task, lambda stage, row: None, warn)
+
+    assert len(warnings) == 1, warnings
+    assert re.search(r"stage1 has stood still for \d+ s: rank 1 of 2 on \S+ is at step 7, data;", warnings[0])
+    for rank in ("0", "1"):
+        assert re.search(rf'threestage_images_per_second{{[^}}]*rank="{rank}"[^}}]*}} [1-9]', metrics[0])
+    stacks = [log.read_text(errors="replace") for log in Path("/tmp/ray/session_latest/logs").glob("worker-*.err")]
+    assert any("stage1 rank 1 of 2 on" in text and "in draw" in text for text in stacks)
+
+
+def scraped() -> str:
+    """What the nodes of the cluster export."""
+    import ray
+
+    ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes()]
+    pages = [urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10).read() for host, port in ports]
+    return b"".join(pages).decode()
+
+
+def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
+    optimiser = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    config = tiny_config(scenes, cluster={"workers": 2}, optimiser=optimiser)
+    rows: list[object] = []
+    with pytest.raises(
+        StageFailure, match=r"^stage1: supervised_loss became (nan|inf) in step 2, with the images (train\S+,? ?){4};"
+    ):
+        on_ray.run_on_ray(config, str(tmp_path), lambda stage, row: rows.append(row), print)
+    assert rows == [], "a second try would begin at step 0 again"
+
+
+def test_what_is_asked_and_not_there_is_reported_and_ends_the_run(
+    ray_cluster: None, scenes: Path, tmp_path: Path
+) -> None:
+    cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "report_after_s": 2, "start_timeout_s": 7}
+    warnings: list[str] = []
+    with pytest.raises(
+        StageFailure, match=r"stage1: waiting for \d+ s for 2 × \(CPU 1, fpga 1\); the cluster has CPU 8 \("
+    ):
+        on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, warnings.append)
+    waiting = [warning for warning in warnings if "waiting for" in warning]
+    assert len(waiting) >= 2 and "fpga 0 (0 free) on 1 nodes: add nodes" in waiting[0]

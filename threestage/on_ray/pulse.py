@@ -4,11 +4,15 @@ import faulthandler
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import ray
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from threestage.stages import StageTask
 
 BEAT_SECONDS = 2.0
 
@@ -69,15 +73,19 @@ def start_monitor() -> Any:
 
 
 class Pulse:
-    """A context in a worker: a thread that tells the monitor every BEAT_SECONDS where the loop is.
+    """A context in a worker: a thread that tells the monitor every BEAT_SECONDS where the loop is, and the cluster's
+    metrics what it measured.
 
     When it has been at one place for `hang_after_s`, the stacks of all its threads go to the worker's log, under a line
     that names the rank, once for each place.
     """
 
-    def __init__(self, monitor: Any, stage: str, rank: int, world_size: int, hang_after_s: float) -> None:
-        self._monitor, self._stage, self._rank, self._world_size = monitor, stage, rank, world_size
-        self._hang_after_s = hang_after_s
+    def __init__(self, monitor: Any, task: StageTask, rank: int, world_size: int) -> None:
+        config = task.settings()
+        self._monitor, self._stage, self._rank, self._world_size = monitor, task.stage, rank, world_size
+        self._hang_after_s = config.cluster.hang_after_s
+        self._gauges = _Gauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
+        self._measured: dict[str, float] = {}
         self._node = ray.util.get_node_ip_address()
         self._place: tuple[int, str, float] = (0, "start", time.monotonic())
         self._dumped: tuple[int, str, float] | None = None
@@ -86,6 +94,10 @@ class Pulse:
 
     def doing(self, step: int, what: str) -> None:
         self._place = (step, what, time.monotonic())
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """The worker's figures since its last row, for the cluster's metrics."""
+        self._measured = dict(values)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -101,14 +113,34 @@ class Pulse:
             place = self._place
             step, what, since = place
             seconds = time.monotonic() - since
+            self._gauges.set(self._measured)
             self._monitor.sign.remote(Sign(self._rank, self._world_size, self._node, step, what, seconds))
             if seconds > self._hang_after_s and place != self._dumped:
                 self._dumped = place
-                print(
+                sys.stderr.write(
                     f"threestage: {self._stage} rank {self._rank} of {self._world_size} on {self._node} has stood still for "
-                    f"{seconds:.0f} s: step {step}, {what}; its stacks:",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    f"{seconds:.0f} s: step {step}, {what}; its stacks:\n"
+                )
+                sys.stderr.flush()
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             if self._stop.wait(BEAT_SECONDS):
                 return
+
+
+class _Gauges:
+    """Ray metrics named threestage_…, one series for each rank, on the metrics port of the worker's node.
+
+    Ray exports what was set since its last export, so they are set again with every beat.
+    """
+
+    def __init__(self, tags: dict[str, str]) -> None:
+        self._tags = tags
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name not in self._gauges:
+                label = name.replace("/", "_")
+                about = f"{name} of a stage since its last row"  # without a description Ray exports nothing
+                self._gauges[name] = Gauge(f"threestage_{label}", about, tuple(self._tags))
+            self._gauges[name].set(value, self._tags)

@@ -11,7 +11,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.util.metrics import Gauge
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,10 +34,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if ray.get(monitor.failed.remote()):
         return
     context = ray.train.get_context()
-    pulse = Pulse(
-        monitor, task.stage, context.get_world_rank(), context.get_world_size(), task.settings().cluster.hang_after_s
-    )
-    with pulse:
+    with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
         try:
             train_stage(task, RayWorker(task, monitor, pulse))
         except StageFailure as error:
@@ -58,7 +54,6 @@ class RayWorker:
         self._task = task
         self._monitor = monitor
         self._pulse = pulse
-        self._gauges: dict[str, Gauge] = {}
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -128,12 +123,7 @@ class RayWorker:
         self._pulse.doing(step, what)
 
     def measured(self, values: Mapping[str, float]) -> None:
-        """Gauges named threestage_…, one series for each rank, on the metrics port of the worker's node."""
-        tags = {"run": self._task.settings().name, "stage": self._task.stage, "rank": str(self.rank)}
-        for name, value in values.items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(f"threestage_{name.replace('/', '_')}", tag_keys=tuple(tags))
-            self._gauges[name].set(value, tags)
+        self._pulse.measured(values)
 
     def log(self, row: Row) -> None:
         if self.rank == 0:
