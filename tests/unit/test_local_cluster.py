@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_nothing_outlives_a_killed_process(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "node1" / "raylet.out").read_text() == "kept"
 
 
-def _until(condition, limit_s: float = 20) -> None:  # type: ignore[no-untyped-def]
+def _until(condition: Callable[[], bool], limit_s: float = 20) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline

@@ -32,7 +32,7 @@ from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_fold
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
-STRAY_SECONDS = 60.0  # after which an elastic group that did not start is tried again with what is there then
+STRAY_SECONDS = 12.0  # after which an elastic group that found no room is tried again with what is there then
 
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 

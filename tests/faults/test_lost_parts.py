@@ -1,0 +1,205 @@
+"""A run with two workers on a cluster of several nodes with S3, of which parts are lost for good or for a while.
+
+Each test prints how long it took to train again (`pytest -s`); docs/reliability.md holds the measured times.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.local import Cluster, local_cluster
+from tests.conftest import tiny_config
+from tests.faults.looking_on import Run, assert_published_once, node_with_worker, processes_of
+from threestage.config import Config
+from threestage.data import storage
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("default"),
+]
+
+ONE_PER_NODE = {"memory": 0.6 * 0.7 * psutil.virtual_memory().total}  # more than half of what Ray gives to a node
+GOAL_S = 30  # from the loss of a node to training again
+STEPS = {"stage1": 150, "stage2": 500}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Head and two nodes; a test that takes one away gives another back."""
+    with local_cluster(tmp_path_factory.mktemp("cluster"), nodes=2, cpus=8) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def in_the_clusters_environment(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def data(cluster: Cluster, scenes: Path) -> str:
+    """The scenes on S3."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        for uri in storage.list_files(str(scenes)):
+            copy = uri.replace(storage.absolute(str(scenes)), "s3://bucket/data")
+            storage.write_bytes(copy, storage.read_bytes(uri))
+    return "s3://bucket/data"
+
+
+def config_for(data: str, **cluster: Any) -> Config:
+    """Two stages; a row every 10 steps, a checkpoint every 50; the same batches for any number of workers."""
+    return tiny_config(
+        Path("unused"), data={"root": data, "labelled": 16}, stages=2, cluster={"placement": "SPREAD", **cluster},
+        optimiser={"learning_rate": 2e-3, "encoder_learning_rate": 2e-3, "schedule": "poly"},
+        stage1={"steps": STEPS["stage1"], "labelled_batch": 4},
+        stage2={"steps": STEPS["stage2"], "warm_start": True, "labelled_batch": 4, "unlabelled_batch": 4},
+        training={"batch": "global", "log_every": 10, "checkpoint_every": 50, "evaluate_every": 500},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
+    """Stage 2's mean IoU of runs that nothing happens to: the mean of two seeds and the noise between them."""
+    scores = []
+    for seed in (0, 1):
+        config = config_for(data, workers=2).model_copy(update={"seed": seed})
+        run = Run(config, f"s3://bucket/undisturbed{seed}", cluster.environment, tmp_path_factory.mktemp("log") / "log")
+        scores.append(run.wait_for_end()["stage2"]["mean_iou"])
+    print(f"\nundisturbed: {scores}")
+    return sum(scores) / 2, max(0.05, 2 * abs(scores[0] - scores[1]))
+
+
+class Case:
+    """One disturbed run: started, waited for, judged."""
+
+    def __init__(self, cluster: Cluster, config: Config, name: str, folder: Path) -> None:
+        self.cluster, self.config, self.name = cluster, config, name
+        self._folder = folder
+        self.run = self.start()
+
+    def start(self) -> Run:
+        """The same command, again."""
+        return Run(self.config, f"s3://bucket/{self.name}", self.cluster.environment, self._folder / "log")
+
+    def half_way(self) -> None:
+        self.run.wait_for_step("stage2", 150)
+
+    def judge(self, undisturbed: tuple[float, float], fault: float) -> float:
+        """The seconds to train again, after every assertion that holds for any fault."""
+        score = self.run.wait_for_end()["stage2"]["mean_iou"]
+        assert_published_once(self.run)
+        expected, noise = undisturbed
+        recovery = self.run.recovery_s("stage2", fault)
+        print(
+            f"\n{self.name}: training again after {recovery:.1f} s, mean IoU {score:.3f} (undisturbed {expected:.3f} ± {noise:.3f})"
+        )
+        assert abs(score - expected) <= noise
+        return recovery
+
+
+def test_a_worker_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+    case = Case(cluster, config_for(data, workers=2), "worker", tmp_path)
+    case.half_way()
+    fault = time.time()
+    os.kill(processes_of(node_with_worker(cluster), "ray::RayTrainWorker")[0], signal.SIGKILL)
+    assert case.judge(undisturbed, fault) <= GOAL_S
+
+
+def test_a_node_is_lost_and_replaced(
+    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+) -> None:
+    """A group of three, one worker on every node: it needs the replacement."""
+    case = Case(cluster, config_for(data, workers=3, resources_per_worker=ONE_PER_NODE), "node_replaced", tmp_path)
+    case.half_way()
+    fault = time.time()
+    node_with_worker(cluster).kill()
+    cluster.add_node()
+    assert case.judge(undisturbed, fault) <= GOAL_S
+
+
+def test_a_node_is_lost_and_the_group_goes_on_without_it(
+    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+) -> None:
+    config = config_for(data, workers=[1, 3], resources_per_worker=ONE_PER_NODE)
+    case = Case(cluster, config, "node_elastic", tmp_path)
+    case.half_way()
+    fault = time.time()
+    node_with_worker(cluster).kill()
+    recovery = case.judge(undisturbed, fault)
+    assert {said["row"]["workers"] for said in case.run.rows("stage2")} == {2, 3}
+    cluster.add_node()
+    assert recovery <= GOAL_S
+
+
+def test_ray_trains_controller_is_killed(
+    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+) -> None:
+    case = Case(cluster, config_for(data, workers=2), "controller", tmp_path)
+    case.half_way()
+    fault = time.time()
+    os.kill(processes_of(cluster.head, "ray::TrainController")[0], signal.SIGKILL)
+    case.judge(undisturbed, fault)
+    assert any("controller was lost" in warning for warning in case.run.warnings())
+
+
+def test_the_driver_is_killed_and_the_same_command_given_again(
+    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+) -> None:
+    case = Case(cluster, config_for(data, workers=2), "driver", tmp_path)
+    case.half_way()
+    before = [said["row"]["step"] for said in case.run.rows("stage2")][-1]
+    case.run.kill()
+    fault = time.time()
+    case.run = case.start()
+    case.run.wait_for_step("stage2", 1)
+    first = case.run.rows("stage2")[0]
+    print(f"\ndriver: training again after {first['time'] - fault:.1f} s")
+    assert not case.run.rows("stage1") and before - 60 <= first["row"]["step"] <= before + 20
+    case.judge(undisturbed, fault)
+
+
+def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+    """The run's folder is the record: nothing waits for MLflow, and the same command fills it when it is back."""
+    assert cluster.mlflow is not None
+    case = Case(cluster, config_for(data, workers=2), "mlflow", tmp_path)
+    case.half_way()
+    fault = time.time()
+    cluster.mlflow.kill()
+    try:
+        case.judge(undisturbed, fault)
+        assert any("not registered" in warning for warning in case.run.warnings())
+    finally:
+        cluster.mlflow.start()
+    case.run = case.start()
+    case.run.wait_for_end()
+    assert not any("not registered" in warning for warning in case.run.warnings())
+
+
+def test_a_node_is_preempted(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+    """SIGTERM to a node: a checkpoint is saved at once, training goes on there until the node is gone, and then elsewhere."""
+    case = Case(cluster, config_for(data, workers=2), "preempted", tmp_path)
+    case.half_way()
+    node = node_with_worker(cluster)
+    fault = time.time()
+    node.preempt()
+    cluster.add_node()
+    while node.alive():
+        time.sleep(0.2)
+    gone = time.time()
+    case.judge(undisturbed, gone)
+    notice = next(warning for warning in case.run.warnings() if "about to leave" in warning)
+    step = int(notice.rsplit("step ", 1)[1].split()[0])
+    saved = next(said["time"] for said in case.run.said if said.get("warning") == notice)
+    print(
+        f"\npreempted: checkpoint of step {step} saved {saved - fault:.1f} s after the notice; gone {gone - fault:.1f} s after it"
+    )
+    assert saved - fault < 10
