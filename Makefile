@@ -4,10 +4,15 @@ BIN := .venv/bin
 OUT ?= runs/demo-$(SEED)
 SEED ?= 0
 
-.PHONY: demo test test-slow lint types unit integration clean
+NODES ?= 2
+
+.PHONY: demo cluster test test-slow lint types unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
+
+cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
+	$(BIN)/python cluster/local.py --nodes $(NODES)
 
 test: lint types unit integration  ## everything that CI runs
 

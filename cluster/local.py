@@ -15,6 +15,7 @@ the guard, which undoes it when its pipe closes. `ray stop` is never called: it 
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import random
 import secrets
@@ -426,17 +427,20 @@ def local_cluster(
     head_environment: Environment | None = None,
     node_environment: Environment | None = None,
     object_store_mb: int = 200,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[Cluster]:
     """A cluster for as long as the context is open.
 
     `cpus` are the logical CPUs of head and nodes together; `s3` is the environment of an endpoint to use in place of one
-    of its own; `head_environment` and `node_environment` are added to what those processes have; the object store is
-    per node. Raises ValueError for impossible numbers, RuntimeError with the end of its log for what did not start.
+    of its own; `head_environment` and `node_environment` are added to what those processes have; the object store and
+    `resources`, in names of one's own, are those of each node. Raises ValueError for impossible numbers, RuntimeError
+    with the end of its log for what did not start.
     """
     head_cpus, node_cpus = split_cpus(cpus, nodes)
     with contextlib.closing(Guard(Path(folder).resolve())) as guard:
         network = Namespaces(guard) if namespaces else Loopback()
-        cluster = Cluster(guard, network, [f"--object-store-memory={object_store_mb * 1_000_000}"])
+        options = [f"--object-store-memory={object_store_mb * 1_000_000}", f"--resources={json.dumps(resources or {})}"]
+        cluster = Cluster(guard, network, options)
         if s3 is None:
             cluster.launch_s3()
         else:

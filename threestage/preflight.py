@@ -48,7 +48,7 @@ def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, vali
 def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:
     workers = config.cluster.most_workers
     shared = config.training.batch == "global"
-    if shared and size < workers:
+    if shared and 0 < size < workers:
         raise InputError(
             f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers): at least one "
             "image for each"

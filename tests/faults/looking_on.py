@@ -40,9 +40,10 @@ class Run:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"time"'):
-                self.said.append(json.loads(line))
+        with self.process.stdout as lines:
+            for line in lines:
+                if line.startswith('{"time"'):
+                    self.said.append(json.loads(line))
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         return [said for said in list(self.said) if said.get("stage") == stage]

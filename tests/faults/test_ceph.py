@@ -1,23 +1,19 @@
 """A real S3 store, Ceph's gateway: it refuses wrong keys and bare uploads, which stores made for tests take."""
 
-import contextlib
 import os
 import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
 
+from tests.ceph import Gateway, ceph_gateway, needs_ceph
 from tests.conftest import tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
@@ -28,54 +24,13 @@ from threestage.data import storage
 from threestage.data.storage import StorageSettings
 from threestage.data.synthetic import write_scenes
 
-SCRIPT = Path(__file__).parents[3] / "shared" / "tools" / "ceph_rgw.sh"
-missing = [name for name in ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin") if not shutil.which(name)]
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not SCRIPT.is_file(), reason=f"needs {SCRIPT.name}, which starts Ceph on one machine"),
-    pytest.mark.skipif(bool(missing), reason=f"needs Ceph: {', '.join(missing)} not found"),
-]
-
-
-class Gateway(NamedTuple):
-    endpoint: str
-    key_id: str
-    secret: str
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), *needs_ceph]
 
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Gateway]:
-    """Ceph in a folder of its own (of a short name: it holds sockets), with one user; everything ends with the module."""
-    folder, port = Path(tempfile.mkdtemp(prefix="ceph-")), free_port()
-    keys = Gateway(f"http://127.0.0.1:{port}", secrets.token_hex(10).upper(), secrets.token_hex(20))
-    environment = {**os.environ, "CEPH_DIR": str(folder / "data"), "CEPH_CONF": str(folder / "data" / "ceph.conf")}
-    user = ["user", "create", "--uid=test", "--display-name=test"]
-    try:
-        _run(["bash", str(SCRIPT), "init"], {**environment, "PORT": str(port)}, folder / "init.log")
-        user += [f"--access-key={keys.key_id}", f"--secret-key={keys.secret}"]
-        _run(["radosgw-admin", *user], environment, folder / "user.log")
-        yield keys
-    finally:
-        _stop(folder / "data" / "run")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _run(command: list[str], environment: dict[str, str], log: Path) -> None:
-    """Run to the end of the command, which may leave daemons behind that hold its output open."""
-    with log.open("w") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=300)
-    assert done.returncode == 0, log.read_text()[-3000:]
-
-
-def _stop(run: Path) -> None:
-    for name in ("client.rgw", "osd.0", "mgr.x", "mon.a"):
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-            pid = int((run / f"{name}.pid").read_text())
-            os.kill(pid, signal.SIGKILL)
-            while Path(f"/proc/{pid}").exists():
-                time.sleep(0.05)
+    with ceph_gateway() as gateway:
+        yield gateway
 
 
 @pytest.fixture

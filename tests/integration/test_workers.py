@@ -119,7 +119,7 @@ def train_stalling(arguments: dict[str, Any]) -> None:
 
 
 def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_rank(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tmp_path: Path
 ) -> None:
     warnings: list[str] = []
     metrics: list[str] = []
@@ -128,10 +128,9 @@ def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_ra
         warnings.append(text)
         metrics.append(scraped())
 
-    monkeypatch.setattr(on_ray, "train_worker", train_stalling)
     cluster = {"workers": 2, "hang_after_s": 5, "report_after_s": 100}
     task = new_task(tmp_path, cluster=cluster).model_copy(update={"stage": "stage1"})  # no stream to wait for
-    on_ray.train_on_ray(task, lambda stage, row: None, warn)
+    on_ray.train_on_ray(task, lambda stage, row: None, warn, train_stalling)
 
     assert len(warnings) == 1, warnings
     assert re.search(r"stage1 has stood still for \d+ s: rank 1 of 2 on \S+ is at step 7, data;", warnings[0])

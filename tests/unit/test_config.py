@@ -21,6 +21,13 @@ from threestage.errors import InputError
         ("augment.crop_size=[50, 64]", "augment.crop_size=[50, 64]: both sides must be multiples of 8"),
         ("data.labelled=1.5", "data.labelled=1.5: should be a valid integer"),
         ("ema.decay=[[5, 0.9]]", "first steps must rise from 0"),
+        ("cluster.workers=[3, 2]", "workers=(3, 2): at least 1, or [least, most]"),
+        ("cluster.workers=0", "workers=0: at least 1"),
+        ("cluster.workers=many", "cluster.workers='many': should be a valid integer"),
+        ("cluster.sync_batch_norm=true", "sync_batch_norm=true needs GPUs"),
+        ("cluster.backend=nccl", "backend=nccl needs GPUs"),
+        ("cluster.resources_per_worker={GPU: 1}", "give CPU and GPU as cpus_per_worker and gpus_per_worker"),
+        ("training.batch=all", "training.batch='all': should be 'per_worker' or 'global'"),
         ("x=1", "x=1: unknown key; valid here: augment, cluster"),
         ("stage1=5", "stage1=5:"),
         ("stage1.steps.more=5", "stage1.steps.more=5"),
@@ -57,6 +64,19 @@ def test_every_preset_loads_and_says_what_it_is() -> None:
     for name, header in preset_headers().items():
         load(name)
         assert "command:" in header and "cost:" in header, f"{name}: the header names its command and its cost"
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    fixed, elastic = load("demo", ["cluster.workers=3"]).cluster, load("demo", ["cluster.workers=[2, 5]"]).cluster
+    assert (fixed.least_workers, fixed.most_workers, fixed.number_of_predictors) == (3, 3, 3)
+    assert (elastic.least_workers, elastic.most_workers, elastic.number_of_predictors) == (2, 5, 5)
+
+
+def test_keys_that_came_later_count_when_they_are_used(tmp_path: Path) -> None:
+    """Runs that began without them go on with their defaults."""
+    before = stage_keys(tiny_config(tmp_path), "stage1")
+    after = stage_keys(tiny_config(tmp_path, training__batch="global", training__compile=True), "stage1")
+    assert {key: after[key] for key in after if before.get(key) != after[key]} == {"training.batch": "global"}
 
 
 def test_a_stage_depends_on_what_it_computes_with_only(tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) ->
             {"stage1__labelled_batch": 9},
             r"stage1.labelled_batch=9 on cluster.workers=1 is more than the 8 labelled images",
         ),
+        (
+            {"training__batch": "global", "cluster__workers": [1, 3]},
+            r"stage1.labelled_batch=2 with training.batch=global is shared by up to 3 workers",
+        ),
+        ({"training__batch": "global", "stage1__labelled_batch": 9}, r"stage1.labelled_batch=9 is more than the 8 lab"),
         ({"stage2__unlabelled_batch": 99}, r"stage2.unlabelled_batch=99 .* more than the 40 unlabelled"),
         ({"data__labelled": 99}, r"data.labelled is 99, but .* has 40 labelled train images"),
         ({"network__encoder": "test_resnt"}, r"network.encoder: timm knows no 'test_resnt'; did you mean test_resnet"),

@@ -1,5 +1,6 @@
 """Waiting for a cluster to have room, never in silence: what is asked, what there is, and an end to it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 
@@ -53,8 +54,28 @@ class Patience:
             )
 
 
+class Membership:
+    """Tells Ray of nodes that have come or gone: an elastic group is started by what Ray's coordinator of resources knows,
+    and that looks only every 20 s."""
+
+    def __init__(self) -> None:
+        self._alive = _alive_nodes()
+
+    def look(self) -> None:
+        if (alive := _alive_nodes()) == self._alive:
+            return
+        self._alive = alive
+        with contextlib.suppress(ValueError):  # no coordinator yet
+            coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+            coordinator.get_reserved_resources.remote("threestage", recompute=True)
+
+
+def _alive_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
-    """Until a node of the cluster could hold one predictor. Reports and raises like Patience."""
+    """Until the cluster has room for one predictor. Reports and raises like Patience."""
     start = time.time()
     next_report_s = float(cluster.report_after_s)
     while not _fits(cluster.worker_resources):
@@ -68,8 +89,10 @@ def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
 
 
 def _fits(resources: Mapping[str, float]) -> bool:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in alive)
+    """Whether a node could hold them, and so much is free."""
+    alive, free = [node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources()
+    possible = any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in alive)
+    return possible and all(free.get(name, 0) >= amount for name, amount in resources.items())
 
 
 def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:

@@ -20,7 +20,7 @@ from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_options, unlabelled_stream
-from threestage.on_ray.patience import Patience, await_resources
+from threestage.on_ray.patience import Membership, Patience, await_resources
 from threestage.on_ray.predict import predict_pool
 from threestage.on_ray.pulse import News, start_monitor
 from threestage.on_ray.settings import ClusterSettings
@@ -32,8 +32,9 @@ from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_fold
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
-STRAY_SECONDS = 12.0  # after which an elastic group that found no room is tried again with what is there then
+STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
 
+TrainWorker = Callable[[dict[str, Any]], None]
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 
@@ -102,9 +103,10 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn) -> None:
+def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
+    function: what every worker runs.
     A worker or a node that is lost costs a restart of the group, which Ray sees to; a lost controller costs a new one.
     Raises StageFailure with the worker's own words when the stage could not be trained, and when the cluster has had no
     room for it for `cluster.start_timeout_s`.
@@ -112,7 +114,7 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn) -> None:
     failures = 0
     while True:
         try:
-            _watch_fit(task, partial(show, task.stage), warn)
+            _watch_fit(task, partial(show, task.stage), warn, function)
             return
         except ray.train.TrainingFailedError as error:
             raise StageFailure(f"{task.stage}: {_root_cause(error)}; the same command goes on") from error
@@ -125,12 +127,14 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn) -> None:
             warn(f"{task.stage}: Ray Train's controller was lost; the stage goes on from its last checkpoint")
 
 
-def _watch_fit(task: StageTask, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn) -> None:
+def _watch_fit(
+    task: StageTask, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn, function: TrainWorker
+) -> None:
     """Ray Train's fit in a thread, while this one passes on what the workers say and reports what is missing."""
     cluster = task.settings().cluster
     monitor = start_monitor()
-    trainer = make_trainer(task, monitor)
-    patience = Patience(task.stage, cluster, warn)
+    trainer = make_trainer(task, monitor, function)
+    patience, membership = Patience(task.stage, cluster, warn), Membership()
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -145,6 +149,7 @@ def _watch_fit(task: StageTask, show: Callable[[Mapping[str, float]], None], war
     try:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
+            membership.look()
             _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
         _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
         if outcome[0] is not None:
@@ -165,7 +170,7 @@ def _pass_on(
     patience.look(news.signs)
 
 
-def make_trainer(task: StageTask, monitor: Any) -> TorchTrainer:
+def make_trainer(task: StageTask, monitor: Any, function: TrainWorker) -> TorchTrainer:
     """Ray Train keeps nothing of ours: the stage's checkpoints are our own files."""
     cluster = task.settings().cluster
     files, path = storage.filesystem(task.folder)
@@ -175,7 +180,7 @@ def make_trainer(task: StageTask, monitor: Any) -> TorchTrainer:
         datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
     elastic = cluster.least_workers < cluster.most_workers
     return TorchTrainer(
-        train_worker,
+        function,
         train_loop_config={
             "task": task.model_dump(mode="json"),
             "monitor": monitor,
