@@ -41,7 +41,7 @@ def run_local(
 
     def run_stage(task: StageTask) -> None:
         keep = config.training.checkpoints_kept
-        worker = LocalWorker(task.folder, keep, local_unlabelled(task), lambda row: show(task.stage, row))
+        worker = LocalWorker(task.folder, keep, local_unlabelled(task), lambda row: show(task.stage, row), warn)
         with worker.listening():
             train_stage(task, worker)
 

@@ -53,12 +53,10 @@ def _check_batch(config: Config, key: str, size: int, available: int, what: str)
             f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers): at least one "
             "image for each"
         )
-    at_most = available if shared else available // workers
-    if size > at_most:
-        of = "" if shared else f" on cluster.workers={workers}"
-        raise InputError(
-            f"{key}={size}{of} is more than the {available} {what} images that there are: at most {at_most}"
-        )
+    needed = size if shared or what == "labelled" else size * workers
+    if needed > available:
+        together = "" if needed == size else f" on each of cluster.workers={workers}"
+        raise InputError(f"{key}={size}{together} is more than the {available} {what} images that there are")
 
 
 def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:

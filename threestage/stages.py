@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,6 +72,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     resume(state, worker)
     source = make_source(task, config, state, data, worker)
+    images_per_step = partial(_images_per_step, config, worker.world_size)
     confusion = torch.zeros(0)
 
     def validate(network: nn.Module) -> Row:
@@ -83,7 +85,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
 
     fit(
         state, worker, source, validate, steps=stage.steps,
-        images_per_step=share_of(stage.unlabelled_batch, config.training.batch, 0, worker.world_size).total,
+        images_per_step=(images_per_step(stage.labelled_batch), images_per_step(stage.unlabelled_batch)),
         seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema,
     )  # fmt: skip
     if not len(confusion):  # the last checkpoint already held the last step
@@ -91,6 +93,10 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     if worker.rank == 0:
         worker.checkpoints.wait()
         publish(task, config, state, data.manifest, confusion)
+
+
+def _images_per_step(config: Config, world_size: int, batch_size: int) -> int:
+    return share_of(batch_size, config.training.batch, 0, world_size).total
 
 
 def load_data(task: StageTask, config: Config) -> StageData:
@@ -151,7 +157,7 @@ def make_source(task: StageTask, config: Config, state: TrainState, data: StageD
     """What the stage's steps compute, from the state's step on."""
     stage, place = config.stage(task.stage), (config.seed, task.stage, "labelled")
     share = share_of(stage.labelled_batch, config.training.batch, worker.rank, worker.world_size)
-    source = batches(data.labelled, share, data.canvas, place, state.step * share.total)
+    source = batches(data.labelled, share, data.canvas, place, state.labelled_images)
     labelled = Feed(Timed(prefetch(source, worker.device)), share)
     if task.stage == "stage1":
         return SupervisedSteps(config, labelled)

@@ -69,13 +69,13 @@ def train_sleeping(arguments: dict[str, Any]) -> None:
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     config, context = task.settings(), ray.train.get_context()
     with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
-        worker, student = RayWorker(task, monitor, pulse), Point()
+        worker, student = RayWorker(task, monitor, pulse, arguments["driver"]), Point()
         optimiser = torch.optim.AdamW([{"params": student.parameters(), "initial_lr": 1e-3}])
         state = TrainState(student, None, optimiser, make_scaler("float32", worker.device))
         resume(state, worker)
         fit(
             state, worker, Sleeping(config.optimiser.weight_decay), lambda network: {}, steps=config.stage1.steps,
-            images_per_step=0, seed_place=(0,), loop=config.training, optimiser=OptimiserSettings(), ema=EmaSettings(),
+            images_per_step=(1, 0), seed_place=(0,), loop=config.training, optimiser=OptimiserSettings(), ema=EmaSettings(),
         )  # fmt: skip
         if worker.rank == 0:
             worker.checkpoints.wait()

@@ -50,7 +50,7 @@ def train(worker: Worker, task: StageTask, steps: type[FixedSteps] = FixedSteps)
     resume(state, worker)
     fit(
         state, worker, steps(worker.rank, worker.world_size, torch.float64), lambda shipped: {"mean_iou": 0.5},
-        steps=20, images_per_step=4, seed_place=(0,), loop=task.settings().training,
+        steps=20, images_per_step=(2, 4), seed_place=(0,), loop=task.settings().training,
         optimiser=OptimiserSettings(learning_rate=1e-3, clip_norm=1.0), ema=EmaSettings(),
     )  # fmt: skip
     if worker.rank == 0:
@@ -65,7 +65,7 @@ def train_fixed(arguments: dict[str, Any], steps: type[FixedSteps] = FixedSteps)
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     context = ray.train.get_context()
     with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
-        train(RayWorker(task, monitor, pulse), task, steps)
+        train(RayWorker(task, monitor, pulse, "test"), task, steps)
 
 
 def run_group(function: Callable[[dict[str, Any]], None], task: StageTask, workers: int) -> Any:

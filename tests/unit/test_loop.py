@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +39,16 @@ def worker(folder: Path, rows: list[Row] | None = None) -> LocalWorker:
     return LocalWorker(str(folder), 2, none, lambda row: None if rows is None else rows.append(dict(row)))
 
 
-def train(state: TrainState, where: LocalWorker, source: Any = None, steps: int = STEPS, **loop: Any) -> TrainState:
+def good(shipped: object) -> Row:
+    return {"mean_iou": 0.5}
+
+
+def train(
+    state: TrainState, where: LocalWorker, source: Any = None, steps: int = STEPS, evaluate: Any = good, **loop: Any
+) -> TrainState:
     resume(state, where)
     fit(
-        state, where, source or FixedSteps(), lambda shipped: {"mean_iou": 0.5}, steps=steps, images_per_step=4,
+        state, where, source or FixedSteps(), evaluate, steps=steps, images_per_step=(2, 4),
         seed_place=(0,), loop=LoopSettings(**({"log_every": 5, "checkpoint_every": 10, "evaluate_every": 10} | loop)),
         optimiser=OptimiserSettings(learning_rate=1e-3), ema=EmaSettings(),
     )  # fmt: skip
@@ -58,7 +65,7 @@ def test_a_stage_that_goes_on_ends_where_an_undisturbed_one_ends(tmp_path: Path)
     train(new_state(), worker(tmp_path / "killed"), steps=13)
     again = new_state()
     resume(again, worker(tmp_path / "killed"))
-    assert again.step == 13 and again.unlabelled_images == 13 * 4
+    assert (again.step, again.labelled_images, again.unlabelled_images) == (13, 13 * 2, 13 * 4)
     train(again, worker(tmp_path / "killed"))
     assert torch.equal(parameters(whole), parameters(again))
     assert [row["step"] for row in again.history] == [5, 10, 13, 15, 20]
@@ -137,11 +144,27 @@ def test_a_sigterm_saves_a_checkpoint_at_once_and_stops(tmp_path: Path) -> None:
             return super().draw(step)
 
     where = worker(tmp_path)
-    with where.listening(), pytest.raises(StageFailure, match="stopped by SIGTERM; the checkpoint of step 4 is saved"):
+    with pytest.raises(StageFailure, match="stopped by SIGTERM; the checkpoint of step 4 is saved"), where.listening():
         train(new_state(), where, Terminated())
     again = new_state()
     resume(again, worker(tmp_path))
     assert again.step == 4 and [row["step"] for row in again.history] == [4]
+
+
+def test_a_sigterm_that_no_step_answers_stops_the_run_too(tmp_path: Path) -> None:
+    where = worker(tmp_path)
+    with pytest.raises(StageFailure, match="stopped by SIGTERM; the same command goes on"), where.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_evaluation_is_no_part_of_a_step(tmp_path: Path) -> None:
+    def slow(shipped: object) -> Row:
+        time.sleep(0.5)
+        return good(shipped)
+
+    rows: list[Row] = []
+    state = train(new_state(), worker(tmp_path, rows), evaluate=slow, evaluate_every=5)
+    assert max(row["step_seconds"] for row in rows) < 0.1 and state.seconds > 1.5
 
 
 def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:

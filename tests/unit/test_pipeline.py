@@ -147,7 +147,7 @@ def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) ->
     [
         (
             {"stage1__labelled_batch": 9},
-            r"stage1.labelled_batch=9 on cluster.workers=1 is more than the 8 labelled images",
+            r"stage1.labelled_batch=9 is more than the 8 labelled images",
         ),
         (
             {"training__batch": "global", "cluster__workers": [1, 3]},

@@ -61,13 +61,15 @@ class Membership:
     def __init__(self) -> None:
         self._alive = _alive_nodes()
 
-    def look(self) -> None:
-        if (alive := _alive_nodes()) == self._alive:
-            return
-        self._alive = alive
+    def look(self) -> bool:
+        """Whether a node has come."""
+        before, self._alive = self._alive, _alive_nodes()
+        if self._alive == before:
+            return False
         with contextlib.suppress(ValueError):  # no coordinator yet
             coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
             coordinator.get_reserved_resources.remote("threestage", recompute=True)
+        return not self._alive <= before
 
 
 def _alive_nodes() -> frozenset[str]:
@@ -98,6 +100,8 @@ def _fits(resources: Mapping[str, float]) -> bool:
 def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
     asked = ", ".join(f"{name} {amount:g}" for name, amount in cluster.worker_resources.items())
+    asked += f", accelerator {cluster.accelerator}" if cluster.accelerator else ""
+    asked += f", placed {cluster.placement}" if cluster.placement != "PACK" else ""
     has = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in cluster.worker_resources)
     nodes = sum(node["Alive"] for node in ray.nodes())
     return (

@@ -42,6 +42,8 @@ def predict_pool(
         ),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
+        resources=cluster.resources_per_worker,
+        accelerator_type=cluster.accelerator,
     )
     blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
     with closing(iter(blocks)) as found:

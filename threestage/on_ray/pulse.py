@@ -1,5 +1,6 @@
 """Signs of life: what the workers of a stage tell the driver, and what a worker that stands still says of itself."""
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import ray
+import ray.exceptions
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -44,6 +46,8 @@ class _Monitor:
         self._warnings: list[str] = []
         self._failure: str | None = None
         self._signs: dict[int, tuple[Sign, float]] = {}
+        self._notices = 0
+        self._controller: Any = None
 
     def row(self, row: dict[str, float]) -> None:
         self._rows.append(row)
@@ -57,8 +61,20 @@ class _Monitor:
     def failed(self) -> bool:
         return self._failure is not None
 
-    def sign(self, sign: Sign) -> None:
+    def sign(self, sign: Sign) -> int:
+        """Returns how many notices the driver has given."""
         self._signs[sign.rank] = (sign, time.time())
+        return self._notices
+
+    def introduce(self, controller: Any) -> None:
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """Ray Train's controller, or None before it has started."""
+        return self._controller
+
+    def notice(self) -> None:
+        self._notices += 1
 
     def news(self) -> News:
         news = News(self._rows, self._warnings, self._failure, self._signs)
@@ -67,9 +83,10 @@ class _Monitor:
 
 
 def start_monitor() -> Any:
-    """An actor on the driver's own node: it is lost only with the driver."""
+    """An actor on the driver's own node, started again when its process is lost: it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _Monitor.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    return _Monitor.options(num_cpus=0, scheduling_strategy=here, **again).remote()  # type: ignore[attr-defined]
 
 
 class Pulse:
@@ -86,6 +103,7 @@ class Pulse:
         self._hang_after_s = config.cluster.hang_after_s
         self._gauges = _Gauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
         self._measured: dict[str, float] = {}
+        self.notices = 0  # of the driver
         self._node = ray.util.get_node_ip_address()
         self._place: tuple[int, str, float] = (0, "start", time.monotonic())
         self._dumped: tuple[int, str, float] | None = None
@@ -114,7 +132,9 @@ class Pulse:
             step, what, since = place
             seconds = time.monotonic() - since
             self._gauges.set(self._measured)
-            self._monitor.sign.remote(Sign(self._rank, self._world_size, self._node, step, what, seconds))
+            sign = Sign(self._rank, self._world_size, self._node, step, what, seconds)
+            with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon too
+                self.notices = ray.get(self._monitor.sign.remote(sign), timeout=BEAT_SECONDS)
             if seconds > self._hang_after_s and place != self._dumped:
                 self._dumped = place
                 sys.stderr.write(

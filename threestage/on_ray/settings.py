@@ -33,7 +33,11 @@ class ClusterSettings(Settings):
     )
     collective_timeout_s: int = Field(600, ge=1, description="how long workers wait for one that is cut off")
     hang_after_s: int = Field(300, ge=1, description="without a step, every worker writes its stack to its log")
-    resize_after_s: float = Field(60, ge=0, description="how often an elastic group looks for new nodes")
+    resize_after_s: float = Field(
+        600,
+        ge=0,
+        description="how often an elastic group takes new nodes in; it then starts again from its last checkpoint",
+    )
 
     @property
     def least_workers(self) -> int:
@@ -63,6 +67,8 @@ class ClusterSettings(Settings):
             )
         if self.backend == "nccl" and not self.gpus_per_worker:
             raise ValueError("backend=nccl needs GPUs: set gpus_per_worker, or backend=gloo")
+        if self.accelerator is not None and not self.gpus_per_worker:
+            raise ValueError(f"accelerator={self.accelerator} needs GPUs: set gpus_per_worker, or accelerator=null")
         if not {"CPU", "GPU"}.isdisjoint(self.resources_per_worker):
             raise ValueError("resources_per_worker: give CPU and GPU as cpus_per_worker and gpus_per_worker")
         return self

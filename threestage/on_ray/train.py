@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import secrets
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ import ray.exceptions
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from threestage import pipeline
 from threestage.config import Config
@@ -32,7 +35,10 @@ from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_fold
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
+ABORT_SECONDS = 20.0
 STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
+
+_start_timeout = ""  # what this process has set for Ray Train
 
 TrainWorker = Callable[[dict[str, Any]], None]
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
@@ -80,9 +86,6 @@ def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine; an existing one is kept."""
-    elastic = cluster.least_workers < cluster.most_workers
-    attempt = min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(attempt))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     quiet_ray_data()
@@ -111,10 +114,10 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: Tra
     Raises StageFailure with the worker's own words when the stage could not be trained, and when the cluster has had no
     room for it for `cluster.start_timeout_s`.
     """
-    failures = 0
+    failures, driver = 0, secrets.token_hex(8)
     while True:
         try:
-            _watch_fit(task, partial(show, task.stage), warn, function)
+            _watch_fit(task, partial(show, task.stage), warn, function, driver)
             return
         except ray.train.TrainingFailedError as error:
             raise StageFailure(f"{task.stage}: {_root_cause(error)}; the same command goes on") from error
@@ -128,12 +131,16 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: Tra
 
 
 def _watch_fit(
-    task: StageTask, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn, function: TrainWorker
+    task: StageTask,
+    show: Callable[[Mapping[str, float]], None],
+    warn: pipeline.Warn,
+    function: TrainWorker,
+    driver: str,
 ) -> None:
     """Ray Train's fit in a thread, while this one passes on what the workers say and reports what is missing."""
     cluster = task.settings().cluster
     monitor = start_monitor()
-    trainer = make_trainer(task, monitor, function)
+    trainer = make_trainer(task, monitor, function, driver)
     patience, membership = Patience(task.stage, cluster, warn), Membership()
     outcome: list[BaseException | None] = []
 
@@ -149,30 +156,65 @@ def _watch_fit(
     try:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            membership.look()
-            _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
-        _pass_on(ray.get(monitor.news.remote()), task.stage, patience, show, warn)
+            if membership.look() and cluster.least_workers < cluster.most_workers:
+                monitor.notice.remote()  # Ray may start the group anew with the node that came: save before
+            news = ray.get(monitor.news.remote())
+            _pass_on(news, task.stage, show, warn)
+            patience.look(news.signs)
+        _pass_on(ray.get(monitor.news.remote()), task.stage, show, warn)
         if outcome[0] is not None:
             raise outcome[0]
     finally:
+        if thread.is_alive():
+            _abort(monitor)
         ray.kill(monitor)
 
 
-def _pass_on(
-    news: News, stage: str, patience: Patience, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn
-) -> None:
+def _abort(monitor: Any) -> None:
+    """End Ray Train's controller and its workers; without them `fit` returns."""
+    controller = ray.get(monitor.controller.remote())
+    if controller is None:
+        return
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(controller.abort.remote(), timeout=ABORT_SECONDS)
+    ray.kill(controller)
+
+
+def _pass_on(news: News, stage: str, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn) -> None:
     for row in news.rows:
         show(row)
     for warning in news.warnings:
         warn(warning)
     if news.failure is not None:
         raise StageFailure(f"{stage}: {news.failure}")
-    patience.look(news.signs)
 
 
-def make_trainer(task: StageTask, monitor: Any, function: TrainWorker) -> TorchTrainer:
-    """Ray Train keeps nothing of ours: the stage's checkpoints are our own files."""
+class _Introduction(ControllerCallback):
+    """Hands the controller to the monitor, so that the driver can end it."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        ray.get(self._monitor.introduce.remote(ray.get_runtime_context().current_actor))
+
+
+def _set_start_timeout(cluster: ClusterSettings) -> None:
+    """Seconds in which a group must find room, before Ray Train decides anew; the user's own value is kept.
+
+    For a fixed group that is all the time there is. An elastic one is made to fit what was there a moment ago.
+    """
+    global _start_timeout
+    name, elastic = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", cluster.least_workers < cluster.most_workers
+    if os.environ.get(name, _start_timeout) == _start_timeout:
+        _start_timeout = str(min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s)
+        os.environ[name] = _start_timeout
+
+
+def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: str) -> TorchTrainer:
+    """Ray Train keeps nothing of ours: the stage's checkpoints are our own files. `driver` names who asks for it."""
     cluster = task.settings().cluster
+    _set_start_timeout(cluster)
     files, path = storage.filesystem(task.folder)
     datasets = {}
     if task.stage != "stage1":
@@ -184,6 +226,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker) -> TorchT
         train_loop_config={
             "task": task.model_dump(mode="json"),
             "monitor": monitor,
+            "driver": driver,
             "threads": cluster.cpus_per_worker,
         },
         torch_config=TorchConfig(
@@ -202,6 +245,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker) -> TorchT
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=-1),
+            callbacks=[_Introduction(monitor)],
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=stream_options(cluster.most_workers)),
@@ -209,8 +253,16 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker) -> TorchT
 
 
 def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
-    latest = Checkpoints(checkpoint_folder(task.folder)).latest()
-    return unlabelled_stream(task, latest or Pointer())
+    """Runs in the controller, for which an error is the end: a store that does not answer is asked again."""
+    deadline = time.monotonic() + task.settings().cluster.start_timeout_s
+    while True:
+        try:
+            latest = Checkpoints(checkpoint_folder(task.folder)).latest()
+            return unlabelled_stream(task, latest or Pointer())
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
 
 
 def _root_cause(error: BaseException) -> str:

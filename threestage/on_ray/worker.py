@@ -36,7 +36,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
         try:
-            train_stage(task, RayWorker(task, monitor, pulse))
+            train_stage(task, RayWorker(task, monitor, pulse, arguments["driver"]))
         except StageFailure as error:
             ray.get(monitor.fail.remote(str(error)))
             raise
@@ -46,14 +46,16 @@ class RayWorker:
     """A Worker of a Ray Train group. Ray starts the group again when one of it is lost; what it learnt is in the stage's
     checkpoints, which rank 0 writes."""
 
-    def __init__(self, task: StageTask, monitor: Any, pulse: Pulse) -> None:
+    def __init__(self, task: StageTask, monitor: Any, pulse: Pulse, driver: str) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.checkpoints = Checkpoints(checkpoint_folder(task.folder), task.settings().training.checkpoints_kept)
+        keep = task.settings().training.checkpoints_kept
+        self.checkpoints = Checkpoints(checkpoint_folder(task.folder), keep, driver)
         self._task = task
         self._monitor = monitor
         self._pulse = pulse
+        self._averages_buffers = False
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -66,6 +68,7 @@ class RayWorker:
             from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norm layers
 
             network = convert_sync_batchnorm(network)
+        self._averages_buffers = config.network.batch_norm == "live" and not synchronised
         devices = None if self.device.type == "cpu" else [self.device]
         return DistributedDataParallel(
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -75,10 +78,10 @@ class RayWorker:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Running statistics become their mean over the workers: without SyncBN (CPU) each one sees its own batch only."""
-        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        if self.world_size == 1 or self.device.type != "cpu" or not floats:
+        """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only."""
+        if not self._averages_buffers:
             return
+        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         mean = self.sum(torch.cat([buffer.flatten() for buffer in floats])) / self.world_size
         for buffer, value in zip(floats, mean.split([buffer.numel() for buffer in floats]), strict=True):
             buffer.copy_(value.view_as(buffer))
@@ -105,19 +108,22 @@ class RayWorker:
         ):
             yield batch if share.count == size else batch.first(share.count)
 
-    def leaving(self) -> bool:
-        """Ray's own get_preemption_info is a barrier of all workers; the loop agrees by itself, so this only looks."""
+    def notices(self) -> int:
+        """Nodes that drain, and what the driver has noticed. Ray's own get_preemption_info is a barrier of all workers; the
+        loop agrees by itself, so this only looks."""
         from ray.train.v2._internal.execution.context import get_train_context
 
         context = getattr(get_train_context(), "preemption_context", None)
-        return context is not None and context.preemption_info is not None
+        info = None if context is None else context.preemption_info
+        return self._pulse.notices + (0 if info is None else len(info.preempted_node_ids))
 
-    def leave(self, step: int) -> None:
+    def noticed(self, step: int) -> None:
         """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
         if self.rank == 0:
-            self._monitor.warn.remote(
-                f"{self._task.stage}: a node is about to leave; the checkpoint of step {step} is saved"
-            )
+            self.warn(f"{self._task.stage}: a node leaves or joins; the checkpoint of step {step} is saved")
+
+    def warn(self, text: str) -> None:
+        self._monitor.warn.remote(text)
 
     def doing(self, step: int, what: str) -> None:
         self._pulse.doing(step, what)

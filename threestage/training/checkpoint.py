@@ -6,7 +6,6 @@ checkpoints/owner.json           which process may write here
 """
 
 import io
-import logging
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,6 @@ FORMAT = 2
 POINTER, OWNER = "latest.json", "owner.json"
 
 Row = dict[str, float]  # "step" and the values measured there
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +34,8 @@ class TrainState:
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    unlabelled_images: int = 0  # of the stream, taken by all workers together
+    labelled_images: int = 0  # taken by all workers together
+    unlabelled_images: int = 0
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
 
@@ -54,6 +53,7 @@ class TrainState:
             "optimiser": _copied(self.optimiser.state_dict()),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "labelled_images": self.labelled_images,
             "unlabelled_images": self.unlabelled_images,
             "seconds": self.seconds,
             "history": list(self.history),
@@ -62,16 +62,16 @@ class TrainState:
     def restore(self, content: bytes) -> None:
         """Go on from a checkpoint, in place. StageFailure on a format that this version does not know."""
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if saved["format"] not in (1, FORMAT):
-            raise StageFailure(f"the checkpoint has format {saved['format']}, this version reads 1 and {FORMAT}")
+        if saved["format"] != FORMAT:
+            raise StageFailure(f"the checkpoint has format {saved['format']}, this version reads {FORMAT}")
         self.student.load_state_dict(saved["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(saved["teacher"])
         self.optimiser.load_state_dict(saved["optimiser"])
-        if saved.get("scaler"):
+        if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
-        self.unlabelled_images = saved.get("unlabelled_images", 0)
+        self.labelled_images, self.unlabelled_images = saved["labelled_images"], saved["unlabelled_images"]
 
 
 def _copied(value: Any) -> Any:
@@ -99,16 +99,21 @@ class Pointer(Settings):
     unlabelled_images: int = 0
 
 
+class Outlived(Exception):
+    """A process that was taken for lost has found that another one trains its stage."""
+
+
 class Checkpoints:
     """The checkpoints in a folder. One process writes; any may read.
 
-    Writing happens in a thread beside the training, one checkpoint at a time.
+    Writing happens in a thread beside the training, one checkpoint at a time. `driver` names who started the process: one
+    that starts it again takes the folder over from its own lost process, another driver's is told.
     """
 
-    def __init__(self, folder: str, keep: int = 2) -> None:
+    def __init__(self, folder: str, keep: int = 2, driver: str = "") -> None:
         self._folder = folder
         self._keep = keep
-        self._token = secrets.token_hex(8)
+        self._owner = {"driver": driver or secrets.token_hex(8), "process": secrets.token_hex(8)}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -122,21 +127,22 @@ class Checkpoints:
 
     def claim(self) -> None:
         """From now on this process alone may save here: one that claimed the folder before is refused."""
-        storage.write_json(storage.join(self._folder, OWNER), {"token": self._token})
+        storage.write_json(storage.join(self._folder, OWNER), self._owner)
 
-    def save(self, snapshot: dict[str, Any]) -> None:
-        """Write a snapshot of the state in the background; the one before must be done, and is waited for.
-
-        A checkpoint that cannot be written is named in the log, and the stage goes on: the next one makes up for it.
-        """
+    def save(self, snapshot: dict[str, Any]) -> OSError | None:
+        """Write a snapshot of the state in the background; the one before is waited for, and its failure returned: the
+        stage can go on, this one makes up for it."""
+        problem = None
         try:
             self.wait()
         except OSError as error:
-            logger.warning("a checkpoint could not be written, the next one will be tried: %s", error)
+            problem = error
         self._writing = self._writer.submit(self._write, snapshot)
+        return problem
 
     def wait(self) -> None:
-        """Until what was saved is written. OSError when it could not be, StageFailure when another process took over."""
+        """Until what was saved is written. OSError when it could not be, Outlived or StageFailure when another process of
+        the same driver, or another driver, has taken the stage over."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -145,13 +151,18 @@ class Checkpoints:
         content = io.BytesIO()
         torch.save(snapshot, content)
         storage.write_bytes(self._uri(snapshot["step"]), content.getbuffer())
-        owner = storage.read_json(storage.join(self._folder, OWNER))["token"]
-        if owner != self._token:
-            raise StageFailure(f"{self._folder}: another process has taken this stage over, this one stops")
+        self._refuse_when_taken_over()
         pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
         storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
         for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:
             storage.delete(self._uri(step))
+
+    def _refuse_when_taken_over(self) -> None:
+        owner = storage.read_json(storage.join(self._folder, OWNER))
+        if owner["driver"] != self._owner["driver"]:
+            raise StageFailure(f"{self._folder}: another run has taken this stage over, this one stops")
+        if owner != self._owner:
+            raise Outlived(f"{self._folder}: another process trains this stage now")
 
     def _uri(self, step: int) -> str:
         return storage.join(self._folder, f"step-{step:09d}.pt")

@@ -52,7 +52,7 @@ def fit(
     evaluate: Callable[[nn.Module], Row],
     *,
     steps: int,
-    images_per_step: int,
+    images_per_step: tuple[int, int],
     seed_place: tuple[int | str, ...],
     loop: LoopSettings,
     optimiser: OptimiserSettings,
@@ -60,8 +60,8 @@ def fit(
 ) -> None:
     """Train from the state's step to `steps`. Metrics since the last checkpoint are published with the next one.
 
-    images_per_step: unlabelled ones of all workers. StageFailure, on all workers alike, when the loss is not finite or
-    above the limit.
+    images_per_step: labelled and unlabelled ones of all workers. StageFailure, on all workers alike, when the loss is not
+    finite or above the limit.
     """
     wrapped = worker.wrap(state.student).train()
     network = compiled(wrapped, loop)
@@ -77,18 +77,19 @@ def fit(
             inputs = source.draw(state.step)
         worker.doing(state.step, "step")
         pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
-        counts, leaving = notices.agree(pixels)
+        counts, noticed = notices.agree(pixels)
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _optimise(state, optimiser.clip_norm)
         worker.share_buffers(state.student)
         if state.teacher is not None:
             update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
         state.step += 1
-        state.unlabelled_images += images_per_step
+        state.labelled_images += images_per_step[0]
+        state.unlabelled_images += images_per_step[1]
         window.add(inputs, sums, pixels, counts)
 
         evaluating = state.step % loop.evaluate_every == 0 or state.step == steps
-        saving = leaving or state.step % loop.checkpoint_every == 0 or state.step == steps
+        saving = noticed or state.step % loop.checkpoint_every == 0 or state.step == steps
         if evaluating or saving or state.step % loop.log_every == 0:
             row = window.close(state, source.waited)
             if evaluating:
@@ -100,9 +101,10 @@ def fit(
         if saving:
             worker.doing(state.step, "checkpoint")
             _save(state, worker)
-        if leaving:
-            worker.checkpoints.wait()
-            worker.leave(state.step)
+        if noticed:
+            _wait_for_checkpoint(state.step, worker)
+        if evaluating or saving:
+            window.restart(state)
 
 
 def _backward(
@@ -144,15 +146,25 @@ def _save(state: TrainState, worker: Worker) -> None:
         raise StageFailure(
             f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}"
         )
-    if worker.rank == 0:
-        worker.checkpoints.save(state.snapshot())
+    if worker.rank == 0 and (problem := worker.checkpoints.save(state.snapshot())) is not None:
+        worker.warn(f"a checkpoint before step {state.step} could not be written, the next one is tried: {problem}")
+
+
+def _wait_for_checkpoint(step: int, worker: Worker) -> None:
+    try:
+        worker.checkpoints.wait()
+    except OSError as error:
+        worker.warn(f"the checkpoint of step {step} could not be written: {error}")
+        return
+    worker.noticed(step)
 
 
 def resume(state: TrainState, worker: Worker) -> None:
     """Continue from the stage's last checkpoint, if it has one: the one that rank 0 sees."""
-    latest = worker.checkpoints.latest()
+    latest = None
     if worker.rank == 0:
         worker.checkpoints.claim()
+        latest = worker.checkpoints.latest()
     step = worker.gather(None if latest is None else latest.step)[0]
     if step is not None:
         state.restore(worker.checkpoints.read(step))
@@ -194,7 +206,7 @@ def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
 
 
 class _Notices:
-    """The workers' one agreement per step: global pixel counts, and whether any of them has been told to leave.
+    """The workers' one agreement per step: global pixel counts, and how many notices rank 0 knows of (all are told of all).
 
     Every rank hears of a notice in the same step. A GPU's answer is read NOTICE_LAG steps late, so that nothing waits.
     """
@@ -202,11 +214,12 @@ class _Notices:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        self._heard = False
+        self._heard = 0
 
     def agree(self, pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        """Valid pixels of the global batch by term; True once, when a notice has come."""
-        told = torch.full((), float(self._worker.leaving()), dtype=torch.float64, device=self._worker.device)
+        """Valid pixels of the global batch by term; True once for each notice that has come."""
+        known = self._worker.notices() if self._worker.rank == 0 else 0
+        told = torch.full((), float(known), dtype=torch.float64, device=self._worker.device)
         *counts, notices = self._worker.sum(torch.stack([*pixels.values(), told])).unbind()
         return dict(zip(pixels, counts, strict=True)), self._news(notices)
 
@@ -217,9 +230,8 @@ class _Notices:
         value, arrived = self._waiting.pop(0)
         if arrived is not None:
             arrived.synchronize()
-        news = bool(value > 0) and not self._heard
-        self._heard = self._heard or news
-        return news
+        before, self._heard = self._heard, max(self._heard, int(value))
+        return self._heard > before
 
 
 def _on_its_way(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -66,6 +66,11 @@ class Window:
         self._reset(state.step)
         return row
 
+    def restart(self, state: TrainState) -> None:
+        """Let the next row begin now: what came after the last one was no step, but the stage's time."""
+        state.seconds += time.perf_counter() - self._start
+        self._start = time.perf_counter()
+
     def _mine(self, waited: float) -> dict[str, Any]:
         """What this worker measured: plain numbers; seconds, bytes, and pixels by term."""
         valid = torch.stack(list(self._valid.values())).tolist()

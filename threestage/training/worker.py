@@ -42,11 +42,14 @@ class Worker(Protocol):
     def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches, from that image of the stream on."""
 
-    def leaving(self) -> bool:
-        """Whether a worker of the stage has been told that it will soon be taken away."""
+    def notices(self) -> int:
+        """How many reasons for a checkpoint at once have come so far: processes that will soon be taken away."""
 
-    def leave(self, step: int) -> None:
-        """What follows from the notice, once the checkpoint of `step` is written."""
+    def noticed(self, step: int) -> None:
+        """What follows from a notice, once the checkpoint of `step` is written."""
+
+    def warn(self, text: str) -> None:
+        """Tell the user."""
 
     def doing(self, step: int, what: str) -> None:
         """Where the loop is, for whoever watches it."""
@@ -74,16 +77,19 @@ class LocalWorker:
         keep: int,
         unlabelled: Callable[[Share, int], Iterator[Batch]],
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.device = default_device()
         self.checkpoints = Checkpoints(checkpoint_folder(folder), keep)
         self._unlabelled = unlabelled
         self._show = show
+        self.warn = warn
         self._told = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is a notice inside it, where the interpreter allows a handler (in its main thread)."""
+        """SIGTERM is a notice inside it, where the interpreter allows a handler (in its main thread). One that no step
+        has answered ends it with a StageFailure."""
 
         def told(number: int, frame: FrameType | None) -> None:
             self._told.set()
@@ -96,6 +102,8 @@ class LocalWorker:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+        if self._told.is_set():
+            raise StageFailure("stopped by SIGTERM; the same command goes on")
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
@@ -115,10 +123,10 @@ class LocalWorker:
     def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
         return self._unlabelled(share, first_image)
 
-    def leaving(self) -> bool:
-        return self._told.is_set()
+    def notices(self) -> int:
+        return int(self._told.is_set())
 
-    def leave(self, step: int) -> None:
+    def noticed(self, step: int) -> None:
         raise StageFailure(
             f"stopped by SIGTERM; the checkpoint of step {step} is saved, the same command goes on from it"
         )

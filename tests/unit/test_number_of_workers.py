@@ -1,0 +1,56 @@
+"""What many workers find together must be what one finds: to the last pixel, and each image once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from threestage.data.batches import SampleSet, samples_of
+from threestage.data.pool import PoolFile, data_set_files
+from threestage.data.records import labelled_rows, load_manifest
+from threestage.data.storage import read_table
+from threestage.evaluation import BATCH, evaluate
+from threestage.models.network import Network, NetworkSettings, build_network
+from threestage.pool_prediction import predict_files
+from threestage.pseudo_masks import PoolTask, pseudo_mask_uri
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def classes(scenes: Path) -> int:
+    return len(load_manifest(str(scenes)).classes)
+
+
+@pytest.fixture(scope="module")
+def network(classes: int) -> Network:
+    return build_network(NetworkSettings(encoder="test_resnet", dilations=(1, 2)), classes, "none", 0).eval()
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_confusion_matrices_are_equal(scenes: Path, network: Network, classes: int, workers: int) -> None:
+    """27 images are four batches: of seven workers three have none."""
+    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()), 1)
+    samples = SampleSet(samples.samples[:27], 1)
+    assert 3 * BATCH < len(samples) < 4 * BATCH
+    one = evaluate(network, samples, classes, CPU)
+    parts = [evaluate(network, samples, classes, CPU, rank, workers) for rank in range(workers)]
+    assert torch.equal(torch.stack(parts).sum(0), one)
+    assert one.sum() == 27 * 64 * 64 - sum(int((samples.decoded(i).maps["mask"] == 255).sum()) for i in range(27))
+
+
+def test_pseudo_masks_are_equal(scenes: Path, network: Network, classes: int, tmp_path: Path) -> None:
+    files = data_set_files(str(scenes), load_manifest(str(scenes)))
+    assert len(files) > 1
+
+    def predicted(name: str, shares: Sequence[Sequence[PoolFile]]) -> list[object]:
+        task = PoolTask(
+            destination=str(tmp_path / name), model_digest="m", num_classes=classes, downscale=1, batch_size=3,
+            max_image_pixels=10**6, used_ids=frozenset(), excluded_ids=frozenset(),
+        )  # fmt: skip
+        for share in shares:
+            list(predict_files(network, task, share, CPU))
+        return [read_table(pseudo_mask_uri(task.destination, file)).to_pylist() for file in files]
+
+    assert predicted("one", [files]) == predicted("many", [[file] for file in reversed(files)])
