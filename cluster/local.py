@@ -41,6 +41,7 @@ HEAD_SETTINGS = {  # a lost node is noticed after 3 s
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+NO_NAMES = {"RES_OPTIONS": "timeout:1 attempts:1"}  # no name server knows the namespaces' addresses; gloo asks for each
 
 Environment = Mapping[str, str]
 
@@ -186,7 +187,7 @@ class Namespaces:
     def place(self, number: int) -> Place:
         """Makes the node's namespace and its link."""
         if number == 0:
-            return Place(self.services_ip, [], {"GLOO_SOCKET_IFNAME": self._bridge})
+            return Place(self.services_ip, [], {"GLOO_SOCKET_IFNAME": self._bridge, **NO_NAMES})
         address, name = f"{self._prefix}.{number + 1}", f"{self._bridge}n{number}"
         self._guard.note("namespace", name)
         self._guard.note("link", name)
@@ -197,7 +198,7 @@ class Namespaces:
         ip("-n", name, "link", "set", "eth0", "up")
         ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         ip("-n", name, "route", "add", "default", "via", self.services_ip)
-        return Place(address, ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": "eth0"}, name)
+        return Place(address, ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": "eth0", **NO_NAMES}, name)
 
 
 def ip(*words: str, check: bool = True) -> bool:

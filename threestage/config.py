@@ -47,7 +47,7 @@ class ConsistencySettings(Settings):
 
 class Stage1Settings(Settings):
     steps: int = Field(20_000, ge=1)
-    labelled_batch: int = Field(4, ge=1, description="images per step and worker")
+    labelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     strong_view: bool = Field(
         False, description="learn the strong view beside the weak one (the control of the method)"
     )
@@ -57,8 +57,8 @@ class Stage1Settings(Settings):
 
 class SelfTrainingSettings(Settings):
     steps: int = Field(60_000, ge=1)
-    labelled_batch: int = Field(1, ge=1, description="images per step and worker")
-    unlabelled_batch: int = Field(4, ge=1, description="images per step and worker")
+    labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch)")
+    unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
 
 

@@ -95,14 +95,19 @@ class Case:
         self.run.wait_for_step("stage2", 150)
 
     def judge(self, undisturbed: tuple[float, float], fault: float) -> float:
-        """The seconds to train again, after every assertion that holds for any fault."""
+        """The seconds to train again, after every assertion that holds for any fault.
+
+        Where the number of workers has changed, batch norm has seen other batches than in the undisturbed runs of two
+        workers: the score must then not be worse.
+        """
         score = self.run.wait_for_end()["stage2"]["mean_iou"]
         assert_published_once(self.run)
         expected, noise = undisturbed
         recovery = self.run.recovery_s("stage2", fault)
         expectation = f"mean IoU {score:.3f}, undisturbed {expected:.3f} ± {noise:.3f}"
         print(f"\n{self.name}: training again after {recovery:.1f} s, {expectation}")
-        assert abs(score - expected) <= noise
+        sizes = {said["row"]["workers"] for said in self.run.rows("stage2")}
+        assert score >= expected - noise and (score <= expected + noise or sizes != {2})
         return recovery
 
 
@@ -254,3 +259,20 @@ def test_the_s3_endpoint_is_killed_for_20_s(
             gateway.start()
             print(f"\ns3: away for {time.time() - fault:.1f} s")
             case.judge(undisturbed, fault)
+
+
+def test_the_head_node_is_lost_and_the_same_command_given_on_another_cluster(
+    scenes: Path, undisturbed: tuple[float, float], tmp_path: Path
+) -> None:
+    with local_cluster(tmp_path / "first", nodes=1, cpus=6) as first:
+        case = Case(first, config_for(put_scenes(scenes, first), workers=2), "head", tmp_path)
+        case.half_way()
+        before = case.run.rows("stage2")[-1]["row"]["step"]
+        for node in (first.head, *first.nodes):
+            node.kill()
+        case.run.kill()
+        s3 = {name: value for name, value in first.environment.items() if name.startswith(("AWS_", "MLFLOW_S3"))}
+        with local_cluster(tmp_path / "second", nodes=1, cpus=6, s3=s3) as case.cluster:
+            case.run = case.start()
+            case.judge(undisturbed, time.time())
+        assert not case.run.rows("stage1") and before - 60 <= case.run.rows("stage2")[0]["row"]["step"]

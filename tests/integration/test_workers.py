@@ -171,3 +171,19 @@ def test_what_is_asked_and_not_there_is_reported_and_ends_the_run(
         on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, warnings.append)
     waiting = [warning for warning in warnings if "waiting for" in warning]
     assert len(waiting) >= 2 and "fpga 0 (0 free) on 1 nodes: add nodes" in waiting[0]
+    assert_no_controller_is_left()
+
+
+def assert_no_controller_is_left() -> None:
+    """A stage that was given up has ended Ray Train's controller too, which would wait for ever."""
+    deadline = time.monotonic() + 30
+    while titles := [text for text in map(title, Path("/proc").glob("[0-9]*/cmdline")) if "TrainController" in text]:
+        assert time.monotonic() < deadline, titles
+        time.sleep(0.2)
+
+
+def title(cmdline: Path) -> str:
+    try:
+        return cmdline.read_text(errors="replace").split("\0")[0]
+    except OSError:
+        return ""
