@@ -27,7 +27,7 @@ pytestmark = [
 
 ONE_PER_NODE = {"slot": 1.0}
 GOAL_S = 30  # from the loss of a node to training again
-STEPS = {"stage1": 150, "stage2": 500}
+STEPS = {"stage1": 100, "stage2": 350}
 
 
 @pytest.fixture(scope="module")

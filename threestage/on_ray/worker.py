@@ -79,9 +79,9 @@ class RayWorker:
 
     def share_buffers(self, network: nn.Module) -> None:
         """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only."""
-        if not self._averages_buffers:
-            return
         floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if not self._averages_buffers or not floats:
+            return
         mean = self.sum(torch.cat([buffer.flatten() for buffer in floats])) / self.world_size
         for buffer, value in zip(floats, mean.split([buffer.numel() for buffer in floats]), strict=True):
             buffer.copy_(value.view_as(buffer))
