@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_train [--steps 300] [--rounds 3] [--json FILE]
 
-Scenes of 128×128, ResNet-18, a batch of 4 labelled (and 4 unlabelled) images, one torch thread. Both train stages 1 and 2 of one run;
-they take turns. Figures are medians: images a second over rows of 20 steps after the first two, seconds from the call to the
+Scenes of 128×128, ResNet-18, a batch of 4 labelled (and 4 unlabelled) images, one torch thread. Both train stages 1 and 2
+of one run; they take turns. Figures are medians: images a second over rows of 20 steps after the first two, seconds from the call to the
 first step and from the last step to the return.
 """
 
@@ -93,7 +93,8 @@ def main() -> None:
     ingest(str(folder / "scenes"), str(folder / "data"), settings)
     config = tiny_config(
         folder / "data", stages=2, augment={"crop_size": [128, 128]}, data={"root": str(folder / "data"), "labelled": 32},
-        network={"encoder": "resnet18", "batch_norm": "live", "output_stride": 16}, stage1={"steps": options.steps, "labelled_batch": 4},
+        network={"encoder": "resnet18", "batch_norm": "live", "output_stride": 16},
+        stage1={"steps": options.steps, "labelled_batch": 4},
         stage2={"steps": options.steps, "labelled_batch": 4, "unlabelled_batch": 4},
         training={"log_every": ROW, "checkpoint_every": 100, "evaluate_every": 10**6},
     )  # fmt: skip
