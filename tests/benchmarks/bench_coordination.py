@@ -115,9 +115,10 @@ def main() -> None:
     rows = [{"workers": w, "beyond the sleep, ms a step": o} for w, o in zip(WORKERS, overhead, strict=True)]
     report(f"a step that sleeps {options.sleep_ms:g} ms, on {os.cpu_count()} cores", rows, None)
     if options.json:
+        cores, today = os.cpu_count(), datetime.date.today().isoformat()
         found = {
-            "workers": WORKERS, "overhead_ms_per_step": overhead, "sleep_ms": options.sleep_ms,
-            "date": datetime.date.today().isoformat(), "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "workers": WORKERS, "overhead_ms_per_step": overhead, "sleep_ms": options.sleep_ms, "date": today,
+            "machine": f"{cores} cores, {platform.machine()}", "cores": cores,
         }  # fmt: skip
         options.json.write_text(json.dumps(found))
 

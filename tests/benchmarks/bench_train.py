@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_train [--steps 300] [--rounds 3] [--json FILE]
 
 Scenes of 128×128, ResNet-18, a batch of 4 labelled (and 4 unlabelled) images, one torch thread. Both train stages 1 and 2
-of one run; they take turns. Figures are medians: images a second over rows of 20 steps after the first two, seconds from the call to the
-first step and from the last step to the return.
+of one run; they take turns. Figures are medians: images a second over rows of 20 steps after the first two, seconds from the
+call to the first step and from the last step to the return.
 """
 
 import argparse

@@ -136,13 +136,18 @@ DETAILED = (WORKLOADS[0], WORKLOADS[2], WORKLOADS[3])
 
 @dataclass(frozen=True)
 class Coordination:
-    """What a step that only sleeps costs beyond its sleep, measured on our small machine."""
+    """What a step that only sleeps costs beyond its sleep, measured on our small machine.
+
+    One worker's cost is its own work, which the model has elsewhere; with more workers than cores they take turns at it.
+    What is left after taking that off is coordination.
+    """
 
     workers: list[int]
     overhead_ms_per_step: list[float]
     sleep_ms: float
     date: str
     machine: str
+    cores: int
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Coordination":
@@ -152,9 +157,15 @@ class Coordination:
             raise ValueError(f"{len(made.workers)} worker counts, {len(made.overhead_ms_per_step)} overheads: no table")
         return made
 
+    def coordination_ms(self) -> list[float]:
+        """By number of workers: overhead − overhead of one worker · max(1, workers / cores), not below 0."""
+        own = self.overhead_ms_per_step[0] / max(1.0, self.workers[0] / self.cores)
+        turns = [own * max(1.0, workers / self.cores) for workers in self.workers]
+        return [max(0.0, o - t) for o, t in zip(self.overhead_ms_per_step, turns, strict=True)]
+
     def seconds(self, gpus: int) -> float:
         """a + b · log2(workers), fitted with neither below 0: beyond the measured counts it is a guess."""
-        log, measured = np.log2(self.workers), np.array(self.overhead_ms_per_step) / 1000
+        log, measured = np.log2(self.workers), np.array(self.coordination_ms()) / 1000
         b = max(0.0, float(np.polyfit(log, measured, 1)[0])) if np.ptp(log) else 0.0
         return max(0.0, float(np.mean(measured - b * log))) + b * math.log2(gpus)
 
@@ -291,8 +302,10 @@ def tables(c: Constants, m: Coordination | None = None) -> str:
         lines += ["", NOT_MEASURED]
     else:
         title = f"Coordination, {m.date}, {m.machine}: what a step that sleeps {m.sleep_ms:g} ms takes longer; last, the fit"
-        ms = [f"{value:.2f}" for value in (*m.overhead_ms_per_step, *(1000 * m.seconds(n) for n in (8, 64, 512)))]
-        lines += table(title, ["workers", *map(str, m.workers), "fit: 8", "64", "512"], [["ms a step", *ms]])
+        whole = [f"{value:.2f}" for value in m.overhead_ms_per_step]
+        coordination = [*m.coordination_ms(), *(1000 * m.seconds(n) for n in (8, 64, 512))]
+        rows = [["ms a step", *whole, "", "", ""], ["coordination", *(f"{value:.2f}" for value in coordination)]]
+        lines += table(title, ["workers", *map(str, m.workers), "fit: 8", "64", "512"], rows)
     for w in DETAILED:
         lines += table(f"{w.name}, {w.labelled} + {w.unlabelled} images per GPU and step",
             ["GPUs", "images/s", "efficiency", "limited by", "step, ms", "all-reduce, ms (not hidden)", "store, GB/s",
