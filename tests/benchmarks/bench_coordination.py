@@ -9,7 +9,6 @@ of rows, the signs of life. With more workers than cores it is dear, because the
 import argparse
 import datetime
 import json
-import logging
 import os
 import platform
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.measure import report
+from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
 from threestage.data.split import Split
 from threestage.stages import StageTask
@@ -106,9 +105,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    import ray
-
-    ray.init("local", num_cpus=12, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+    if not inside_cluster(nodes=1, cpus=12):
+        return
     overhead = [
         1000 * step_seconds(workers, options.steps, options.sleep_ms / 1000) - options.sleep_ms for workers in WORKERS
     ]

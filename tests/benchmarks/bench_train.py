@@ -8,7 +8,6 @@ call to the first step and from the last step to the return.
 """
 
 import argparse
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,13 +17,14 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.measure import report
+from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
 from threestage import pipeline
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import SceneSettings, write_scenes
 from threestage.local import predict_pool
+from threestage.on_ray.train import quiet_ray_data, train_on_ray
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker
 
@@ -68,8 +68,6 @@ def locally(task: StageTask, watch: Watch) -> None:
 
 
 def on_ray(task: StageTask, watch: Watch) -> None:
-    from threestage.on_ray.train import train_on_ray
-
     train_on_ray(task, lambda stage, row: watch.show(row), print)
 
 
@@ -79,13 +77,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
     options = parser.parse_args()
+    if not inside_cluster(nodes=1, cpus=4):
+        return
     torch.set_num_threads(1)
-
-    import ray
-
-    from threestage.on_ray.train import quiet_ray_data
-
-    ray.init("local", num_cpus=4, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
     quiet_ray_data()
     folder = Path(tempfile.mkdtemp())
     write_scenes(str(folder / "scenes"), {"train": 200, "val": 8, "test": 4}, 1, SceneSettings(size=128))

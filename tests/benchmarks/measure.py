@@ -1,8 +1,12 @@
 """What the benchmarks share: real images, CPU seconds and memory of whole process trees, tables."""
 
 import json
+import logging
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +73,21 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def inside_cluster(nodes: int, cpus: int) -> bool:
+    """True in the driver of a cluster, the one that RAY_ADDRESS names, and connected to it. Where none is named, starts one
+    (cluster/local.py) and this program again as its driver, and returns False when that has ended."""
+    if "RAY_ADDRESS" in os.environ:
+        import ray
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return True
+    from cluster.local import local_cluster
+
+    with local_cluster(tempfile.mkdtemp(), nodes, cpus, s3={}, mlflow=False) as cluster:
+        subprocess.run([sys.executable, *sys.orig_argv[1:]], env=os.environ | cluster.environment, check=True)
+    return False
 
 
 def report(title: str, rows: Sequence[Mapping[str, object]], to: str | None) -> None:
