@@ -109,10 +109,9 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
 def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
-    function: what every worker runs.
-    A worker or a node that is lost costs a restart of the group, which Ray sees to; a lost controller costs a new one.
-    Raises StageFailure with the worker's own words when the stage could not be trained, and when the cluster has had no
-    room for it for `cluster.start_timeout_s`.
+    `function` is what every worker runs. A worker or a node that is lost costs a restart of the group, which Ray sees to; a
+    lost controller costs a new one. Raises StageFailure with the worker's own words when the stage could not be trained,
+    and when the cluster has had no room for it for `cluster.start_timeout_s`.
     """
     failures, driver = 0, secrets.token_hex(8)
     while True:
@@ -160,7 +159,8 @@ def _watch_fit(
                 monitor.notice.remote()  # Ray may start the group anew with the node that came: save before
             news = ray.get(monitor.news.remote())
             _pass_on(news, task.stage, show, warn)
-            patience.look(news.signs)
+            if thread.is_alive():
+                patience.look(news.signs)
         _pass_on(ray.get(monitor.news.remote()), task.stage, show, warn)
         if outcome[0] is not None:
             raise outcome[0]
