@@ -1,6 +1,6 @@
 """What one worker computes in one step, whole or in pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from threestage.training import losses
 
-AUXILIARY_TERM = "pseudo_mask_loss"  # the only term that sees the auxiliary head
+TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "supervised_loss": losses.supervised_loss,
+    "consistency_loss": losses.consistency_loss,
+    "pseudo_mask_loss": losses.pseudo_mask_loss,
+}
+AUXILIARY_TERM = "pseudo_mask_loss"  # the only one that sees the auxiliary head
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def piece_sums(network: nn.Module, inputs: StepInputs, piece: slice) -> dict[str
     for name, target in inputs.targets.items():
         part = target[piece]
         logits = auxiliary if name == AUXILIARY_TERM else main
-        sums[name] = losses.cross_entropy_sum(logits[: len(part)], part)
+        sums[name] = TERMS[name](logits[: len(part)], part)
     return sums
 
 
