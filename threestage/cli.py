@@ -32,6 +32,10 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Of networks, bat
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Run in this process, without Ray and MLflow; nothing is registered.")
 ]
+ReuseOption = Annotated[
+    str | None,
+    typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -88,21 +92,22 @@ def run(
     seed: SeedOption = None,
     local: LocalOption = False,
     overrides: SetOption = None,
+    reuse: ReuseOption = None,
 ) -> None:
     """Run the three stages. What is finished is skipped and what is half done goes on: rerun the same command after a kill."""
     from threestage.config import load
 
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
-    _run(resolved, out or f"runs/{resolved.name}", local)
+    _run(resolved, out or f"runs/{resolved.name}", local, reuse)
 
 
-def _run(config: Any, out: str, local: bool) -> None:
+def _run(config: Any, out: str, local: bool, reuse: str | None = None) -> None:
     from threestage import runs
     from threestage.progress import StageProgress
     from threestage.report import rich_table
 
     with StageProgress(config, console) as progress:
-        results = runs.run(config, out, local, progress.show, progress.warn, progress.watch)
+        results = runs.run(config, out, local, progress.show, progress.warn, progress.watch, reuse)
     console.print(rich_table(results))
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png", highlight=False, soft_wrap=True)
     if not local:

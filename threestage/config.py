@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +25,7 @@ from threestage.training.loop import LoopSettings
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 
 StageName = Literal["stage1", "stage2", "stage3"]
+Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
 Model = TypeVar("Model", bound=BaseModel)
 # They were not there in the first runs, which go on with the defaults.
 LATER_TRAINING_KEYS = {"batch", "learning_rate_rule", "accumulate"}
@@ -53,6 +54,7 @@ class Stage1Settings(Settings):
     )
     warm_start: ClassVar[bool] = False
     unlabelled_batch: ClassVar[int] = 0
+    changes: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
 class SelfTrainingSettings(Settings):
@@ -60,6 +62,9 @@ class SelfTrainingSettings(Settings):
     labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch)")
     unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
+    changes: dict[Section, dict[str, Any]] = Field(
+        {}, description="settings that this stage alone has, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
+    )
 
 
 class Config(Settings):
@@ -95,6 +100,25 @@ class Config(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _changes_fit(self) -> Self:
+        for name in STAGES:
+            try:
+                self.for_stage(name)
+            except ValidationError as error:
+                problems = _explain_all(Config, [dict(problem) for problem in error.errors()])
+                raise ValueError(f"{name}.changes: {'; '.join(problems)}") from None
+        return self
+
+    def for_stage(self, name: StageName) -> "Config":
+        """The settings that a stage really has: with its `changes`."""
+        changes = self.stage(name).changes
+        if not changes:
+            return self
+        tree = self.model_dump(mode="json")
+        tree[name]["changes"] = {}
+        return Config.model_validate(_merged(tree, changes))
+
     def stage(self, name: StageName) -> Stage1Settings | SelfTrainingSettings:
         stages: dict[str, Stage1Settings | SelfTrainingSettings]
         stages = {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}
@@ -114,6 +138,7 @@ class Config(Settings):
 
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
+    config = config.for_stage(stage)
     sections: set[str] = {"network", "augment", "optimiser", stage}
     if stage != "stage1":
         sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
@@ -130,10 +155,28 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.validation",
         "pseudo_mask.guard",
         "pseudo_mask.batch_size",
+        "pseudo_mask.of_last_stage",
     }
     if stage == "stage1" and not config.stage1.strong_view:
         without |= {key for key in keys if key.startswith("augment.strong.")}
     return {key: value for key, value in sorted(keys.items()) if key not in without}
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some dotted keys. Raises InputError like `load`."""
+    tree = config.model_dump(mode="json")
+    for path, value in changes.items():
+        _put(tree, path, value)
+    return validated(Config, tree)
+
+
+def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the values of a nested mapping in it; sections are merged, values replaced."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        before = merged.get(key)
+        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -207,15 +250,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML; quote it") from None
+    _put(tree, path, value)
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise InputError(f"--set {override}: {parent} is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not YAML; quote it") from None
+            raise InputError(f"{path}={value!r}: {parent} is a value, not a section")
+    tree[leaf] = value
 
 
 def _explain_all(root: type[BaseModel], problems: Sequence[dict[str, Any]]) -> list[str]:
@@ -242,7 +290,7 @@ def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: S
 
 
 def _is_union_tag(part: str) -> bool:
-    return part.startswith(("constrained-", "literal[", "function-", "tuple[")) or part in {
+    return part.startswith(("constrained-", "literal[", "function-", "tuple[", "[key]")) or part in {
         "int",
         "float",
         "str",

@@ -36,8 +36,9 @@ def run_local(
     warn: pipeline.Warn = print,
     record: pipeline.Record = lambda outcome: None,
     watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
 ) -> dict[str, Any]:
-    """Run the three stages here; returns what results.json holds."""
+    """Run the three stages here; returns what results.json holds. `reuse`: see pipeline.run."""
 
     def run_stage(task: StageTask) -> None:
         keep = config.training.checkpoints_kept
@@ -45,7 +46,7 @@ def run_local(
         with worker.listening():
             train_stage(task, worker)
 
-    return pipeline.run(config, out, run_stage, predict_pool, record, warn, watch=watch)
+    return pipeline.run(config, out, run_stage, predict_pool, record, warn, watch=watch, reuse=reuse)
 
 
 def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:

@@ -12,6 +12,7 @@ Everything lies under one folder:
     listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
     pool.parquet                  the files of the pool; fixed once stage 2 has begun
     pseudo_masks1/*.parquet       one file per image file, rejects.parquet, index.parquet, then done.json
+    reused.json                   which of these lie in the folder of another run (threestage/reused.py)
     results.json                  the table of all stages
 """
 
@@ -38,6 +39,7 @@ from threestage.data.split import Split, make_split
 from threestage.errors import InputError, StageFailure
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
+from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
@@ -73,23 +75,33 @@ def run(
     warn: Warn = print,
     each: Each = in_threads,
     watch: Watch = lambda what, done, total: None,
+    reuse: str | None = None,
 ) -> dict[str, Any]:
     """Run the stages that are not done yet; returns what results.json holds. `each` runs the parts of a listing.
+
+    `reuse` is the folder of another run: its split and its pool serve this one too, and its stages as far as they would be
+    computed the same. It must stay where it is.
 
     Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
     """
     config, out = config.with_absolute_paths(), storage.absolute(out)
     manifest = load_manifest(config.data.root)
-    split = _read_or_make_split(config, out, manifest)
+    elsewhere = parts_elsewhere(out)
+    if reuse is not None and not elsewhere:
+        elsewhere = {"split.json": storage.join(storage.absolute(reuse), "split.json")}
+    split = _read_or_make_split(config, out, elsewhere.get("split.json"), manifest)
     root, downscale = config.data.root, config.data.downscale
     labelled = labelled_set(root, manifest, split, downscale, None)
     validation = validation_set(root, manifest, split, downscale)
     _refuse_missing(root, split, labelled, validation)
     label_pixels = check_run(config, manifest, labelled, validation)
-    storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
+    elsewhere = _reuse(config, out, reuse, digests)
+    storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
     pool = _pool_in_background(config, out, manifest, each, warn)
-    run_ = _Run(config, out, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn, watch)
+    run_ = _Run(
+        config, out, elsewhere, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn, watch
+    )
     stages = _run_stages(run_, record)
     results = {
         "name": config.name,
@@ -98,9 +110,22 @@ def run(
                  "labelled": len(split.labelled), "validation": len(split.validation),
                  "pool": rows_of(pool())},
         "stages": stages,
+        "reused": elsewhere,
     }  # fmt: skip
     storage.write_json(storage.join(out, "results.json"), results)
     return results
+
+
+def _reuse(config: Config, out: str, reuse: str | None, digests: dict[str, str]) -> dict[str, str]:
+    """The parts of the run that lie elsewhere: decided once, then read."""
+    elsewhere = parts_elsewhere(out)
+    if reuse is None or elsewhere:
+        return elsewhere
+    if _begun(storage.join(out, "stage1")):
+        raise InputError(f"--reuse {reuse}: {out} has a stage1 of its own: give another --out, or leave --reuse out")
+    elsewhere = shared_parts(config, storage.absolute(reuse), digests)
+    storage.write_json(storage.join(out, REUSED), elsewhere)
+    return elsewhere
 
 
 def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
@@ -114,8 +139,11 @@ def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
         if previous is not None and done["mean_iou"] < previous["mean_iou"]:
             check_guard(run_.config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
                         f"{previous['mean_iou']:.3f} of the stage before", run_.warn)  # fmt: skip
-        pseudo_digest, statistics = run_.predict(stage, number, done["model_digest"])
-        summary |= statistics | {"rejected_while_training": len(run_.rejects(stage))}
+        pseudo_digest = None
+        if stage != run_.config.stage_names[-1] or run_.config.pseudo_mask.of_last_stage:
+            pseudo_digest, statistics = run_.predict(stage, number, done["model_digest"])
+            summary |= statistics
+        summary |= {"rejected_while_training": len(run_.rejects(stage))}
         stages[stage] = {**summary, "per_class_iou": done["per_class_iou"]}
         record(run_.outcome(stage, summary, done, pseudo_digest))
         previous = done
@@ -144,7 +172,11 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
 
     Raises InputError when there are fewer images than a step needs.
     """
-    uri = storage.join(out, "pool.parquet")
+    uri = part(out, "pool.parquet")
+    if uri != storage.join(out, "pool.parquet"):
+        files = load_pool(uri)
+        check_pool(config, rows_of(files))
+        return files
     files = data_set_files(config.data.root, manifest)
     if _begun(storage.join(out, "stage2")) and storage.exists(uri):
         pool, unlabelled = load_pool(uri), pool_source(uri)
@@ -179,15 +211,18 @@ def _begun(folder: str) -> bool:
     )
 
 
-def _read_or_make_split(config: Config, out: str, manifest: Manifest) -> Split:
+def _read_or_make_split(config: Config, out: str, elsewhere: str | None, manifest: Manifest) -> Split:
     """The run's split: made once, then read, so that a data set that grows does not change it."""
-    uri = storage.join(out, "split.json")
+    uri = elsewhere or storage.join(out, "split.json")
     if not storage.exists(uri):
+        if elsewhere is not None:
+            raise InputError(f"{elsewhere} is not there: the run that this one reuses parts of is gone, or is none")
         return make_split(config.data.root, manifest, config.data)
     saved = storage.read_json(uri)
     split = Split.model_validate(saved["split"])
     now = _split_record(config, split)["settings"]
-    _refuse_difference(out, "split.json", flatten({"data": saved["settings"]}), flatten({"data": now}))
+    place = uri.removesuffix("/split.json")
+    _refuse_difference(place, "split.json", flatten({"data": saved["settings"]}), flatten({"data": now}))
     return split
 
 
@@ -230,6 +265,7 @@ def _other_inputs(folder: str, what: str) -> InputError:
 class _Run:
     config: Config
     out: str
+    elsewhere: dict[str, str]
     manifest: Manifest
     split: Split
     label_pixels: list[int]
@@ -240,13 +276,15 @@ class _Run:
     warn: Warn
     watch: Watch
 
-    def folder(self, stage: str) -> str:
-        return storage.join(self.out, stage)
+    def folder(self, part: str) -> str:
+        return self.elsewhere.get(part) or storage.join(self.out, part)
 
     def train(self, stage: StageName, number: int, pseudo_digest: str | None) -> dict[str, Any]:
         """Train a stage unless its marker says that it is done; returns its result."""
         folder = self.folder(stage)
         inputs = self._inputs(stage, pseudo_digest)
+        if stage in self.elsewhere and not storage.exists(storage.join(folder, "done.json")):
+            raise InputError(f"{storage.join(self.out, REUSED)} names {folder}, which is gone: give another --out")
         self._claim(stage, inputs)
         if not storage.exists(storage.join(folder, "done.json")):
             if not _begun(folder):
@@ -254,11 +292,11 @@ class _Run:
             self.run_stage(
                 StageTask(
                     stage=stage,
-                    config=self.config.model_dump(mode="json"),
+                    config=self.config.for_stage(stage).model_dump(mode="json"),
                     manifest_version=self.manifest.version,
                     split=self.split,
                     folder=folder,
-                    pool=None if number == 1 else storage.join(self.out, "pool.parquet"),
+                    pool=None if number == 1 else self.folder("pool.parquet"),
                     pseudo_masks=None if number == 1 else self.folder(f"pseudo_masks{number - 1}"),
                     previous_model=None if number == 1 else storage.join(self.folder(f"stage{number - 1}"), "model"),
                 )
@@ -372,7 +410,7 @@ class _Run:
             )
 
     def outcome(
-        self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str
+        self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str | None
     ) -> StageOutcome:
         return StageOutcome(
             stage=stage,
@@ -386,7 +424,7 @@ class _Run:
                 "classes": ",".join(self.manifest.classes),
                 "labelled": str(len(self.split.labelled)),
                 "model_digest": done["model_digest"],
-                "pseudo_masks_digest": pseudo_digest,
                 "code_version": threestage.__version__,
-            },
+            }
+            | ({} if pseudo_digest is None else {"pseudo_masks_digest": pseudo_digest}),
         )

@@ -54,6 +54,9 @@ class PseudoMaskSettings(Settings):
         description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last",
     )
     batch_size: int = Field(8, ge=1, description="images per forward pass of prediction and evaluation")
+    of_last_stage: bool = Field(
+        True, description="predict the pool with the last stage too, which no stage learns from"
+    )
 
 
 class Statistics(Settings):

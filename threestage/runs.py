@@ -22,6 +22,7 @@ from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
 from threestage.registry import Registry, StageRecord, open_registry
 from threestage.report import colourise, panel
+from threestage.reused import part
 from threestage.training.worker import default_device
 
 Show = Callable[[str, Mapping[str, float]], None]
@@ -36,15 +37,17 @@ def run(
     show: Show,
     warn: pipeline.Warn,
     watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
 ) -> dict[str, Any]:
     """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
 
+    `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
     Writes results.json and pictures.png into `out`; returns the results.
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
-        results = run_local(config, out, show, warn, watch=watch)
+        results = run_local(config, out, show, warn, watch=watch, reuse=reuse)
         write_pictures(config, out)
         return results
     from threestage.on_ray.train import run_on_ray
@@ -53,7 +56,7 @@ def run(
     key = _run_key(out)
     status = "FAILED"
     try:
-        results = run_on_ray(config, out, show, warn, _recorder(registry, config, key, warn), watch)
+        results = run_on_ray(config, out, show, warn, _recorder(registry, config, key, warn), watch, reuse)
         write_pictures(config, out)
         status = "FINISHED"
     finally:
@@ -128,7 +131,7 @@ def write_pictures(config: Config, out: str) -> None:
     columns = [("image", images), ("truth", truths)]
     device = default_device()
     for number, stage in enumerate(config.stage_names, 1):
-        network = load_model(storage.join(out, stage, "model"))[0].to(device)
+        network = load_model(storage.join(part(out, stage), "model"))[0].to(device)
         predicted = {index: mask.numpy() for index, mask, _, _ in predict_images(network, images, BATCH, device)}
         columns.append((f"stage {number}", [colourise(predicted[i], manifest.colours) for i in range(len(images))]))
     stream = io.BytesIO()

@@ -51,8 +51,9 @@ def run_on_ray(
     warn: pipeline.Warn = print,
     record: pipeline.Record = lambda outcome: None,
     watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
 ) -> dict[str, Any]:
-    """Run the three stages on a cluster; returns what results.json holds."""
+    """Run the three stages on a cluster; returns what results.json holds. `reuse`: see pipeline.run."""
 
     def run_stage(task: StageTask) -> None:
         train_on_ray(task, show, warn)
@@ -71,7 +72,7 @@ def run_on_ray(
 
     with connected(config.cluster):
         _warn_of_traps(config, out, warn)
-        return pipeline.run(config, out, run_stage, predict, record, warn, each, watch)
+        return pipeline.run(config, out, run_stage, predict, record, warn, each, watch, reuse)
 
 
 def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:

@@ -1,0 +1,87 @@
+"""What a run has computed serves another one; nothing of it is computed again, and nothing of it is changed."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_config
+from threestage.config import Config, changed, load, stage_keys
+from threestage.errors import InputError
+from threestage.local import run_local
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def stages_shown(config: Config, out: Path, reuse: Path | None = None) -> set[str]:
+    shown = set()
+
+    def show(stage: str, row: Mapping[str, float]) -> None:
+        shown.add(stage)
+
+    run_local(config, str(out), show, lambda text: None, reuse=None if reuse is None else str(reuse))
+    return shown
+
+
+@pytest.fixture(scope="module")
+def shared(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shared")
+    run_local(tiny_config(scenes, stages=1), str(out), lambda stage, row: None)
+    return out
+
+
+def test_a_run_trains_only_what_another_has_not(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    before = modified(shared)
+    config = tiny_config(scenes, stages=2, consistency__weight=0.5, pseudo_mask__of_last_stage=False)
+    assert stages_shown(config, tmp_path / "a", shared) == {"stage2"}
+    assert modified(shared) == before
+    assert not (tmp_path / "a" / "stage1").exists() and not (tmp_path / "a" / "pseudo_masks2").exists()
+    assert stages_shown(config, tmp_path / "a") == set(), "a rerun knows what it reuses"
+
+    alone = config.model_copy(update={"pseudo_mask": config.pseudo_mask.model_copy(update={"of_last_stage": True})})
+    run_local(alone, str(tmp_path / "b"), lambda stage, row: None)
+    model = Path("stage2", "model", "model.safetensors")
+    assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
+
+
+def test_a_run_whose_first_stage_differs_can_reuse_nothing(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing of it can be used, it was made with seed=0, this run has 1"):
+        stages_shown(tiny_config(scenes, seed=1), tmp_path / "a", shared)
+    with pytest.raises(InputError, match=r"split.json was made with data.labelled=8, this run has 9"):
+        stages_shown(tiny_config(scenes, data__labelled=9), tmp_path / "b", shared)
+    with pytest.raises(InputError, match=r"the run that this one reuses parts of is gone, or is none"):
+        stages_shown(tiny_config(scenes), tmp_path / "c", tmp_path / "nowhere")
+
+
+def test_a_run_does_not_train_into_one_that_is_gone(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shared, other)
+    config = tiny_config(scenes, stages=2)
+    stages_shown(config, tmp_path / "a", other)
+    shutil.rmtree(other / "stage1")
+    with pytest.raises(InputError, match="which is gone: give another --out"):
+        stages_shown(config, tmp_path / "a")
+
+
+def test_changes_belong_to_their_stage_alone() -> None:
+    config = load("demo", ["stage3.changes.pseudo_mask.weight=0.7"])
+    assert stage_keys(config, "stage3")["pseudo_mask.weight"] == 0.7
+    assert stage_keys(config, "stage2") == stage_keys(load("demo"), "stage2")
+    assert config.for_stage("stage3").for_stage("stage3").pseudo_mask.weight == 0.7
+    assert stage_keys(changed(config, {"stage2.changes.ema.decay": [[0, 0.5]]}), "stage2")["ema.decay"] == [[0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("stage3.changes.pseudo_mask.weight=-1", r"stage3.changes: pseudo_mask.weight=-1: should be greater"),
+        ("stage2.changes.pseudo_mask.wait=1", r"stage2.changes: pseudo_mask.wait=1: unknown key; did you mean weight"),
+        ("stage2.changes.network.encoder=x", r"stage2.changes.network='network': should be 'augment'"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused(override: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        load("demo", [override])

@@ -1,0 +1,55 @@
+"""Parts of a run that lie in another run's folder: a finished stage serves every run that would compute the same.
+
+reused.json    name of a part (stage1, pseudo_masks1, pool.parquet, split.json) → where it lies
+"""
+
+from collections.abc import Mapping
+
+from threestage.config import Config, stage_keys
+from threestage.data import storage
+from threestage.errors import InputError
+
+REUSED = "reused.json"
+
+
+def parts_elsewhere(out: str) -> dict[str, str]:
+    uri = storage.join(out, REUSED)
+    return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+
+
+def part(out: str, name: str) -> str:
+    """Where a part of the run `out` lies."""
+    return parts_elsewhere(out).get(name) or storage.join(out, name)
+
+
+def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """The stages of the run `other`, from the first on, that this one would compute the same, with their pseudo-masks.
+
+    `digests`: of the labelled and validation images. Raises InputError where there is none.
+    """
+    parts: dict[str, str] = {}
+    pseudo_masks = None
+    for number, stage in enumerate(config.stage_names, 1):
+        folder, masks = storage.join(other, stage), storage.join(other, f"pseudo_masks{number}")
+        if not all(storage.exists(storage.join(done, "done.json")) for done in (folder, masks)):
+            difference = f"{stage} is not finished there"
+        else:
+            saved = storage.read_json(storage.join(folder, "inputs.json"))
+            wanted = {**digests, "pseudo_masks": pseudo_masks}
+            difference = _difference(saved, wanted, stage_keys(config, stage))
+        if difference is not None:
+            break
+        parts |= {stage: folder, f"pseudo_masks{number}": masks}
+        pseudo_masks = storage.read_json(storage.join(masks, "done.json"))["digest"]
+    if not parts:
+        raise InputError(f"--reuse {other}: nothing of it can be used, {difference}: give another run, or none")
+    return parts | {name: storage.join(other, name) for name in ("pool.parquet", "split.json")}
+
+
+def _difference(saved: Mapping[str, object], wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:
+    before = saved["keys"]
+    assert isinstance(before, dict)
+    for key in sorted({*before, *keys}):
+        if before.get(key) != keys.get(key):
+            return f"it was made with {key}={before.get(key)!r}, this run has {keys.get(key)!r}"
+    return next((f"its {name} differ" for name, digest in wanted.items() if saved[name] != digest), None)
