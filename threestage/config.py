@@ -112,7 +112,7 @@ class Config(Settings):
 
     def for_stage(self, name: StageName) -> "Config":
         """The settings that a stage really has: with its `changes`."""
-        changes = self.stage(name).changes
+        changes: Mapping[Any, Any] = self.stage(name).changes
         if not changes:
             return self
         tree = self.model_dump(mode="json")

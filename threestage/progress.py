@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from threestage.config import Config
@@ -64,7 +65,7 @@ class StageProgress:
             self._console.print(f"{what}: {done:,} of {total:,} images", highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _figures(row: Mapping[str, float]) -> str:

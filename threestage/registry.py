@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field
@@ -41,11 +41,13 @@ from threestage.tracking import (
 WEIGHTS, CARD = "model.safetensors", "model.json"
 PACKED_FOLDER = "model"
 RUN_KEY, STAGE, DIGEST, COMPLETE = (f"threestage.{key}" for key in ("run_key", "stage", "model_digest", "complete"))
-WHOLE_RUN = "run"
+TRIAL = "threestage.trial"
+WHOLE_RUN, ONE_TRIAL = "run", "trial"
 MEAN_IOU = "mean_iou"
 METRICS_PER_CALL, PARAMS_PER_CALL, DATA_DIGEST_LENGTH = 1000, 100, 36
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+TrialStatus = Status | Literal["SCHEDULED", "RUNNING"]
 
 
 class RegistrySettings(Settings):
@@ -70,6 +72,19 @@ class StageRecord:
     metrics: Sequence[Mapping[str, float]]  # rows of "step" and values, in order
     summary: Mapping[str, float]
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """All that is recorded of one trial of a sweep."""
+
+    sweep_key: str  # names the sweep's folder for ever
+    sweep_name: str
+    number: int
+    params: Mapping[str, Any]  # dotted keys
+    curve: Sequence[tuple[int, float]]  # (step, mean IoU in [0,1]), rising steps
+    tags: Mapping[str, str]
+    status: TrialStatus
 
 
 @dataclass(frozen=True)
@@ -187,6 +202,26 @@ class Registry:
                 self._complete(run.info.run_id, name, version, record.stage)
         return RegisteredVersion(name, version, run.info.run_id, record.stage)
 
+    def open_sweep(self, sweep_key: str, sweep_name: str, params: Mapping[str, Any]) -> str:
+        """Begin a sweep's parent run, or go on with it; close_run ends it. Returns its id. Idempotent."""
+        with talking_to(self.uri):
+            run = self._parent_run(redact(sweep_key), sweep_name)
+            self._log_params(run, params)
+            self._set_status(run, "RUNNING")
+        return str(run.info.run_id)
+
+    def record_trial(self, parent_id: str, record: TrialRecord) -> str:
+        """Bring a trial's run, nested in its sweep's, up to the record; sends what is new only. Returns its id."""
+        identity = {RUN_KEY: redact(record.sweep_key), STAGE: ONE_TRIAL, TRIAL: str(record.number)}
+        with talking_to(self.uri):
+            extra = {"mlflow.parentRunId": parent_id}
+            run = self._find_or_create(identity, extra, f"{record.sweep_name}-trial-{record.number}")
+            self._log_params(run, record.params)
+            self._set_tags(run, record.tags)
+            self._log_curve(run, record.curve)
+            self._set_status(run, record.status)
+        return str(run.info.run_id)
+
     def close_run(
         self, run_key: str, status: Status, summary: Mapping[str, float], artifacts: Mapping[str, str] | None = None
     ) -> str:
@@ -284,6 +319,28 @@ class Registry:
         metrics = [Metric(key, value, start_ms + order, step) for key, value, step, order in points]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        new = [RunTag(key, value) for key, value in clean_tags(tags).items() if run.data.tags.get(key) != value]
+        if new:
+            self._client.log_batch(run.info.run_id, tags=new)
+
+    def _log_curve(self, run: Any, curve: Sequence[tuple[int, float]]) -> None:
+        run_id = run.info.run_id
+        history = self._client.get_metric_history(run_id, MEAN_IOU) if MEAN_IOU in run.data.metrics else []
+        known = {(point.step, point.value) for point in history}
+        points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(curve)]
+        self._log_metrics(run_id, [point for point in points if (point[2], point[1]) not in known], run.info.start_time)
+
+    def _set_status(self, run: Any, status: TrialStatus) -> None:
+        if run.info.status == status:
+            return
+        if status in get_args(Status):
+            self._client.set_terminated(run.info.run_id, status)
+        else:
+            self._client.update_run(run.info.run_id, status)
 
     def _log_data_set(self, run_id: str, record: StageRecord) -> None:
         from mlflow.entities import Dataset, DatasetInput

@@ -32,7 +32,7 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
     for number, stage in enumerate(config.stage_names, 1):
         folder, masks = storage.join(other, stage), storage.join(other, f"pseudo_masks{number}")
         if not all(storage.exists(storage.join(done, "done.json")) for done in (folder, masks)):
-            difference = f"{stage} is not finished there"
+            difference: str | None = f"{stage} is not finished there"
         else:
             saved = storage.read_json(storage.join(folder, "inputs.json"))
             wanted = {**digests, "pseudo_masks": pseudo_masks}

@@ -52,6 +52,11 @@ class ClusterSettings(Settings):
         return self.predictors or self.most_workers
 
     @property
+    def devices(self) -> float:
+        """The most GPUs that a run has, or workers where those have none."""
+        return self.most_workers * (self.gpus_per_worker or 1)
+
+    @property
     def worker_resources(self) -> dict[str, float]:
         """What one worker takes, in Ray's names."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}

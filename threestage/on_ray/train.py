@@ -85,8 +85,9 @@ def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
 
 
 @contextlib.contextmanager
-def connected(cluster: ClusterSettings) -> Iterator[None]:
-    """A connection to the cluster of the settings, or to one started on this machine; an existing one is kept."""
+def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
+    """A connection to the cluster of the settings, or to one started on this machine with room for so many runs at once;
+    an existing one is kept."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     quiet_ray_data()
@@ -99,7 +100,7 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
-        options |= {"num_cpus": max(os.cpu_count() or 1, wanted + SPARE_CPUS), "dashboard_host": "127.0.0.1"}
+        options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
     ray.init(address=address or "local", **options)
     try:
         yield

@@ -1,0 +1,430 @@
+"""What a sweep searches: bad spaces are refused in one line, proposals repeat nothing and can be replayed."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from threestage.config import Config, load, stage_keys
+from threestage.errors import InputError
+from threestage.sweeps.checks import check_space
+from threestage.sweeps.parameters import Parameter
+from threestage.sweeps.proposals import grid, number_of_trials, own_params, propose, study_of
+from threestage.sweeps.space import (
+    Space,
+    base_config,
+    best_overrides,
+    load_space,
+    overrides,
+    total_steps,
+    trial_config,
+)
+from threestage.sweeps.trials import State, Trial
+
+SHIPPED = sorted((Path(__file__).parents[2] / "tune").glob("*.yaml"))
+ASHA = {"scheduler": {"asha": {"grace_steps": 200}}}
+CONDITIONAL: dict[str, Any] = {
+    "consistency.ramp_up": {"choice": [0.0, 0.3]},
+    "consistency.weight": {"uniform": [0.1, 0.5], "step": 0.1, "when": {"consistency.ramp_up": [0.3]}},
+}
+
+
+def a_space(search: Mapping[str, Any], **settings: Any) -> Space:
+    return Space.model_validate({"stages": [2], "search": search, "trials": 20, **settings})
+
+
+def run_through(space: Space, count: int, seed: int = 0, states: Sequence[State] = ("finished",)) -> list[Trial]:
+    """A sweep whose trials end in these states in turn."""
+    trials: list[Trial] = []
+    for number in range(count):
+        if (params := propose(space, trials, seed)) is None:
+            break
+        score = (number * 7 % 10) / 10
+        state = states[number % len(states)]
+        trials.append(Trial(number=number, params=params, seed=0, state=state, curve=((5, score / 2), (10, score))))
+    return trials
+
+
+def refusal(tmp_path: Path, text: str, config: str = "demo", changes: Sequence[str] = ()) -> str:
+    file = tmp_path / "space.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as refused:
+        check_space(load_space(str(file)), load(config, changes))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ("consistency.wieght: {uniform: [0, 1]}", "search.consistency.wieght: unknown key; did you mean consistency.weight?"),
+        ("consistency: {uniform: [0, 1]}", "search.consistency: is a section; name one of its keys, e.g. consistency.conf"),
+        ("zzz: {uniform: [0, 1]}", "search.zzz: unknown key; keys are written as for --set"),
+        ("consistency.weight: {unifrom: [0, 1]}", "consistency.weight: unifrom=[0, 1]: unknown key; did you mean uniform?"),
+        ("consistency.weight: [0, 1]", "search.consistency.weight=[0, 1]: give a range or choices, e.g. {uniform: [0, 1]}"),
+        ("consistency.weight: {}", "search.consistency.weight: give exactly one of uniform, loguniform and choice"),
+        ("consistency.weight: {uniform: [0, 1], choice: [1]}", "give exactly one of uniform, loguniform and choice"),
+        ("consistency.weight: {uniform: [a, 1]}", "search.consistency.weight: uniform.0='a': should be a valid"),
+        ("consistency.weight: {uniform: [0, .inf]}", "uniform.1=inf: "),
+        ("consistency.weight: {uniform: [0.5, 0.5]}", "search.consistency.weight: uniform=[0.5, 0.5] is empty"),
+        ("consistency.weight: {loguniform: [2, 1]}", "loguniform=[2.0, 1.0] is empty"),
+        ("consistency.weight: {loguniform: [0, 1]}", "loguniform=[0.0, 1.0]: both bounds must be above 0"),
+        ("consistency.weight: {uniform: [0, 1], step: 0}", "step=0: must be above 0 and fit into uniform=[0, 1]"),
+        ("consistency.weight: {uniform: [0, 1], step: 1.5}", "step=1.5: must be above 0 and fit"),
+        ("consistency.weight: {loguniform: [1, 2], step: 1}", "step=1 goes with uniform, not with loguniform"),
+        ("consistency.weight: {choice: []}", "search.consistency.weight: choice=[] is empty"),
+        ("ema.decay: {choice: [[[0, 0.9]], [[0, 0.9]]]}", "search.ema.decay: choice has [[0, 0.9]] twice"),
+        ("consistency.weight: {uniform: [-1, 1]}", "search.consistency.weight=-1: should be greater than or equal to 0"),
+        ("consistency.confidence_threshold: {uniform: [0, 2]}", "confidence_threshold=2: should be less than or equal to 1"),
+        ("ema.decay: {choice: [[[0, 0.9]], [[0, 1.5]]]}", "search.ema.decay=[[0, 1.5]]: "),
+        ("stage2.steps: {loguniform: [10, 1000]}", "search.stage2.steps="),
+        ("stage2.steps: {uniform: [10, 20], step: 0.5}", "search.stage2.steps="),
+        ("stage1.steps: {uniform: [10, 20]}", "does not matter for stage 2, which is searched; it does for stage 1: search that"),
+        ("training.log_every: {uniform: [1, 9]}", "training.log_every: does not matter for stage 2, which is searched; take it"),
+        ("network.head: {choice: [linear, deeplabv3plus]}", "network.head: counts for stage 1 too, which the trials share: add"),
+        ("training.precision: {choice: [float32, bfloat16]}", "training.precision: counts for stage 1 too"),
+        ("consistency.weight: {uniform: [0, 1]}",
+         "search.consistency.weight: uniform=[0, 1] are whole numbers only: write [0.0, 1.0] for those between"),
+        ("stage3.changes.consistency.weight: {uniform: [1, 9]}", "does not matter for stage 2"),
+        ("1: {uniform: [0, 1]}", "search.1"),
+        ("consistency.weight: {uniform: [0]}", "search.consistency.weight: uniform.1: is not set"),
+        ("consistency.weight: {choice: [2026-01-01]}", "2026-01-01 is a date: give numbers"),
+        ("consistency.weight:", "search.consistency.weight=None: give a range or choices"),
+        ("seed: {choice: [1, 2]}", "search.seed: may not be searched"),
+        ("cluster.workers: {choice: [1, 2]}", "search.cluster.workers: may not be searched"),
+        ("cluster.resources_per_worker: {choice: [{}]}", "search.cluster.resources_per_worker: may not be searched"),
+        ("data.labelled: {choice: [1, 2]}", "search.data.labelled: may not be searched"),
+        ("consistency.weight: {uniform: [0, 1], when: {ema.decay: [1]}}",
+         "ema.decay is no choice that is searched above consistency.weight"),
+        ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {consistency.ramp_up: [0.4]}}",
+         "consistency.ramp_up is never 0.4; its choices are 0.0, 0.5"),
+        ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {consistency.ramp_up: []}}",
+         "consistency.ramp_up is never []"),
+        ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {ema.decay: [1]}}",
+         "ema.decay is no choice that is searched above consistency.weight; those are consistency.ramp_up"),
+    ],
+)  # fmt: skip
+def test_a_bad_search_is_refused(tmp_path: Path, search: str, expected: str) -> None:
+    assert expected in refusal(tmp_path, f"stages: [2]\ntrials: 5\nsearch:\n  {search}\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("stages: [1, 3]\ntrials: 5", "stages=[1, 3]: give consecutive stages of 1, 2 and 3"),
+        ("stages: [4]\ntrials: 5", "stages=[4]: give consecutive"),
+        ("stages: []\ntrials: 5", "stages=[]: give consecutive"),
+        ("stages: 2\ntrials: 5", "stages=2: give consecutive"),
+        ("stages: [2]", "trials: is not set; only searcher: grid ends by itself, tpe does not"),
+        ("stages: [2]\ntrials: 0", "trials=0: should be greater than or equal to 1"),
+        ("stages: [2]\ntrials: 5\nat_once: 0", "at_once=0: should be greater than or equal to 1"),
+        ("stages: [2]\ntrials: 5\ntrails: 5", "trails=5: unknown key; did you mean trials?"),
+        ("stages: [2]\ntrials: 5\nsearcher: tpes", "searcher='tpes': should be 'tpe', 'random' or 'grid'"),
+        ("stages: [2]\ntrials: 5\nbudget: {hour: 1}", "budget.hour=1: unknown key; did you mean hours?"),
+        ("stages: [2]\ntrials: 5\nbudget: {hours: 0}", "budget.hours=0: should be greater than 0"),
+        ("stages: [2]\ntrials: 5\nscheduler: ashe", "scheduler='ashe': give {asha: {grace_steps: 200}} or none"),
+        ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace: 1}}", "scheduler.grace=1: unknown key; did you mean grace_steps?"),
+        ("stages: [2]\nsearcher: grid", "search.consistency.weight: searcher: grid needs a choice, or uniform with a step"),
+        ("stages: [2]\ntrials: 5\nfixed: {consistency.weight: 1}", "consistency.weight: is under search and under fixed"),
+        ("stages: [2]\ntrials: 5\nfixed: {stage2.stesp: 1}", "fixed.stage2.stesp: unknown key; did you mean stage2.steps?"),
+        ("stages: [2]\ntrials: 5\nfixed: {cluster: {workers: 1}}", "fixed.cluster: is a section"),
+        ("stages: [2]\ntrials: 5\nfixed: {stages: 1}", "fixed.stages: the sweep sets it itself"),
+        ("stages: [2]\ntrials: 5\nfixed: {stage2.steps: 0}", "stage2.steps=0: should be greater than or equal to 1"),
+        ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace_steps: 800}}",
+         "scheduler.asha.grace_steps=800: the last evaluation before the end at step 800 is at step 750"),
+        ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace_steps: 10}}\nfixed: {training.evaluate_every: 400}",
+         "training.evaluate_every=400 gives 1 evaluations before the end at step 800, it needs 2: make evaluate_every 399"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(tmp_path: Path, settings: str, expected: str) -> None:
+    assert expected in refusal(tmp_path, f"search: {{consistency.weight: {{uniform: [0.0, 1]}}}}\n{settings}\n")
+
+
+def test_what_is_no_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^threshold: neither a space that ships \(.*thresholds.*\).*did you mean thresholds\?"
+    ):
+        load_space("threshold")
+    assert "a space is a mapping" in refusal(tmp_path, "- a list\n")
+    assert "not YAML" in refusal(tmp_path, "a: [\n")
+    assert "search={}: name at least one key" in refusal(tmp_path, "{stages: [2], trials: 5, search: {}}")
+    assert "search: is not set" in refusal(tmp_path, "{stages: [2], trials: 5}")
+    told = refusal(tmp_path, "{trials: 5, search: {ema.decay: {choice: [1]}}}")
+    assert told.endswith("stages: is not set"), "--set is of the configuration, not of the space"
+
+
+def test_a_setting_of_a_loss_that_has_no_weight_is_refused(tmp_path: Path) -> None:
+    threshold = "{stages: [2], trials: 5, search: {SECTION.confidence_threshold: {uniform: [0.0, 1]}MORE}}"
+    for section in ("consistency", "pseudo_mask"):
+        text = threshold.replace("SECTION", section)
+        told = refusal(tmp_path, text.replace("MORE", ""), changes=[f"{section}.weight=0"])
+        assert f"{section}.confidence_threshold: does not matter while {section}.weight is 0" in told
+        both = Space.model_validate(yaml.safe_load(text.replace("MORE", f", {section}.weight: {{choice: [0, 1]}}")))
+        check_space(both, load("demo", [f"{section}.weight=0"]))
+
+
+def test_a_key_that_the_stage_has_changed_is_searched_there(tmp_path: Path) -> None:
+    changes = ["stage2.changes={consistency: {weight: 0.3}}"]
+    told = refusal(
+        tmp_path, "{stages: [2], trials: 5, search: {consistency.weight: {uniform: [0, 1]}}}", changes=changes
+    )
+    assert told.endswith("stage2.changes sets it there: search stage2.changes.consistency.weight")
+    check_space(a_space({"stage2.changes.consistency.weight": {"uniform": [0.0, 1]}}), load("demo", changes))
+    rate, own = (
+        {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        ["stage3.changes={optimiser: {learning_rate: 1}}"],
+    )
+    found = best_overrides(a_space(rate), load("demo", own), {"optimiser.learning_rate": 1e-3})
+    assert found == {"stage2.changes.optimiser.learning_rate": 1e-3}, "stage 3 keeps its own"
+
+
+def test_shipped_spaces_fit_the_presets() -> None:
+    assert [file.stem for file in SHIPPED] == [
+        "learning_rate_and_ema", "loss_weights", "thresholds", "thresholds_and_weights"
+    ]  # fmt: skip
+    for file in SHIPPED:
+        header = file.read_text().split("stages:")[0]
+        assert all(f"# {what}:" in header for what in ("command", "cost", "result")), file.name
+        space = load_space(file.stem)
+        assert space == load_space(str(file)) == Space.model_validate(space.model_dump(mode="json"))
+        for preset in ("demo", "camvid"):
+            config = load(preset)
+            check_space(space, config)
+            assert total_steps(space, config) == config.stage2.steps
+            for trial in run_through(space, 4):
+                stages = trial_config(space, config, trial.params, 1)
+                assert stage_keys(stages, "stage1") == stage_keys(base_config(space, config, 1), "stage1")
+                assert (stages.stages, stages.seed, stages.pseudo_mask.of_last_stage) == (2, 1, False)
+
+
+def test_the_faithful_thresholds_are_among_the_shipped_ones() -> None:
+    assert all(next(parameter.values()) == 0.0 for parameter in load_space("thresholds").search.values())
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text(
+        "{stages: [2], trials: 5, scheduler: none, search: {"
+        "optimiser.learning_rate: {loguniform: [1e-5, 1e-2]}, optimiser.encoder_learning_rate: {choice: [1e-3, 2e-3]}}}"
+    )
+    space = load_space(str(file))
+    assert space.search["optimiser.learning_rate"].loguniform == (1e-5, 1e-2)
+    assert space.search["optimiser.encoder_learning_rate"].choice == (1e-3, 2e-3)
+    assert space.scheduler is None
+
+
+def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() -> None:
+    demo, rate = load("demo"), {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    params = {"optimiser.learning_rate": 5e-3}
+    end = {"pseudo_mask.of_last_stage": False}
+    later = {f"stage{n}.changes.optimiser.learning_rate": 5e-3 for n in (2, 3)}
+    assert overrides(a_space(rate), demo, params) == later | end | {"stages": 2}
+    assert best_overrides(a_space(rate), demo, params) == later
+    whole = a_space(rate, stages=[1, 2], fixed={"cluster.workers": 2})
+    assert overrides(whole, demo, params) == params | end | {"stages": 2, "cluster.workers": 2}
+    last = a_space({"consistency.weight": {"uniform": [0, 1]}, "ema.decay": {"choice": [[[0, 0.9]]]}}, stages=[3])
+    assert overrides(last, demo, {"consistency.weight": 0.7}) == end | {
+        "stage3.changes.consistency.weight": 0.7, "stages": 3,
+    }  # fmt: skip
+    strong = a_space({"augment.strong.cutouts": {"uniform": [0, 5]}})
+    assert "augment.strong.cutouts" in best_overrides(strong, demo, {"augment.strong.cutouts": 1})
+    with_stage_1 = best_overrides(strong, load("demo", ["stage1.strong_view=true"]), {"augment.strong.cutouts": 1})
+    assert with_stage_1 == {f"stage{n}.changes.augment.strong.cutouts": 1 for n in (2, 3)}
+
+
+def test_shared_stages_are_those_of_the_base_configuration() -> None:
+    space = a_space({"consistency.weight": {"uniform": [0, 1]}}, stages=[3], fixed={"stage1.steps": 7})
+    base = base_config(space, load("demo", ["pseudo_mask.of_last_stage=false"]), 5)
+    assert (space.shared_stages, base.stages, base.seed, base.stage1.steps) == (2, 2, 5, 7)
+    assert base.pseudo_mask.of_last_stage, "stage 3 learns from the pseudo-masks of stage 2"
+    trial = trial_config(space, load("demo"), {"consistency.weight": 0.9}, 5)
+    assert all(stage_keys(trial, stage) == stage_keys(base, stage) for stage in base.stage_names)
+    assert a_space({"stage1.steps": {"uniform": [1, 9]}}, stages=[1]).shared_stages == 0
+
+
+def test_total_steps_are_the_most_that_a_trial_has() -> None:
+    demo = load("demo")
+    assert total_steps(a_space({"consistency.weight": {"uniform": [0, 1]}}, stages=[2, 3]), demo) == 1600
+    searched = {"stage2.steps": {"uniform": [100, 345], "step": 100}}
+    assert total_steps(a_space(searched, stages=[2, 3], fixed={"stage3.steps": 50}), demo) == 350
+
+
+def test_asha_needs_evaluations() -> None:
+    weight = {"consistency.weight": {"uniform": [0.0, 1]}}
+    check_space(a_space(weight, **ASHA), load("demo"))
+    check_space(a_space(weight, stages=[2, 3], **ASHA), load("demo", ["training.evaluate_every=799"]))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["tpe", "random"]))
+def test_values_lie_where_they_may(seed: int, searcher: str) -> None:
+    search: dict[str, Any] = {
+        "a": {"uniform": [0, 0.95], "step": 0.05},
+        "b": {"uniform": [0.25, 0.5]},
+        "c": {"uniform": [3, 9]},
+        "d": {"uniform": [10, 25], "step": 10},
+        "e": {"loguniform": [1e-5, 1e-2]},
+        "f": {"choice": [[[0, 0.9]], [[0, 0.99], [400, 0.999]], None, "x"]},
+    }
+    space = a_space(search, searcher=searcher)
+    for trial in run_through(space, 3, seed):
+        params = trial.params
+        assert list(params) == list(search)
+        assert params["a"] in [round(k * 0.05, 2) for k in range(20)]
+        assert 0.25 <= params["b"] <= 0.5
+        assert type(params["c"]) is int and 3 <= params["c"] <= 9
+        assert params["d"] in (10, 20) and type(params["d"]) is int
+        assert 1e-5 <= params["e"] <= 1e-2
+        assert params["f"] in search["f"]["choice"]
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
+def test_conditional_keys_are_there_when_they_should(searcher: str) -> None:
+    trials = run_through(a_space(CONDITIONAL, searcher=searcher), 20)
+    assert len(trials) == 6, "five weights with the ramp, and one trial without"
+    for trial in trials:
+        assert ("consistency.weight" in trial.params) == (trial.params["consistency.ramp_up"] == 0.3)
+    check_space(a_space(CONDITIONAL), load("demo", ["consistency.weight=0"]))
+
+
+def test_conditional_trials_teach_tpe() -> None:
+    search: dict[str, Any] = CONDITIONAL | {
+        "ema.decay": {"choice": [[[0, 0.9]], [[0, 0.99]]], "when": {"consistency.ramp_up": [0.0]}}
+    }
+    search |= {"pseudo_mask.weight": {"loguniform": [0.1, 1]}}
+    assert len(run_through(a_space(search), 25, states=("finished", "stopped", "failed", "running"))) == 25
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "random"])
+def test_nothing_is_proposed_twice(searcher: str) -> None:
+    search = {
+        "consistency.weight": {"uniform": [0, 1], "step": 0.25},
+        "ema.decay": {"choice": [[[0, 0.9]], [[0, 0.99]]]},
+    }
+    states: tuple[State, ...] = ("finished", "failed", "waiting", "running", "stopped")
+    trials = run_through(a_space(search, searcher=searcher), 30, states=states)
+    assert len(trials) == 10
+    assert len({str(trial.params) for trial in trials}) == 10
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "random"])
+def test_proposals_depend_on_space_trials_and_seed_alone(searcher: str) -> None:
+    space = a_space({"pseudo_mask.weight": {"loguniform": [0.01, 1]}, **CONDITIONAL, "stage2.steps": {"uniform": [1, 99]}},
+                    searcher=searcher)  # fmt: skip
+    trials = run_through(space, 15)
+    assert trials == run_through(space, 15)
+    assert trials != run_through(space, 15, seed=1)
+    resumed = [Trial.model_validate_json(trial.model_dump_json()) for trial in trials[:12]]
+    assert propose(space, resumed, 0) == trials[12].params
+    repeat = trials[0].model_copy(update={"number": 12, "kind": "repeat", "repeats": 0})
+    assert propose(space, [*resumed, repeat], 0) == trials[12].params, "repeats do not count"
+    fewer = [*resumed[:5], *resumed[6:]]
+    assert propose(space, fewer, 0) not in [trial.params for trial in fewer]
+
+
+def test_the_first_trial_changes_nothing_where_it_can() -> None:
+    both = load_space("thresholds_and_weights")
+    assert own_params(both, load("camvid")) == {
+        "pseudo_mask.confidence_threshold": 0.0,
+        "consistency.confidence_threshold": 0.0,
+        "consistency.weight": 0.25,
+        "pseudo_mask.weight": 0.25,
+    }
+    for key, parameter, there in [
+        ("pseudo_mask.weight", {"uniform": [0.5, 1.0]}, False),
+        ("pseudo_mask.weight", {"uniform": [0.2, 0.5], "step": 0.1}, False),
+        ("pseudo_mask.weight", {"choice": [0.25, 0.5]}, True),
+        ("ema.decay", {"choice": [[[0, 0.99]], [[0, 0.9]]]}, True),
+        ("ema.decay", {"choice": [[[0, 0.9]]]}, False),
+    ]:
+        assert (own_params(a_space({key: parameter}), load("camvid")) is not None) == there, (key, parameter)
+    rate = a_space({"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}})
+    own = load("camvid", ["stage2.changes.optimiser.learning_rate=0.002"])
+    assert own_params(rate, own) == {"optimiser.learning_rate": 0.002}
+    assert own_params(a_space(CONDITIONAL), load("camvid")) == {"consistency.ramp_up": 0.0}
+
+
+def test_the_grid_is_gone_through_in_order() -> None:
+    search = {"pseudo_mask.weight": {"choice": [0.5, 0.25]}, **CONDITIONAL}
+    space = a_space(search, searcher="grid", trials=None)
+    points = list(grid(space))
+    assert len(points) == number_of_trials(space) == 12
+    assert points[:2] == [
+        {"pseudo_mask.weight": 0.5, "consistency.ramp_up": 0.0},
+        {"pseudo_mask.weight": 0.5, "consistency.ramp_up": 0.3, "consistency.weight": 0.1},
+    ]
+    trials = run_through(space, 99)
+    assert [trial.params for trial in trials] == points
+    assert propose(space, [*trials[:4], *trials[5:]], 0) == points[4]
+    assert number_of_trials(a_space(search, searcher="grid", trials=5)) == 5
+    assert number_of_trials(a_space(search, trials=50)) == 50
+
+
+def test_tpe_looks_where_the_scores_are_high() -> None:
+    space = a_space({"consistency.weight": {"uniform": [0.0, 1.0]}})
+    trials: list[Trial] = []
+    for number in range(40):
+        params = propose(space, trials, 0)
+        assert params is not None
+        score = 1 - abs(params["consistency.weight"] - 0.8)
+        trials.append(Trial(number=number, params=params, seed=0, state="finished", curve=((10, score),)))
+    near = [abs(trial.params["consistency.weight"] - 0.8) < 0.2 for trial in trials[20:]]
+    assert sum(near) >= 14
+
+
+def test_the_study_holds_what_the_trials_did() -> None:
+    search = {
+        "ema.decay": {"choice": [[[0, 0.9]], [[0, 0.99]]]},
+        "consistency.weight": {"uniform": [0, 1], "step": 0.1},
+    }
+    space = a_space(search)
+    states: list[State] = ["finished", "stopped", "failed", "running", "waiting", "finished"]
+    trials = run_through(space, 6, states=states)
+    trials[5] = trials[5].model_copy(update={"curve": ()})
+    repeat = trials[0].model_copy(update={"number": 6, "kind": "repeat", "repeats": 0})
+    study = study_of(space, [*trials, repeat])
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "RUNNING", "FAIL"]
+    assert [trial.value for trial in study.trials] == [trials[0].score, None, None, None, None, None]
+    assert study.best_trial.user_attrs == {"trial": 0}
+    assert study.direction.name == "MAXIMIZE"
+    for trial, record in zip(trials, study.trials, strict=True):
+        assert record.intermediate_values == dict(trial.curve)
+        assert record.params["ema.decay"] == str(trial.params["ema.decay"]), "JSON text"
+        assert record.params["consistency.weight"] == trial.params["consistency.weight"]
+
+
+def test_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    before = optuna.logging.get_verbosity()
+    run_through(a_space(CONDITIONAL), 3)
+    assert optuna.logging.get_verbosity() == before == logging.INFO
+    assert capfd.readouterr() == ("", "")
+
+
+def test_values_of_a_range_with_a_step() -> None:
+    parameter = Parameter.model_validate({"uniform": [0, 1], "step": 0.3})
+    assert list(parameter.values()) == [0.0, 0.3, 0.6, 0.9]
+    assert parameter.last == 0.9 and parameter.samples() == [0.0, 0.3, 0.9]
+    assert list(Parameter.model_validate({"uniform": [1, 7], "step": 2}).values()) == [1, 3, 5, 7]
+
+
+def test_a_space_is_read_without_optuna_ray_and_mlflow() -> None:
+    code = (
+        "import sys\nfrom threestage.sweeps import checks, proposals, space\n"
+        "space.load_space('thresholds')\nprint([m for m in ('ray', 'mlflow', 'optuna') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_configurations_that_are_used_are_untouched() -> None:
+    config = load("demo")
+    before = Config.model_validate(config.model_dump())
+    trial_config(load_space("learning_rate_and_ema"), config, {"optimiser.learning_rate": 1e-3}, 3)
+    assert config == before

@@ -1,0 +1,117 @@
+"""What a sweep needs before it may begin: a space that fits, a folder of its own, a cluster with room, and a plan."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from threestage.check import check_store
+from threestage.config import STAGES, Config, flatten
+from threestage.data import storage
+from threestage.data.pool import load_pool, rows_of
+from threestage.data.records import Manifest, load_manifest, pool_files
+from threestage.errors import InputError
+from threestage.sweeps.checks import check_space
+from threestage.sweeps.plan import Plan, make_plan, mean_pixels
+from threestage.sweeps.proposals import number_of_trials
+from threestage.sweeps.space import Space, trial_config
+from threestage.sweeps.trials import Trial, shared_folder
+
+FREE_SECTIONS = {"cluster", "storage", "registry"}  # these may be others with --resume
+FREE_SETTINGS = {"trials", "at_once", "budget", "scheduler", "searcher"}
+
+REPEATED = 3  # of the best trials, with --repeat
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the user asks for. `repeat`: other seeds that the best trials are run with; `promote`: register the best
+    trial's models."""
+
+    space: Space
+    config: Config
+    out: str
+    resume: bool = False
+    repeat: int = 0
+    promote: bool = False
+
+
+def checked(asked: Sweep) -> Sweep:
+    check_store(asked.config, asked.out)
+    asked = replace(asked, config=asked.config.with_absolute_paths(), out=storage.absolute(asked.out))
+    check_space(asked.space, asked.config)
+    return asked
+
+
+def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
+    """The plan of what is left to do. Raises InputError where the cluster could never run it."""
+    from threestage.on_ray.sweep_room import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
+
+    space, config = asked.space, asked.config
+    trial = trial_config(space, config, {}, config.seed)
+    room = cluster_growth(space.at_once * (trial.cluster.most_workers + 1))  # beside the workers, what reads the pool
+    refuse_impossible(space, trial, cluster_nodes(), room, warn)
+    manifest, shared = load_manifest(config.data.root), shared_folder(asked.out, config.seed)
+    parts = [f"{part}{n}" for n in range(1, space.shared_stages + 1) for part in ("stage", "pseudo_masks")]
+    done = {part: storage.exists(storage.join(shared, part, "done.json")) for part in parts}
+    over = sum(trial.over for trial in trials if trial.kind == "search")
+    names = [stage for stage in STAGES[: space.last_stage] if not done.get(stage)]
+    measured = {stage: remote_step_time(trial, stage, manifest.version, warn) for stage in names}
+    return make_plan(
+        space,
+        config,
+        manifest,
+        number_of_trials(space) - over,
+        {stage: step.seconds for stage, step in measured.items()},
+        _pool_images(config, shared, manifest),
+        done,
+        mean_pixels(manifest, config.data.downscale),
+        measured[names[-1]].device,
+        kept=REPEATED if asked.repeat else 1,
+        device_hours_spent=sum(trial.seconds for trial in trials) * trial.cluster.devices / 3600,
+    )
+
+
+def _pool_images(config: Config, shared: str, manifest: Manifest) -> int | None:
+    """None where the pool is a prefix that nobody has listed yet."""
+    listed = storage.join(shared, "pool.parquet")
+    if storage.exists(listed):
+        return rows_of(load_pool(listed))
+    return None if config.data.unlabelled is not None else sum(file.rows for file in pool_files(manifest))
+
+
+def known(asked: Sweep) -> str | None:
+    """The name in MLflow of the sweep that the folder holds; None where it holds none.
+
+    Raises InputError where that is another one, or --resume was not asked for.
+    """
+    uri = storage.join(asked.out, "sweep.json")
+    if not storage.exists(uri):
+        return None
+    if not asked.resume:
+        raise InputError(f"{asked.out} holds a sweep: go on with it by --resume, or give another --out")
+    saved, now = storage.read_json(uri), _identity(asked)
+    for part in ("space", "config"):
+        for name in sorted({*saved[part], *now[part]}):
+            before, after = saved[part].get(name), now[part].get(name)
+            if before != after:
+                raise InputError(
+                    f"{uri} was made with {name}={before!r}, now it is {after!r}: set it back, or give another --out"
+                )
+    return str(saved["sweep_key"])
+
+
+def begin(asked: Sweep) -> str:
+    """Write down what the sweep is; returns its name in MLflow."""
+    key = uuid.uuid4().hex
+    storage.write_json(storage.join(asked.out, "sweep.json"), {"format": 1, "sweep_key": key, **_identity(asked)})
+    return key
+
+
+def _identity(asked: Sweep) -> dict[str, Any]:
+    """What may not change while a sweep goes on."""
+    space = asked.space.model_dump(mode="json", exclude=FREE_SETTINGS)
+    config = asked.config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    return {"space": flatten(space), "config": flatten(config)}

@@ -1,0 +1,212 @@
+"""What a sweep has found, from its trials alone: the best five, a configuration to run, a summary in words.
+
+Every mean IoU here is in [0,1] and was measured on validation images; the test set has no part in a sweep.
+"""
+
+import io
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import yaml
+
+from threestage.config import Config, changed, flatten
+from threestage.data.records import DataSettings
+from threestage.data.split import Split
+from threestage.report import ABSENT
+from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
+from threestage.sweeps.plots import write_plots as write_plots
+from threestage.sweeps.trials import State, Trial, ranked
+from threestage.tracking import redact, redact_tree
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEST, LAST_EVALUATIONS = 5, 3
+
+
+@dataclass(frozen=True)
+class Best:
+    """A finished trial of the search. `spread`: sample standard deviation of its last three evaluations, None of fewer
+    than two. `repeat_mean`, `repeat_std` (sample): over its `repeats` finished reruns with other seeds, without itself."""
+
+    number: int
+    params: dict[str, Any]
+    score: float
+    spread: float | None
+    repeat_mean: float | None
+    repeat_std: float | None
+    repeats: int
+
+
+def best_rows(trials: Sequence[Trial], count: int = BEST) -> list[Best]:
+    """The best finished trials of the search: those that were repeated first, by their repeats' mean (their own score
+    is the luckiest of many); then the others by score."""
+    rows = [_row(trial, trials) for trial in ranked(_searched(trials))]
+    repeated = sorted((row for row in rows if row.repeats), key=lambda row: -(row.repeat_mean or 0.0))
+    return [*repeated, *(row for row in rows if not row.repeats)][:count]
+
+
+def _searched(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.kind == "search"]
+
+
+def _row(trial: Trial, trials: Sequence[Trial]) -> Best:
+    scores = [other.score for other in trials if other.kind == "repeat" and other.repeats == trial.number]
+    again = [score for score in scores if score is not None]
+    assert trial.score is not None
+    return Best(
+        number=trial.number,
+        params=trial.params,
+        score=trial.score,
+        spread=_deviation([value for _, value in trial.curve[-LAST_EVALUATIONS:]]),
+        repeat_mean=statistics.fmean(again) if again else None,
+        repeat_std=_deviation(again),
+        repeats=len(again),
+    )
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+# ---- Words and tables
+
+
+def validation_text(split: Split, data: DataSettings) -> str:
+    """Which images selected, in words."""
+    images = f"{len(split.validation)} images"
+    if split.validation_split == "carved":
+        return f"{images} carved from the labelled train split (data.validation={data.validation})"
+    return f"the val split of {redact(data.root)} ({images})"
+
+
+def rich_best_table(rows: Sequence[Best], keys: Sequence[str]) -> "Table":
+    """One row per trial, its settings in the order of `keys` on a line each; keys that a trial lacks are left out, and so
+    is the column of repeats where there are none."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    repeated = any(row.repeats for row in rows)
+    for title in ("trial", "mean IoU", "spread", *(["repeats"] if repeated else [])):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    for row in rows:
+        settings = [f"{key}={_printed(row.params[key])}" for key in keys if key in row.params]
+        cells = [str(row.number), _number(row.score), _number(row.spread), *([_repeats(row)] if repeated else [])]
+        table.add_row(*cells, Text("\n".join(settings)))
+    return table
+
+
+def _repeats(row: Best) -> str:
+    if row.repeat_mean is None:
+        return ABSENT
+    deviation = "" if row.repeat_std is None else f" ± {row.repeat_std:.3f}"
+    return f"{row.repeat_mean:.3f}{deviation} ({row.repeats})"
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def _printed(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return redact(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def text_summary(trials: Sequence[Trial], keys: Sequence[str], validation: str) -> str:
+    """What became of the trials, the best five, and what they were selected on (see `validation_text`)."""
+    rows = best_rows(trials)
+    lines = [_counts("trials", _searched(trials))]
+    if repeats := [trial for trial in trials if trial.kind == "repeat"]:
+        lines.append(_counts("repeats with other seeds", repeats))
+    lines += [
+        f"  trial {trial.number} failed: {redact(_first_line(trial.reason))}"
+        for trial in trials
+        if trial.state == "failed"
+    ]
+    if not rows:
+        return "\n".join([*lines, "no trial has finished"])
+    lines += ["", *_best_lines(rows, keys), f"validation: {validation}", "the test set was not touched"]
+    if not weighed_keys([(trial.params, trial.score or 0.0) for trial in ranked(_searched(trials))], keys):
+        lines.append(
+            f"{IMPORTANCES} is left out: it needs {LEAST_FOR_IMPORTANCES} finished trials with differing mean IoU "
+            "and with a setting that all of them have and that differs"
+        )
+    return "\n".join(lines)
+
+
+def _counts(what: str, trials: Sequence[Trial]) -> str:
+    found = Counter(trial.state for trial in trials)
+    always = ("finished", "stopped", "failed")
+    states = [*always, *(state for state in get_args(State) if state not in always and found[state])]
+    return f"{len(trials)} {what}: {', '.join(f'{found[state]} {state}' for state in states)}"
+
+
+def _first_line(text: str | None) -> str:
+    return next((line.strip() for line in (text or "").splitlines() if line.strip()), "no reason was given")
+
+
+def _best_lines(rows: Sequence[Best], keys: Sequence[str]) -> list[str]:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=100, color_system=None).print(rich_best_table(rows, keys))
+    scores = [row.score for row in rows]
+    what = f"the best {len(rows)}" if len(rows) > 1 else "the best one"
+    span = f"{what}: {min(scores):.3f} to {max(scores):.3f} mean IoU in the search, a range of {max(scores) - min(scores):.3f}"
+    noise = (
+        "spread: standard deviation of a trial's last three evaluations, all with one seed; --repeat tries other seeds"
+    )
+    again = ["repeats: mean ± standard deviation over other seeds (how many)"] if any(r.repeats for r in rows) else []
+    return [*(line.rstrip() for line in stream.getvalue().splitlines()), span, noise, *again]
+
+
+def results_json(trials: Sequence[Trial], validation: str, files: Sequence[str]) -> dict[str, Any]:
+    """The same for machines, without secrets; `best` is the trial of best.yaml, null where none has finished."""
+    rows = [asdict(row) for row in best_rows(trials)]
+    scores = [row["score"] for row in rows]
+    return redact_tree(
+        {
+            "format": 1,
+            "best": rows[0] if rows else None,
+            "best_five": rows,
+            "range_of_best_five": max(scores) - min(scores) if scores else None,
+            "validation": validation,
+            "test_set_used": False,
+            "trials": [{**trial.model_dump(mode="json"), "score": trial.score} for trial in trials],
+            "files": list(files),
+        }
+    )
+
+
+# ---- The configuration
+
+
+def best_header(sweep: str, row: Best, validation: str) -> list[str]:
+    """The lines that best.yaml opens with; `sweep` is the sweep's folder."""
+    noise = "" if row.spread is None else f", spread {row.spread:.4f} over its last evaluations"
+    lines = [
+        f"Found by the sweep {redact(sweep)}, trial {row.number}.",
+        f"Mean IoU {row.score:.4f}{noise}, on validation: {validation}; the test set was not touched.",
+    ]
+    return lines if row.repeat_mean is None else [*lines, f"Repeated with other seeds: {_repeats(row)}."]
+
+
+def best_yaml(config: Config, overrides: Mapping[str, Any], header: Sequence[str]) -> str:
+    """`changed(config, overrides)` as YAML that `load` takes: the keys without their default, under comment lines.
+
+    Credentials inside URIs are left out, and a comment names the keys that had some. Raises InputError like `changed`.
+    """
+    tree = changed(config, overrides).model_dump(mode="json", exclude_defaults=True)
+    clean = redact_tree(tree)
+    before, after = flatten(tree), flatten(clean)
+    bare = [key for key, value in before.items() if value != after[key]]
+    lines = [*header, *([f"Credentials were left out of {', '.join(bare)}."] if bare else [])]
+    comments = "".join(f"# {line}\n" for text in lines for line in text.splitlines())
+    return comments + yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
