@@ -2,6 +2,7 @@
 anywhere in the cluster, cut to canvases, dealt out to the workers, mixed there in a buffer."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import ray.data
 import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from threestage.allocator import keep_freed_memory
 from threestage.config import Config
@@ -27,6 +29,7 @@ STREAM_BYTES = 512 * 2**20
 SHUFFLE_ROWS = 256
 SHUFFLE_BYTES = 512 * 2**20
 MAX_TASKS = 1024
+STEP_SECONDS = 0.1
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,7 +51,9 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     rows = [entry.images for entry in index]
     order = file_order(rows, (config.seed, task.stage), begin.unlabelled_images, needed)
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
-    DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    context = DataContext.get_current()
+    context.target_max_block_size = BLOCK_BYTES
+    context.custom_execution_callback_classes = [_Unhurried]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     return source.map_batches(_FileReader(task, config, pool_canvas(index, config.augment)), batch_size=1)
 
@@ -75,6 +80,18 @@ def stream_options(workers: int) -> ExecutionOptions:
     """At most STREAM_BYTES for each worker wait in the object store; it is then the same memory over and over, which is
     cheaper than new."""
     return ExecutionOptions(resource_limits=ExecutionResources(object_store_memory=workers * STREAM_BYTES))
+
+
+class _Unhurried(ExecutionCallback):
+    """Without it the loop that runs a stream (Ray 2.60) never pauses while it has nothing to do but to wait until the training
+    has taken what is there, and keeps a core busy."""
+
+    def __init__(self) -> None:
+        self._last_step = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(max(0.0, self._last_step + STEP_SECONDS - time.monotonic()))
+        self._last_step = time.monotonic()
 
 
 class _FileReader:
