@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -37,6 +38,17 @@ ReuseOption = Annotated[
     typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ModelArgument = Annotated[str, typer.Argument(help="models:/NAME@stage3, or the folder of a run, a stage or a model.")]
+WindowOption = Annotated[
+    str | None, typer.Option("--window", metavar="H,W", help="Look through windows of this size, not at whole images.")
+]
+StrideOption = Annotated[
+    str | None, typer.Option("--stride", metavar="H,W", help="Between windows; two thirds of them by default.")
+]
+FlipOption = Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")]
+ScalesOption = Annotated[
+    str | None, typer.Option("--scales", metavar="S,S,…", help="Average over these sizes, e.g. 0.75,1,1.25.")
+]
 
 
 class SplitChoice(StrEnum):
@@ -109,7 +121,8 @@ def _run(config: Any, out: str, local: bool, reuse: str | None = None) -> None:
     with StageProgress(config, console) as progress:
         results = runs.run(config, out, local, progress.show, progress.warn, progress.watch, reuse)
     console.print(rich_table(results))
-    console.print(f"results: {out}/results.json   pictures: {out}/pictures.png", highlight=False, soft_wrap=True)
+    console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
+                  highlight=False, soft_wrap=True)  # fmt: skip
     if not local:
         from threestage.tracking import model_name_of
 
@@ -117,6 +130,59 @@ def _run(config: Any, out: str, local: bool, reuse: str | None = None) -> None:
         console.print(
             f"try it:  threestage predict models:/{name}@{config.stage_names[-1]} IMAGES OUT", highlight=False
         )
+
+
+@app.command()
+def sweep(
+    space: Annotated[str, typer.Argument(help="A space that ships (thresholds, loss_weights, …) or a YAML file.")],
+    config: ConfigArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Instead of the space's.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Trials at a time, instead of the space's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that --out holds.")] = False,
+    repeat: Annotated[
+        int,
+        typer.Option(min=0, help="Run the best three again with so many other seeds, and choose among them by that."),
+    ] = 0,
+    promote: Annotated[bool, typer.Option("--promote", help="Register the models of the best trial.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search thresholds, loss weights and other settings on the validation images. The stages before are trained once.
+
+    Example: threestage sweep thresholds_and_weights my.yaml --set cluster.workers=2 --out s3://bucket/sweep
+    """
+    from threestage.config import load
+    from threestage.sweeps import sweep as sweeps
+    from threestage.sweeps.plan import plan_json
+    from threestage.sweeps.plan_table import rich_plan
+    from threestage.sweeps.prepare import Sweep
+    from threestage.sweeps.progress import SweepProgress
+    from threestage.sweeps.space import load_space
+
+    resolved, searched = load(config, overrides or []), load_space(space)
+    given = {"trials": trials or searched.trials, "at_once": at_once or searched.at_once}
+    asked = Sweep(
+        searched.model_copy(update=given),
+        resolved,
+        out or f"runs/{resolved.name}-sweep",
+        resume=resume,
+        repeat=repeat,
+        promote=promote,
+    )
+    if dry_run:
+        plan = sweeps.plan(asked, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+        print(json.dumps(plan_json(plan))) if as_json else console.print(rich_plan(plan))
+        return
+    shown = Console(stderr=True) if as_json else console
+    with SweepProgress(resolved, shown) as progress:
+        found = sweeps.run(asked, progress)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console.print(found["summary"], highlight=False, markup=False, soft_wrap=True)
+    console.print(f"results: {asked.out}/results.json   next:  threestage run {asked.out}/best.yaml", soft_wrap=True)
 
 
 @app.command()
@@ -246,56 +312,158 @@ def _indented(text: str) -> str:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="models:/NAME@stage3, or the folder of a run, a stage or a model.")],
+    model: ModelArgument,
     dataset: Annotated[str, typer.Argument(help="A data set made by `threestage ingest`.")],
     split: Annotated[SplitChoice, typer.Option(help="Which part of the data set.")] = SplitChoice.val,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="URI", help="Folder for metrics.json and reliability.png.")
+    ] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow, for models:/ names.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on a data set: whole images, single scale."""
+    """Score a model on a data set: IoU, boundaries, calibration. Whole images at one scale, unless you say otherwise."""
     from threestage.evaluation import evaluate_model
     from threestage.predict import open_model
     from threestage.registry import RegistrySettings
+    from threestage.scores import score_tables, write_scores
 
+    protocol = _protocol(window, stride, flip, scales)
     network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
-    result = evaluate_model(network, card, dataset, split.value)
+    with console.status("evaluating") as status:
+        show = _counter(status, "evaluated")
+        scores = evaluate_model(network, card, dataset, split.value, protocol, show)
+    result = {"model": model, "dataset": dataset, "split": split.value, **scores}
+    if out is not None:
+        write_scores(out, result)
     if as_json:
         print(json.dumps(result))
         return
-    title = f"{model} on {dataset} ({split.value}, {result['images']} images, whole image, single scale)"
-    console.print(title, highlight=False, soft_wrap=True)
-    table = Table("class", "IoU")
-    for name, iou in result["per_class_iou"].items():
-        table.add_row(name, "–" if iou is None else f"{iou:.3f}")
-    table.add_section()
-    table.add_row("mean IoU", f"{result['mean_iou']:.3f}")
-    table.add_row("pixel accuracy", f"{result['pixel_accuracy']:.3f}")
-    console.print(table)
+    title = f"{model} on {dataset} ({split.value}, {result['images']} images): {result['protocol']}"
+    console.print(_escape(title), highlight=False, soft_wrap=True)
+    for table in score_tables(result):
+        console.print(table)
+    if out is not None:
+        console.print(f"metrics.json and reliability.png: {_escape(out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="models:/NAME@stage3, or the folder of a run, a stage or a model.")],
-    images: Annotated[str, typer.Argument(help="Folder of images.")],
-    out: Annotated[str, typer.Argument(help="Gets masks/ (palette PNGs of class ids) and overlays/.")],
+    model: ModelArgument,
+    images: Annotated[
+        str, typer.Argument(help="Folder or prefix of images, a data set, or Parquet with a column image.")
+    ],
+    out: Annotated[str, typer.Argument(help="Gets the predictions; the same one continues them.")],
+    format: Annotated[str, typer.Option("--format", help="png: a mask and an overlay for each; or parquet.")] = "png",
+    confidence: Annotated[bool, typer.Option("--confidence", help="Write each pixel's confidence too.")] = False,
+    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Masks only (format png).")] = False,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Fail when more than this share of the images is bad.")
+    ] = 0.02,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that predict, of one CPU each.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs that each of them takes.")] = 0,
     tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow, for models:/ names.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict a folder of images: a mask and an overlay for each."""
-    from threestage.predict import open_model, predict_folder
+    """Predict any number of images: a mask for each. Rerun it after a kill; what is done is kept."""
+    from threestage.config import validated
+    from threestage.predict import PredictSettings, predict_input, read_model
     from threestage.registry import RegistrySettings
 
-    network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
-    with console.status("predicting") as status:
-        done = predict_folder(network, card, images, out, lambda n, of: status.update(f"predicted {n} of {of} images"))
-    if as_json:
-        print(json.dumps({"images": done.images, "rejected": done.rejected}))
-        return
-    for file, reason in done.rejected:
-        console.print(f"[yellow]left out[/] {_escape(file)}: {_escape(reason)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{done.images} images predicted, {len(done.rejected)} left out; masks and overlays in {out}", soft_wrap=True
+    settings = validated(
+        PredictSettings,
+        {
+            "protocol": _protocol(window, stride, flip, scales),
+            "format": format,
+            "overlays": not no_overlays,
+            "confidence": confidence,
+            "max_bad_fraction": max_bad_fraction,
+        },
     )
+    files = read_model(model, RegistrySettings(tracking_uri=tracking_uri))
+    with console.status("looking for images") as status:
+        show = _counter(status, "predicted")
+        if local:
+            report = predict_input(files, images, out, settings, show)
+        else:
+            from threestage.on_ray.predict_images import predict_on_ray
+            from threestage.on_ray.settings import ClusterSettings
+
+            cluster = validated(
+                ClusterSettings, {"address": address, "workers": workers, "gpus_per_worker": gpus_per_worker}
+            )
+            report = predict_on_ray(files, images, out, settings, cluster, show, _warn)
+    if as_json:
+        print(report.model_dump_json())
+        return
+    for reject in report.rejected:
+        console.print(
+            f"[yellow]left out[/] {_escape(reject.source)}: {_escape(reject.reason)}", highlight=False, soft_wrap=True
+        )
+    kept = f" ({report.kept} of them before)" if report.kept else ""
+    console.print(
+        f"{report.images} images predicted{kept}, {report.bad} left out; all in {_escape(out)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {_escape(text)}", highlight=False)
+
+
+def _counter(status: Any, done: str) -> Callable[[int, int], None]:
+    """Shows how many images of how many are done."""
+    return lambda number, total: status.update(f"{done} {number:,} of {total:,} images")
+
+
+def _protocol(window: str | None, stride: str | None, flip: bool, scales: str | None) -> Any:
+    """How images are given to the network, from the options' text."""
+    from threestage.config import validated
+    from threestage.inference import Protocol
+
+    lists = {"window": window, "stride": stride, "scales": scales}
+    given = {name: text.split(",") for name, text in lists.items() if text is not None}
+    return validated(Protocol, {"flip": flip, **given})
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="The folder of a run, finished or not.")],
+    images: Annotated[int, typer.Option("--images", min=1, help="How many validation images to show.")] = 9,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html if not set.")
+    ] = None,
+    measure: Annotated[
+        int | None,
+        typer.Option("--measure", min=1, help="Measure on so many validation images; all of them, but fewer on a CPU."),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="URI", help="The data set, if it has moved.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow; the run's if not set.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a run's stages on one HTML page: pictures, curves, calibration, pseudo-masks. Works for unfinished runs too."""
+    from threestage.report_page import write_report
+    from threestage.report_page.mirror import log_page
+
+    with console.status("reading the run") as status:
+        page = write_report(run, out, images, measure, data, _counter(status, "measured"))
+    problem = log_page(run, page.uri, page.finished, tracking_uri)
+    for text in (*page.missing, *([] if problem is None else [problem])):
+        _warn(text)
+    if as_json:
+        print(json.dumps({"page": page.uri, "bytes": page.size, "missing": page.missing}))
+        return
+    console.print(f"report: {page.uri} ({page.size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,18 +1,34 @@
-"""Whole-image, single-scale evaluation with one exact confusion matrix, shared out over the workers."""
+"""Scores on labelled images: while training one exact confusion matrix (whole image, single scale), shared out over the
+workers; of a finished model everything, under any protocol."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from threestage import IGNORE_INDEX
 from threestage.data.batches import SampleSet, samples_of
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
 from threestage.errors import InputError
+from threestage.inference import Protocol, check_protocol, predict
 from threestage.models.export import ModelCard
-from threestage.models.network import Network
-from threestage.pseudo_masks import predict_images
-from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
+from threestage.models.network import Network, size_multiple
+from threestage.pool_prediction import ahead
+from threestage.pseudo_masks import batches_by_size, predict_images
+from threestage.training.metrics import (
+    RELIABILITY_BINS,
+    boundary_f_scores,
+    confusion_matrix,
+    expected_calibration_error,
+    mean_iou,
+    per_class_iou,
+    pixel_accuracy,
+    reliability_counts,
+)
 from threestage.training.worker import default_device
 
 BATCH = 8  # images per forward pass, of one size
@@ -51,11 +67,20 @@ def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
     }
 
 
-def evaluate_model(network: Network, card: ModelCard, dataset: str, split: SplitName) -> dict[str, Any]:
-    """The figures of `summarise`, the confusion matrix and the number of images, for one split of a data set.
+def evaluate_model(
+    network: Network,
+    card: ModelCard,
+    dataset: str,
+    split: SplitName,
+    protocol: Protocol = Protocol(),
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Everything that `threestage evaluate` reports of one split of a data set, as JSON; see `Scores.summary`.
 
-    Raises InputError where the split has no masks, or the data set's classes are not the model's.
+    Raises InputError where the split has no masks, the data set's classes are not the model's, or the protocol does not
+    suit the network.
     """
+    check_protocol(protocol, card.network)
     manifest = load_manifest(dataset)
     if manifest.classes != card.classes:
         raise InputError(f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}")
@@ -65,8 +90,71 @@ def evaluate_model(network: Network, card: ModelCard, dataset: str, split: Split
             f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}"
         )
     device = default_device()
-    confusion = evaluate(network.to(device), samples, len(card.classes), device)
-    return {**summarise(confusion, card.classes), "confusion_matrix": confusion.tolist(), "images": len(samples)}
+    network.to(device).eval()
+    scores, multiple = Scores(card.classes, device), size_multiple(card.network)
+    for images, masks in _batches(samples):
+        class_ids, confidence, _ = predict(network, images.to(device), protocol, multiple)
+        scores.add(masks.to(device), class_ids, confidence)
+        show(scores.images, len(samples))
+    return {"protocol": protocol.describe(), "images": scores.images, **scores.summary()}
+
+
+def _batches(samples: SampleSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (N,3,H,W) and masks (N,H,W) uint8 of one size, the next of them decoded in a thread."""
+    starts = range(0, len(samples), BATCH)
+    chunks = ([samples.decoded(i) for i in range(start, min(start + BATCH, len(samples)))] for start in starts)
+    with closing(ahead(chunks)) as decoded:
+        for chunk in decoded:
+            for chosen, images in batches_by_size([one.image for one in chunk], BATCH):
+                yield images, torch.from_numpy(np.stack([chunk[i].maps["mask"] for i in chosen]))
+
+
+class Scores:
+    """What is summed up over predicted images, on their device."""
+
+    def __init__(self, classes: tuple[str, ...], device: torch.device) -> None:
+        self._classes = classes
+        number = len(classes)
+        self._confusion = torch.zeros(number, number, dtype=torch.int64, device=device)
+        self._boundary = torch.zeros(number, 2, dtype=torch.float64, device=device)  # sum of F, images
+        self._reliability = torch.zeros(RELIABILITY_BINS, 3, dtype=torch.float64, device=device)
+        self.images = 0
+
+    def add(self, mask: Tensor, class_ids: Tensor, confidence: Tensor) -> None:
+        """Masks and predicted ids (N,H,W) uint8 with their confidence (N,H,W) in [0,1]."""
+        self.images += len(mask)
+        self._confusion += confusion_matrix(mask, class_ids, len(self._classes))
+        boundary = boundary_f_scores(mask, class_ids, len(self._classes))
+        self._boundary += torch.stack([boundary.nansum(0), boundary.isfinite().sum(0).double()], dim=1)
+        valid = mask != IGNORE_INDEX
+        self._reliability += reliability_counts(confidence[valid], (mask == class_ids)[valid])
+
+    def summary(self) -> dict[str, Any]:
+        """All shares are in [0,1]; None stands for what does not occur.
+
+        Those of `summarise`; `boundary_f`: mean over the classes of `per_class_boundary_f`, the mean over the images in
+        which a class has a boundary; `expected_calibration_error` and `reliability`, a row of pixels, mean confidence
+        and accuracy for each bin of confidence; `confusion_matrix`: pixels, rows true, columns predicted.
+        """
+        confusion, reliability = self._confusion.cpu(), self._reliability.cpu()
+        boundary = (self._boundary[:, 0] / self._boundary[:, 1]).cpu()
+        rows = [(int(n), c / n if n else None, right / n if n else None) for n, c, right in reliability.tolist()]
+        figures: dict[str, Any] = summarise(confusion, self._classes)
+        return {
+            **figures,
+            "mean_iou": _known(figures["mean_iou"]),
+            "pixel_accuracy": _known(figures["pixel_accuracy"]),
+            "boundary_f": _known(float(boundary.nanmean())),
+            "per_class_boundary_f": dict(zip(self._classes, map(_known, boundary.tolist()), strict=True)),
+            "expected_calibration_error": _known(expected_calibration_error(reliability)),
+            "reliability": [dict(zip(("pixels", "confidence", "accuracy"), row, strict=True)) for row in rows],
+            "classes": list(self._classes),
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _labelled_splits(manifest: Manifest) -> str:

@@ -56,7 +56,35 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_UP_FILTER = 2
 
 Item = TypeVar("Item")
-Encoded = tuple[bytes | None, bytes | None]  # pseudo-mask and confidence
+Encoded = tuple[bytes | str | None, ...]  # a row's columns after its id
+
+
+class Product:
+    """What becomes of images once they are predicted. This one: pseudo-masks; others derive from it."""
+
+    schema = PSEUDO_MASK_SCHEMA
+    precision = "auto"
+    writers = 0
+    """Threads that encode, where that waits for a store; 0: those that decode."""
+
+    def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
+        """The rows of a file in their order, in chunks."""
+        return read_rows(file)
+
+    def uri(self, task: PoolTask, file: PoolFile) -> str:
+        """Of the Parquet file of `schema` that is written when all of a file's rows are encoded."""
+        return pseudo_mask_uri(task.destination, file)
+
+    def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
+        return predict(network, pixels)
+
+    def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
+        """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted."""
+        return encode_class_ids(class_ids), confidence.tobytes()
+
+
+PSEUDO_MASKS = Product()
 
 
 def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:
@@ -66,7 +94,11 @@ def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: tor
 
 
 def predict_files(
-    network: nn.Module, task: PoolTask, files: Sequence[PoolFile], device: torch.device
+    network: nn.Module,
+    task: PoolTask,
+    files: Sequence[PoolFile],
+    device: torch.device,
+    product: Product = PSEUDO_MASKS,
 ) -> Iterator[FileReport]:
     """Predict files; yields their reports, in their order, each once the file's pseudo-masks are published, atomically.
 
@@ -78,9 +110,10 @@ def predict_files(
         workers, writer, publishers = (
             stack.enter_context(ThreadPoolExecutor(count)) for count in (threads, 1, UNPUBLISHED_FILES)
         )
-        jobs = _jobs(task, files, writer)
+        encoders = stack.enter_context(ThreadPoolExecutor(product.writers)) if product.writers else workers
+        jobs = _jobs(task, files, writer, product)
         images = stack.enter_context(closing(_decoded(jobs, task, workers, task.batch_size + threads)))
-        predictor = _Predictor(network, task, device, workers)
+        predictor = _Predictor(network, task, device, encoders, product)
         reports: deque[Future[FileReport]] = deque()
         for job, found in groupby(images, key=itemgetter(0)):
             predictor.predict(job, (image for _, image in found if image is not None))
@@ -143,15 +176,15 @@ def ahead(source: Iterator[Item]) -> Generator[Item]:
 
 
 def _jobs(
-    task: PoolTask, files: Sequence[PoolFile], writer: ThreadPoolExecutor
+    task: PoolTask, files: Sequence[PoolFile], writer: ThreadPoolExecutor, product: Product
 ) -> Iterator[tuple["_Job", list[PoolRow]]]:
     """The rows of the files that are not done yet, in chunks, and once every file without rows."""
     task_digest = task.digest()
     for file in files:
-        job = _Job(task, file, task_digest, writer)
+        job = _Job(task, file, task_digest, writer, product)
         yield job, []
         if job.stored is None:
-            for rows in read_rows(file):
+            for rows in product.rows(file):
                 yield job, rows
 
 
@@ -210,9 +243,10 @@ class _Outcome:
     sums: Tensor
     ready: torch.cuda.Event | None
 
-    def encoded(self, index: int) -> Encoded:
+    def encoded(self, product: Product, index: int, image: _Image) -> Encoded:
         self._wait()
-        return encode_class_ids(self.class_ids[index].numpy()), self.confidence[index].numpy().tobytes()
+        class_ids, confidence = self.class_ids[index].numpy(), self.confidence[index].numpy()
+        return product.encode(image.row, image.pixels, class_ids, confidence)
 
     def total(self) -> np.ndarray:
         self._wait()
@@ -226,12 +260,20 @@ class _Outcome:
 class _Predictor:
     """Gives batches to the device, at most BATCHES_IN_FLIGHT before the first of them is encoded."""
 
-    def __init__(self, network: nn.Module, task: PoolTask, device: torch.device, workers: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        task: PoolTask,
+        device: torch.device,
+        encoders: ThreadPoolExecutor,
+        product: Product,
+    ) -> None:
         self._network = network
         self._task = task
         self._device = device
-        self._workers = workers
-        self._dtype = autocast_dtype("auto", device)
+        self._encoders = encoders
+        self._product = product
+        self._dtype = autocast_dtype(product.precision, device)
         self._in_flight: deque[list[Future[Encoded]]] = deque()
 
     def predict(self, job: "_Job", images: Iterable[_Image]) -> None:
@@ -246,8 +288,10 @@ class _Predictor:
             wait(self._in_flight.popleft())
         outcome = self._launch(batch)
         if outcome is not None:
-            encoded = [self._workers.submit(outcome.encoded, index) for index in range(len(batch))]
-            job.settle(batch, encoded, self._workers.submit(outcome.total))
+            encoded = [
+                self._encoders.submit(outcome.encoded, self._product, index, image) for index, image in enumerate(batch)
+            ]
+            job.settle(batch, encoded, self._encoders.submit(outcome.total))
             self._in_flight.append(encoded)
         elif len(batch) == 1:
             height, width = batch[0].pixels.shape[:2]
@@ -272,7 +316,7 @@ class _Predictor:
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            class_ids, confidence, entropy = predict(self._network, pixels.permute(0, 3, 1, 2))
+            class_ids, confidence, entropy = self._product.predict(self._network, pixels.permute(0, 3, 1, 2))
         masks = [image.mask for image in batch]
         sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
         class_ids, confidence, sums = (
@@ -293,10 +337,12 @@ def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
 class _Job:
     """One file in the making: rows are settled in any order and leave for the Parquet file in theirs."""
 
-    def __init__(self, task: PoolTask, file: PoolFile, task_digest: str, writer: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, task: PoolTask, file: PoolFile, task_digest: str, writer: ThreadPoolExecutor, product: Product
+    ) -> None:
         self._task = task
         self._file = file
-        self._uri = pseudo_mask_uri(task.destination, file)
+        self._uri = product.uri(task, file)
         self._digest = file_digest(task_digest, file)
         self._writer = writer
         self._positions = 0
@@ -306,7 +352,7 @@ class _Job:
         self._predicted: list[_Summary] = []
         self._sums: list[Future[np.ndarray]] = []
         self._rejects: list[tuple[int, Reject]] = []
-        self._parquet = _ParquetFile()
+        self._parquet = _ParquetFile(product.schema)
         self.stored = stored_report(self._uri, self._digest)
 
     def next_position(self) -> int:
@@ -389,18 +435,20 @@ class _Summary:
 
 
 class _ParquetFile:
-    """A Parquet file of PSEUDO_MASK_SCHEMA, compressed as its row groups come."""
+    """A Parquet file, compressed as its row groups come."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
         self._sink = pa.BufferOutputStream()
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, rows: list[tuple[str, Future[Encoded] | None]]) -> None:
         """Add a row group of ids and what belongs to them, when all of that is encoded."""
-        results = [(None, None) if result is None else result.result() for _, result in rows]
+        nothing = (None,) * (len(self._schema) - 1)
+        results = [nothing if result is None else result.result() for _, result in rows]
         columns = [[image_id for image_id, _ in rows], *zip(*results, strict=True)]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, PSEUDO_MASK_SCHEMA, strict=True)]
-        self._open().write_table(pa.table(arrays, PSEUDO_MASK_SCHEMA))
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        self._open().write_table(pa.table(arrays, self._schema))
 
     def close(self, metadata: dict[bytes, str]) -> pa.Buffer:
         """The whole file."""
@@ -412,7 +460,7 @@ class _ParquetFile:
         if self._writer is None:
             self._writer = pq.ParquetWriter(
                 self._sink,
-                PSEUDO_MASK_SCHEMA,
+                self._schema,
                 compression="zstd",
                 use_dictionary=False,
                 write_statistics=False,

@@ -1,105 +1,217 @@
-"""A model over a folder of images: mask PNGs and overlays."""
+"""A model over many images, from any input into one folder: what is done is kept, so the same command goes on.
 
-import io
+OUTPUT/prediction.json   the model and the settings that made it; others are refused
+OUTPUT/listing/          the listing of an input of image files
+OUTPUT/rejects.parquet   images that could not be used, and why
+OUTPUT/masks/, parts/ …  see threestage.prediction_output
+"""
+
+import hashlib
 import tempfile
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from pydantic import Field
 
+from threestage.allocator import keep_freed_memory
 from threestage.data import storage
-from threestage.data.palette import palette_png
-from threestage.data.records import decode_image, downscale_image
-from threestage.errors import InputError
-from threestage.evaluation import BATCH
-from threestage.models.export import CARD, ModelCard, load_model
+from threestage.data.listing import Each, in_threads
+from threestage.data.pool import rows_of
+from threestage.data.rejects import Reject, RejectList
+from threestage.errors import InputError, StageFailure
+from threestage.inference import Protocol, check_protocol
+from threestage.models.export import CARD, WEIGHTS, ModelCard, load_model
 from threestage.models.network import Network
-from threestage.pseudo_masks import predict_images
+from threestage.pool_prediction import predict_files
+from threestage.prediction_output import PARTS_FOLDER, Format, Predictions, PredictionTask, part_uri
+from threestage.prediction_parts import Part, kind_of, plan, repeated_ids
+from threestage.pseudo_masks import REJECTS_NAME, FileReport, file_digest, stored_report
 from threestage.registry import RegistrySettings, open_registry
-from threestage.report import overlay
+from threestage.settings import Settings
 from threestage.training.worker import default_device
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-CHUNK = 16
+RECORD_NAME = "prediction.json"
+RECORD_FORMAT = 1
+WORDS_KEY = "protocol_in_words"
+READERS = 16
+
+ModelFiles = Mapping[str, bytes]
+"""The files of a model's folder."""
+
+Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Iterator[FileReport]]
+"""Predicts parts anywhere; their reports in any order."""
 
 
-@dataclass(frozen=True)
-class Predicted:
+class PredictSettings(Settings):
+    """`overlays`: of format png only. `confidence`: write it too. `rows_per_part`: images in one part, which is predicted
+    whole or again."""
+
+    protocol: Protocol = Protocol()
+    format: Format = "png"
+    overlays: bool = True
+    confidence: bool = False
+    max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
+    rows_per_part: int = Field(default=256, ge=1)
+
+
+class PredictReport(Settings):
+    """`images`: predicted, now or before; `kept`: those before. `bad`: left out; `rejected`: the first of them, at most
+    20; `rejects_uri`: where all are listed."""
+
     images: int
-    rejected: tuple[tuple[str, str], ...]  # (file, reason)
+    kept: int
+    bad: int
+    rejected: tuple[Reject, ...]
+    rejects_uri: str
 
 
-def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCard]:
-    """A model from the registry (models:/NAME@stage3, models:/NAME/2), or from a folder: a model's, a stage's or a run's.
+def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
+    """A model of the registry (models:/NAME@stage3, models:/NAME/2), or of a folder: a model's, a stage's or a run's.
 
     Raises InputError where there is none.
     """
     if model.startswith("models:/"):
         with tempfile.TemporaryDirectory() as folder:
-            return load_model(str(open_registry(registry).pull(model, folder)))
+            return _files_of(str(open_registry(registry).pull(model, folder)))
     for inner in ("", "model", "stage3/model", "stage2/model", "stage1/model"):
-        if storage.exists(storage.join(model, inner, CARD) if inner else storage.join(model, CARD)):
-            return load_model(storage.join(model, inner) if inner else model)
+        folder = storage.join(model, inner) if inner else model
+        if storage.exists(storage.join(folder, CARD)):
+            return _files_of(folder)
     raise InputError(f"{model}: holds no model; give models:/NAME@stage3, or the folder of a run, a stage or a model")
 
 
-def predict_folder(
-    network: Network,
-    card: ModelCard,
-    source: str,
-    destination: str,
-    show: Callable[[int, int], None] = lambda n, of: None,
-) -> Predicted:
-    """Write `masks/NAME.png` (palette, class ids, the image's size) and `overlays/NAME.jpg` for every image of a folder.
+def _files_of(folder: str) -> ModelFiles:
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
 
-    A file that cannot be decoded is passed over and listed. Raises InputError where there is no image at all.
-    """
-    files = [uri for uri in storage.list_files(source) if uri.lower().endswith(IMAGE_ENDINGS)]
-    if not files:
-        raise InputError(f"{source}: no images there ({', '.join(IMAGE_ENDINGS)}); give the folder that holds them")
-    names = _output_names(source, files)
+
+def network_of(files: ModelFiles) -> tuple[Network, ModelCard]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        return load_model(folder)
+
+
+def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCard]:
+    """The network of `read_model` in eval mode, and its card."""
+    return network_of(read_model(model, registry))
+
+
+def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+    """Predict parts in this process, one after the other."""
+    keep_freed_memory()
     device = default_device()
-    network.to(device)
-    rejected: list[tuple[str, str]] = []
-    for start in range(0, len(files), CHUNK):
-        readable, images = _decode(files[start : start + CHUNK], rejected)
-        small = [downscale_image(image, card.downscale) for image in images]
-        for index, class_ids, _, _ in predict_images(network, small, BATCH, device):
-            _write(
-                destination, names[readable[index]], images[index], _enlarge(class_ids, images[index].shape[:2]), card
+    network, card = network_of(files)
+    yield from predict_files(network.to(device), task, parts, device, Predictions(task, card))
+
+
+def predict_input(
+    model: ModelFiles,
+    source: str,
+    out: str,
+    settings: PredictSettings,
+    show: Callable[[int, int], None] = lambda done, total: None,
+    run: Run = predict_here,
+    each: Each = in_threads,
+) -> PredictReport:
+    """Predict every image of an input into the folder `out`; parts that are done are kept.
+
+    `show` gets images done and images in all; `run` predicts, `each` lists. Raises InputError where there is nothing to
+    predict, or where `out` holds predictions of another model, input or settings; OSError when a store fails, and
+    StageFailure at the end when more than the share `max_bad_fraction` of the images is bad.
+    """
+    source, out = storage.absolute(source), storage.absolute(out)
+    card = ModelCard.model_validate_json(model[CARD])
+    check_protocol(settings.protocol, card.network)
+    kind = kind_of(source)
+    if kind != "data set" and f"{out}/".startswith(f"{source}/"):
+        raise InputError(f"{out}: it lies inside the input {source} and would become a part of it; give another folder")
+    record = _record(model, source, settings)
+    _check_record(out, record)
+    parts = plan(source, kind, storage.join(out, "listing"), settings.rows_per_part, each)
+    storage.write_json(storage.join(out, RECORD_NAME), record)
+    task = PredictionTask(
+        destination=out,
+        model_digest=_digest(model),
+        num_classes=len(card.classes),
+        downscale=card.downscale,
+        source=source,
+        kind=kind,
+        protocol=settings.protocol,
+        format=settings.format,
+        overlays=settings.overlays and settings.format == "png",
+        confidences=settings.confidence,
+        repeated=repeated_ids(parts, kind) if settings.format == "png" else frozenset(),
+    )
+    return _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
+
+
+def _digest(model: ModelFiles) -> str:
+    """Of weights and card."""
+    parts = b"".join(hashlib.sha256(model[name]).digest() for name in (WEIGHTS, CARD))
+    return hashlib.sha256(parts).hexdigest()
+
+
+def _record(model: ModelFiles, source: str, settings: PredictSettings) -> dict[str, Any]:
+    """What decides what the predictions are, as JSON; and the protocol in words."""
+    chosen = settings.model_dump(mode="json", exclude={"max_bad_fraction", "rows_per_part"})
+    words = settings.protocol.describe()
+    return {"version": RECORD_FORMAT, "model": _digest(model)[:16], "input": source, **chosen, WORDS_KEY: words}
+
+
+def _check_record(out: str, record: dict[str, Any]) -> None:
+    """InputError, naming the first difference, where the folder's record is another one."""
+    uri = storage.join(out, RECORD_NAME)
+    if not storage.exists(uri):
+        return
+    before = storage.read_json(uri)
+    for key, value in record.items():
+        if key != WORDS_KEY and before.get(key) != value:
+            shown = WORDS_KEY if key == "protocol" else key
+            raise InputError(
+                f"{out}: it holds predictions with {key}={before.get(shown)}, not {record[shown]}; give another folder"
             )
-        show(min(start + CHUNK, len(files)), len(files))
-    return Predicted(len(files) - len(rejected), tuple(rejected))
 
 
-def _decode(files: list[str], rejected: list[tuple[str, str]]) -> tuple[list[str], list[np.ndarray]]:
-    readable, images = [], []
-    for uri in files:
-        try:
-            images.append(decode_image(storage.read_bytes(uri)))
-            readable.append(uri)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            rejected.append((uri, str(error)))
-    return readable, images
+def _gather(
+    task: PredictionTask,
+    parts: Sequence[Part],
+    max_bad_fraction: float,
+    show: Callable[[int, int], None],
+    run: Callable[[Sequence[Part]], Iterator[FileReport]],
+) -> PredictReport:
+    """Predict the parts that are missing, and take the reports of all."""
+    missing = {part.name: part for part in parts}
+    images, total, rejects = 0, rows_of(parts), RejectList()
+
+    def take(report: FileReport) -> None:
+        nonlocal images
+        if missing.pop(report.file, None) is not None:  # a part that was lost and predicted again may report twice
+            images += report.statistics.images
+            rejects.add(report.rejects)
+            show(images + rejects.count, total)
+
+    for report in _stored(task, parts):
+        take(report)
+    kept = images
+    if missing:
+        for report in run(list(missing.values())):
+            take(report)
+    listed = storage.join(task.destination, REJECTS_NAME)
+    rejects.write(listed)
+    if complaint := rejects.complaint(total, max_bad_fraction, listed):
+        raise StageFailure(f"{complaint}; raise --max-bad-fraction, or mend them and predict into another folder")
+    return PredictReport(images=images, kept=kept, bad=rejects.count, rejected=tuple(rejects.first), rejects_uri=listed)
 
 
-def _output_names(source: str, files: list[str]) -> dict[str, str]:
-    """The path of each file below the source, without its ending unless two files differ in nothing else."""
-    relative = {uri: uri.removeprefix(storage.absolute(source) + "/") for uri in files}
-    stems = Counter(name.rsplit(".", 1)[0] for name in relative.values())
-    return {uri: name if stems[stem := name.rsplit(".", 1)[0]] > 1 else stem for uri, name in relative.items()}
-
-
-def _enlarge(class_ids: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """A mask (h,w) at the image's size (H,W), by nearest."""
-    return np.asarray(Image.fromarray(class_ids.numpy()).resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
-def _write(destination: str, name: str, image: np.ndarray, mask: np.ndarray, card: ModelCard) -> None:
-    storage.write_bytes(storage.join(destination, "masks", f"{name}.png"), palette_png(mask, card.colours))
-    stream = io.BytesIO()
-    Image.fromarray(overlay(image, mask, card.colours)).save(stream, format="JPEG", quality=90)
-    storage.write_bytes(storage.join(destination, "overlays", f"{name}.jpg"), stream.getvalue())
+def _stored(task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+    """The reports of the parts that are done, from the footers of their files."""
+    there = set(storage.list_files(storage.join(task.destination, PARTS_FOLDER)))
+    digest = task.digest()
+    done = [part for part in parts if part_uri(task, part) in there]
+    with ThreadPoolExecutor(READERS) as pool:
+        for report in pool.map(lambda part: stored_report(part_uri(task, part), file_digest(digest, part)), done):
+            if report is not None:
+                yield report

@@ -146,15 +146,20 @@ def predict_images(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Predict images (H,W,3) uint8 of any sizes, batching those of one size; yields (index, class, confidence, entropy)
     on the CPU, grouped by size."""
+    for chosen, batch in batches_by_size(images, batch_size):
+        predicted = [tensor.cpu() for tensor in predict(network, batch.to(device))]
+        yield from zip(chosen, *predicted, strict=True)
+
+
+def batches_by_size(images: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Batches of images (H,W,3) uint8 of one size: their indices, and their pixels (N,3,H,W) uint8 on the CPU."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
     for members in by_size.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            batch = torch.from_numpy(np.stack([images[i] for i in chosen])).to(device).permute(0, 3, 1, 2)
-            predicted = [tensor.cpu() for tensor in predict(network, batch)]
-            yield from zip(chosen, *predicted, strict=True)
+            yield chosen, torch.from_numpy(np.stack([images[i] for i in chosen])).permute(0, 3, 1, 2)
 
 
 def quantise(confidence: Tensor) -> Tensor:

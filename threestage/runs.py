@@ -15,14 +15,17 @@ from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
 from threestage.data.split import Split
 from threestage.data.synthetic import write_scenes
-from threestage.errors import InputError
+from threestage.errors import InputError, StageFailure
 from threestage.evaluation import BATCH
 from threestage.local import run_local
 from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
 from threestage.registry import Registry, StageRecord, open_registry
 from threestage.report import colourise, panel
+from threestage.report_page import write_report
+from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.reused import part
+from threestage.tracking import redact_tree
 from threestage.training.worker import default_device
 
 Show = Callable[[str, Mapping[str, float]], None]
@@ -42,13 +45,14 @@ def run(
     """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
 
     `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
-    Writes results.json and pictures.png into `out`; returns the results.
+    Writes results.json, pictures.png and report.html into `out`; returns the results.
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
-        results = run_local(config, out, show, warn, watch=watch, reuse=reuse)
+        results = run_local(config, out, show, warn, _keeping(config, out), watch, reuse)
         write_pictures(config, out)
+        _write_page(out, warn)
         return results
     from threestage.on_ray.train import run_on_ray
 
@@ -56,13 +60,40 @@ def run(
     key = _run_key(out)
     status = "FAILED"
     try:
-        results = run_on_ray(config, out, show, warn, _recorder(registry, config, key, warn), watch, reuse)
+        record = _keeping(config, out, registry.uri, _recorder(registry, config, key, warn))
+        results = run_on_ray(config, out, show, warn, record, watch, reuse)
         write_pictures(config, out)
+        _write_page(out, warn)
         status = "FINISHED"
     finally:
         with contextlib.suppress(InputError):
             _close(registry, key, status, out)
     return results
+
+
+def _keeping(
+    config: Config,
+    out: str,
+    tracking_uri: str | None = None,
+    record: pipeline.Record = lambda outcome: None,
+) -> pipeline.Record:
+    """Write the settings down as soon as a stage is done with them, then record the stage."""
+
+    def keep(outcome: pipeline.StageOutcome) -> None:
+        tree = config.model_dump(mode="json")
+        tree["registry"]["tracking_uri"] = tracking_uri or config.registry.tracking_uri
+        storage.write_json(storage.join(out, CONFIG_NAME), redact_tree(tree))
+        record(outcome)
+
+    return keep
+
+
+def _write_page(out: str, warn: pipeline.Warn) -> None:
+    """A page that cannot be written does not fail a run that is finished."""
+    try:
+        write_report(out)
+    except (InputError, StageFailure, OSError) as error:
+        warn(f"the run is finished but {PAGE_NAME} could not be written: {error}; try `threestage report {out}`")
 
 
 def _run_key(out: str) -> str:
@@ -98,7 +129,7 @@ def _recorder(registry: Registry, config: Config, key: str, warn: pipeline.Warn)
 
 def _close(registry: Registry, key: str, status: Any, out: str) -> None:
     rejects = [f"pseudo_masks{n}/rejects.parquet" for n in (1, 2, 3)]
-    names = ("results.json", "pictures.png", *rejects)
+    names = ("results.json", "pictures.png", PAGE_NAME, *rejects)
     artifacts = {name: storage.join(out, name) for name in names if storage.exists(storage.join(out, name))}
     summary = {}
     if "results.json" in artifacts:

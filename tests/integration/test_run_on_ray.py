@@ -13,7 +13,7 @@ from tests.s3 import SECRET
 from threestage import runs
 from threestage.data import storage
 from threestage.evaluation import evaluate_model
-from threestage.predict import open_model, predict_folder
+from threestage.predict import PredictSettings, open_model, predict_input, read_model
 from threestage.registry import RegistrySettings, open_registry
 
 pytestmark = [
@@ -63,8 +63,9 @@ def test_everything_on_s3_with_two_workers(
     assert len(open_registry(settings).list_models()) == 3
 
     network, card = open_model("models:/tiny@stage3", settings)
-    done = predict_folder(network, card, f"{s3_root}/photos", f"{s3_root}/predicted")
-    assert done.images == 20 and [file for file, _ in done.rejected] == [f"{s3_root}/photos/20.jpg"]
+    model, wanted = read_model("models:/tiny@stage3", settings), PredictSettings(max_bad_fraction=0.1)
+    done = predict_input(model, f"{s3_root}/photos", f"{s3_root}/predicted", wanted)
+    assert done.images == 20 and [reject.source for reject in done.rejected] == [f"{s3_root}/photos/20.jpg"]
     with Image.open(io.BytesIO(storage.read_bytes(f"{s3_root}/predicted/masks/3.png"))) as mask:
         assert mask.size == (70, 50)
     score = evaluate_model(network, card, f"{s3_root}/data", "val")["mean_iou"]

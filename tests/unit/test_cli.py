@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 
 from threestage.cli import main
+from threestage.models.export import ModelCard, save_model
+from threestage.models.network import NetworkSettings, build_network
 
 CLASS_MAP = {
     "classes": [
@@ -125,8 +127,69 @@ def test_own_images_from_ingest_to_prediction(threestage: Run, photos: Path) -> 
     code, out, error = threestage("run", "demo", "--local", "--out", "run", *sets)
     assert code == 0, error
     assert "stage3" in out and Path("run/pictures.png").is_file()
-    code, out, _ = threestage("predict", "run", "images", "predicted", "--json")
-    assert code == 0 and json.loads(out) == {"images": 10, "rejected": []}
+    code, out, _ = threestage("predict", "run", "images", "predicted", "--local", "--json")
+    assert code == 0 and {"images": 10, "kept": 0, "bad": 0}.items() <= json.loads(out).items()
     assert len(list(Path("predicted/overlays").iterdir())) == 10
     code, out, _ = threestage("evaluate", "run", "data", "--split", "train", "--json")
     assert code == 0 and json.loads(out)["images"] == 10
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder; it has learnt nothing."""
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
+    colours = ((90, 90, 90), (255, 0, 0))
+    card = ModelCard(network=settings, classes=("ground", "thing"), colours=colours, downscale=1, stage="stage1")
+    save_model(str(tmp_path / "model"), build_network(settings, 2), card)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "model"
+
+
+def test_evaluate_prints_and_writes(threestage: Run, photos: Path, model: Path) -> None:
+    assert threestage(*ingest_arguments(photos))[0] == 0
+    evaluate = ["evaluate", model, "data", "--split", "train"]
+    code, out, _ = threestage(*evaluate)
+    assert code == 0 and "model on data (train, 10 images): whole image, single scale" in out
+    assert "boundary F" in out and "calibration error" in out and "true \\ predicted" in out and "1 thing" in out
+    options = ["--window", "16,24", "--stride", "8,24", "--flip", "--scales", "0.75,1", "--out", "scores", "--json"]
+    code, out, _ = threestage(*evaluate, *options)
+    scores = json.loads(out)
+    assert code == 0 and scores == json.loads(Path("scores/metrics.json").read_text())
+    assert scores["protocol"].startswith("windows of 16x24 every 8x24 pixels")
+    assert np.sum(scores["confusion_matrix"]) == 10 * 40 * 48 and scores["split"] == "train"
+    with Image.open("scores/reliability.png") as diagram:
+        assert diagram.width > 400
+
+
+def test_wrong_protocols(threestage: Run, photos: Path, model: Path) -> None:
+    for command in (["evaluate", model, "data"], ["predict", model, "images", "out", "--local"]):
+        refused(threestage(*command, "--window", "16"), "window")
+        refused(threestage(*command, "--window", "16,x"), "window", "x")
+        refused(threestage(*command, "--window", "15,16"), "window=15x16", "multiples of 8", "try 16,16")
+        refused(threestage(*command, "--stride", "8,8"), "stride=8x8", "give a window too")
+        refused(threestage(*command, "--scales", "0,1"), "scales", "0")
+    assert not Path("out").exists()
+
+
+def test_predict_names_what_is_wrong(threestage: Run, photos: Path, model: Path) -> None:
+    predict = ["predict", model, "images", "out", "--local"]
+    refused(threestage(*predict, "--format", "tiff"), "format='tiff'", "'png'")
+    refused(threestage("predict", model, "nowhere", "out", "--local"), "nowhere")
+    code, out, _ = threestage(*predict, "--no-overlays", "--confidence")
+    assert code == 0 and "10 images predicted, 0 left out; all in out" in out
+    assert sorted(path.name for path in Path("out").iterdir() if path.is_dir()) == [
+        "confidence", "listing", "masks", "parts"
+    ]  # fmt: skip
+    code, out, _ = threestage(*predict, "--no-overlays", "--confidence")
+    assert code == 0 and "10 images predicted (10 of them before)" in out
+    refused(threestage(*predict), "out: it holds predictions with overlays=False, not True; give another folder")
+
+
+def test_predict_fails_when_too_many_images_are_bad(threestage: Run, photos: Path, model: Path) -> None:
+    (photos / "images/3.jpg").write_bytes(b"no image")
+    predict = ["predict", model, "images", "out", "--local"]
+    code, _, error = threestage(*predict)
+    assert code == 1 and error.count("\n") == 1
+    assert "1 of 10 images are bad" in error and "3.jpg" in error and "out/rejects.parquet" in error
+    code, out, _ = threestage(*predict, "--max-bad-fraction", 0.1)
+    assert code == 0 and "left out" in out and "3.jpg: cannot be decoded" in out

@@ -1,7 +1,9 @@
-"""Pseudo-masks of the whole pool as a Ray Data job: a row is one image file of the pool, predicted by one of some actors."""
+"""Predictions as a Ray Data job: a row is one file of images (of the pool: its pseudo-masks), predicted by one of some
+actors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,22 @@ from threestage.training.worker import default_device
 MAX_TASKS = 1024
 TASKS_PER_PREDICTOR = 16
 
+Predict = Callable[[Sequence[str]], Iterator[FileReport]]
+"""Files as JSON → their reports, each as soon as the file is published."""
+
 
 def predict_pool(
     model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings
 ) -> Iterator[FileReport]:
-    """Predict all files on `cluster.number_of_predictors` processes; the report of each comes as soon as it is published.
+    """Predict all files of the pool, see `reports_of`."""
+    return reports_of(files, partial(_open_pool, model, task.model_dump(mode="json")), cluster)
+
+
+def reports_of(
+    files: Sequence[PoolFile], open_predictor: Callable[[], Predict], cluster: ClusterSettings
+) -> Iterator[FileReport]:
+    """Predict files on `cluster.number_of_predictors` processes, each with what `open_predictor` gives it; the report of
+    each file comes as soon as it is published.
 
     An actor that dies is replaced and predicts its files again, but for those that it had published.
     """
@@ -36,7 +49,7 @@ def predict_pool(
     reports = rows.map_batches(
         _Predictor,
         batch_size=None,
-        fn_constructor_args=(model, task.model_dump(mode="json"), cluster.cpus_per_worker),
+        fn_constructor_args=(open_predictor, cluster.cpus_per_worker),
         compute=ray.data.ActorPoolStrategy(
             size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
         ),
@@ -61,15 +74,18 @@ def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
 class _Predictor:
     """An actor that holds the network."""
 
-    def __init__(self, model: str, task: dict[str, Any], cpus: float) -> None:
+    def __init__(self, open_predictor: Callable[[], Predict], cpus: float) -> None:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(cpus)))
-        self._device = default_device()
-        self._network = load_model(model)[0].to(self._device)
-        self._task = PoolTask.model_validate(task)
+        self._predict = open_predictor()
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
         """Predict the files of a task; their reports."""
-        files = [PoolFile.model_validate_json(str(file)) for file in rows["file"]]
-        for report in predict_files(self._network, self._task, files, self._device):
+        for report in self._predict([str(file) for file in rows["file"]]):
             yield {"report": [report.model_dump_json()]}
+
+
+def _open_pool(model: str, task: dict[str, Any]) -> Predict:
+    device = default_device()
+    network, settings = load_model(model)[0].to(device), PoolTask.model_validate(task)
+    return lambda files: predict_files(network, settings, list(map(PoolFile.model_validate_json, files)), device)

@@ -1,0 +1,120 @@
+"""The report's figures against their definitions, written image by image."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from threestage import IGNORE_INDEX
+from threestage.data.batches import SampleSet, samples_of
+from threestage.data.records import labelled_rows, load_manifest
+from threestage.errors import InputError
+from threestage.evaluation import Scores, evaluate, evaluate_model
+from threestage.inference import Protocol
+from threestage.models.export import ModelCard
+from threestage.models.network import Network, NetworkSettings, build_network
+from threestage.pseudo_masks import predict_images
+from threestage.scores import reliability_diagram, score_tables, write_scores
+from threestage.training.metrics import boundary_f_scores, mean_iou
+
+CPU = torch.device("cpu")
+
+
+def model_for(scenes: Path) -> tuple[Network, ModelCard]:
+    manifest = load_manifest(str(scenes))
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
+    card = ModelCard(
+        network=settings, classes=manifest.classes, colours=manifest.colours, downscale=1, stage="stage1"
+    )  # fmt: skip
+    return build_network(settings, len(card.classes)).eval(), card
+
+
+def test_the_report_is_of_every_image_once(scenes: Path) -> None:
+    network, card = model_for(scenes)
+    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()), 1)
+    seen: list[tuple[int, int]] = []
+    scores = evaluate_model(network, card, str(scenes), "train", show=lambda *done: seen.append(done))
+    assert scores == json.loads(json.dumps(scores, allow_nan=False))
+    assert scores["images"] == 40 and seen[-1] == (40, 40) and scores["protocol"] == "whole image, single scale"
+
+    confusion = evaluate(network, samples, len(card.classes), CPU)
+    assert scores["confusion_matrix"] == confusion.tolist() and scores["mean_iou"] == mean_iou(confusion)
+
+    decoded = [samples.decoded(i) for i in range(len(samples))]
+    boundary, right, sure = [], [], []
+    for index, class_ids, confidence, _ in predict_images(network, [one.image for one in decoded], 1, CPU):
+        mask = torch.from_numpy(decoded[index].maps["mask"])
+        boundary.append(boundary_f_scores(mask[None], class_ids[None], len(card.classes))[0].numpy())
+        right.append((mask == class_ids)[mask != IGNORE_INDEX].numpy())
+        sure.append(confidence[mask != IGNORE_INDEX].numpy())
+    per_class = np.nanmean(boundary, axis=0)
+    np.testing.assert_allclose(list(scores["per_class_boundary_f"].values()), per_class)
+    assert scores["boundary_f"] == pytest.approx(np.nanmean(per_class))
+    correct, confidence_of = np.concatenate(right), np.concatenate(sure).astype(np.float64)
+    place = np.minimum((confidence_of * len(scores["reliability"])).astype(int), len(scores["reliability"]) - 1)
+    gaps = [abs((confidence_of - correct)[place == b].sum()) for b in range(len(scores["reliability"]))]
+    assert scores["expected_calibration_error"] == pytest.approx(sum(gaps) / len(correct), abs=1e-5)
+    assert sum(row["pixels"] for row in scores["reliability"]) == len(correct)
+
+
+def test_another_protocol_scores_another_prediction(scenes: Path) -> None:
+    network, card = model_for(scenes)
+    whole = evaluate_model(network, card, str(scenes), "val")
+    covering = evaluate_model(network, card, str(scenes), "val", Protocol(window=(64, 64)))
+    assert covering | {"protocol": ""} == whole | {"protocol": ""}
+    flipped = evaluate_model(network, card, str(scenes), "val", Protocol(flip=True, scales=(0.5, 1)))
+    assert flipped["confusion_matrix"] != whole["confusion_matrix"]
+    assert flipped["protocol"].startswith("whole image, scales 0.5, 1, flipped too")
+
+
+def test_what_does_not_fit_is_refused(scenes: Path) -> None:
+    network, card = model_for(scenes)
+    with pytest.raises(InputError, match="multiples of 8"):
+        evaluate_model(network, card, str(scenes), "val", Protocol(window=(30, 30)))
+    with pytest.raises(InputError, match="has the classes"):
+        evaluate_model(network, card.model_copy(update={"classes": ("a", "b")}), str(scenes), "val")
+
+
+def scores_of(classes: int) -> dict[str, object]:
+    names = tuple(f"[class] {number}" for number in range(classes))
+    scores = Scores(names, CPU)
+    random = torch.Generator().manual_seed(0)
+    mask, found = (torch.randint(0, 2, (2, 9, 9), generator=random).byte() for _ in range(2))
+    scores.add(mask, found, torch.rand(mask.shape, generator=random))
+    return {"protocol": "whole image", "images": scores.images, **scores.summary()}
+
+
+def test_classes_that_do_not_occur_have_no_figures() -> None:
+    scores = scores_of(3)
+    assert scores["per_class_iou"]["[class] 2"] is None and scores["per_class_boundary_f"]["[class] 2"] is None  # type: ignore[index]
+    nothing = Scores(("a", "b"), CPU)
+    nothing.add(torch.full((1, 4, 4), 255).byte(), torch.zeros(1, 4, 4).byte(), torch.ones(1, 4, 4))
+    empty = {"protocol": "", "images": 1, **nothing.summary()}
+    assert empty["mean_iou"] is None and empty["boundary_f"] is None and empty["expected_calibration_error"] is None
+    json.dumps(empty, allow_nan=False)
+    reliability_diagram(empty)
+    assert len(score_tables(empty)) == 2
+
+
+@pytest.mark.parametrize(("classes", "tables"), [(20, 2), (21, 1)])
+def test_the_confusion_matrix_is_printed_while_it_is_small(classes: int, tables: int) -> None:
+    console = Console(width=300, file=io.StringIO(), record=True)
+    found = score_tables(scores_of(classes))
+    for table in found:
+        console.print(table)
+    text = console.export_text()
+    assert len(found) == tables and "[class] 0" in text and "boundary F" in text
+
+
+def test_a_folder_of_figures(tmp_path: Path) -> None:
+    scores = scores_of(3)
+    write_scores(str(tmp_path / "out"), scores)
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == scores
+    with Image.open(tmp_path / "out/reliability.png") as diagram:
+        colours = {colour for _, colour in diagram.convert("RGB").getcolors(1 << 20) or []}
+    assert len(colours) > 3

@@ -1,0 +1,170 @@
+"""Windows, flips and scales against what they must equal: the whole image, a mean written as a loop, a mirrored network."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from threestage import pseudo_masks
+from threestage.errors import InputError
+from threestage.inference import (
+    Protocol,
+    check_protocol,
+    predict,
+    predict_probabilities,
+    scaled_size,
+    window_logits,
+    window_starts,
+)
+from threestage.models.network import NetworkSettings, build_network
+
+CLASSES = 4
+
+
+class Toy(nn.Module):
+    """Sees 5×5 pixels, and knows left from right; counts what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.randn(CLASSES, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:
+        self.sizes.append(tuple(image.shape[-2:]))
+        return F.conv2d(image, self.weight, padding=2), None
+
+
+def images(number: int = 2, height: int = 23, width: int = 31) -> Tensor:
+    return torch.randint(0, 256, (number, 3, height, width), generator=torch.Generator().manual_seed(1)).byte()
+
+
+def test_the_default_is_what_pseudo_masks_are_made_with() -> None:
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
+    network = build_network(settings, CLASSES).eval()
+    expected = pseudo_masks.predict(network, images())
+    for mine, theirs in zip(predict(network, images(), Protocol(), 8), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("window", [(23, 31), (64, 64), (23, 999)])
+def test_a_window_that_covers_the_image_is_the_image(window: tuple[int, int]) -> None:
+    whole = predict(Toy(), images(), Protocol(), 1)
+    network = Toy()
+    for mine, theirs in zip(predict(network, images(), Protocol(window=window), 1), whole, strict=True):
+        assert torch.equal(mine, theirs)
+    assert network.sizes == [(23, 31)]
+
+
+def test_overlaps_are_averaged() -> None:
+    image = images().float() / 255
+    protocol = Protocol(window=(10, 16), stride=(7, 9))
+    network = Toy()
+    logits = window_logits(network, image, protocol)
+    total, count = np.zeros(logits.shape), np.zeros(logits.shape)
+    for top in (0, 7, 13):
+        for left in (0, 9, 15):
+            place = np.s_[:, :, top : top + 10, left : left + 16]
+            total[place] += network(image[place])[0].numpy()
+            count[place] += 1
+    assert count.max() == 6 and count.min() == 1
+    np.testing.assert_allclose(logits, total / count, rtol=1e-5, atol=1e-5)
+    assert set(network.sizes) == {(10, 16)}
+
+
+def test_windows_of_an_image_smaller_in_one_direction() -> None:
+    network = Toy()
+    logits = window_logits(network, images().float(), Protocol(window=(40, 16)))
+    assert logits.shape == (2, CLASSES, 23, 31) and network.sizes == [(23, 16)] * 3
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
+def test_windows_cover_a_side_without_gaps_or_overhang(side: int, window: int, stride: int) -> None:
+    stride = min(stride, window)
+    starts = window_starts(side, window, stride)
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    assert {pixel for start in starts for pixel in range(start, min(start + window, side))} == set(range(side))
+    assert all(start + window <= side for start in starts) or starts == [0]
+    assert len(starts) == 1 + max(0, -(-(side - window) // stride)), "no window too many"
+
+
+def test_flips_and_scales_are_a_mean_of_probabilities() -> None:
+    network, image = Toy(), images().float() / 255
+    protocol = Protocol(flip=True, scales=(0.5, 1, 1.5))
+    expected = torch.zeros(2, CLASSES, 23, 31, dtype=torch.float64)
+    for size in ((12, 16), (23, 31), (36, 48)):  # multiples of 4, but for the image itself
+        view = F.interpolate(image, size=size, mode="bilinear") if size != (23, 31) else image
+        for flipped in (False, True):
+            logits = network(view.flip(3))[0].flip(3) if flipped else network(view)[0]
+            expected += F.interpolate(logits, size=(23, 31), mode="bilinear").softmax(1).double() / 6
+    probabilities = predict_probabilities(network, images(), protocol, 4)
+    torch.testing.assert_close(probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 23, 31))
+    class_ids, confidence, entropy = predict(network, images(), protocol, 4)
+    assert torch.equal(class_ids.long(), probabilities.argmax(1))
+    torch.testing.assert_close(confidence, probabilities.amax(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, -(probabilities * probabilities.log()).sum(1), rtol=1e-3, atol=1e-4)
+
+
+def test_large_images_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = Protocol(flip=True, scales=(1, 2))
+    together, network = predict(Toy(), images(3), protocol, 1), Toy()
+    monkeypatch.setattr("threestage.inference.VIEW_PIXELS", 4 * 23 * 31)
+    for mine, theirs in zip(predict(network, images(3), protocol, 1), together, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert len(network.sizes) == 12
+
+
+def test_with_flips_a_mirrored_image_gives_the_mirrored_answer() -> None:
+    protocol = Protocol(flip=True, window=(16, 16), stride=(8, 5))
+    there = predict_probabilities(Toy(), images(), protocol, 1)
+    # side 31: windows from the left begin at 0, 5, 10 and 15, as they do from the right
+    back = predict_probabilities(Toy(), images().flip(3), protocol, 1).flip(3)
+    torch.testing.assert_close(there, back, rtol=1e-4, atol=1e-5)
+
+
+def test_a_certain_network_has_no_entropy() -> None:
+    class Certain(Toy):
+        def forward(self, image: Tensor) -> tuple[Tensor, None]:
+            return 1e4 * super().forward(image)[0], None
+
+    _, confidence, entropy = predict(Certain(), images(), Protocol(flip=True), 1)
+    assert entropy.isfinite().all() and confidence.isfinite().all() and confidence.max() == 1
+
+
+def test_sizes_of_scaled_views() -> None:
+    assert scaled_size((23, 31), 1, 8) == (23, 31)
+    assert scaled_size((720, 960), 0.75, 8) == (544, 720)
+    assert scaled_size((5, 100), 0.1, 14) == (14, 14)
+
+
+def test_it_says_what_it_does() -> None:
+    assert Protocol().describe() == "whole image, single scale"
+    assert Protocol(scales=(2,)).describe() == "whole image, scale 2"
+    assert Protocol(window=(512, 1024), stride=(256, 512), flip=True, scales=(0.75, 1)).describe() == (
+        "windows of 512x1024 every 256x512 pixels (logits averaged), scales 0.75, 1, flipped too (probabilities averaged)"
+    )
+    assert Protocol(window=(9, 10)).step == (6, 7)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for wrong, said in (
+        ({"stride": (4, 4)}, "give a window too"),
+        ({"window": (8, 8), "stride": (8, 9)}, "leaves gaps"),
+        ({"window": (0, 8)}, "greater than 0"),
+        ({"scales": ()}, "at least 1"),
+        ({"scales": (1, -1)}, "greater than 0"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            Protocol.model_validate(wrong)
+
+
+def test_windows_must_suit_the_network() -> None:
+    convolutional = NetworkSettings(encoder="resnet18", output_stride=16)
+    for window in ((320, 480), (321, 481), None):
+        check_protocol(Protocol(window=window), convolutional)
+    with pytest.raises(InputError, match=r"window=500x30: resnet18 .* multiples of 16; try 496,32"):
+        check_protocol(Protocol(window=(500, 30)), convolutional)

@@ -1,0 +1,397 @@
+"""A prediction of any input: every image is there once, under a name that stays in its folder, and done only once."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tests.unit.test_imports import BLOCKED, run_python
+from threestage.data import storage
+from threestage.data.palette import palette_png
+from threestage.data.pool import PoolRow
+from threestage.data.records import decode_image, downscale_image
+from threestage.data.rejects import read_rejects
+from threestage.errors import InputError, StageFailure
+from threestage.inference import Protocol
+from threestage.models.export import ModelCard, save_model
+from threestage.models.network import NetworkSettings, build_network
+from threestage.predict import (
+    ModelFiles,
+    PredictReport,
+    PredictSettings,
+    network_of,
+    predict_here,
+    predict_input,
+    read_model,
+)
+from threestage.prediction_output import PredictionTask
+from threestage.prediction_parts import Part, id_hash, kind_of, output_name, plan, safe_name
+from threestage.pseudo_masks import FileReport, predict_images
+from threestage.registry import RegistrySettings
+from threestage.report import overlay
+
+COLOURS = ((0, 0, 0), (200, 30, 30), (30, 200, 30))
+SIZES = [(40, 50), (40, 50), (33, 61), (50, 40)]
+
+
+def make_model(folder: Path, seed: int = 0, downscale: int = 1) -> ModelFiles:
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
+    card = ModelCard(
+        network=settings, classes=("a", "b", "c"), colours=COLOURS, downscale=downscale, stage="stage1"
+    )  # fmt: skip
+    save_model(str(folder), build_network(settings, 3, seed=seed), card)
+    return read_model(str(folder), RegistrySettings())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def photo(seed: int, kind: str = "JPEG") -> bytes:
+    height, width = SIZES[seed % len(SIZES)]
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(stream, kind)
+    return stream.getvalue()
+
+
+def photos(folder: Path, number: int = 10) -> Path:
+    for i in range(number):
+        path = folder / ("deep/er" if i % 2 else "") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(i))
+    return folder
+
+
+class Counting:
+    """Predicts here, and notes the parts; gives up before the part number `dies_at`."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.parts: list[Part] = []
+        self._dies_at = dies_at
+
+    def __call__(self, files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+        for part in parts:
+            if len(self.parts) == self._dies_at:
+                raise KeyboardInterrupt
+            self.parts.append(part)
+            yield from predict_here(files, task, [part])
+
+
+def run(model: ModelFiles, source: Path, out: Path, run: Any = predict_here, **settings: Any) -> PredictReport:
+    return predict_input(model, str(source), str(out), PredictSettings(**settings), run=run)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def parts_below(out: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((out / "parts").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+def by_hand(model: ModelFiles, image: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One image, the way it was always predicted: its pixels, its mask at its size, its confidence."""
+    network, card = network_of(model)
+    pixels = decode_image(image)
+    small = downscale_image(pixels, card.downscale)
+    ((_, class_ids, confidence, _),) = predict_images(network, [small], 1, torch.device("cpu"))
+    size = (pixels.shape[1], pixels.shape[0])
+    mask = Image.fromarray(class_ids.numpy()).resize(size, Image.Resampling.NEAREST)
+    return pixels, np.asarray(mask), confidence.numpy()
+
+
+@pytest.mark.parametrize("downscale", [1, 2])
+def test_masks_and_overlays_are_those_of_the_images_one_by_one(tmp_path: Path, downscale: int) -> None:
+    model = make_model(tmp_path / "model", downscale=downscale)
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    report = run(model, source, out, rows_per_part=4)
+    assert (report.images, report.kept, report.bad) == (10, 0, 0)
+    written = files_below(out)
+    names = [f"deep/er/{i}" if i % 2 else f"{i}" for i in range(10)]
+    assert {name for name in written if name.startswith("masks/")} == {f"masks/{name}.png" for name in names}
+    assert {name for name in written if name.startswith("overlays/")} == {f"overlays/{name}.jpg" for name in names}
+    for i, name in enumerate(names):
+        pixels, mask, _ = by_hand(model, photo(i))
+        assert mask.shape == pixels.shape[:2] and len(np.unique(mask)) > 1
+        assert written[f"masks/{name}.png"] == palette_png(mask, COLOURS)
+        stream = io.BytesIO()
+        Image.fromarray(overlay(pixels, mask, COLOURS)).save(stream, format="JPEG", quality=90)
+        assert written[f"overlays/{name}.jpg"] == stream.getvalue()
+    assert {row["image_id"]: row["file"] for row in parts_below(out)} == {name: f"masks/{name}.png" for name in names}
+
+
+def test_masks_alone_and_confidences(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    run(model, source, out, overlays=False, confidence=True)
+    assert {path.name for path in out.iterdir()} == {
+        "masks", "confidence", "parts", "listing", "prediction.json", "rejects.parquet"
+    }  # fmt: skip
+    _, _, confidence = by_hand(model, photo(0))
+    with Image.open(out / "confidence/0.png") as grey:
+        assert grey.mode == "L"
+        assert np.abs(np.asarray(grey).astype(float) - 255 * confidence).max() <= 1
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_parquet_out(model: ModelFiles, tmp_path: Path, confidence: bool) -> None:
+    source, out = photos(tmp_path / "in", 6), tmp_path / "out"
+    run(model, source, out, format="parquet", confidence=confidence, rows_per_part=2)
+    assert not (out / "masks").exists() and not (out / "overlays").exists()
+    rows = parts_below(out)
+    assert len(rows) == 6 and len(list((out / "parts").iterdir())) == 3
+    for row in rows:
+        _, mask, sure = by_hand(model, photo(int(row["image_id"].rsplit("/")[-1])))
+        with Image.open(io.BytesIO(row["mask"])) as stored:
+            assert np.array_equal(np.asarray(stored), mask)
+        if confidence:
+            values = np.frombuffer(row["confidence"], np.uint8).reshape(mask.shape)
+            assert np.abs(values.astype(float) - 255 * sure).max() <= 1
+        else:
+            assert row["confidence"] is None
+
+
+def test_the_protocol_is_followed(model: ModelFiles, tmp_path: Path) -> None:
+    source = photos(tmp_path / "in", 4)
+    run(model, source, tmp_path / "plain", format="parquet", confidence=True)
+    protocol = Protocol(window=(24, 24), flip=True, scales=(0.5, 1))
+    run(model, source, tmp_path / "other", format="parquet", confidence=True, protocol=protocol)
+    plain, other = ({row["image_id"]: row for row in parts_below(tmp_path / name)} for name in ("plain", "other"))
+    assert plain.keys() == other.keys()
+    assert all(plain[name]["confidence"] != other[name]["confidence"] for name in plain)
+    record = json.loads((tmp_path / "other/prediction.json").read_text())
+    assert record["protocol_in_words"] == protocol.describe()
+
+
+# Again
+
+
+def test_after_a_kill_only_what_is_missing_is_predicted(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, source, out, Counting(dies_at=2), rows_per_part=3)
+    before = {name: (out / name).stat().st_mtime_ns for name in files_below(out)}
+    counting = Counting()
+    report = run(model, source, out, counting, rows_per_part=3)
+    assert len(counting.parts) == 2 and report.kept in (4, 6), "of three parts of 3 images and one of 1"
+    assert report.images == 10 and report.kept + sum(part.rows for part in counting.parts) == 10
+    done = [name for name in before if name.split("/")[0] in ("masks", "overlays", "parts")]
+    assert done and all((out / name).stat().st_mtime_ns == before[name] for name in done)
+    again = Counting()
+    assert run(model, source, out, again, rows_per_part=3) == report.model_copy(update={"kept": 10})
+    assert again.parts == []
+
+
+def test_new_images_are_predicted_by_the_same_command(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 4), tmp_path / "out"
+    run(model, source, out)
+    (source / "new.png").write_bytes(photo(7, "PNG"))
+    counting = Counting()
+    report = run(model, source, out, counting)
+    assert (report.images, report.kept) == (5, 4) and [part.rows for part in counting.parts] == [1]
+    assert (out / "masks/new.png").is_file()
+
+
+def test_another_model_input_or_setting_in_the_folder_is_refused(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 2), tmp_path / "out"
+    run(model, source, out)
+    before = files_below(out)
+    other = photos(tmp_path / "other", 2)
+    for files, images, settings, key in (
+        (make_model(tmp_path / "model", seed=1), source, {}, "model="),
+        (make_model(tmp_path / "half", downscale=2), source, {}, "model="),
+        (model, other, {}, "input="),
+        (
+            model,
+            source,
+            {"protocol": Protocol(flip=True)},
+            "protocol=whole image, single scale, not whole image, .* flipped",
+        ),
+        (model, source, {"format": "parquet"}, "format=png, not parquet"),
+        (model, source, {"confidence": True}, "confidence=False, not True"),
+    ):
+        with pytest.raises(InputError, match=rf"out: it holds predictions with {key}.*; give another folder") as raised:
+            run(files, images, out, **settings)
+        assert "\n" not in str(raised.value)
+    assert files_below(out) == before
+
+
+# Bad images
+
+
+def test_bad_images_are_listed_and_too_many_of_them_fail_at_the_end(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 9), tmp_path / "out"
+    (source / "bad.jpg").write_bytes(photo(0)[:200])
+    with pytest.raises(StageFailure, match=r"1 of 10 images are bad .*bad.jpg.*raise --max-bad-fraction, or mend"):
+        run(model, source, out)
+    assert len(list((out / "masks").rglob("*.png"))) == 9, "the others are predicted first"
+    report = run(model, source, out, max_bad_fraction=0.1)
+    assert (report.images, report.kept, report.bad) == (9, 9, 1)
+    (reject,) = read_rejects(report.rejects_uri)
+    assert reject.source == f"{source}/bad.jpg" and "cannot be decoded" in reject.reason
+    assert [row["file"] for row in parts_below(out) if row["image_id"] == "bad"] == [None]
+
+
+def test_a_store_that_fails_is_an_error(model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    write = storage.write_bytes
+
+    def full(uri: str, data: bytes) -> None:
+        if uri.endswith("/0.png"):
+            raise OSError("no space left on device")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(model, source, out)
+    assert not (out / "parts").exists(), "a part is done when all of its files are there"
+
+
+# Inputs
+
+
+def test_a_data_set(model: ModelFiles, scenes: Path, tmp_path: Path) -> None:
+    report = run(model, scenes, tmp_path / "out", overlays=False)
+    assert report.images == 50 and len(list((tmp_path / "out/masks").rglob("*.png"))) == 50
+
+
+def test_parquet_of_others(model: ModelFiles, tmp_path: Path) -> None:
+    """Row groups make parts; ids that repeat, are missing, are numbers or would leave the folder."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    ids = ["a", "../../a", "/etc/passwd", "a", None, "x/y"]
+    images = [photo(i) for i in range(6)]
+    pq.write_table(pa.table({"image_id": ids, "image": images}), source / "one.parquet", row_group_size=2)
+    pq.write_table(pa.table({"image": [*images[:2], None]}), source / "two.parquet", row_group_size=2)
+    (source / "_delta").mkdir()
+    (source / "_delta/checkpoint.parquet").write_bytes(b"of another kind")
+    counting = Counting()
+    report = run(model, source, out, counting, rows_per_part=3, max_bad_fraction=0.2)
+    assert [part.rows for part in counting.parts] == [4, 2, 3]
+    assert (report.images, report.bad) == (8, 1)
+    (reject,) = report.rejected
+    assert (reject.source, reject.reason) == (f"{source}/two.parquet#2", "is null")
+    masks = {path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*.png")}
+    assert len(masks) == 8 and {"x/y.png", "two/00000001.png", "one/00000004.png"} <= masks
+    assert sum(name.startswith("a-") for name in masks) == 3 and sum(name.startswith("etc/passwd-") for name in masks)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    by_id = {row["image_id"]: row["file"] for row in parts_below(out)}
+    _, mask, _ = by_hand(model, images[1])
+    assert (out / by_id["../../a"]).read_bytes() == palette_png(mask, COLOURS)
+
+
+def test_one_parquet_file(model: ModelFiles, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [photo(0)]}), tmp_path / "one.parquet")
+    run(model, tmp_path / "one.parquet", tmp_path / "out")
+    assert (tmp_path / "out/masks/one/00000000.png").is_file()
+
+
+def test_two_images_whose_names_differ_in_the_ending(model: ModelFiles, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    (source / "0.png").write_bytes(photo(1, "PNG"))
+    (source / "other.png").write_bytes(photo(1, "PNG"))
+    run(model, source, out)
+    assert {path.name for path in (out / "masks").iterdir()} == {"0.jpg.png", "0.png.png", "other.png"}
+
+
+def test_inputs_that_hold_nothing(model: ModelFiles, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    pq.write_table(pa.table({"picture": ["a"]}), tmp_path / "text/a.parquet")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.parquet").write_bytes(b"PAR1")
+    for name, said in (
+        ("nowhere", r"nowhere: not found; give the folder"),
+        ("nowhere.parquet", r"nowhere.parquet: not found"),
+        ("empty", "empty: no images there"),
+        ("text", r"a.parquet: a column image of bytes .* is expected, it has picture \(string\)"),
+        ("broken", "a.parquet: not a Parquet file"),
+    ):
+        with pytest.raises(InputError, match=said) as raised:
+            run(model, tmp_path / name, tmp_path / "out")
+        assert "\n" not in str(raised.value)
+
+
+def test_an_output_inside_the_input_is_refused(model: ModelFiles, tmp_path: Path) -> None:
+    source = photos(tmp_path / "in", 1)
+    with pytest.raises(InputError, match="in/out: it lies inside the input"):
+        run(model, source, source / "out")
+    assert not (source / "out").exists()
+
+
+def test_from_s3_to_s3(model: ModelFiles, bucket: str) -> None:
+    for i in range(5):
+        storage.write_bytes(f"{bucket}/in/{i}.jpg", photo(i))
+    assert kind_of(f"{bucket}/in") == "images"
+    settings = PredictSettings(rows_per_part=2)
+    report = predict_input(model, f"{bucket}/in", f"{bucket}/out", settings)
+    assert report.images == 5 and len(storage.list_files(f"{bucket}/out/overlays")) == 5
+    _, mask, _ = by_hand(model, photo(3))
+    assert storage.read_bytes(f"{bucket}/out/masks/3.png") == palette_png(mask, COLOURS)
+    counting = Counting()
+    assert predict_input(model, f"{bucket}/in", f"{bucket}/out", settings, run=counting).kept == 5
+    assert counting.parts == []
+
+
+# Names and parts
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a b/ü.x", "..a/b..", "a" * 200])
+def test_a_good_name_stays(name: str) -> None:
+    assert safe_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "/", "..", "../a", "a/../../b", "/etc/a", "a//b", "./a", "a/", "a\0", "ü" * 200])
+def test_no_name_leaves_its_folder(name: str) -> None:
+    safe = safe_name(name)
+    assert safe and not {"", ".", ".."} & set(safe.split("/")) and "\0" not in safe
+    assert max(len(part.encode()) for part in safe.split("/")) < 250
+    assert safe != safe_name(name + "/..") and safe == safe_name(name)
+
+
+def test_names_of_repeated_ids() -> None:
+    repeated = {id_hash("a/b")}
+    rows = [PoolRow("a/b", f"s3://x/in/a/b.{kind}", b"") for kind in ("jpg", "png")]
+    assert [output_name(row, "s3://x/in", "images", repeated) for row in rows] == ["a/b.jpg", "a/b.png"]
+    assert output_name(rows[0], "s3://x/in", "images", set()) == "a/b"
+    names = [output_name(row, "s3://x/in", "parquet", repeated) for row in rows]
+    assert len(set(names)) == 2 and all(name.startswith("a/b-") for name in names)
+
+
+def test_a_part_that_changes_is_another(tmp_path: Path) -> None:
+    def digests() -> list[str]:
+        return [part.digest for part in plan(str(tmp_path), "parquet", "", 1, one_by_one)]
+
+    pq.write_table(pa.table({"image": [b"a", b"b"]}), tmp_path / "a.parquet", row_group_size=1)
+    first = digests()
+    assert len(set(first)) == 2 and digests() == first
+    pq.write_table(pa.table({"image": [b"a", b"bb"]}), tmp_path / "a.parquet", row_group_size=1)
+    assert not set(digests()) & set(first)
+
+
+def one_by_one(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    return map(function, items)
+
+
+def test_it_runs_without_ray_mlflow_and_the_command_line(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    photos(tmp_path / "in", 2)
+    code = (
+        f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None\n"
+        "from threestage.predict import PredictSettings, predict_input, read_model\n"
+        "from threestage.registry import RegistrySettings\n"
+        "report = predict_input(read_model('model', RegistrySettings()), 'in', 'out', PredictSettings())\n"
+        "assert report.images == 2"
+    )
+    done = run_python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/masks/0.png").is_file()

@@ -1,0 +1,113 @@
+"""`threestage report`: one HTML page that compares the stages of a run, finished or not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from threestage.data import storage
+from threestage.data.store_errors import explain
+from threestage.errors import InputError, StageFailure
+from threestage.report_page import of_certainty, of_images, of_pool, of_run
+from threestage.report_page.document import page
+from threestage.report_page.figures import PAGE_NAME, Run, read_run
+from threestage.report_page.markup import Html
+from threestage.report_page.validation import Measured, Show, Validation, choose
+
+IMAGES = 9
+
+
+@dataclass(frozen=True)
+class Written:
+    """`missing`: what the page says of what it could not show."""
+
+    uri: str
+    size: int  # bytes
+    finished: bool
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the validation images and the labels gave."""
+
+    images: Html
+    uncertainty: Html
+    label_pixels: Sequence[int]
+
+
+def write_report(
+    run: str,
+    out: str | None = None,
+    images: int = IMAGES,
+    measure: int | None = None,
+    data: str | None = None,
+    show: Show = lambda done, total: None,
+) -> Written:
+    """Write the page to `out`, or into the run's folder.
+
+    images: how many validation images are shown. measure: on how many the stages are measured; None is all of them, or on a
+    CPU as many as `Validation.affordable` says. data: the data set's root, where it is not where the run found it.
+
+    Raises InputError where the folder holds no run, or `data` is not the run's data set.
+    """
+    found = read_run(run)
+    seen, missing = None, list(found.missing)
+    if found.stages:
+        try:
+            seen = _look(found, data, images, measure, show)
+        except (InputError, StageFailure, OSError) as error:
+            if data is not None:
+                raise
+            reason = explain(None, error) if isinstance(error, OSError) else error
+            missing.append(f"No pictures and no calibration: {reason}.")
+    intro = "Three-stage self-training for semantic segmentation, seen through the run's validation images."
+    content = page(found.name, intro, _sections(found, seen, missing)).encode("utf-8", "replace")
+    uri = out or storage.join(found.uri, PAGE_NAME)
+    storage.write_bytes(uri, content)
+    return Written(uri, len(content), found.finished, tuple(missing))
+
+
+def _look(run: Run, data: str | None, images: int, measure: int | None, show: Show) -> _Seen:
+    root = data or run.data_root
+    if root is None:
+        raise InputError("the run does not name its data set before its end: give it with --data")
+    validation = Validation(run, root)
+    measured = validation.measure(measure or validation.affordable(images), show)
+    if measured[-1].pixels == 0:
+        raise InputError(f"{root}: every pixel of the measured validation images is ignored")
+    said = _measured_on(run, validation, measured)
+    examples = validation.examples(choose(measured[-1].image_iou, images), measured)
+    manifest = validation.manifest
+    return _Seen(
+        images=of_images.images(run.stages, examples, manifest.classes, manifest.colours, said),
+        uncertainty=of_certainty.uncertainty(run, measured, said),
+        label_pixels=validation.label_pixels(),
+    )
+
+
+def _sections(run: Run, seen: _Seen | None, missing: Sequence[str]) -> list[tuple[str, Html]]:
+    parts = [("overview", of_run.overview(run, missing))]
+    if seen is not None:
+        parts.append(("images", seen.images))
+    if run.stages:
+        parts += [("classes", of_run.classes(run)), ("curves", of_run.curves(run))]
+    if seen is not None:
+        parts.append(("uncertainty", seen.uncertainty))
+    if run.stages:
+        parts += [
+            ("pseudo-masks", of_pool.pseudo_masks(run, None if seen is None else seen.label_pixels)),
+            ("rejected", of_pool.rejected(run)),
+            ("time", of_run.times(run)),
+        ]
+    return [*parts, ("settings", of_run.settings(run))]
+
+
+def _measured_on(run: Run, validation: Validation, measured: Sequence[Measured]) -> str:
+    """On how many images, and whether they are the run's."""
+    number, wanted = len(measured[-1].image_iou), len(run.split.validation)
+    text = f"Measured for this page on {'all' if number == wanted else f'{number} of the'} {wanted} validation images"
+    text += "." if number == wanted else ", evenly spread."
+    if validation.changed:
+        text += (
+            " The data set's validation images have changed since the run: the run's own scores are of the former ones."
+        )
+    return text

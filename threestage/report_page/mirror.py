@@ -1,0 +1,37 @@
+"""The page as an artifact of the run in MLflow, where the run has one."""
+
+import os
+
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.registry import RegistrySettings, open_registry
+from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
+from threestage.tracking import redact, resolve_uri, sqlite_path
+
+
+def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = None) -> str | None:
+    """Log the page at the URI `page` to the run's parent run. Returns why that was not done, or None; a run that never was in
+    MLflow has nothing to tell."""
+    identity = storage.join(storage.absolute(run), "run.json")
+    if not storage.exists(identity):
+        return None
+    if not finished:
+        return "the page is not logged to MLflow: the run is not finished, its end will do that"
+    settings = _settings(storage.absolute(run), tracking_uri)
+    store = sqlite_path(resolve_uri(settings.tracking_uri))
+    if store is not None and not os.path.exists(store):
+        return f"the page is not logged to MLflow: there is no store {store}; name the run's with --tracking-uri"
+    try:
+        key = str(storage.read_json(identity)["run_key"])
+        open_registry(settings).close_run(key, "FINISHED", {}, {PAGE_NAME: page})
+    except (InputError, OSError) as error:
+        return f"the page is not logged to MLflow: {redact(str(error))}"
+    return None
+
+
+def _settings(run: str, tracking_uri: str | None) -> RegistrySettings:
+    """Where the run was recorded."""
+    uri = storage.join(run, CONFIG_NAME)
+    saved = storage.read_json(uri)["registry"] if storage.exists(uri) else {}
+    settings = RegistrySettings.model_validate(saved)
+    return settings if tracking_uri is None else settings.model_copy(update={"tracking_uri": tracking_uri})
