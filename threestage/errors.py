@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class StageFailure(RuntimeError):
     """A stage went wrong in a way that a rerun would repeat (diverged, guard said stop). The CLI exits with 1."""
+
+
+class NoRoom(StageFailure):
+    """The cluster had no room for it for as long as the settings allow."""

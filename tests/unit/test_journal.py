@@ -9,7 +9,7 @@ from threestage.sweeps.trials import Trial, load_trials, ranked, run_folder
 
 
 def journal(out: Path, kept: int = 1) -> Journal:
-    return Journal(str(out), load_trials(str(out)), 5, kept, lambda trial: None)
+    return Journal(str(out), load_trials(str(out)), kept, lambda trial: None)
 
 
 def ended(found: Journal, number: int, score: float) -> None:
@@ -28,8 +28,8 @@ def with_run(out: Path, number: int) -> Path:
 
 def test_what_is_written_is_what_the_next_start_knows(tmp_path: Path) -> None:
     first = journal(tmp_path)
-    first.add({"a": 1})
-    first.add({"a": 2})
+    first.add({"a": 1}, 5)
+    first.add({"a": 2}, 5)
     ended(first, 0, 0.5)
     first.begin(1)
     first.score(1, 10, 0.25, ["stage2"], [])
@@ -38,15 +38,15 @@ def test_what_is_written_is_what_the_next_start_knows(tmp_path: Path) -> None:
     assert [trial.state for trial in again.trials] == ["finished", "waiting"], "what ran when it was killed waits"
     assert again.trials[1].curve == ((10, 0.25),) and again.trials[1].seed == 5
     assert again.trials[0].trained == ("stage2",) and again.trials[0].reused == ("stage1",)
-    taken = again.take("search")
-    assert taken is not None and taken.number == 1 and again.take("search") is None
+    taken = again.take("search", 5)
+    assert taken is not None and taken.number == 1 and again.take("search", 5) is None
 
 
 def test_time_adds_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("threestage.sweeps.journal.time.monotonic", lambda: now[0])
     first = journal(tmp_path)
-    first.add({"a": 1})
+    first.add({"a": 1}, 5)
     first.begin(0)
     now[0] += 7
     first.score(0, 10, 0.5, [], [])
@@ -65,8 +65,8 @@ def test_losers_lose_their_runs_once_they_are_quiet(tmp_path: Path) -> None:
     found = journal(tmp_path)
     folders = [with_run(tmp_path, number) for number in range(4)]
     for score in (0.25, 0.5, 0.75):
-        found.add({"a": score})
-    found.add({"a": 0})
+        found.add({"a": score}, 5)
+    found.add({"a": 0}, 5)
     ended(found, 0, 0.25)
     ended(found, 1, 0.5)
     found.begin(2)
@@ -85,12 +85,60 @@ def test_as_many_as_asked_are_kept_and_then_only_one(tmp_path: Path) -> None:
     found = journal(tmp_path, kept=2)
     folders = [with_run(tmp_path, number) for number in range(3)]
     for number in range(3):
-        found.add({"a": number})
+        found.add({"a": number}, 5)
         ended(found, number, number / 4)
     found.forget(0.0)
     assert [folder.exists() for folder in folders] == [False, True, True]
     found.forget(0.0, keep=found.trials[1])
     assert [folder.exists() for folder in folders] == [False, True, False]
+
+
+def test_what_is_over_does_not_begin_again(tmp_path: Path) -> None:
+    found = journal(tmp_path)
+    found.add({"a": 1}, 5)
+    ended(found, 0, 0.5)
+    found.begin(0)  # Ray Tune starts a process again that was lost after its last word
+    assert found.trial(0).state == "finished"
+
+
+def test_what_runs_is_interrupted_and_keeps_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("threestage.sweeps.journal.time.monotonic", lambda: now[0])
+    found = journal(tmp_path)
+    found.add({"a": 1}, 5)
+    found.begin(0)
+    now[0] += 4
+    found.begin(0)  # its process was lost
+    now[0] += 4
+    found.interrupt()
+    now[0] += 100
+    assert found.trial(0).state == "waiting" and found.seconds() == 8 == load_trials(str(tmp_path))[0].seconds
+
+
+def test_failures_in_a_row_are_counted_until_one_is_evaluated(tmp_path: Path) -> None:
+    found = journal(tmp_path)
+    for number in range(4):
+        found.add({"a": number}, 5)
+        found.begin(number)
+    found.end(0, "failed", "NaN")
+    found.end(1, "waiting", "no room")
+    assert found.in_vain == 2
+    ended(found, 2, 0.5)
+    assert found.in_vain == 0
+    found.score(3, 10, 0.5, [], [])
+    found.end(3, "failed", "NaN")
+    assert found.in_vain == 0, "it was evaluated"
+
+
+def test_numbers_are_not_used_again(tmp_path: Path) -> None:
+    found = journal(tmp_path)
+    for _ in range(3):
+        found.add({"a": 1}, 5)
+    (tmp_path / "trials" / "0001.json").unlink()
+    again = journal(tmp_path)
+    again.add({"a": 1}, 6, repeats=0)
+    assert [trial.number for trial in again.trials] == [0, 2, 3] and again.take("repeat", 5) is None
+    assert again.take("repeat", 6) == again.trial(3)
 
 
 def test_only_finished_trials_rank_and_the_first_of_equals_wins() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from threestage.errors import StageFailure
+from threestage.errors import NoRoom
 from threestage.on_ray.pulse import BEAT_SECONDS, Sign
 from threestage.on_ray.settings import ClusterSettings
 
@@ -27,7 +27,7 @@ class Patience:
         self._named: set[tuple[int, int]] = set()
 
     def look(self, signs: Mapping[int, tuple[Sign, float]]) -> None:
-        """Raises StageFailure after `start_timeout_s` without a worker."""
+        """Raises NoRoom after `start_timeout_s` without a worker."""
         newest = max((arrived for _, arrived in signs.values()), default=0.0)
         if time.time() - newest < SILENCE_SECONDS:
             self._alone_since, self._next_report_s = newest, float(self._cluster.report_after_s)
@@ -35,7 +35,7 @@ class Patience:
             return
         waited = time.time() - self._alone_since
         if waited > self._cluster.start_timeout_s:
-            raise StageFailure(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
+            raise NoRoom(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
         if waited > self._next_report_s:
             self._warn(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
             self._next_report_s += self._cluster.report_after_s
@@ -83,7 +83,7 @@ def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
     while not _fits(cluster.worker_resources):
         waited = time.time() - start
         if waited > cluster.start_timeout_s:
-            raise StageFailure(_missing(what, cluster, waited, 1))
+            raise NoRoom(_missing(what, cluster, waited, 1))
         if waited > next_report_s:
             warn(_missing(what, cluster, waited, 1))
             next_report_s += cluster.report_after_s

@@ -9,12 +9,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from threestage.config import Config
 from threestage.data import storage
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, NoRoom, StageFailure
 from threestage.on_ray.sweep_room import TRIAL_CPUS
 from threestage.on_ray.train import quiet_ray_data, run_on_ray
 from threestage.reused import parts_elsewhere
@@ -23,6 +24,7 @@ from threestage.sweeps.space import Space, total_steps, trial_config
 from threestage.sweeps.trials import Trial, curve_of, run_folder, shared_folder, steps_before
 
 METRIC, TIME = "mean_iou", "step"
+JUDGED = "judged_mean_iou"  # what the scheduler reads: nothing of a trial's last evaluation, nor of the one that changes nothing
 
 Next = Callable[[], Trial | None]
 
@@ -32,17 +34,20 @@ def run_trials(
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Run the trials that `following` gives, at most `count` of them, `space.at_once` at a time, until `spent` says that
-    the budget is.
+    the budget is. What runs then is interrupted.
 
-    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles.
+    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when Ray Tune
+    itself fails.
     """
     _quieten()
+    if len(space.stages) > 1:
+        _start_actors_of_ray_data()
     scheduler = _scheduler(space, config, journal)
     trainable = tune.with_parameters(
         _run_trial, space=space.model_dump(mode="json"), base=config.model_dump(mode="json"), out=out
     )
     with tempfile.TemporaryDirectory() as scratch:
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(following),
@@ -55,10 +60,22 @@ def run_trials(
                 storage_path=scratch,
                 verbose=0,
                 stop=_Budget(spent),
-                callbacks=[_Listener(journal, warn, spent)],
-                failure_config=tune.FailureConfig(max_failures=max(0, config.cluster.max_failures)),
+                callbacks=[_Listener(journal, warn)],
+                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except TuneError as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise StageFailure(f"the trials were interrupted: {reason[0]}; --resume goes on") from error
+        finally:
+            journal.interrupt()
+
+
+def _start_actors_of_ray_data() -> None:
+    """Ray Data has a few for the whole cluster. Started by a trial's process they would go with it."""
+    ray.data.from_items([0]).map(lambda row: row).materialize()
 
 
 def _quieten() -> None:
@@ -78,19 +95,20 @@ def _scheduler(space: Space, config: Config, journal: Journal) -> TrialScheduler
         return FIFOScheduler()
     scheduler = ASHAScheduler(
         time_attr=TIME,
-        metric=METRIC,
+        metric=JUDGED,
         mode="max",
         grace_period=space.scheduler.grace_steps,
         reduction_factor=space.scheduler.reduction_factor,
-        max_t=max(space.scheduler.grace_steps + 1, total_steps(space, config) - 1),  # no rung at the very end
+        max_t=max(space.scheduler.grace_steps + 1, total_steps(space, config)),
         stop_last_trials=False,
     )
     for trial in journal.of("search"):
-        if trial.state in ("finished", "stopped", "failed"):
+        if trial.over and not trial.own:
             earlier = _Earlier(f"earlier-{trial.number}")
             scheduler.on_trial_add(None, earlier)
-            for step, score in trial.curve:
-                scheduler.on_trial_result(None, earlier, {TIME: step, METRIC: score})
+            judged = trial.curve if trial.score is None else trial.curve[:-1]
+            for step, score in judged:
+                scheduler.on_trial_result(None, earlier, {TIME: step, JUDGED: score})
     return scheduler
 
 
@@ -112,7 +130,7 @@ class _Proposals(_Unpickled, Searcher):
     """Hands the sweep's next trial to Ray Tune."""
 
     def __init__(self, following: Next) -> None:
-        super().__init__(metric=METRIC, mode="max")
+        super().__init__(metric=JUDGED, mode="max")
         self._following = following
 
     def suggest(self, trial_id: str) -> Any:
@@ -143,8 +161,8 @@ class _Budget(_Unpickled, tune.Stopper):
 class _Listener(_Unpickled, tune.Callback):
     """Writes what Ray Tune tells into the journal."""
 
-    def __init__(self, journal: Journal, warn: Callable[[str], None], spent: Callable[[], bool]) -> None:
-        self._journal, self._warn, self._spent = journal, warn, spent
+    def __init__(self, journal: Journal, warn: Callable[[str], None]) -> None:
+        self._journal, self._warn = journal, warn
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._journal.begin(_number(trial))
@@ -155,7 +173,7 @@ class _Listener(_Unpickled, tune.Callback):
         if "warning" in result:
             self._warn(f"trial {_number(trial)}: {result['warning']}")
         elif "failure" in result:
-            self._journal.end(_number(trial), "failed", result["failure"])
+            self._journal.end(_number(trial), result["state"], result["failure"])
         elif METRIC in result:
             step, score = int(result[TIME]), float(result[METRIC])
             self._journal.score(_number(trial), step, score, result["trained"], result["reused"])
@@ -170,14 +188,9 @@ class _Listener(_Unpickled, tune.Callback):
         self._over(_number(trial), lines[-1] if lines else "its process was lost")
 
     def _over(self, number: int, error: str | None) -> None:
-        """What has not said itself how it ended was interrupted by the budget, stopped by the scheduler, or lost."""
-        if self._journal.state(number) == "running":
-            if error is not None:
-                self._journal.end(number, "failed", error)
-            elif self._spent():
-                self._journal.end(number, "waiting")
-            else:
-                self._journal.end(number, "stopped")
+        """What has not said itself how it ended was stopped by the scheduler, or lost."""
+        if self._journal.trial(number).state == "running":
+            self._journal.end(number, "stopped" if error is None else "failed", error)
         self._journal.forget()
 
 
@@ -196,6 +209,7 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
     config = trial_config(the_space, Config.model_validate(base), trial.params, trial.seed)
     storage.configure(config.storage)
     folder, shared = run_folder(out, trial.number), shared_folder(out, trial.seed) if the_space.shared_stages else None
+    last = steps_before(config, the_space.stages)
     said, lock = set[int](), threading.Lock()
     trained: set[str] = set(trial.trained)
 
@@ -203,16 +217,21 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
         with lock:  # the pool is looked for in a thread of its own
             tune.report(result)
 
-    def say(step: int, score: float, finished: bool = False) -> None:
-        if step not in said or finished:
-            said.add(step)
-            reused = sorted(parts_elsewhere(folder))
-            tell({TIME: step, METRIC: score, "finished": finished, "trained": sorted(trained), "reused": reused})
+    def say(step: int, score: float) -> None:
+        if step in said:
+            return
+        said.add(step)
+        judged = {} if trial.own or step == last else {JUDGED: score}
+        reused = sorted(parts_elsewhere(folder))
+        done = {"finished": step == last, "trained": sorted(trained), "reused": reused}
+        tell({TIME: step, METRIC: score, **judged, **done})
 
     def show(stage: str, row: Mapping[str, float]) -> None:
         trained.add(stage)
         if METRIC in row and int(stage[-1]) in the_space.stages:
-            say(steps_before(config, the_space.stages, stage) + int(row["step"]), row[METRIC])
+            step = steps_before(config, the_space.stages, stage) + int(row["step"])
+            if step < last:  # the last one counts when the stage's model is there
+                say(step, row[METRIC])
 
     def warn(text: str) -> None:
         tell({"warning": text})
@@ -221,10 +240,14 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
         say(step, score)
     try:
         run_on_ray(config, folder, show, warn, reuse=shared)
-    except (InputError, StageFailure, OSError, ray.exceptions.RayError) as error:
-        tell({"failure": " ".join(str(error).split()) or type(error).__name__})
-        return
-    curve = curve_of(folder, the_space.stages, config)
-    for step, score in curve[:-1]:
-        say(step, score)
-    say(*curve[-1], finished=True)
+    except (NoRoom, OSError) as error:
+        tell({"failure": _words(error), "state": "waiting"})
+    except (InputError, StageFailure, ray.exceptions.RayError) as error:
+        tell({"failure": _words(error), "state": "failed"})
+    else:
+        for step, score in curve_of(folder, the_space.stages, config):
+            say(step, score)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

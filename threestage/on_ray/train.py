@@ -70,12 +70,14 @@ def run_on_ray(
             return map(function, items)
         return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.number_of_predictors)
 
+    first = not ray.is_initialized()  # what is connected already was warned then
     with connected(config.cluster):
-        _warn_of_traps(config, out, warn)
+        if first:
+            warn_of_traps(config, out, warn)
         return pipeline.run(config, out, run_stage, predict, record, warn, each, watch, reuse)
 
 
-def _warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
+def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
     if not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
         warn("the cluster has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
     if len(ray.nodes()) > 1 and not (storage.is_s3(out) and storage.is_s3(config.data.root)):

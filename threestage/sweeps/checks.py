@@ -30,6 +30,8 @@ def check_space(space: Space, config: Config) -> None:
         _check_counts(space, base, key)
         _check_weight(space, base, key)
         _check_whole(space, base, key)
+    _check_stages(space, base)
+    _check_places(space, base)
     if space.scheduler is not None:
         _check_asha(space, space.scheduler, base)
 
@@ -110,6 +112,27 @@ def _check_whole(space: Space, base: Config, key: str) -> None:
 
 def _weight(config: Config, section: str, stage: int) -> Any:
     return getattr(config.for_stage(stage_name(stage)), section).weight
+
+
+def _check_stages(space: Space, base: Config) -> None:
+    """Every trial trains the first searched stage: it must be another one in each."""
+    first = stage_name(space.first_stage)
+    if not any(counts(space, base, key, paths(space, base, key), first) for key in space.search):
+        rest = [n for n in space.stages if n != space.first_stage]
+        raise InputError(
+            f"stages={list(space.stages)}: no searched key matters for stage {space.first_stage}, which every trial would "
+            f"train alike: write stages: {rest}"
+        )
+
+
+def _check_places(space: Space, base: Config) -> None:
+    """Two keys that set the same would each undo what the other tries."""
+    taken: dict[str, str] = {}
+    for key in space.search:
+        for place in paths(space, base, key):
+            for name in {place, *(f"{stage}.changes.{place}" for stage in STAGES[1:])}:
+                if (other := taken.setdefault(name, key)) != key:
+                    raise InputError(f"search.{key}: sets what search.{other} sets: take one out")
 
 
 def _check_asha(space: Space, asha: Asha, base: Config) -> None:

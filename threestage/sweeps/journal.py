@@ -1,5 +1,6 @@
 """What a sweep has tried, tries and will try: every change is in its folder before anything follows from it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,15 +12,18 @@ SETTLE_SECONDS = 60.0
 
 
 class Journal:
-    """The trials of a sweep by number. `kept`: runs of so many of the best are kept; `changed` is told of every change."""
+    """The trials of a sweep by number.
 
-    def __init__(
-        self, out: str, trials: Iterable[Trial], seed: int, kept: int, changed: Callable[[Trial], None]
-    ) -> None:
-        self._out, self._seed, self._kept, self._changed = out, seed, kept, changed
+    kept: the runs of so many of the best are kept, and that of the trial that changes nothing where it is more than one.
+    changed: is told of every change.
+    """
+
+    def __init__(self, out: str, trials: Iterable[Trial], kept: int, changed: Callable[[Trial], None]) -> None:
+        self._out, self._kept, self._changed = out, kept, changed
         self._trials = {trial.number: trial for trial in trials}
-        self._since: dict[int, float] = {}
+        self._since: dict[int, tuple[float, float]] = {}  # when its present try began, and the seconds before
         self._ended: dict[int, float] = {}
+        self._in_vain = 0
         self._forgotten: set[int] = set()
         self._taken: set[int] = set()
         for trial in self.trials:
@@ -33,30 +37,29 @@ class Journal:
     def of(self, kind: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.kind == kind]
 
-    def take(self, kind: str) -> Trial | None:
-        """A trial that waits and that nobody has taken yet."""
+    def trial(self, number: int) -> Trial:
+        return self._trials[number]
+
+    def take(self, kind: str, seed: int) -> Trial | None:
+        """A trial that waits and that this start has not had yet."""
         for trial in self.of(kind):
-            if trial.state == "waiting" and trial.number not in self._taken:
+            if trial.state == "waiting" and trial.seed == seed and trial.number not in self._taken:
                 self._taken.add(trial.number)
                 return trial
         return None
 
-    def state(self, number: int) -> State:
-        return self._trials[number].state
-
-    def add(self, params: dict[str, Any], seed: int | None = None, repeats: int | None = None) -> None:
-        trial = Trial(
-            number=len(self._trials),
-            params=params,
-            seed=self._seed if seed is None else seed,
-            kind="search" if repeats is None else "repeat",
-            repeats=repeats,
-        )
-        self._write(trial)
+    def add(self, params: dict[str, Any], seed: int, own: bool = False, repeats: int | None = None) -> None:
+        kind = "search" if repeats is None else "repeat"
+        number = max(self._trials, default=-1) + 1
+        self._write(Trial(number=number, params=params, seed=seed, own=own, kind=kind, repeats=repeats))
 
     def begin(self, number: int) -> None:
-        self._since[number] = time.monotonic()
-        self._write(self._trials[number], state="running")
+        """Also of a trial whose process was lost and is started again."""
+        trial = self._trials[number]
+        if not trial.over:
+            seconds = self._until_now(trial)
+            self._since[number] = (time.monotonic(), seconds)
+            self._write(trial, state="running", seconds=seconds)
 
     def score(self, number: int, step: int, mean_iou: float, trained: Sequence[str], reused: Sequence[str]) -> None:
         """A step that the trial has reported before changes nothing."""
@@ -65,39 +68,51 @@ class Journal:
             return
         curve = tuple(sorted([*trial.curve, (step, mean_iou)]))
         seen = {*trial.trained, *trained}
-        self._write(trial, curve=curve, trained=tuple(sorted(seen)), reused=tuple(reused), seconds=self._seconds(trial))
+        self._write(
+            trial, curve=curve, trained=tuple(sorted(seen)), reused=tuple(reused), seconds=self._until_now(trial)
+        )
 
     def end(self, number: int, state: State, reason: str | None = None) -> None:
+        """`waiting` is a trial that was interrupted and will go on."""
         trial = self._trials[number]
-        seconds = self._seconds(trial)
+        seconds = self._until_now(trial)
         self._since.pop(number, None)
         self._ended[number] = time.monotonic()
+        self._in_vain = self._in_vain + 1 if reason is not None and not trial.curve else 0
         self._write(trial, state=state, reason=reason, seconds=seconds)
+
+    def interrupt(self) -> None:
+        """What runs will go on with --resume."""
+        for trial in self.trials:
+            if trial.state == "running":
+                self.end(trial.number, "waiting")
+
+    @property
+    def in_vain(self) -> int:
+        """How many of the last trials, one after the other, have ended with an error before their first evaluation."""
+        return self._in_vain
 
     def forget(self, settle_s: float = SETTLE_SECONDS, keep: Trial | None = None) -> None:
         """Delete the runs of trials that ended `settle_s` ago or earlier: their processes, which might still write there,
-        are gone by then. The best of the search are kept, or only `keep`."""
-        kept = ranked(self.of("search"))[: self._kept] if keep is None else [keep]
+        are gone by then. The best of the search are kept, or only `keep`. What cannot be deleted is tried again."""
+        searched = self.of("search")
+        own = [trial for trial in searched if trial.own and self._kept > 1]
+        kept = [*ranked(searched)[: self._kept], *own] if keep is None else [keep]
         for trial in self.trials:
             settled = time.monotonic() - self._ended.get(trial.number, 0.0) >= settle_s
             if trial.over and settled and trial not in kept and trial.number not in self._forgotten:
-                storage.delete(run_folder(self._out, trial.number))
-                self._forgotten.add(trial.number)
+                with contextlib.suppress(OSError):
+                    storage.delete(run_folder(self._out, trial.number))
+                    self._forgotten.add(trial.number)
 
     def seconds(self) -> float:
         """Of all trials together, until now."""
-        return sum(self._seconds(trial) for trial in self.trials)
+        return sum(self._until_now(trial) for trial in self.trials)
 
-    def _seconds(self, trial: Trial) -> float:
-        """Of a trial's earlier tries, and of the present one until now."""
-        now = time.monotonic()
-        since = self._since.get(trial.number)
-        if since is None:
-            return trial.seconds
-        self._since[trial.number] = now
-        trial = trial.model_copy(update={"seconds": trial.seconds + now - since})
-        self._trials[trial.number] = trial
-        return trial.seconds
+    def _until_now(self, trial: Trial) -> float:
+        """Seconds of a trial's earlier tries, and of the present one."""
+        started, before = self._since.get(trial.number, (None, trial.seconds))
+        return before if started is None else before + time.monotonic() - started
 
     def _write(self, trial: Trial, **changes: Any) -> None:
         changed = Trial.model_validate({**trial.model_dump(), **changes})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from threestage.check import check_store
-from threestage.config import STAGES, Config, flatten
+from threestage.config import STAGES, Config, changed, flatten
 from threestage.data import storage
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
@@ -18,7 +18,14 @@ from threestage.sweeps.space import Space, trial_config
 from threestage.sweeps.trials import Trial, shared_folder
 
 FREE_SECTIONS = {"cluster", "storage", "registry"}  # these may be others with --resume
-FREE_SETTINGS = {"trials", "at_once", "budget", "scheduler", "searcher"}
+FREE_SETTINGS = {
+    "trials",
+    "at_once",
+    "budget",
+    "scheduler",
+    "searcher",
+    "fixed",
+}  # what is fixed is in the configuration
 
 REPEATED = 3  # of the best trials, with --repeat
 
@@ -39,10 +46,12 @@ class Sweep:
 
 
 def checked(asked: Sweep) -> Sweep:
-    check_store(asked.config, asked.out)
-    asked = replace(asked, config=asked.config.with_absolute_paths(), out=storage.absolute(asked.out))
+    """The same with absolute paths and with the space's fixed settings in its configuration. Raises InputError where they do
+    not fit each other, or a place cannot be reached."""
     check_space(asked.space, asked.config)
-    return asked
+    config = changed(asked.config, asked.space.fixed)
+    check_store(config, asked.out)
+    return replace(asked, config=config.with_absolute_paths(), out=storage.absolute(asked.out))
 
 
 def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:

@@ -132,13 +132,31 @@ def text_summary(trials: Sequence[Trial], keys: Sequence[str], validation: str) 
     ]
     if not rows:
         return "\n".join([*lines, "no trial has finished"])
-    lines += ["", *_best_lines(rows, keys), f"validation: {validation}", "the test set was not touched"]
+    lines += [
+        "",
+        *_best_lines(rows, keys),
+        *_own_lines(trials),
+        f"validation: {validation}",
+        "the test set was not touched",
+    ]
     if not weighed_keys([(trial.params, trial.score or 0.0) for trial in ranked(_searched(trials))], keys):
         lines.append(
             f"{IMPORTANCES} is left out: it needs {LEAST_FOR_IMPORTANCES} finished trials with differing mean IoU "
             "and with a setting that all of them have and that differs"
         )
     return "\n".join(lines)
+
+
+def _own_lines(trials: Sequence[Trial]) -> list[str]:
+    """What the configuration scores as it is, which the best is to be compared with."""
+    own = [trial for trial in _searched(trials) if trial.own]
+    if not own:
+        return ["the configuration as it is does not lie in the space: it was not tried"]
+    if own[0].score is None:
+        return [f"the configuration as it is (trial {own[0].number}): {own[0].state}"]
+    row = _row(own[0], trials)
+    again = f", with other seeds {_repeats(row)}" if row.repeats else ""
+    return [f"the configuration as it is (trial {row.number}): {row.score:.3f} mean IoU in the search{again}"]
 
 
 def _counts(what: str, trials: Sequence[Trial]) -> str:

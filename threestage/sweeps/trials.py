@@ -6,6 +6,7 @@ trials/0003.json          what was tried and what came of it
 runs/0003/                the trial's run; deleted when the trial has lost
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Trial(Settings):
     reason: str | None = None
     trained: tuple[str, ...] = ()  # stages
     reused: tuple[str, ...] = ()  # parts that lie in the shared run
+    own: bool = False  # it changes nothing of the configuration
     kind: Literal["search", "repeat"] = "search"
     repeats: int | None = None  # number of the trial that it repeats with another seed
 
@@ -43,7 +45,8 @@ class Trial(Settings):
     @property
     def score(self) -> float | None:
         """The mean IoU that counts: at the end of the last searched stage."""
-        return self.curve[-1][1] if self.state == "finished" and self.curve else None
+        score = self.curve[-1][1] if self.state == "finished" and self.curve else math.nan
+        return score if math.isfinite(score) else None
 
 
 def run_folder(out: str, number: int) -> str:
@@ -55,9 +58,9 @@ def shared_folder(out: str, seed: int) -> str:
     return storage.join(out, "shared", f"seed{seed}")
 
 
-def steps_before(config: Config, stages: Sequence[int], stage: str) -> int:
-    """Steps of the searched stages that come before one of them."""
-    return sum(config.stage(name).steps for name in _names(stages) if name < stage)
+def steps_before(config: Config, stages: Sequence[int], stage: str | None = None) -> int:
+    """Steps of the searched stages that come before one of them; without one, of all."""
+    return sum(config.stage(name).steps for name in _names(stages) if stage is None or name < stage)
 
 
 def curve_of(run: str, stages: Sequence[int], config: Config) -> list[tuple[int, float]]:

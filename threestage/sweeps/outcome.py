@@ -1,0 +1,77 @@
+"""What comes of a sweep: best.yaml, which `threestage run` takes, results.json, plots, and registered models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from threestage import runs
+from threestage.config import STAGES
+from threestage.data import storage
+from threestage.data.records import load_manifest
+from threestage.data.split import Split, make_split
+from threestage.errors import InputError, StageFailure
+from threestage.sweeps import results
+from threestage.sweeps.plots import write_plots
+from threestage.sweeps.prepare import Sweep
+from threestage.sweeps.proposals import study_of
+from threestage.sweeps.space import best_overrides, trial_config
+from threestage.sweeps.trials import Trial, run_folder, shared_folder
+
+
+def publish(asked: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
+    """best.yaml, plots and results.json. Raises StageFailure where no trial has finished."""
+    space, config, out = asked.space, asked.config, asked.out
+    rows = results.best_rows(trials)
+    if not rows:
+        reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in trials if trial.reason)
+        raise StageFailure(f"no trial of {len(trials)} has finished: {reasons or 'all were stopped'}")
+    validation = results.validation_text(_split(asked), config.data)
+    header = results.best_header(out, rows[0], validation)
+    text = results.best_yaml(config, best_overrides(space, config, rows[0].params), header)
+    storage.write_bytes(storage.join(out, "best.yaml"), text.encode())
+    plots = write_plots(study_of(space, trials), list(space.search), out)
+    found = results.results_json(trials, validation, ["best.yaml", "results.json", *plots])
+    found["counters"] = _counters(asked, trials)
+    found["summary"] = results.text_summary(trials, list(space.search), validation)
+    storage.write_json(storage.join(out, "results.json"), found)
+    return found
+
+
+def _counters(asked: Sweep, trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """How many times each stage was trained for the search, and how many trials took it as it was."""
+    searched = [trial for trial in trials if trial.kind == "search"]
+    counters: dict[str, dict[str, int]] = {}
+    for number, stage in enumerate(STAGES[: asked.space.stages[-1]], 1):
+        shared = number <= asked.space.shared_stages
+        trained = sum(stage in trial.trained for trial in searched) + shared
+        counters[stage] = {"trained": trained, "reused": sum(stage in trial.reused for trial in searched)}
+    return counters
+
+
+def _split(asked: Sweep) -> Split:
+    """The one that the trials share."""
+    config, saved = asked.config, storage.join(shared_folder(asked.out, asked.config.seed), "split.json")
+    if storage.exists(saved):
+        return Split.model_validate(storage.read_json(saved)["split"])
+    return make_split(config.data.root, load_manifest(config.data.root), config.data)
+
+
+def promote(
+    asked: Sweep,
+    best: Trial,
+    show: Callable[[str, Mapping[str, float]], None],
+    warn: Callable[[str], None],
+    watch: Callable[[str, int, int], None],
+) -> None:
+    """Register the best trial's models: its run is finished, so running it again only records it.
+
+    Raises InputError where its run was deleted, because another trial was the best before.
+    """
+    folder = run_folder(asked.out, best.number)
+    if not storage.exists(storage.join(folder, f"stage{asked.space.last_stage}", "done.json")):
+        raise InputError(
+            f"--promote: the models of trial {best.number} were deleted when others were better: train them again by "
+            f"threestage run {storage.join(asked.out, 'best.yaml')}"
+        )
+    config = trial_config(asked.space, asked.config, best.params, best.seed)
+    shared = shared_folder(asked.out, best.seed) if asked.space.shared_stages else None
+    runs.run(config, folder, False, show, warn, watch, shared)
