@@ -78,8 +78,9 @@ def file_order(rows: Sequence[int], place: tuple[int | str, ...], consumed: int,
 
 def stream_options(workers: int) -> ExecutionOptions:
     """At most STREAM_BYTES for each worker wait in the object store; it is then the same memory over and over, which is
-    cheaper than new."""
-    return ExecutionOptions(resource_limits=ExecutionResources(object_store_memory=workers * STREAM_BYTES))
+    cheaper than new. Blocks keep their order, so that a run can be repeated."""
+    limits = ExecutionResources(object_store_memory=workers * STREAM_BYTES)
+    return ExecutionOptions(resource_limits=limits, preserve_order=True)
 
 
 class _Unhurried(ExecutionCallback):
