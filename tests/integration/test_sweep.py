@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import tiny_config
-from threestage.config import Config, load
+from threestage.config import Config, changed, load
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.sweeps import sweep
@@ -76,6 +76,8 @@ def sweep_config(scenes: Path, tmp_path: Path) -> Config:
 def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, scenes: Path, tmp_path: Path) -> None:
     import ray
 
+    from threestage.on_ray.train import run_on_ray
+
     config, out, show = sweep_config(scenes, tmp_path), f"{s3_root}/sweep", Silent()
     found = sweep.run(Sweep(Space.model_validate(SPACE), config, out), show)
 
@@ -93,15 +95,20 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     best.write_bytes(storage.read_bytes(f"{out}/best.yaml"))
     resolved = load(str(best))
     assert resolved.stage2.changes == {"optimiser": {"learning_rate": 1e-3}} and resolved.stages == 3
+    again = changed(resolved, {"stages": 2, "pseudo_mask.of_last_stage": False})
+    results = run_on_ray(again, f"{s3_root}/best", lambda stage, row: None, reuse=f"{out}/shared/seed0")
+    assert results["stages"]["stage2"]["mean_iou"] == found["best"]["score"], "to the last bit"
     assert {"best.yaml", "parallel_coordinates.png", "thresholds.png"} <= set(found["files"])
     assert_all_is_free(ray)
     assert_in_mlflow(config, trials)
 
     with pytest.raises(InputError, match="holds a sweep: go on with it by --resume"):
         sweep.run(Sweep(Space.model_validate(SPACE), config, out), Silent())
-    again = Silent()
-    assert sweep.run(Sweep(Space.model_validate(SPACE), config, out, resume=True), again)["best"] == found["best"]
-    assert again.stages == [] and load_trials(out) == trials, "a finished sweep repeats nothing"
+    resumed = Silent()
+    assert sweep.run(Sweep(Space.model_validate(SPACE), config, out, resume=True), resumed)["best"] == found["best"]
+    assert resumed.stages == [] and resumed.plans == [] and load_trials(out) == trials, (
+        "a finished sweep repeats nothing"
+    )
 
 
 def assert_all_is_free(ray: Any) -> None:

@@ -19,6 +19,7 @@ from threestage.config import changed, load
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
 from threestage.sweeps import results
+from threestage.sweeps.plots import write_plots
 from threestage.sweeps.trials import State, Trial
 
 RATE, CONSISTENCY = "optimiser.learning_rate", "consistency.confidence_threshold"
@@ -217,7 +218,7 @@ def test_plots_are_pictures_and_leave_pyplot_as_it_was(tmp_path: Path, capfd: py
     found = study(twelve())
     capfd.readouterr()
     verbosity, style = optuna.logging.get_verbosity(), dict(pyplot.rcParams)
-    names = results.write_plots(found, KEYS, str(tmp_path / "plots"))
+    names = write_plots(found, KEYS, str(tmp_path / "plots"))
     assert names == ["parallel_coordinates.png", "thresholds.png", "importances.png"]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(names)
     for name in names:
@@ -244,7 +245,7 @@ def test_plots_are_pictures_and_leave_pyplot_as_it_was(tmp_path: Path, capfd: py
     ],
 )
 def test_plots_of_few_or_equal_trials(trials: list[Trial], expected: int, tmp_path: Path) -> None:
-    names = results.write_plots(study(trials), KEYS, str(tmp_path))
+    names = write_plots(study(trials), KEYS, str(tmp_path))
     assert len(names) == len(list(tmp_path.iterdir())) == expected
     left_out = "importances.png is left out" in results.text_summary(trials, KEYS, CARVED)
     assert left_out == (expected == 2)

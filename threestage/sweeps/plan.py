@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from threestage.data.records import Manifest
 from threestage.models.network import build_network
 from threestage.stages import AUXILIARY
 from threestage.sweeps.space import Asha, Space, counts, most_steps, paths, trial_config
-
-if TYPE_CHECKING:
-    pass
 
 PSEUDO_MASK_BYTES = 2  # per pixel at most: the class and its confidence, both compressed
 

@@ -67,9 +67,11 @@ def _line(trial: Trial) -> str:
         return f"{what} begins: {escape(_settings(trial.params))}"
     if trial.state == "finished":
         return f"[green]{what} finished[/]: mean IoU {trial.score:.3f} in {trial.seconds:.0f} s"
-    if trial.state == "stopped":
+    if trial.state == "stopped" and trial.curve:
         step, score = trial.curve[-1]
         return f"{what} stopped at step {step}: mean IoU {score:.3f}, others were better there"
+    if trial.state == "waiting" and trial.reason is not None:
+        return f"[yellow]{what} was interrupted[/]: {escape(trial.reason)}"
     if trial.state == "failed":
         return f"[red]{what} failed[/]: {escape(trial.reason or '')}"
     return ""

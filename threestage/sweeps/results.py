@@ -18,7 +18,6 @@ from threestage.data.records import DataSettings
 from threestage.data.split import Split
 from threestage.report import ABSENT
 from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
-from threestage.sweeps.plots import write_plots as write_plots
 from threestage.sweeps.trials import State, Trial, ranked
 from threestage.tracking import redact, redact_tree
 
