@@ -15,7 +15,8 @@ def journal(out: Path, kept: int = 1) -> Journal:
 def ended(found: Journal, number: int, score: float) -> None:
     """A trial that ran and finished, with something in its run's folder."""
     found.begin(number)
-    found.score(number, 10, score, ["stage2"], ["stage1"])
+    found.note(number, ["stage2"], ["stage1"])
+    found.score(number, 10, score)
     found.end(number, "finished")
 
 
@@ -32,8 +33,8 @@ def test_what_is_written_is_what_the_next_start_knows(tmp_path: Path) -> None:
     first.add({"a": 2}, 5)
     ended(first, 0, 0.5)
     first.begin(1)
-    first.score(1, 10, 0.25, ["stage2"], [])
-    first.score(1, 10, 0.75, ["stage2"], [])  # said again by a trial that was started again
+    first.score(1, 10, 0.25)
+    first.score(1, 10, 0.75)  # said again by a trial that was started again
     again = journal(tmp_path)
     assert [trial.state for trial in again.trials] == ["finished", "waiting"], "what ran when it was killed waits"
     assert again.trials[1].curve == ((10, 0.25),) and again.trials[1].seed == 5
@@ -49,7 +50,7 @@ def test_time_adds_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first.add({"a": 1}, 5)
     first.begin(0)
     now[0] += 7
-    first.score(0, 10, 0.5, [], [])
+    first.score(0, 10, 0.5)
     now[0] += 2
     assert first.seconds() == 9
     second = journal(tmp_path)
@@ -125,7 +126,7 @@ def test_failures_in_a_row_are_counted_until_one_is_evaluated(tmp_path: Path) ->
     assert found.in_vain == 2
     ended(found, 2, 0.5)
     assert found.in_vain == 0
-    found.score(3, 10, 0.5, [], [])
+    found.score(3, 10, 0.5)
     found.end(3, "failed", "NaN")
     assert found.in_vain == 0, "it was evaluated"
 

@@ -72,7 +72,7 @@ class Cluster:
                 continue
             Path(run_folder(out, trial.number), "stage2").mkdir(parents=True)
             Path(run_folder(out, trial.number), "stage2", "done.json").write_text("{}")
-            journal.score(trial.number, 800, end[1], ["stage2"], ["stage1"])
+            journal.score(trial.number, 800, end[1])
             journal.end(trial.number, end[0])  # type: ignore[arg-type]
         journal.interrupt()
 

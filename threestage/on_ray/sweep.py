@@ -170,15 +170,19 @@ class _Listener(_Unpickled, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
+        number = _number(trial)
         if "warning" in result:
-            self._warn(f"trial {_number(trial)}: {result['warning']}")
-        elif "failure" in result:
-            self._journal.end(_number(trial), result["state"], result["failure"])
-        elif METRIC in result:
-            step, score = int(result[TIME]), float(result[METRIC])
-            self._journal.score(_number(trial), step, score, result["trained"], result["reused"])
-            if result["finished"]:
-                self._journal.end(_number(trial), "finished")
+            self._warn(f"trial {number}: {result['warning']}")
+            return
+        if "trained" not in result:  # Ray Tune's own last word
+            return
+        self._journal.note(number, result["trained"], result["reused"])
+        if "failure" in result:
+            self._journal.end(number, result["state"], result["failure"])
+            return
+        self._journal.score(number, int(result[TIME]), float(result[METRIC]))
+        if result["finished"]:
+            self._journal.end(number, "finished")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._over(_number(trial), None)
@@ -217,36 +221,36 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
         with lock:  # the pool is looked for in a thread of its own
             tune.report(result)
 
-    def say(step: int, score: float) -> None:
-        if step in said:
-            return
-        said.add(step)
-        judged = {} if trial.own or step == last else {JUDGED: score}
-        reused = sorted(parts_elsewhere(folder))
-        done = {"finished": step == last, "trained": sorted(trained), "reused": reused}
-        tell({TIME: step, METRIC: score, **judged, **done})
+    def say(**result: Any) -> None:
+        tell({"trained": sorted(trained), "reused": sorted(parts_elsewhere(folder)), **result})
+
+    def score(step: int, value: float) -> None:
+        if step not in said:
+            said.add(step)
+            judged = {} if trial.own or step == last else {JUDGED: value}
+            say(**{TIME: step, METRIC: value}, finished=step == last, **judged)
 
     def show(stage: str, row: Mapping[str, float]) -> None:
         trained.add(stage)
         if METRIC in row and int(stage[-1]) in the_space.stages:
             step = steps_before(config, the_space.stages, stage) + int(row["step"])
             if step < last:  # the last one counts when the stage's model is there
-                say(step, row[METRIC])
+                score(step, row[METRIC])
 
     def warn(text: str) -> None:
         tell({"warning": text})
 
-    for step, score in trial.curve:
-        say(step, score)
+    for step, value in trial.curve:
+        score(step, value)
     try:
         run_on_ray(config, folder, show, warn, reuse=shared)
     except (NoRoom, OSError) as error:
-        tell({"failure": _words(error), "state": "waiting"})
+        say(failure=_words(error), state="waiting")
     except (InputError, StageFailure, ray.exceptions.RayError) as error:
-        tell({"failure": _words(error), "state": "failed"})
+        say(failure=_words(error), state="failed")
     else:
-        for step, score in curve_of(folder, the_space.stages, config):
-            say(step, score)
+        for step, value in curve_of(folder, the_space.stages, config):
+            score(step, value)
 
 
 def _words(error: Exception) -> str:

@@ -61,16 +61,19 @@ class Journal:
             self._since[number] = (time.monotonic(), seconds)
             self._write(trial, state="running", seconds=seconds)
 
-    def score(self, number: int, step: int, mean_iou: float, trained: Sequence[str], reused: Sequence[str]) -> None:
+    def score(self, number: int, step: int, mean_iou: float) -> None:
         """A step that the trial has reported before changes nothing."""
         trial = self._trials[number]
-        if step in dict(trial.curve):
-            return
-        curve = tuple(sorted([*trial.curve, (step, mean_iou)]))
-        seen = {*trial.trained, *trained}
-        self._write(
-            trial, curve=curve, trained=tuple(sorted(seen)), reused=tuple(reused), seconds=self._until_now(trial)
-        )
+        if step not in dict(trial.curve):
+            curve = tuple(sorted([*trial.curve, (step, mean_iou)]))
+            self._write(trial, curve=curve, seconds=self._until_now(trial))
+
+    def note(self, number: int, trained: Sequence[str], reused: Sequence[str]) -> None:
+        """What a trial has computed and what it has not."""
+        trial = self._trials[number]
+        seen = tuple(sorted({*trial.trained, *trained}))
+        if (seen, tuple(reused)) != (trial.trained, trial.reused):
+            self._write(trial, trained=seen, reused=tuple(reused))
 
     def end(self, number: int, state: State, reason: str | None = None) -> None:
         """`waiting` is a trial that was interrupted and will go on."""
