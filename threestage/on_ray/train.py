@@ -35,7 +35,7 @@ from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_fold
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
-ABORT_SECONDS = 5.0
+ABORT_SECONDS = 30.0
 STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
 
 _start_timeout = ""  # what this process has set for Ray Train
@@ -175,7 +175,10 @@ def _watch_fit(
 
 
 def _abort(monitor: Any) -> None:
-    """End Ray Train's controller and its workers; without them `fit` returns."""
+    """End Ray Train's controller and its workers; without them `fit` returns.
+
+    One that is killed before it has let go of its resources keeps them until the driver ends, hence the patience.
+    """
     controller = ray.get(monitor.controller.remote())
     if controller is None:
         return
