@@ -1,5 +1,6 @@
 """A sweep whose driver is killed: its trials end with it, --resume repeats nothing, best.yaml gives the best figure again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import yaml
 from cluster.local import Cluster, local_cluster
 from tests.conftest import tiny_config
 from threestage.data import storage
-from threestage.sweeps.trials import load_trials
+from threestage.sweeps.trials import Trial, load_trials
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,13 +95,20 @@ def start(command: list[str], cluster: Cluster, log: Path) -> subprocess.Popen[b
         return subprocess.Popen(program, env=os.environ | cluster.environment, stdout=output, stderr=output)
 
 
+def records() -> list[Trial]:
+    """The trials of a sweep that goes on: a record that is replaced while it is read is read again."""
+    while True:
+        with contextlib.suppress(json.JSONDecodeError):
+            return load_trials(OUT)
+
+
 def over() -> int:
-    return sum(trial.over for trial in load_trials(OUT))
+    return sum(trial.over for trial in records())
 
 
 def running() -> int:
     """Trials that train, and have been judged once."""
-    return sum(trial.state == "running" and len(trial.curve) > 0 for trial in load_trials(OUT))
+    return sum(trial.state == "running" and len(trial.curve) > 0 for trial in records())
 
 
 def wait_until(ready: Any, driver: subprocess.Popen[bytes], log: Path) -> None:
