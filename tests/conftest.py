@@ -11,6 +11,7 @@ from tests.s3 import s3_server, variables
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
+from threestage.registry import RegistrySettings, open_registry
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = IngestSettings(format="camvid", class_map=str(source / "class_map.yaml"), rows_per_file=16)
     ingest(str(source), str(root), settings)
     return root
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: a fresh one costs seconds of waiting for the disk, so tests take copies."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_registry(RegistrySettings(tracking_uri=f"sqlite:///{path}", experiment="other"))
+    return path
 
 
 @pytest.fixture(autouse=True)

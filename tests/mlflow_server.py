@@ -14,10 +14,12 @@ from tests.s3 import free_port
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, artifacts: str) -> Iterator[tuple[str, int]]:
-    """Its URI and its process group. The store is `folder`/server.db, which may be there already."""
-    port = free_port()
-    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", artifacts]
+def mlflow_server(
+    folder: Path, artifacts: str, port: int | None = None, database: str | None = None
+) -> Iterator[tuple[str, int]]:
+    """Its URI and its process group. The store is the database, or `folder`/server.db, which may be there already."""
+    port = port or free_port()
+    store = ["--backend-store-uri", database or f"sqlite:///{folder}/server.db", "--artifacts-destination", artifacts]
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with open(folder / "server.log", "wb") as log:
@@ -26,7 +28,8 @@ def mlflow_server(folder: Path, artifacts: str) -> Iterator[tuple[str, int]]:
         _wait_for(f"http://127.0.0.1:{port}/health", folder / "server.log")
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a test has killed it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

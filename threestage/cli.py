@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -38,7 +39,13 @@ ReuseOption = Annotated[
     typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-ModelArgument = Annotated[str, typer.Argument(help="models:/NAME@stage3, or the folder of a run, a stage or a model.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="models:/NAME@champion, or the folder of a run, a stage or a model.")
+]
+RegisteredArgument = Annotated[str, typer.Argument(help="models:/NAME@champion (or another alias), or models:/NAME/3.")]
+TrackingOption = Annotated[
+    str | None, typer.Option("--tracking-uri", help="Of MLflow; MLFLOW_TRACKING_URI if not set.")
+]
 WindowOption = Annotated[
     str | None, typer.Option("--window", metavar="H,W", help="Look through windows of this size, not at whole images.")
 ]
@@ -123,13 +130,11 @@ def _run(config: Any, out: str, local: bool, reuse: str | None = None) -> None:
     console.print(rich_table(results))
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
                   highlight=False, soft_wrap=True)  # fmt: skip
-    if not local:
-        from threestage.tracking import model_name_of
-
-        name = config.registry.model_name or model_name_of(config.name)
-        console.print(
-            f"try it:  threestage predict models:/{name}@{config.stage_names[-1]} IMAGES OUT", highlight=False
-        )
+    for version in results.get("registered", []):
+        _show_version(version)
+    if results.get("registered"):
+        name = results["registered"][-1]["name"]
+        console.print(f"try it:  threestage predict models:/{name}@champion IMAGES OUT", highlight=False)
 
 
 @app.command()
@@ -467,20 +472,110 @@ def report(
 
 
 @app.command()
-def models(
-    tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow.")] = None, as_json: JsonOption = False
+def sync(
+    run: Annotated[str, typer.Argument(help="The folder of a run, finished or not, of --local too.")],
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """List the registered models."""
-    from threestage.registry import RegistrySettings, open_registry
+    """Send MLflow what a run's folder holds and MLflow does not: metrics, models, report. For a store that was away.
 
-    found = open_registry(RegistrySettings(tracking_uri=tracking_uri)).list_models()
+    Example: threestage sync runs/demo-0 --tracking-uri http://mlflow:5000
+    """
+    from threestage.mirror import sync as sync_run
+
+    with console.status("sending"):
+        versions = sync_run(run, tracking_uri)
+    if as_json:
+        print(json.dumps([asdict(version) for version in versions]))
+        return
+    for version in versions:
+        _show_version(asdict(version))
+    if not versions:
+        console.print("no stage is finished yet; its metrics are sent", highlight=False)
+
+
+def _show_version(version: dict[str, Any]) -> None:
+    text = f"registered: {version['name']} version {version['version']} ({version['alias']}), {version['champion']}"
+    console.print(_escape(text), highlight=False, soft_wrap=True)
+
+
+models = typer.Typer(help="Registered models: list, pull, promote, lineage.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """List the registered models: aliases, mean IoU, and what it was measured on.
+
+    Example: threestage models list --json
+    """
+    found = _models(tracking_uri).versions()
     if as_json:
         print(json.dumps(found))
         return
-    table = Table("model", "version", "aliases", "mean IoU")
-    for entry in found:
-        score = entry["mean_iou"]
-        table.add_row(
-            entry["name"], str(entry["version"]), ", ".join(entry["aliases"]), "–" if score is None else f"{score:.3f}"
-        )
+    table = Table(
+        "model", "version", "aliases", "mean IoU", "on", "run", caption=found[0]["tracking_uri"] if found else None
+    )
+    for row in found:
+        table.add_row(*(_escape(text) for text in (f"{row['name']}", *_figures_of(row))))
     console.print(table)
+
+
+@models.command()
+def pull(
+    model: RegisteredArgument,
+    out: Annotated[str, typer.Argument(help="Folder on this machine.")],
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Fetch a model as a folder that needs no MLflow: weights, exported program, lineage, model card.
+
+    Example: threestage models pull models:/camvid@champion camvid-model
+    """
+    folder = _models(tracking_uri).pull(model, out)
+    console.print(
+        f"{model}: {_escape(str(folder))}   try it:  threestage predict {_escape(str(folder))} IMAGES OUT",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@models.command()
+def promote(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Make a version the champion by hand, whatever it scores.
+
+    Example: threestage models promote models:/camvid/7
+    """
+    row, before = _models(tracking_uri).promote(model)
+    if as_json:
+        print(json.dumps({"champion": row, "before": before}))
+        return
+    was = "there was none before" if before is None else f"before, it was {_in_words(before)}"
+    console.print(_escape(f"the champion of {row['name']} is {_in_words(row)}; {was}"), highlight=False, soft_wrap=True)
+
+
+@models.command()
+def lineage(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Show where a model comes from: data, pseudo-masks, teachers; and which models learnt from it.
+
+    Example: threestage models lineage models:/camvid@champion
+    """
+    from threestage.lineage_tree import lineage_tree
+
+    tree = _models(tracking_uri).lineage(model)
+    print(json.dumps(tree)) if as_json else console.print(lineage_tree(tree), highlight=False, soft_wrap=True)
+
+
+def _models(tracking_uri: str | None) -> Any:
+    from threestage.registry import RegistrySettings, open_registry
+
+    return open_registry(RegistrySettings(tracking_uri=tracking_uri)).models
+
+
+def _figures_of(row: dict[str, Any]) -> tuple[str, ...]:
+    score = "–" if row["mean_iou"] is None else f"{row['mean_iou']:.3f}"
+    return str(row["version"]), ", ".join(row["aliases"]), score, row["validation"] or "–", row["run"] or "–"
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    version, _, score, where, _ = _figures_of(row)
+    return f"version {version} ({row['stage']}, mean IoU {score} on {where})"

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that a user meets."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,8 @@ class StageFailure(RuntimeError):
 
 class NoRoom(StageFailure):
     """The cluster had no room for it for as long as the settings allow."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, for a sentence: our own errors speak for themselves."""
+    return str(error) if isinstance(error, InputError | StageFailure) else f"{type(error).__name__}: {error}"

@@ -37,9 +37,11 @@ from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split
 from threestage.errors import InputError, StageFailure
+from threestage.lineage import DataSet, Images, Lineage, PseudoMaskSet, Teacher
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
 from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
+from threestage.settings import Settings
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
@@ -51,15 +53,15 @@ Warn = Callable[[str], None]
 Watch = Callable[[str, int, int], None]  # (what is done, so many, of so many)
 
 
-@dataclass(frozen=True)
-class StageOutcome:
-    """A finished stage, as it is recorded: `model` is its folder, `summary` its figures, `history` its rows of metrics."""
+class StageOutcome(Settings):
+    """A finished stage, as it is recorded, as plain JSON: `model` is its folder, `summary` its figures. Its rows of metrics
+    are in result.json."""
 
     stage: StageName
     model: str
     summary: dict[str, float]
-    history: list[dict[str, float]]
     tags: dict[str, str]
+    lineage: Lineage
 
 
 Record = Callable[[StageOutcome], None]
@@ -132,20 +134,22 @@ def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
     """Train and predict with every stage; returns their figures."""
     stages: dict[str, dict[str, Any]] = {}
     previous: dict[str, Any] | None = None
-    pseudo_digest = None
+    pseudo_masks: PseudoMaskSet | None = None
     for number, stage in enumerate(run_.config.stage_names, 1):
-        done = run_.train(stage, number, pseudo_digest)
+        learnt_from = pseudo_masks
+        done = run_.train(stage, number, None if learnt_from is None else learnt_from.digest)
         summary = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")}
         if previous is not None and done["mean_iou"] < previous["mean_iou"]:
             check_guard(run_.config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
                         f"{previous['mean_iou']:.3f} of the stage before", run_.warn)  # fmt: skip
-        pseudo_digest = None
+        pseudo_masks = None
         if stage != run_.config.stage_names[-1] or run_.config.pseudo_mask.of_last_stage:
-            pseudo_digest, statistics = run_.predict(stage, number, done["model_digest"])
-            summary |= statistics
+            pseudo_masks = run_.predict(stage, number, done["model_digest"])
+            summary |= {**pseudo_masks.statistics, "rejected": pseudo_masks.rejected}
         summary |= {"rejected_while_training": len(run_.rejects(stage))}
         stages[stage] = {**summary, "per_class_iou": done["per_class_iou"]}
-        record(run_.outcome(stage, summary, done, pseudo_digest))
+        lineage = run_.lineage(stage, done["model_digest"], previous, learnt_from, pseudo_masks)
+        record(run_.outcome(stage, summary, done, lineage))
         previous = done
     return stages
 
@@ -335,8 +339,8 @@ class _Run:
         if saved["code_version"] != now["code_version"]:
             self.warn(f"{stage} was made by threestage {saved['code_version']}, this is {now['code_version']}")
 
-    def predict(self, stage: StageName, number: int, model_digest: str) -> tuple[str, dict[str, float]]:
-        """Predict the pool with a stage's model, unless that is done; returns the set's digest and its figures.
+    def predict(self, stage: StageName, number: int, model_digest: str) -> PseudoMaskSet:
+        """Predict the pool with a stage's model, unless that is done.
 
         The last stage's pseudo-masks are not trained on: they are what the final model says of the pool.
         """
@@ -362,7 +366,13 @@ class _Run:
             self._guard(stage, statistics)
             storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
         statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
-        return digest, {**statistics.summary(), "rejected": statistics.unreadable}
+        return PseudoMaskSet(
+            uri=folder,
+            digest=digest,
+            images=statistics.images,
+            rejected=statistics.unreadable,
+            statistics=statistics.summary(),
+        )
 
     def _refuse_new_targets(self, following: str, digest: str) -> None:
         """A stage that has trained with other pseudo-masks keeps them: they are not predicted over."""
@@ -409,14 +419,47 @@ class _Run:
                 self.warn,
             )
 
+    def lineage(
+        self,
+        stage: StageName,
+        model_digest: str,
+        previous: dict[str, Any] | None,
+        learnt_from: PseudoMaskSet | None,
+        made: PseudoMaskSet | None,
+    ) -> Lineage:
+        manifest, split, settings = self.manifest, self.split, self.config.for_stage(stage)
+        name = manifest.name or self.config.data.root.rstrip("/").rpartition("/")[2]
+        teacher = None
+        if previous is not None:
+            before = f"stage{int(stage[-1]) - 1}"
+            model = storage.join(self.folder(before), "model")
+            teacher = Teacher(stage=before, model_digest=previous["model_digest"], model=model)
+        part_name = "val" if split.validation_split == "val" else "carved from train"
+        return Lineage(
+            run=self.out,
+            stage=stage,
+            model_digest=model_digest,
+            code_version=threestage.__version__,
+            data=DataSet(root=self.config.data.root, name=name, version=manifest.version, digest=manifest.digest),
+            labelled=Images(name=f"{name} train", images=len(split.labelled), digest=self.digests["labelled"]),
+            validation=Images(
+                name=f"{name} {part_name}", images=len(split.validation), digest=self.digests["validation"]
+            ),
+            split_seed=self.config.data.split_seed,
+            teacher=teacher,
+            learnt_from=learnt_from,
+            confidence_threshold=None if learnt_from is None else settings.pseudo_mask.confidence_threshold,
+            made=made,
+        )
+
     def outcome(
-        self, stage: StageName, summary: dict[str, float], done: dict[str, Any], pseudo_digest: str | None
+        self, stage: StageName, summary: dict[str, float], done: dict[str, Any], lineage: Lineage
     ) -> StageOutcome:
+        pseudo_masks = {} if lineage.made is None else {"pseudo_masks_digest": lineage.made.digest}
         return StageOutcome(
             stage=stage,
             model=storage.join(self.folder(stage), "model"),
             summary=summary | {f"iou/{name}": iou for name, iou in done["per_class_iou"].items() if iou is not None},
-            history=done["history"],
             tags={
                 "data_digest": self.manifest.digest,
                 "data_version": str(self.manifest.version),
@@ -425,6 +468,7 @@ class _Run:
                 "labelled": str(len(self.split.labelled)),
                 "model_digest": done["model_digest"],
                 "code_version": threestage.__version__,
-            }
-            | ({} if pseudo_digest is None else {"pseudo_masks_digest": pseudo_digest}),
+                **pseudo_masks,
+            },
+            lineage=lineage,
         )

@@ -75,7 +75,7 @@ def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
     """
     if model.startswith("models:/"):
         with tempfile.TemporaryDirectory() as folder:
-            return _files_of(str(open_registry(registry).pull(model, folder)))
+            return _files_of(str(open_registry(registry).models.pull(model, folder)))
     for inner in ("", "model", "stage3/model", "stage2/model", "stage1/model"):
         folder = storage.join(model, inner) if inner else model
         if storage.exists(storage.join(folder, CARD)):

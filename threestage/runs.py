@@ -1,9 +1,8 @@
 """A run as its user starts it: the pipeline, its mirror in MLflow, its pictures. The CLI and jobs/ call this."""
 
-import contextlib
 import io
-import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from threestage import pipeline
@@ -18,14 +17,15 @@ from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError, StageFailure
 from threestage.evaluation import BATCH
 from threestage.local import run_local
+from threestage.mirror import Mirror, has_begun, keep_outcome, keep_settings
 from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
-from threestage.registry import Registry, StageRecord, open_registry
+from threestage.registry import Registry, Status, open_registry
 from threestage.report import colourise, panel
 from threestage.report_page import write_report
-from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
+from threestage.report_page.figures import PAGE_NAME
 from threestage.reused import part
-from threestage.tracking import redact_tree
+from threestage.tracking import resolve_uri
 from threestage.training.worker import default_device
 
 Show = Callable[[str, Mapping[str, float]], None]
@@ -45,45 +45,60 @@ def run(
     """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
 
     `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
-    Writes results.json, pictures.png and report.html into `out`; returns the results.
+    Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if local:
-        results = run_local(config, out, show, warn, _keeping(config, out), watch, reuse)
+        results = run_local(config, out, show, warn, _keeping(out, _settings(config)), watch, reuse)
         write_pictures(config, out)
         _write_page(out, warn)
         return results
     from threestage.on_ray.train import run_on_ray
 
-    registry = open_registry(config.registry)
-    key = _run_key(out)
-    status = "FAILED"
+    registry = _connect(config, out, warn)
+    settings = _settings(config, resolve_uri(config.registry.tracking_uri))
+    mirror = Mirror(out, settings, config.registry, registry, warn)
+    status: Status = "FAILED"
+
+    def show_and_send(stage: str, row: Mapping[str, float]) -> None:
+        show(stage, row)
+        mirror.notify()
+
     try:
-        record = _keeping(config, out, registry.uri, _recorder(registry, config, key, warn))
-        results = run_on_ray(config, out, show, warn, record, watch, reuse)
+        results = run_on_ray(config, out, show_and_send, warn, _keeping(out, settings, mirror.notify), watch, reuse)
         write_pictures(config, out)
         _write_page(out, warn)
         status = "FINISHED"
     finally:
-        with contextlib.suppress(InputError):
-            _close(registry, key, status, out)
-    return results
+        registered = mirror.close(status)
+    return results | {"registered": [asdict(version) for version in registered]}
 
 
-def _keeping(
-    config: Config,
-    out: str,
-    tracking_uri: str | None = None,
-    record: pipeline.Record = lambda outcome: None,
-) -> pipeline.Record:
-    """Write the settings down as soon as a stage is done with them, then record the stage."""
+def _connect(config: Config, out: str, warn: pipeline.Warn) -> Registry | None:
+    """MLflow must be there when a run begins. One that goes on does so without it, and sends what there is later."""
+    try:
+        return open_registry(config.registry)
+    except InputError as error:
+        if not has_begun(out):
+            raise
+        warn(f"the run goes on without MLflow, which is tried again: {error}")
+        return None
+
+
+def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    tree["registry"]["tracking_uri"] = tracking_uri or config.registry.tracking_uri
+    return tree
+
+
+def _keeping(out: str, settings: Mapping[str, Any], then: Callable[[], None] = lambda: None) -> pipeline.Record:
+    """Write the settings and the stage's outcome down as soon as a stage is finished."""
 
     def keep(outcome: pipeline.StageOutcome) -> None:
-        tree = config.model_dump(mode="json")
-        tree["registry"]["tracking_uri"] = tracking_uri or config.registry.tracking_uri
-        storage.write_json(storage.join(out, CONFIG_NAME), redact_tree(tree))
-        record(outcome)
+        keep_settings(out, settings)
+        keep_outcome(out, outcome)
+        then()
 
     return keep
 
@@ -94,48 +109,6 @@ def _write_page(out: str, warn: pipeline.Warn) -> None:
         write_report(out)
     except (InputError, StageFailure, OSError) as error:
         warn(f"the run is finished but {PAGE_NAME} could not be written: {error}; try `threestage report {out}`")
-
-
-def _run_key(out: str) -> str:
-    """What names this run folder in MLflow, for ever."""
-    uri = storage.join(out, "run.json")
-    if not storage.exists(uri):
-        storage.write_json(uri, {"run_key": uuid.uuid4().hex})
-    return str(storage.read_json(uri)["run_key"])
-
-
-def _recorder(registry: Registry, config: Config, key: str, warn: pipeline.Warn) -> pipeline.Record:
-    """Mirror a finished stage in MLflow. The run's folder is the record: a store that is down costs a warning."""
-
-    def record(outcome: pipeline.StageOutcome) -> None:
-        try:
-            registry.record_stage(
-                StageRecord(
-                    run_name=config.name,
-                    run_key=key,
-                    stage=outcome.stage,
-                    config=config.model_dump(mode="json"),
-                    model_dir=outcome.model,
-                    metrics=outcome.history,
-                    summary=outcome.summary,
-                    tags=outcome.tags,
-                )
-            )
-        except InputError as error:
-            warn(f"{outcome.stage} is finished but not registered ({error}); the same command registers it later")
-
-    return record
-
-
-def _close(registry: Registry, key: str, status: Any, out: str) -> None:
-    rejects = [f"pseudo_masks{n}/rejects.parquet" for n in (1, 2, 3)]
-    names = ("results.json", "pictures.png", PAGE_NAME, *rejects)
-    artifacts = {name: storage.join(out, name) for name in names if storage.exists(storage.join(out, name))}
-    summary = {}
-    if "results.json" in artifacts:
-        stages = storage.read_json(artifacts["results.json"])["stages"]
-        summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in stages.items()}
-    registry.close_run(key, status, summary, artifacts)
 
 
 def demo_config(out: str, seed: int, overrides: list[str]) -> Config:

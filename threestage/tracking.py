@@ -1,4 +1,4 @@
-"""What registry.py needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
+"""What registry/ needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
 
 import contextlib
 import http.client
@@ -26,7 +26,7 @@ NOISY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 PROBE_ERRORS = (OSError, sqlite3.Error, http.client.HTTPException)
 FOREIGN_ERRORS = ("mlflow", "sqlalchemy", "requests", "urllib3", "botocore", "boto3")
 
-MetricPoint = tuple[str, float, int, int]  # key, value, step, order
+MetricPoint = tuple[str, float, int, int]  # key, value, step, milliseconds after the run's start
 
 
 # ---- Text that is logged
@@ -61,16 +61,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def metric_points(rows: Sequence[Mapping[str, float]], summary: Mapping[str, float]) -> list[MetricPoint]:
-    """Every value of a history of rows; then those of the summary, at the last step, unless they are there already."""
+    """Every value of a history of rows; then those of the summary, after the last step, unless they are there already.
+
+    A point's time is its step: the same row gives the same points, whenever it is sent.
+    """
     points = [
-        (key_of(key), float(value), int(row["step"]), order)
-        for order, row in enumerate(rows)
+        (key_of(key), float(value), int(row["step"]), int(row["step"]))
+        for row in rows
         for key, value in row.items()
         if key != "step" and value is not None
     ]
     last = max((int(row["step"]) for row in rows), default=0)
     known = {point[:3] for point in points}
-    finals = [(key_of(key), float(value), last, len(rows)) for key, value in summary.items()]
+    finals = [(key_of(key), float(value), last, last + 1) for key, value in summary.items()]
     return points + [point for point in finals if point[:3] not in known]
 
 
@@ -113,6 +116,25 @@ def quoted(value: str) -> str:
 @contextlib.contextmanager
 def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
     """Quiet, few retries, every failure of the store an InputError. What it changes is put back when it ends."""
+    try:
+        with quietly(timeout_s):
+            _probe(uri)
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, PROBE_ERRORS) or type(error).__module__.startswith(FOREIGN_ERRORS)):
+            raise
+        reason = _cut(redact(str(error)).partition("\n")[0], 300)
+        raise InputError(
+            f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
+            " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?"
+        ) from error
+
+
+@contextlib.contextmanager
+def quietly(timeout_s: int = CALL_S) -> Iterator[None]:
+    """MLflow without progress bars, warnings, telemetry and long retries, unless the environment wants them."""
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -124,20 +146,8 @@ def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
     }
     with _environment_defaults(defaults), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            _probe(uri)
-            with _quiet_loggers():
-                yield
-        except InputError:
-            raise
-        except Exception as error:
-            if not (isinstance(error, PROBE_ERRORS) or type(error).__module__.startswith(FOREIGN_ERRORS)):
-                raise
-            reason = _cut(redact(str(error)).partition("\n")[0], 300)
-            raise InputError(
-                f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
-                " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?"
-            ) from error
+        with _quiet_loggers():
+            yield
 
 
 @contextlib.contextmanager

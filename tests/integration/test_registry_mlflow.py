@@ -1,10 +1,13 @@
 """Why: MLflow must hold each run once, however often and wherever a recording was cut, and give back the very model."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 from tests.mlflow_server import mlflow_server
-from threestage import registry as registry_module
+from threestage.config import load
 from threestage.errors import InputError
+from threestage.lineage_tree import lineage_tree
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import NetworkSettings, build_network
+from threestage.predict import PredictSettings, predict_input, read_model
 from threestage.registry import Registry, RegistrySettings, StageRecord, open_registry
+from threestage.registry.packing import pack_model
 
 pytestmark = pytest.mark.integration
 
@@ -36,6 +44,25 @@ def write_model(folder: Path, stage: str = "stage3", seed: int = 0, downscale: i
     return str(folder)
 
 
+def settings_of(root: str) -> dict[str, Any]:
+    return load("demo", [f"data.root={root}"]).model_dump(mode="json")
+
+
+def digest_of(model_dir: str) -> str:
+    return hashlib.sha256(Path(model_dir, "model.safetensors").read_bytes()).hexdigest()
+
+
+def lineage_of(stage: str, digest: str, root: str = "/shapes", **changes: Any) -> dict[str, Any]:
+    """Of a stage without a teacher."""
+    images = {"name": "shapes val", "images": 9, "digest": "v" * 64}
+    data = {"root": root, "name": "shapes", "version": 2, "digest": "d" * 64}
+    return {
+        "run": "/runs/shapes", "stage": stage, "model_digest": digest, "code_version": "0", "data": data, "labelled": images,
+        "validation": images, "split_seed": 0, "teacher": None, "learnt_from": None, "confidence_threshold": None,
+        "made": None, **changes,
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("model"))
@@ -47,20 +74,14 @@ def record(model_dir: str) -> StageRecord:
         run_name="team/shapes",
         run_key="/runs/it's/shapes",
         stage="stage3",
-        config={"data": {"root": "s3://KEY:SECRET@bucket/shapes"}, "seed": 0},
+        attempt="a",
+        config=settings_of("s3://KEY:SECRET@bucket/shapes"),
+        rows=[{"step": step, "loss": 1 / step, "iou/disc": float("nan")} for step in range(1, 801)],
         model_dir=model_dir,
-        metrics=[{"step": step, "loss": 1 / step, "iou/disc": float("nan")} for step in range(1, 801)],
-        summary={"mean_iou": 0.625, "mean_confidence": 0.9},
+        summary={"mean_iou": 0.625, "mean_confidence": 0.9, "iou/disc": 0.625},
         tags={"data_digest": "d" * 64, "encoder": "test_resnet"},
+        lineage=lineage_of("stage3", digest_of(model_dir), "s3://KEY:SECRET@bucket/shapes"),
     )
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh store costs seconds of waiting for the disk: make one, hand out copies."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_registry(RegistrySettings(tracking_uri=f"sqlite:///{path}", experiment="other"))
-    return path
 
 
 @pytest.fixture
@@ -89,7 +110,8 @@ def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     assert stage.info.run_id == first.run_id
     assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, stage.info.status) == ("RUNNING", "FINISHED")
-    assert stage.data.params == parent.data.params == {"data.root": "s3://bucket/shapes", "seed": "0"}
+    assert stage.data.params == parent.data.params
+    assert (stage.data.params["data.root"], stage.data.params["seed"]) == ("s3://bucket/shapes", "0")
     assert stage.data.metrics["mean_iou"] == 0.625
     assert len(registry._client.get_metric_history(stage.info.run_id, "loss")) == 800
     assert [entry.dataset.name for entry in stage.inputs.dataset_inputs] == ["shapes"]
@@ -100,7 +122,7 @@ def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("killed_in", ["_describe", "_log_data_set", "_register", "_complete"])
+@pytest.mark.parametrize("killed_in", ["_describe", "_log_data_set", "_register"])
 def test_a_killed_recording_is_completed_by_the_next(
     registry: Registry, record: StageRecord, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
@@ -108,7 +130,7 @@ def test_a_killed_recording_is_completed_by_the_next(
 
     def work_then_die(*arguments: Any) -> None:
         original(*arguments)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # nothing in the program catches it
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Registry, killed_in, work_then_die)
@@ -117,7 +139,7 @@ def test_a_killed_recording_is_completed_by_the_next(
     assert version.version == 1
     assert len(runs_of(registry)) == 2
     assert len(registry._client.get_metric_history(version.run_id, "loss")) == 800
-    assert [row["aliases"] for row in registry.list_models()] == [["stage3"]]
+    assert [row["aliases"] for row in registry.models.versions()] == [["champion", "stage3"]]
 
 
 def test_stages_share_a_parent_and_a_retrained_one_gets_a_version_of_its_own(
@@ -125,12 +147,13 @@ def test_stages_share_a_parent_and_a_retrained_one_gets_a_version_of_its_own(
 ) -> None:
     registry.record_stage(replace(record, stage="stage1", summary={}))
     registry.record_stage(record)
-    newer = registry.record_stage(replace(record, model_dir=write_model(tmp_path / "newer", seed=1)))
+    trained_again = write_model(tmp_path / "newer", seed=1)
+    newer = registry.record_stage(replace(record, attempt="b", model_dir=trained_again))
     assert newer.version == 3
-    rows = registry.list_models()
+    rows = registry.models.versions()
     assert [(row["version"], row["stage"], row["aliases"]) for row in rows] == [
         (3, "stage3", ["stage3"]),
-        (2, "stage3", []),
+        (2, "stage3", ["champion"]),
         (1, "stage1", ["stage1"]),
     ]
     assert [row["mean_iou"] for row in rows] == [0.625, 0.625, None]
@@ -160,17 +183,18 @@ def test_pull_gives_back_the_very_files_and_names_what_is_wrong(
 ) -> None:
     version = registry.record_stage(record)
     for uri in ("models:/team-shapes@stage3", "models:/team-shapes/1"):
-        folder = registry.pull(uri, tmp_path / "pulled")
-        assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
-        for path in folder.iterdir():
-            assert path.read_bytes() == Path(record.model_dir, path.name).read_bytes()
+        folder = registry.models.pull(uri, tmp_path / "pulled")
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["README.md", "lineage.json", "model.json", "model.safetensors", "program.pt2"]
+        for path in Path(record.model_dir).iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes()
     for wrong in ("models:/team-shapes@stage2", "models:/team-shapes/7", "models:/other@stage3", "team-shapes"):
         with pytest.raises(InputError, match=wrong):
-            registry.pull(wrong, tmp_path / "wrong")
+            registry.models.pull(wrong, tmp_path / "wrong")
     artifacts = tmp_path / "a folder/mlartifacts" / version.run_id / "artifacts"
     (artifacts / "model/artifacts/model/model.safetensors").write_bytes(b"tampered")
     with pytest.raises(InputError, match="not what was registered"):
-        registry.pull("models:/team-shapes@stage3", tmp_path / "wrong")
+        registry.models.pull("models:/team-shapes@stage3", tmp_path / "wrong")
 
 
 def test_a_model_folder_without_weights_is_named(registry: Registry, record: StageRecord, tmp_path: Path) -> None:
@@ -181,25 +205,119 @@ def test_a_model_folder_without_weights_is_named(registry: Registry, record: Sta
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's and pandas' own, when a model is loaded
 @pytest.mark.parametrize("downscale", [1, 2])
-def test_the_packed_model_loads_without_pickle_and_predicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downscale: int
+def test_the_packed_model_loads_without_pickle_and_says_what_predict_says(
+    tmp_path: Path, record: StageRecord, monkeypatch: pytest.MonkeyPatch, downscale: int
 ) -> None:
     import mlflow.pyfunc
 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     folder = Path(write_model(tmp_path / "model", downscale=downscale))
-    registry_module.pack_model({path.name: path.read_bytes() for path in folder.iterdir()}, tmp_path / "packed")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pack_model(files, tmp_path / "packed", record, "shapes")
     assert not list((tmp_path / "packed").rglob("*.pkl"))
 
     model = mlflow.pyfunc.load_model(str(tmp_path / "packed"))
-    images = np.random.default_rng(0).integers(0, 256, (2, 33, 47, 3), dtype=np.uint8)
-    class_ids = model.predict(images)
-    assert (class_ids.shape, class_ids.dtype) == ((2, 33, 47), np.uint8)
-    if downscale == 1:
-        network = build_network(NetworkSettings(encoder="test_resnet", output_stride=32, dilations=(1,)), len(CLASSES))
-        with torch.inference_mode():
-            logits, _ = network.eval()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
-        np.testing.assert_array_equal(class_ids, logits.argmax(1).numpy())
+    assert model.input_example.shape == (1, 64, 96, 3)
+    for height, width in ((133, 147), (96, 200), (256, 80)):
+        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+        expected = predicted_by_command(folder, images, tmp_path / f"{height}")
+        class_ids = model.predict(images)
+        assert (class_ids.shape, class_ids.dtype) == ((2, height, width), np.uint8)
+        np.testing.assert_array_equal(class_ids, expected)
+        both = model.predict(images, params={"confidence": True})
+        np.testing.assert_array_equal(both["class_ids"], expected)
+        assert both["confidence"].shape == expected.shape and (both["confidence"] >= 1 / 3).all()
+    assert model.predict(np.zeros((1, 20, 30, 3), np.uint8)).shape == (1, 20, 30)
+
+
+def predicted_by_command(model: Path, images: np.ndarray, folder: Path) -> np.ndarray:
+    """Masks of `threestage predict --local`."""
+    (folder / "images").mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"images/{number}.png")
+    files = read_model(str(model), RegistrySettings())
+    predict_input(files, str(folder / "images"), str(folder / "out"), PredictSettings())
+    return np.stack([np.array(Image.open(folder / f"out/masks/{number}.png")) for number in range(len(images))])
+
+
+def test_a_program_with_pickled_objects_is_refused(tmp_path: Path, record: StageRecord) -> None:
+    import mlflow.pyfunc
+
+    files = {path.name: path.read_bytes() for path in Path(record.model_dir).iterdir()}
+    pack_model(files, tmp_path / "packed", record, "shapes")
+    program = tmp_path / "packed/artifacts/model/program.pt2"
+    shutil.copy(program, tmp_path / "whole.pt2")
+    with zipfile.ZipFile(program, "a") as archive:
+        archive.writestr("program/data/constants/opaque_obj_0", b"")
+    with pytest.raises(ValueError, match="pickled objects"):
+        mlflow.pyfunc.load_model(str(tmp_path / "packed"))
+    with zipfile.ZipFile(tmp_path / "whole.pt2") as whole, zipfile.ZipFile(program, "w") as archive:
+        for entry in whole.infolist():
+            evil = entry.filename.endswith("sample_inputs/model.pt")
+            archive.writestr(entry.filename, pickled_call(tmp_path / "touched") if evil else whole.read(entry))
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        mlflow.pyfunc.load_model(str(tmp_path / "packed"))
+    assert not (tmp_path / "touched").exists()
+
+
+def pickled_call(path: Path) -> bytes:
+    """What touches a file when it is unpickled."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(path),)
+
+    stream = io.BytesIO()
+    torch.save(Evil(), stream)
+    return stream.getvalue()
+
+
+def test_the_champion_moves_only_to_a_better_one_on_the_same_images(
+    registry: Registry, record: StageRecord, tmp_path: Path
+) -> None:
+    others = lineage_of("stage3", "x", validation={"name": "other val", "images": 3, "digest": "o" * 64})
+    tries: tuple[tuple[float, dict[str, Any]], ...]
+    tries = ((0.5, {}), (0.4, {}), (0.5, {}), (0.6, {}), (0.9, {"lineage": others}))
+    decisions = [
+        registry.record_stage(replace(record, attempt=str(number), summary={"mean_iou": score}, **changes)).champion
+        for number, (score, changes) in enumerate(tries)
+    ]
+    assert [text.split(":")[0] for text in decisions] == [
+        "the champion", "not the champion", "not the champion", "the champion", "not compared",
+    ]  # fmt: skip
+    champion = {row["version"]: "champion" in row["aliases"] for row in registry.models.versions()}
+    assert champion == {1: False, 2: False, 3: False, 4: True, 5: False}
+    row, before = registry.models.promote("models:/team-shapes/2")
+    assert (row["version"], row["aliases"]) == (2, ["champion"]) and before is not None and before["version"] == 4
+    again = registry.record_stage(replace(record, attempt="3", summary={"mean_iou": 0.6}))
+    assert again.version == 4, "the same record again moves nothing back"
+    assert registry.models.promote("models:/team-shapes@champion")[0]["version"] == 2
+
+
+def test_lineage_is_walked_both_ways(registry: Registry, record: StageRecord, tmp_path: Path) -> None:
+    masks = {"uri": "/runs/shapes/pseudo_masks1", "digest": "p" * 64, "images": 5, "rejected": 1, "statistics": {}}
+    folders = {stage: write_model(tmp_path / stage, stage, seed) for seed, stage in enumerate(("stage1", "stage2"))}
+    one, two = (digest_of(folder) for folder in folders.values())
+    teacher = {"stage": "stage1", "model_digest": one, "model": "/runs/shapes/stage1/model"}
+    lineages = {
+        "stage1": lineage_of("stage1", one, made=masks),
+        "stage2": lineage_of("stage2", two, teacher=teacher, learnt_from=masks, confidence_threshold=0.8),
+    }
+    pupil = replace(record, stage="stage2", model_dir=folders["stage2"], lineage=lineages["stage2"])
+    registry.record_stage(pupil)
+    alone = registry.models.lineage("models:/team-shapes@stage2")
+    assert alone["teacher"] == teacher and alone["pupils"] == []
+
+    registry.record_stage(replace(record, stage="stage1", model_dir=folders["stage1"], lineage=lineages["stage1"]))
+    tree = registry.models.lineage("models:/team-shapes@stage2")
+    assert (tree["teacher"]["version"], tree["teacher"]["stage"], tree["teacher"]["teacher"]) == (2, "stage1", None)
+    assert tree["lineage"]["learnt_from"] == masks and tree["lineage"]["confidence_threshold"] == 0.8
+    back = registry.models.lineage("models:/team-shapes@stage1")
+    assert [(pupil["version"], pupil["stage"]) for pupil in back["pupils"]] == [(1, "stage2")]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(lineage_tree(tree))
+    text = console.export_text()
+    assert "kept from confidence 0.8" in text and "made by team-shapes version 2 @stage1" in text
 
 
 @pytest.fixture
@@ -218,10 +336,10 @@ def test_with_a_server_everything_works_and_its_death_is_told_at_once(
     assert registry.record_stage(record) == version
     assert len(runs_of(registry)) == 2
     registry.close_run(record.run_key, "FINISHED", {"mean_iou": 0.5}, {"x/card.json": f"{record.model_dir}/model.json"})
-    assert [(row["name"], row["version"], row["aliases"]) for row in registry.list_models()] == [
-        ("shapes", 1, ["stage3"])
+    assert [(row["name"], row["version"], row["aliases"]) for row in registry.models.versions()] == [
+        ("shapes", 1, ["champion", "stage3"])
     ]
-    pulled = registry.pull("models:/shapes@stage3", tmp_path / "pulled")
+    pulled = registry.models.pull("models:/shapes@stage3", tmp_path / "pulled")
     assert json.loads((pulled / "model.json").read_text())["classes"] == list(CLASSES)
     assert (pulled / "model.safetensors").read_bytes() == Path(record.model_dir, "model.safetensors").read_bytes()
 

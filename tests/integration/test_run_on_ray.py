@@ -57,10 +57,10 @@ def test_everything_on_s3_with_two_workers(
     assert storage.list_files(f"{out}/stage2/checkpoints") and list((tmp_path / "empty").iterdir()) == []
 
     settings = RegistrySettings(**registry)
-    models = open_registry(settings).list_models()
-    assert sorted(alias for model in models for alias in model["aliases"]) == ["stage1", "stage2", "stage3"]
+    models = open_registry(settings).models.versions()
+    assert sorted(alias for model in models for alias in model["aliases"]) == ["champion", "stage1", "stage2", "stage3"]
     runs.run(config, out, False, lambda stage, row: pytest.fail("a finished run trained again"), print)
-    assert len(open_registry(settings).list_models()) == 3
+    assert len(open_registry(settings).models.versions()) == 3
 
     network, card = open_model("models:/tiny@stage3", settings)
     model, wanted = read_model("models:/tiny@stage3", settings), PredictSettings(max_bad_fraction=0.1)

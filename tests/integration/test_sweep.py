@@ -109,7 +109,7 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     resumed = Silent()
     promoted = Sweep(Space.model_validate(SPACE), config, out, resume=True, promote=True)
     assert sweep.run(promoted, resumed)["best"] == found["best"]
-    assert sorted(model["stage"] for model in open_registry(config.registry).list_models()) == ["stage1", "stage2"]
+    assert sorted(model["stage"] for model in open_registry(config.registry).models.versions()) == ["stage1", "stage2"]
     assert resumed.stages == [] and resumed.plans == [] and load_trials(out) == trials, (
         "a finished sweep repeats nothing"
     )

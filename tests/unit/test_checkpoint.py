@@ -14,7 +14,7 @@ from threestage.training.checkpoint import Checkpoints, Outlived, Pointer
 
 
 def snapshot(step: int) -> dict[str, Any]:
-    return {"format": 2, "step": step, "unlabelled_images": step * 4}
+    return {"format": 2, "step": step, "unlabelled_images": step * 4, "history": [{"step": step - 1}, {"step": step}]}
 
 
 def names(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         store.save(snapshot(step))
     store.wait()
     assert store.latest() == Pointer(step=15, unlabelled_images=60)
-    assert names(tmp_path) == ["latest.json", "owner.json", "step-000000010.pt", "step-000000015.pt"]
+    assert names(tmp_path) == ["latest.json", "owner.json", "rows.json", "step-000000010.pt", "step-000000015.pt"]
     assert torch.load(io.BytesIO(store.read(10)), weights_only=True)["step"] == 10
 
 
@@ -40,6 +40,8 @@ def test_one_that_was_written_and_not_pointed_to_does_not_count(tmp_path: Path) 
     store.save(snapshot(5))
     store.wait()
     (tmp_path / "step-000000010.pt").write_bytes(b"half")
+    storage.write_json(str(tmp_path / "rows.json"), [{"step": 4}, {"step": 5}, {"step": 6}])
+    assert store.rows() == [{"step": 4}, {"step": 5}], "rows after the checkpoint may be trained again"
     assert store.latest() == Pointer(step=5, unlabelled_images=20)
     store.save(snapshot(10))
     store.wait()

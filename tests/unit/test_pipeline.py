@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import tiny_config
+from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.synthetic import write_scenes
@@ -70,7 +71,23 @@ def test_a_rerun_trains_nothing_and_records_everything_again(scenes: Path, undis
     run_local(tiny_config(scenes), str(undisturbed), lambda stage, row: rows.append(row), record=outcomes.append)
     assert rows == []
     assert [outcome.stage for outcome in outcomes] == ["stage1", "stage2", "stage3"]
-    assert outcomes[0].history[-1]["step"] == 6
+
+
+def test_each_stage_says_what_it_learnt_from(scenes: Path, undisturbed: Path) -> None:
+    outcomes: list[StageOutcome] = []
+    run_local(tiny_config(scenes), str(undisturbed), quiet, record=outcomes.append)
+    one, two, three = (outcome.lineage for outcome in outcomes)
+    assert one.teacher is None and one.learnt_from is None and one.confidence_threshold is None
+    for teacher, student in ((one, two), (two, three)):
+        assert student.teacher is not None and student.learnt_from is not None
+        assert (student.teacher.stage, student.teacher.model_digest) == (teacher.stage, teacher.model_digest)
+        assert student.learnt_from == teacher.made
+        assert storage.read_json(f"{undisturbed}/{student.stage}/inputs.json")["pseudo_masks"] == teacher.made.digest
+    assert three.made is not None and three.confidence_threshold == 0
+    assert {(found.data, found.labelled, found.validation) for found in (one, two, three)} == {
+        (one.data, one.labelled, one.validation)
+    }
+    assert (one.data.digest, one.labelled.images) == (load_manifest(str(scenes)).digest, 8)
 
 
 def test_other_settings_are_refused_by_name(scenes: Path, undisturbed: Path) -> None:

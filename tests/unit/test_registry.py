@@ -71,13 +71,14 @@ def test_the_summary_is_the_last_point_and_no_point_comes_twice() -> None:
     rows = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.0, "mean_iou": 0.4}]
     points = metric_points(rows, {"mean_iou": 0.5, "loss": 1.0, "confidence": 0.9})
     assert points == [
-        ("loss", 2.0, 1, 0),
-        ("loss", 1.0, 5, 1),
-        ("mean_iou", 0.4, 5, 1),
-        ("mean_iou", 0.5, 5, 2),
-        ("confidence", 0.9, 5, 2),
+        ("loss", 2.0, 1, 1),
+        ("loss", 1.0, 5, 5),
+        ("mean_iou", 0.4, 5, 5),
+        ("mean_iou", 0.5, 5, 6),
+        ("confidence", 0.9, 5, 6),
     ]
-    assert metric_points([], {"mean_iou": 0.5}) == [("mean_iou", 0.5, 0, 0)]
+    assert metric_points(rows[1:], {}) == points[1:3], "a row gives the same points, whatever was sent before it"
+    assert metric_points([], {"mean_iou": 0.5}) == [("mean_iou", 0.5, 0, 1)]
 
 
 def test_a_run_name_becomes_a_model_name() -> None:

@@ -18,13 +18,6 @@ KEY, TAGS = "/sweeps/it's one", {"version": "1"}
 PARAMS = {"trials": 12, "search": {"consistency.weight": {"low": 0.1}}, "root": "s3://KEY:SECRET@bucket/x"}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_registry(RegistrySettings(tracking_uri=f"sqlite:///{path}", experiment="other"))
-    return path
-
-
 @pytest.fixture
 def registry(tmp_path: Path, empty_store: Path) -> Registry:
     shutil.copy(empty_store, tmp_path / "mlflow.db")

@@ -1,17 +1,22 @@
 """A model as a folder: `model.safetensors` (main network only) beside `model.json` that says how to use it."""
 
 import hashlib
+import io
+import warnings
 from typing import Literal
 
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.errors import InputError
+from threestage.models.encoders import replace_pooling
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.settings import Settings
 
-WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS, CARD, PROGRAM = "model.safetensors", "model.json", "program.pt2"
+EXPORTED_SIDES, EXPORTED_IMAGES = (33, 16384), (1, 4096)  # the least and the most that an exported program takes
 
 
 class ModelCard(Settings):
@@ -64,3 +69,34 @@ def start_from(network: Network, uri: str) -> None:
         if name.startswith("auxiliary_stage.")
     }
     network.load_state_dict(state | {copy: state[source] for copy, source in copies.items()})
+
+
+class _MainLogits(nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)[0]
+
+
+def export_program(uri: str) -> bytes:
+    """The model of a folder as a torch.export program: image (N,3,H,W) float in [0,1] → logits (N,C,H,W), without this
+    package. N and sides: EXPORTED_IMAGES, EXPORTED_SIDES."""
+    network, _ = load_model(uri)
+    replace_pooling(network)
+    images, sides = (
+        [torch.export.Dim(name, min=least, max=most) for name in names]
+        for names, (least, most) in ((["images"], EXPORTED_IMAGES), (["height", "width"], EXPORTED_SIDES))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            _MainLogits(network),
+            (torch.zeros(2, 3, 96, 128),),
+            dynamic_shapes=({0: images[0], 2: sides[0], 3: sides[1]},),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        content = io.BytesIO()
+        torch.export.save(program, content)
+    return content.getvalue()

@@ -4,7 +4,8 @@ import os
 
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.registry import RegistrySettings, open_registry
+from threestage.mirror import RUN_NAME, registry_of
+from threestage.registry import open_registry
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.tracking import redact, resolve_uri, sqlite_path
 
@@ -12,12 +13,13 @@ from threestage.tracking import redact, resolve_uri, sqlite_path
 def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = None) -> str | None:
     """Log the page at the URI `page` to the run's parent run. Returns why that was not done, or None; a run that never was in
     MLflow has nothing to tell."""
-    identity = storage.join(storage.absolute(run), "run.json")
+    identity = storage.join(storage.absolute(run), RUN_NAME)
     if not storage.exists(identity):
         return None
     if not finished:
         return "the page is not logged to MLflow: the run is not finished, its end will do that"
-    settings = _settings(storage.absolute(run), tracking_uri)
+    config = storage.join(storage.absolute(run), CONFIG_NAME)
+    settings = registry_of(storage.read_json(config) if storage.exists(config) else {}, tracking_uri)
     store = sqlite_path(resolve_uri(settings.tracking_uri))
     if store is not None and not os.path.exists(store):
         return f"the page is not logged to MLflow: there is no store {store}; name the run's with --tracking-uri"
@@ -27,11 +29,3 @@ def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = Non
     except (InputError, OSError) as error:
         return f"the page is not logged to MLflow: {redact(str(error))}"
     return None
-
-
-def _settings(run: str, tracking_uri: str | None) -> RegistrySettings:
-    """Where the run was recorded."""
-    uri = storage.join(run, CONFIG_NAME)
-    saved = storage.read_json(uri)["registry"] if storage.exists(uri) else {}
-    settings = RegistrySettings.model_validate(saved)
-    return settings if tracking_uri is None else settings.model_copy(update={"tracking_uri": tracking_uri})

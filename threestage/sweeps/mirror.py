@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from threestage.errors import InputError
+from threestage.background import Background
+from threestage.errors import reason_of
 from threestage.registry import Registry, Status, TrialRecord, TrialStatus
 from threestage.sweeps.trials import State, Trial
 
@@ -37,35 +38,30 @@ class Mirror:
         self._parent: str | None = None
         self._pending: dict[int, TrialRecord] = {}
         self._sent: dict[int, TrialRecord] = {}
-        self._lost = False
-        self._closing = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="sweep-mirror", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._background = Background("sweep-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     def update(self, trial: Trial, tags: Mapping[str, str]) -> None:
         """Send a trial's present state, soon; returns at once. What is there already costs nothing."""
         record = self._record(trial, tags)
-        with self._changed:
-            if self._pending.get(trial.number, self._sent.get(trial.number)) != record:
-                self._pending[trial.number] = record
-                self._changed.notify_all()
+        with self._lock:
+            if self._pending.get(trial.number, self._sent.get(trial.number)) == record:
+                return
+            self._pending[trial.number] = record
+        self._background.notify()
 
     def close(self, status: Status, summary: Mapping[str, float], artifacts: Mapping[str, str]) -> bool:
         """Send all that is left, the sweep's final values and files (name in the run → URI), and end the parent run.
 
         False, with a warning, where the store could not be reached.
         """
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._background.close()
         try:
             self._send()
             self._registry.close_run(self._key, status, summary, artifacts)
         except Exception as error:
             self._warn(
-                f"the sweep is not all in MLflow: {_reason(error)}; the same command with --resume sends the rest"
+                f"the sweep is not all in MLflow: {reason_of(error)}; the same command with --resume sends the rest"
             )
             return False
         return True
@@ -90,50 +86,24 @@ class Mirror:
             status=STATUS[trial.state],
         )
 
-    # ---- The thread
-
-    def _work(self) -> None:
-        while self._wait_for_work():
-            pause = BETWEEN_S
-            try:
-                self._send()
-                self._lost = False
-            except Exception as error:  # whatever a store's client throws, the sweep goes on
-                pause = RETRY_S
-                if not self._lost:
-                    self._warn(f"the sweep goes on without MLflow, which is tried again: {_reason(error)}")
-                self._lost = True
-            self._wait_until_closing(pause)
-
-    def _wait_for_work(self) -> bool:
-        """Whether there is something to send; False when the mirror is being closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closing)
-            return not self._closing
-
-    def _wait_until_closing(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing, timeout=seconds)
+    def _say_lost(self, error: Exception) -> None:
+        self._warn(f"the sweep goes on without MLflow, which is tried again: {reason_of(error)}")
 
     def _send(self) -> None:
         """Send what is pending now, by number; what a failure leaves stays pending."""
         if self._parent is None:
             self._parent = self._registry.open_sweep(self._key, self._name, self._params)
-        with self._changed:
+        with self._lock:
             numbers = sorted(self._pending)
         for number in numbers:
-            with self._changed:
+            with self._lock:
                 record = self._pending.pop(number)
                 self._sent.pop(number, None)
             try:
                 self._registry.record_trial(self._parent, record)
             except BaseException:
-                with self._changed:
+                with self._lock:
                     self._pending.setdefault(number, record)
                 raise
-            with self._changed:
+            with self._lock:
                 self._sent[number] = record
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

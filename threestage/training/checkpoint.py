@@ -2,6 +2,7 @@
 
 checkpoints/step-000000500.pt    student, teacher, optimiser, history …: one file, written whole
 checkpoints/latest.json          the one to go on from; written after it
+checkpoints/rows.json            the history again, for those who want no more of it
 checkpoints/owner.json           which process may write here
 """
 
@@ -20,7 +21,7 @@ from threestage.errors import StageFailure
 from threestage.settings import Settings
 
 FORMAT = 2
-POINTER, OWNER = "latest.json", "owner.json"
+POINTER, OWNER, ROWS = "latest.json", "owner.json", "rows.json"
 
 Row = dict[str, float]  # "step" and the values measured there
 
@@ -125,6 +126,13 @@ class Checkpoints:
     def read(self, step: int) -> bytes:
         return storage.read_bytes(self._uri(step))
 
+    def rows(self) -> list[Row]:
+        """The history up to the checkpoint to go on from."""
+        latest, uri = self.latest(), storage.join(self._folder, ROWS)
+        if latest is None or not storage.exists(uri):
+            return []
+        return [row for row in storage.read_json(uri) if row["step"] <= latest.step]
+
     def claim(self) -> None:
         """From now on this process alone may save here: one that claimed the folder before is refused."""
         storage.write_json(storage.join(self._folder, OWNER), self._owner)
@@ -152,6 +160,7 @@ class Checkpoints:
         torch.save(snapshot, content)
         storage.write_bytes(self._uri(snapshot["step"]), content.getbuffer())
         self._refuse_when_taken_over()
+        storage.write_json(storage.join(self._folder, ROWS), snapshot["history"])
         pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
         storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
         for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:

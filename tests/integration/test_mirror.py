@@ -1,0 +1,195 @@
+"""Why: a run must not notice what happens to MLflow, and MLflow must in the end hold all of the run."""
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tiny_config
+from tests.mlflow_server import mlflow_server
+from tests.s3 import free_port
+from threestage import mirror as mirror_module
+from threestage.config import Config
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.local import run_local
+from threestage.mirror import Mirror, keep_outcome, keep_settings, sync
+from threestage.pipeline import StageOutcome
+from threestage.registry import RegisteredVersion, Registry, RegistrySettings, open_registry
+
+pytestmark = pytest.mark.integration
+
+Events = Mapping[tuple[str, int], Callable[[], None]]  # what happens at a stage's step
+WAIT_S = 1.0  # more than training may ever wait for MLflow
+
+
+class Server:
+    """An MLflow server that can be killed and started again, on its port and its store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self._running = contextlib.ExitStack()
+        self._group = 0
+        self.start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        _, self._group = self._running.enter_context(
+            mlflow_server(self._folder, str(self._folder / "artifacts"), self._port)
+        )
+
+    def kill(self) -> None:
+        os.killpg(self._group, signal.SIGKILL)
+        self._running.close()
+
+    close = kill
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_store: Path) -> Iterator[Server]:
+    shutil.copy(empty_store, tmp_path / "server.db")
+    started = Server(tmp_path)
+    yield started
+    with contextlib.suppress(ProcessLookupError):
+        started.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror_module, "BETWEEN_S", 0.02)
+    monkeypatch.setattr(mirror_module, "RETRY_S", 0.1)
+
+
+def config_of(scenes: Path, server: Server) -> Config:
+    return tiny_config(scenes, registry={"tracking_uri": server.uri})
+
+
+def run_mirrored(
+    config: Config, out: str, warnings: list[str], events: Events
+) -> tuple[list[RegisteredVersion], float]:
+    """The run in this process, its mirror as in runs.run. Returns the versions, and the longest that training waited."""
+    settings = config.model_dump(mode="json")
+    mirror = Mirror(out, settings, config.registry, open_registry(config.registry), warnings.append)
+    waits: list[float] = []
+
+    def show(stage: str, row: Mapping[str, float]) -> None:
+        begun = time.monotonic()
+        mirror.notify()
+        waits.append(time.monotonic() - begun)
+        events.get((stage, int(row["step"])), lambda: None)()
+
+    def record(outcome: StageOutcome) -> None:
+        begun = time.monotonic()
+        keep_settings(out, settings)
+        keep_outcome(out, outcome)
+        mirror.notify()
+        waits.append(time.monotonic() - begun)
+
+    run_local(config, out, show, record=record)
+    return mirror.close("FINISHED"), max(waits)
+
+
+def runs_of(config: Config) -> dict[str, Any]:
+    """MLflow's runs by stage; fails where a stage has two."""
+    registry = open_registry(config.registry)
+    found = list(registry._client.search_runs([registry._experiment_id]))
+    by_stage = {run.data.tags["threestage.stage"]: run for run in found}
+    assert len(by_stage) == len(found)
+    return by_stage
+
+
+def assert_all_there(config: Config, out: str) -> None:
+    """Every value of every row is in MLflow, once, and every stage is registered once."""
+    registry = open_registry(config.registry)
+    runs = runs_of(config)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for stage in ("stage1", "stage2", "stage3"):
+        rows = storage.read_json(f"{out}/{stage}/result.json")["history"]
+        names = {name for row in rows for name in row} - {"step", "mean_iou"}  # mean_iou is a final value too
+        assert {"supervised_loss", "steps_per_second"} <= names
+        for name in names:
+            expected = [(row["step"], row[name]) for row in rows if name in row]
+            history = registry._client.get_metric_history(runs[stage].info.run_id, name)
+            assert sorted((point.step, point.value) for point in history) == expected
+    assert sorted(row["stage"] for row in registry.models.versions()) == ["stage1", "stage2", "stage3"]
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_has_all_of_the_run(scenes: Path, server: Server, tmp_path: Path) -> None:
+    config, out, warnings = config_of(scenes, server), str(tmp_path / "run"), list[str]()
+    seen: list[Any] = []
+
+    def look() -> None:
+        wait_for(lambda: "stage2" in runs_of(config) and "supervised_loss" in runs_of(config)["stage2"].data.metrics)
+        seen.append(runs_of(config)["stage2"].info.status)
+        server.kill()
+
+    versions, waited = run_mirrored(config, out, warnings, {("stage2", 6): look, ("stage3", 4): server.start})
+    assert seen == ["RUNNING"], "a stage is seen while it trains"
+    assert waited < WAIT_S
+    assert [version.alias for version in versions] == ["stage1", "stage2", "stage3"]
+    assert len(warnings) == 1 and "the run goes on without MLflow" in warnings[0]
+    assert_all_there(config, out)
+
+
+def test_without_a_server_at_the_end_sync_sends_the_rest(scenes: Path, server: Server, tmp_path: Path) -> None:
+    config, out, warnings = config_of(scenes, server), str(tmp_path / "run"), list[str]()
+    _, waited = run_mirrored(config, out, warnings, {("stage2", 4): server.kill})
+    assert waited < WAIT_S
+    assert f"`threestage sync {out}` sends the rest" in warnings[-1]
+    with pytest.raises(InputError, match=server.uri):
+        sync(out)
+    server.start()
+    versions = sync(out)
+    assert [version.alias for version in versions] == ["stage1", "stage2", "stage3"]
+    assert_all_there(config, out)
+    assert sync(out) == versions
+    assert_all_there(config, out)
+
+
+def test_a_local_run_can_be_sent_later_and_a_half_done_one_too(scenes: Path, tmp_path: Path) -> None:
+    config, out = tiny_config(scenes), str(tmp_path / "run")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = config.model_dump(mode="json")
+
+    def record(outcome: StageOutcome) -> None:
+        keep_settings(out, settings)
+        keep_outcome(out, outcome)
+
+    def die(stage: str, row: Mapping[str, float]) -> None:
+        if (stage, row["step"]) == ("stage2", 6):
+            raise KeyboardInterrupt
+
+    with pytest.raises(InputError, match="it is no run"):
+        sync(out, uri)
+    with pytest.raises(KeyboardInterrupt):
+        run_local(config, out, die, record=record)
+    half = open_registry(RegistrySettings(tracking_uri=uri))
+    assert [version.alias for version in sync(out, uri)] == ["stage1"]
+    assert steps_of(half, "stage2") == [2, 4]
+    run_local(config, out, lambda stage, row: None, record=record)
+    assert [version.version for version in sync(out, uri)] == [1, 2, 3]
+    assert steps_of(half, "stage2") == [2, 4, 6]
+
+
+def steps_of(registry: Registry, stage: str) -> list[int]:
+    found = registry._client.search_runs([registry._experiment_id], f"tags.`threestage.stage` = '{stage}'")
+    assert len(found) == 1
+    history = registry._client.get_metric_history(found[0].info.run_id, "supervised_loss")
+    return [point.step for point in history]
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

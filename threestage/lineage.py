@@ -1,0 +1,58 @@
+"""Where a model comes from, as plain JSON: enough to walk from it to its data, its pseudo-masks and its teacher, and back."""
+
+from collections.abc import Mapping
+
+from threestage.settings import Settings
+
+
+class DataSet(Settings):
+    """`digest` covers classes, ids, images and masks."""
+
+    root: str
+    name: str
+    version: int
+    digest: str
+
+
+class Images(Settings):
+    """Images that a run took from the data set; `digest` covers their ids, their images and their masks."""
+
+    name: str
+    images: int
+    digest: str
+
+
+class PseudoMaskSet(Settings):
+    """`digest`: of the model and the files that it was asked about. `statistics`: see pseudo_masks.Statistics.summary."""
+
+    uri: str
+    digest: str
+    images: int
+    rejected: int
+    statistics: Mapping[str, float]
+
+
+class Teacher(Settings):
+    """The model that made the pseudo-masks which a stage learnt from."""
+
+    stage: str
+    model_digest: str
+    model: str
+
+
+class Lineage(Settings):
+    """Of one stage's model. Stage 1 has no teacher and learns from no pseudo-masks; `made` is what the model says of the
+    pool, where it was asked."""
+
+    run: str
+    stage: str
+    model_digest: str
+    code_version: str
+    data: DataSet
+    labelled: Images
+    validation: Images
+    split_seed: int
+    teacher: Teacher | None
+    learnt_from: PseudoMaskSet | None
+    confidence_threshold: float | None
+    made: PseudoMaskSet | None

@@ -1,0 +1,203 @@
+"""A run in MLflow. The run's folder is the record, and what it holds is sent: in the background while the run goes on, or
+afterwards by `threestage sync`.
+
+run.json               names the run in MLflow for ever
+config.json            the settings
+record/stage1.json     a finished stage (pipeline.StageOutcome)
+stage1/attempt.json    names one training of a stage
+"""
+
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from threestage.background import Background
+from threestage.config import STAGES, StageName
+from threestage.data import storage
+from threestage.errors import InputError, reason_of
+from threestage.pipeline import StageOutcome
+from threestage.registry import Registry, RegistrySettings, StageRecord, StageRows, Status, open_registry
+from threestage.registry.records import RegisteredVersion
+from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
+from threestage.reused import part
+from threestage.tracking import redact, redact_tree, resolve_uri
+from threestage.training.checkpoint import Checkpoints, checkpoint_folder
+
+RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
+BETWEEN_S, RETRY_S = 10.0, 30.0
+FILES = ("results.json", "pictures.png", PAGE_NAME, "split.json")
+Warn = Callable[[str], None]
+
+
+def keep_settings(out: str, settings: Mapping[str, Any]) -> None:
+    """Write the run's settings, `config.Config` as plain JSON, down without secrets."""
+    storage.write_json(storage.join(out, CONFIG_NAME), redact_tree(settings))
+
+
+def keep_outcome(out: str, outcome: StageOutcome) -> None:
+    """Write down that a stage is finished, for MLflow to be told whenever it can be."""
+    storage.write_json(storage.join(out, RECORD, f"{outcome.stage}.json"), outcome.model_dump(mode="json"))
+
+
+def has_begun(out: str) -> bool:
+    """Whether the run was to be in MLflow before."""
+    return storage.exists(storage.join(out, RUN_NAME))
+
+
+class Sender:
+    """Sends what a run's folder holds and MLflow does not. Sending again, from another process too, changes nothing."""
+
+    def __init__(self, registry: Registry, out: str, settings: Mapping[str, Any]) -> None:
+        self.versions: dict[StageName, RegisteredVersion] = {}
+        self._registry, self._out, self._settings = registry, out, settings
+        self._key = _named(storage.join(out, RUN_NAME), "run_key")
+        self._steps: dict[str, int] = {}  # the last that was sent, by attempt
+
+    def send(self) -> None:
+        """InputError when MLflow does not answer."""
+        for stage in STAGES:
+            if stage in self.versions:
+                continue
+            outcome = _outcome(self._out, stage)
+            if outcome is None:
+                self._send_rows(stage)
+                return
+            self.versions[stage] = self._registry.record_stage(self._record(outcome))
+
+    def finish(self, status: Status) -> None:
+        """End the run, with its files and its final values."""
+        rejects = [f"pseudo_masks{n}/rejects.parquet" for n in (1, 2, 3)]
+        uris = {name: storage.join(self._out, name) for name in (*FILES, *rejects)}
+        files = {name: uri for name, uri in uris.items() if storage.exists(uri)}
+        summary = {}
+        if "results.json" in files:
+            stages = storage.read_json(files["results.json"])["stages"]
+            summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in stages.items()}
+        self._registry.close_run(self._key, status, summary, files)
+
+    def _send_rows(self, stage: StageName) -> None:
+        """Those that a checkpoint holds: what comes after it may be trained again."""
+        folder = storage.join(self._out, stage)
+        rows = Checkpoints(checkpoint_folder(folder)).rows()
+        if not rows:
+            return
+        attempt = _named(storage.join(folder, ATTEMPT_NAME), "attempt")
+        new = [row for row in rows if row["step"] > self._steps.get(attempt, 0)]
+        if new:
+            self._registry.record_rows(
+                StageRows(
+                    run_name=str(self._settings["name"]),
+                    run_key=self._key,
+                    stage=stage,
+                    attempt=attempt,
+                    config=self._settings,
+                    rows=new,
+                )
+            )
+            self._steps[attempt] = int(new[-1]["step"])
+
+    def _record(self, outcome: StageOutcome) -> StageRecord:
+        folder = part(self._out, outcome.stage)
+        attempt = storage.join(folder, ATTEMPT_NAME)
+        known = storage.exists(attempt)
+        return StageRecord(
+            run_name=str(self._settings["name"]),
+            run_key=self._key,
+            stage=outcome.stage,
+            attempt=_named(attempt, "attempt") if known else outcome.lineage.model_digest,
+            config=self._settings,
+            rows=storage.read_json(storage.join(folder, "result.json"))["history"],
+            model_dir=outcome.model,
+            summary=outcome.summary,
+            tags=outcome.tags,
+            lineage=outcome.lineage.model_dump(mode="json"),
+        )
+
+
+class Mirror:
+    """Keeps MLflow up with a run that goes on; nothing waits for it.
+
+    `registry` is None where it did not answer yet. `warn` is called from a thread, once each time that MLflow is lost.
+    """
+
+    def __init__(
+        self, out: str, settings: Mapping[str, Any], where: RegistrySettings, registry: Registry | None, warn: Warn
+    ) -> None:
+        self._out, self._settings, self._where, self._warn = out, settings, where, warn
+        self._sender = None if registry is None else Sender(registry, out, settings)
+        self._background = Background("run-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
+
+    def notify(self) -> None:
+        """There may be something new in the run's folder; returns at once."""
+        self._background.notify()
+
+    def close(self, status: Status) -> list[RegisteredVersion]:
+        """Send what is left and end the run. Returns the versions; where MLflow does not answer, a warning says how the
+        rest can be sent."""
+        self._background.close()
+        try:
+            self._send()
+            self._connected().finish(status)
+        except Exception as error:
+            self._warn(
+                f"the run is not all in MLflow: {reason_of(error)}; `threestage sync {self._out}` sends the rest"
+            )
+        return [] if self._sender is None else list(self._sender.versions.values())
+
+    def _connected(self) -> Sender:
+        if self._sender is None:
+            self._sender = Sender(open_registry(self._where), self._out, self._settings)
+        return self._sender
+
+    def _send(self) -> None:
+        self._connected().send()
+
+    def _say_lost(self, error: Exception) -> None:
+        self._warn(f"the run goes on without MLflow, which is tried again: {reason_of(error)}")
+
+
+def sync(run: str, tracking_uri: str | None = None) -> list[RegisteredVersion]:
+    """Send what a run's folder holds and MLflow does not: of a run that MLflow did not see the end of, or of a local one.
+
+    `tracking_uri`: another store than the run's. Returns the versions of its stages. InputError where the folder holds no
+    run, and when MLflow does not answer.
+    """
+    out = storage.absolute(run)
+    uri = storage.join(out, CONFIG_NAME)
+    if not storage.exists(uri):
+        raise InputError(f"{run}: no {CONFIG_NAME} there: it is no run, or one that has not begun to train")
+    settings = storage.read_json(uri)
+    where = registry_of(settings, tracking_uri)
+    sender = Sender(open_registry(where), out, settings)
+    sender.send()
+    if storage.exists(storage.join(out, "results.json")):
+        sender.finish("FINISHED")
+    return list(sender.versions.values())
+
+
+def registry_of(settings: Mapping[str, Any], tracking_uri: str | None) -> RegistrySettings:
+    """Where a run was recorded, from its config.json; `tracking_uri` instead, where it is given.
+
+    A password was left out of config.json: MLFLOW_TRACKING_URI counts, where it names the same store with one.
+    """
+    where = RegistrySettings.model_validate(settings.get("registry") or {})
+    here = resolve_uri(None)
+    if tracking_uri is None and where.tracking_uri == redact(here):
+        tracking_uri = here
+    return where if tracking_uri is None else where.model_copy(update={"tracking_uri": tracking_uri})
+
+
+def _outcome(out: str, stage: StageName) -> StageOutcome | None:
+    """The record of a stage that is finished and was not trained again since."""
+    uri, marker = storage.join(out, RECORD, f"{stage}.json"), storage.join(part(out, stage), "done.json")
+    if not (storage.exists(uri) and storage.exists(marker)):
+        return None
+    outcome = StageOutcome.model_validate(storage.read_json(uri))
+    return outcome if outcome.lineage.model_digest == storage.read_json(marker)["model_digest"] else None
+
+
+def _named(uri: str, key: str) -> str:
+    """A name that lasts: made once, then read."""
+    if not storage.exists(uri):
+        storage.write_json(uri, {key: uuid.uuid4().hex})
+    return str(storage.read_json(uri)[key])

@@ -1,0 +1,122 @@
+"""The model card: what a person must know who finds a model in the registry and nobody to ask."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from threestage.lineage import Lineage, PseudoMaskSet
+from threestage.models.export import ModelCard
+from threestage.registry.records import StageRecord
+from threestage.tracking import redact
+
+METHOD = "https://arxiv.org/abs/2012.00827"
+WHAT = {
+    "stage1": "trained on the labelled images alone",
+    "stage2": "trained on the labelled images, on the pseudo-masks of stage 1, and on what a teacher (the moving average "
+    "of its own weights) says of weakly augmented images; the teacher ships",
+    "stage3": "trained like stage 2, on the pseudo-masks of stage 2; the teacher ships",
+}
+
+
+def write_card(name: str, card: ModelCard, record: StageRecord) -> str:
+    """Markdown: use, data, method, figures per class, limits."""
+    lineage = Lineage.model_validate(record.lineage)
+    parts = [
+        f"# {name}, {record.stage}",
+        f"Semantic segmentation of RGB images into {len(card.classes)} classes: a {card.network.encoder} with a "
+        f"{card.network.head} head, {WHAT[record.stage]} (stage {record.stage[-1]} of the three-stage method, {METHOD}).",
+        _use(name),
+        _data(lineage),
+        _method(lineage, record.config),
+        _figures(card, lineage, record.summary),
+        _limits(card, lineage),
+    ]
+    return redact("\n\n".join(parts)) + "\n"
+
+
+def _use(name: str) -> str:
+    return f"""## Use
+
+    model = mlflow.pyfunc.load_model("models:/{name}@champion")
+    class_ids = model.predict(images)                              # uint8 (N,H,W,3) RGB → uint8 (N,H,W)
+    both = model.predict(images, params={{"confidence": True}})      # {{"class_ids": …, "confidence": float32 (N,H,W)}}
+
+It needs mlflow, torch and numpy. `threestage models pull` fetches the weights (safetensors) and the exported program."""
+
+
+def _data(lineage: Lineage) -> str:
+    data, labelled, validation = lineage.data, lineage.labelled, lineage.validation
+    lines = [
+        "## Data",
+        "",
+        f"- data set: {data.name}, version {data.version}, digest {_short(data.digest)} ({data.root})",
+        f"- labelled: {labelled.images} images, digest {_short(labelled.digest)}, split seed {lineage.split_seed}",
+        f"- validation: {validation.images} images of {validation.name}, digest {_short(validation.digest)}",
+    ]
+    if lineage.learnt_from is not None and lineage.teacher is not None:
+        made_by = f"made by {lineage.teacher.stage}, model {_short(lineage.teacher.model_digest)}"
+        threshold = f"kept from confidence {lineage.confidence_threshold:g}"
+        lines.append(f"- pseudo-masks: {_set_in_words(lineage.learnt_from)}, {made_by}, {threshold}")
+    return "\n".join(lines)
+
+
+def _set_in_words(found: PseudoMaskSet) -> str:
+    confidence = found.statistics.get("mean_confidence", float("nan"))
+    left_out = f" ({found.rejected} left out)" if found.rejected else ""
+    return f"{found.images} images{left_out}, mean confidence {confidence:.3f}, digest {_short(found.digest)}"
+
+
+def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
+    stage, optimiser = config[lineage.stage], config["optimiser"]
+    lines = [
+        "## Training",
+        "",
+        f"- {stage['steps']} steps, batches of {stage['labelled_batch']} labelled"
+        + (f" and {stage['unlabelled_batch']} unlabelled images" if lineage.learnt_from is not None else " images"),
+        f"- learning rates {optimiser['learning_rate']:g} (new layers) and {optimiser['encoder_learning_rate']:g} (encoder)",
+    ]
+    if lineage.learnt_from is not None:
+        names = ("supervised", "consistency", "pseudo_mask")
+        weights = ", ".join(f"{name} {config[name]['weight']:g}" for name in names)
+        lines.append(f"- weights of the losses: {weights}")
+    lines.append(f"- seed {config['seed']}, threestage {lineage.code_version}; config.yaml of the run has all settings")
+    return "\n".join(lines)
+
+
+def _figures(card: ModelCard, lineage: Lineage, summary: Mapping[str, float]) -> str:
+    lines = [
+        "## Figures",
+        "",
+        f"On {lineage.validation.name} ({lineage.validation.images} images), whole images, one scale.",
+        "",
+        "| class | IoU |",
+        "|---|---|",
+    ]
+    for name in card.classes:
+        score = summary.get(f"iou/{name}")
+        lines.append(f"| {name} | {'not in these images' if score is None else f'{score:.3f}'} |")
+    for key, name in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
+        if key in summary:
+            lines.append(f"| **{name}** | {summary[key]:.3f} |")
+    return "\n".join(lines)
+
+
+def _limits(card: ModelCard, lineage: Lineage) -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- The figures are of validation images; where settings were chosen by them, they flatter.",
+        "- Every pixel gets one of the classes above: the model cannot say that something is none of them.",
+        "- Confidences are the network's probabilities and not calibrated; `threestage evaluate` measures how far they can "
+        "be trusted.",
+        "- Images unlike those it was trained on (another camera, place or season) were not tried.",
+        "- Images with a side below 33 pixels (after any reduction) get a plain border before the network sees them.",
+    ]
+    if card.downscale > 1:
+        lines.append(
+            f"- It was trained, and looks, at 1/{card.downscale} of an image's size; masks are enlarged again."
+        )
+    return "\n".join(lines)
+
+
+def _short(digest: str) -> str:
+    return digest[:12]
