@@ -26,10 +26,10 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-unit: .venv/installed
-	$(BIN)/python -m pytest -q -m "not integration and not slow"
+unit: .venv/installed  ## without Ray, two at a time
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not integration and not slow"
 
-integration: .venv/installed
+integration: .venv/installed  ## with Ray, one after the other
 	$(BIN)/python -m pytest -q -m "integration and not slow"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,25 +19,27 @@ needs_postgres = pytest.mark.skipif(INITDB is None, reason="needs PostgreSQL: in
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URI of an empty database, as SQLAlchemy takes it. The server listens on 127.0.0.1 and wants a password."""
     assert INITDB is not None
-    data, port, programs = folder / "postgres", free_port(), Path(INITDB).parent
-    data.mkdir(parents=True)
-    (folder / "password").write_text("not-a-secret")
-    as_owner = []
-    if os.getuid() == 0:  # the server refuses root
-        for path in (data, folder / "password"):
-            shutil.chown(path, "postgres")
-        for parent in data.parents[:3]:
-            parent.chmod(parent.stat().st_mode | 0o011)
-        as_owner = ["runuser", "-u", "postgres", "--"]
-    make = ["-D", str(data), "-U", "mlflow", "--pwfile", str(folder / "password"), "-A", "scram-sha-256", "-N"]
-    subprocess.run([*as_owner, str(programs / "initdb"), *make], check=True, stdout=subprocess.DEVNULL)
-    serve = [*as_owner, str(programs / "pg_ctl"), "-D", str(data), "-w"]
-    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={data} -c fsync=off"
-    subprocess.run([*serve, "-l", str(data / "log"), "-o", options, "start"], check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield f"postgresql+psycopg2://mlflow:not-a-secret@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*serve, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)
+    port, programs = free_port(), Path(INITDB).parent
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data, password = folder / "data", folder / "password"
+        data.mkdir()
+        password.write_text("not-a-secret")
+        as_owner = []
+        if os.getuid() == 0:  # the server refuses root
+            for path in (folder, data, password):
+                shutil.chown(path, "postgres")
+            as_owner = ["runuser", "-u", "postgres", "--"]
+        make = ["-D", str(data), "-U", "mlflow", "--pwfile", str(password), "-A", "scram-sha-256", "-N"]
+        subprocess.run([*as_owner, str(programs / "initdb"), *make], check=True, stdout=subprocess.DEVNULL)
+        serve = [*as_owner, str(programs / "pg_ctl"), "-D", str(data), "-w"]
+        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={data} -c fsync=off"
+        start = [*serve, "-l", str(data / "log"), "-o", options, "start"]
+        subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield f"postgresql+psycopg2://mlflow:not-a-secret@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*serve, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from threestage import lease
 from threestage.background import Background
 from threestage.config import STAGES, StageName
 from threestage.data import storage
@@ -156,22 +157,22 @@ class Mirror:
         self._warn(f"the run goes on without MLflow, which is tried again: {reason_of(error)}")
 
 
-def sync(run: str, tracking_uri: str | None = None) -> list[RegisteredVersion]:
+def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[RegisteredVersion]:
     """Send what a run's folder holds and MLflow does not: of a run that MLflow did not see the end of, or of a local one.
 
     `tracking_uri`: another store than the run's. Returns the versions of its stages. InputError where the folder holds no
-    run, and when MLflow does not answer.
+    run or one that goes on, and when MLflow does not answer.
     """
     out = storage.absolute(run)
     uri = storage.join(out, CONFIG_NAME)
     if not storage.exists(uri):
         raise InputError(f"{run}: no {CONFIG_NAME} there: it is no run, or one that has not begun to train")
     settings = storage.read_json(uri)
-    where = registry_of(settings, tracking_uri)
-    sender = Sender(open_registry(where), out, settings)
-    sender.send()
-    if storage.exists(storage.join(out, "results.json")):
-        sender.finish("FINISHED")
+    with lease.held(out, warn):
+        sender = Sender(open_registry(registry_of(settings, tracking_uri)), out, settings)
+        sender.send()
+        if storage.exists(storage.join(out, "results.json")):
+            sender.finish("FINISHED")
     return list(sender.versions.values())
 
 

@@ -434,7 +434,9 @@ class _Run:
             before = f"stage{int(stage[-1]) - 1}"
             model = storage.join(self.folder(before), "model")
             teacher = Teacher(stage=before, model_digest=previous["model_digest"], model=model)
-        part_name = "val" if split.validation_split == "val" else "carved from train"
+        validation = f"{name} {'val' if split.validation_split == 'val' else 'carved from train'}"
+        if self.config.data.downscale > 1:  # another size gives other figures
+            validation += f" at 1/{self.config.data.downscale} size"
         return Lineage(
             run=self.out,
             stage=stage,
@@ -442,9 +444,7 @@ class _Run:
             code_version=threestage.__version__,
             data=DataSet(root=self.config.data.root, name=name, version=manifest.version, digest=manifest.digest),
             labelled=Images(name=f"{name} train", images=len(split.labelled), digest=self.digests["labelled"]),
-            validation=Images(
-                name=f"{name} {part_name}", images=len(split.validation), digest=self.digests["validation"]
-            ),
+            validation=Images(name=validation, images=len(split.validation), digest=self.digests["validation"]),
             split_seed=self.config.data.split_seed,
             teacher=teacher,
             learnt_from=learnt_from,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from threestage import pipeline
+from threestage import lease, pipeline
 from threestage.check import check_store, check_writable
 from threestage.config import Config, load
 from threestage.data import storage
@@ -20,7 +20,7 @@ from threestage.local import run_local
 from threestage.mirror import Mirror, has_begun, keep_outcome, keep_settings
 from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
-from threestage.registry import Registry, Status, open_registry
+from threestage.registry import RegisteredVersion, Registry, Status, open_registry
 from threestage.report import colourise, panel
 from threestage.report_page import write_report
 from threestage.report_page.figures import PAGE_NAME
@@ -49,11 +49,18 @@ def run(
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
+    with lease.held(out, warn):
+        results, registered = _run(config, out, local, show, warn, watch, reuse)
+    return results | {"registered": [asdict(version) for version in registered]}
+
+
+def _run(
+    config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn, watch: pipeline.Watch, reuse: str | None
+) -> tuple[dict[str, Any], list[RegisteredVersion]]:
     if local:
         results = run_local(config, out, show, warn, _keeping(out, _settings(config)), watch, reuse)
-        write_pictures(config, out)
-        _write_page(out, warn)
-        return results
+        _illustrate(config, out, warn)
+        return results, []
     from threestage.on_ray.train import run_on_ray
 
     registry = _connect(config, out, warn)
@@ -67,12 +74,11 @@ def run(
 
     try:
         results = run_on_ray(config, out, show_and_send, warn, _keeping(out, settings, mirror.notify), watch, reuse)
-        write_pictures(config, out)
-        _write_page(out, warn)
+        _illustrate(config, out, warn)
         status = "FINISHED"
     finally:
         registered = mirror.close(status)
-    return results | {"registered": [asdict(version) for version in registered]}
+    return results, registered
 
 
 def _connect(config: Config, out: str, warn: pipeline.Warn) -> Registry | None:
@@ -101,6 +107,11 @@ def _keeping(out: str, settings: Mapping[str, Any], then: Callable[[], None] = l
         then()
 
     return keep
+
+
+def _illustrate(config: Config, out: str, warn: pipeline.Warn) -> None:
+    write_pictures(config, out)
+    _write_page(out, warn)
 
 
 def _write_page(out: str, warn: pipeline.Warn) -> None:

@@ -76,7 +76,7 @@ def tracking_uri(request: pytest.FixtureRequest, bucket: str, tmp_path: Path) ->
         with mlflow_server(tmp_path, f"{bucket}/mlflow") as (uri, _):
             yield uri
         return
-    with postgres(tmp_path) as database, mlflow_server(tmp_path, f"{bucket}/mlflow", database=database) as (uri, _):
+    with postgres() as database, mlflow_server(tmp_path, f"{bucket}/mlflow", database=database) as (uri, _):
         yield uri
 
 
@@ -113,5 +113,5 @@ def requirements(tracking_uri: str, folder: Path) -> str:
 def command_of(program: Path, *arguments: str, env: Mapping[str, str]) -> None:
     """Fails with what the process printed. Nothing of this test's import path or object store reaches it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "AWS_", "MLFLOW_"))}
-    done = subprocess.run([program, *arguments], env=kept | env, capture_output=True, text=True, cwd="/")
+    done = subprocess.run([program, *arguments], env={**kept, **env}, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

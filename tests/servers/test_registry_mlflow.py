@@ -18,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.mlflow_server import mlflow_server
+from threestage.cli import app
 from threestage.config import load
 from threestage.errors import InputError
 from threestage.lineage_tree import lineage_tree
@@ -28,8 +30,6 @@ from threestage.models.network import NetworkSettings, build_network
 from threestage.predict import PredictSettings, predict_input, read_model
 from threestage.registry import Registry, RegistrySettings, StageRecord, open_registry
 from threestage.registry.packing import pack_model
-
-pytestmark = pytest.mark.integration
 
 CLASSES = ("background", "disc", "square")
 
@@ -292,6 +292,38 @@ def test_the_champion_moves_only_to_a_better_one_on_the_same_images(
     again = registry.record_stage(replace(record, attempt="3", summary={"mean_iou": 0.6}))
     assert again.version == 4, "the same record again moves nothing back"
     assert registry.models.promote("models:/team-shapes@champion")[0]["version"] == 2
+
+
+def test_the_commands_list_promote_pull_and_tell_the_lineage(
+    registry: Registry, record: StageRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    monkeypatch.setenv("COLUMNS", "200")
+    for number, score in enumerate((0.5, 0.4)):
+        registry.record_stage(replace(record, attempt=str(number), summary={"mean_iou": score}))
+    assert "champion" in command("list") and "shapes val" in command("list")
+    rows = json.loads(command("list", "--json"))
+    assert [(row["version"], row["aliases"], row["mean_iou"]) for row in rows] == [
+        (2, ["stage3"], 0.4),
+        (1, ["champion"], 0.5),
+    ]
+    told = command("promote", "models:/team-shapes@stage3")
+    assert "is version 2 (stage3, mean IoU 0.400 on shapes val); before, it was version 1" in " ".join(told.split())
+    command("pull", "models:/team-shapes@champion", str(tmp_path / "pulled"))
+    card = (tmp_path / "pulled/README.md").read_text()
+    assert "| disc | not in these images |" in card and "SECRET" not in card
+    assert "team-shapes version 2 @champion, @stage3" in command("lineage", "models:/team-shapes/2")
+    assert (
+        json.loads(command("lineage", "models:/team-shapes/1", "--json"))["lineage"]["data"]["root"]
+        == "s3://bucket/shapes"
+    )
+
+
+def command(*arguments: str) -> str:
+    """What `threestage models …` prints."""
+    done = CliRunner().invoke(app, ["models", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def test_lineage_is_walked_both_ways(registry: Registry, record: StageRecord, tmp_path: Path) -> None:

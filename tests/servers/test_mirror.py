@@ -23,8 +23,6 @@ from threestage.mirror import Mirror, keep_outcome, keep_settings, sync
 from threestage.pipeline import StageOutcome
 from threestage.registry import RegisteredVersion, Registry, RegistrySettings, open_registry
 
-pytestmark = pytest.mark.integration
-
 Events = Mapping[tuple[str, int], Callable[[], None]]  # what happens at a stage's step
 WAIT_S = 1.0  # more than training may ever wait for MLflow
 

@@ -18,7 +18,6 @@ from threestage.report_page.figures import read_run
 from threestage.report_page.mirror import log_page
 from threestage.report_page.validation import Example, Group
 
-pytestmark = pytest.mark.integration
 IMAGES, SIDE, LIMIT_S = 200, 96, 2.0
 CLASSES = ("background", "disc", "ring", "square")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
