@@ -99,6 +99,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the same variables
         options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)

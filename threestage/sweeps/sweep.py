@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from threestage import lease
 from threestage.config import flatten
 from threestage.data import storage
 from threestage.errors import StageFailure
@@ -45,12 +46,17 @@ def plan(asked: Sweep, warn: Callable[[str], None]) -> Plan:
 def run(asked: Sweep, show: Show) -> dict[str, Any]:
     """Run the sweep or go on with it; returns what results.json holds.
 
-    Raises InputError before anything is trained when the space, the configuration or the cluster does not allow it, and
-    StageFailure when no trial has finished.
+    Raises InputError before anything is trained when the space, the configuration or the cluster does not allow it or another
+    driver works on the folder, and StageFailure when no trial has finished.
     """
+    asked = prepare.checked(asked)
+    with lease.held(asked.out, show.warn):
+        return _run_alone(asked, show)
+
+
+def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
     from threestage.on_ray.train import connected, warn_of_traps
 
-    asked = prepare.checked(asked)
     key = prepare.known(asked)
     registry = open_registry(asked.config.registry)
     with connected(asked.config.cluster, asked.space.at_once):

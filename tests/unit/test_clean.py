@@ -1,0 +1,153 @@
+"""What a run left goes only as far as nothing needs it: a rerun still finds everything done, nothing else is touched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.conftest import tiny_config
+from threestage import cli, lease
+from threestage.clean import Left, clean, what_is_left
+from threestage.config import Config
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.local import run_local
+
+Run = Callable[[], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def config(scenes: Path) -> Config:
+    return tiny_config(scenes, stage1={"steps": 2, "labelled_batch": 2}, stages=2, training__evaluate_every=2)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two stages, that nobody may change."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    _rerun(config, out)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, as Ray leaves one."""
+    files = {path.relative_to(finished): path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for name, content in files.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(content)
+    (tmp_path / "run" / "stage1" / "ray_train" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "stage1" / "ray_train" / "state" / "snapshot.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def _rerun(config: Config, out: Path) -> list[Any]:
+    """The same command again: the rows that it trained."""
+    rows: list[Any] = []
+    run_local(config, str(out), lambda stage, row: rows.append(row), rows.append)
+    return rows
+
+
+def _yes(left: Left) -> bool:
+    return True
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def _quiet(text: str) -> None:
+    pass
+
+
+def test_a_rerun_after_it_finds_all_done(run: Path, config: Config) -> None:
+    before = _files(run)
+    left, removed = clean(str(run), False, _yes, _quiet)
+    assert removed and left.gone == ["stage1/checkpoints", "stage1/ray_train", "stage2/checkpoints"]
+    gone = before - _files(run)
+    assert gone and all(name.split("/")[1] in ("checkpoints", "ray_train") for name in gone)
+    shown = {kind.name: (kind.files, kind.bytes, kind.goes) for kind in left.kinds}
+    assert sum(files for files, _, goes in shown.values() if goes) == len(gone)
+    assert shown["Ray Train's (stage1)"] == (1, 2, True) and not shown["pseudo-masks"][2]
+    assert _rerun(config, run) == [], "nothing was trained, and nothing warned about"
+    assert clean(str(run), False, _yes, _quiet) == (what_is_left(str(run)), False)
+
+
+def test_an_unfinished_stage_keeps_its_checkpoints(run: Path) -> None:
+    (run / "stage2" / "done.json").unlink()
+    assert what_is_left(str(run)).gone == ["stage1/checkpoints", "stage1/ray_train"]
+
+
+def test_all_of_a_run_is_what_the_run_wrote(run: Path) -> None:
+    (run / "data").mkdir()
+    (run / "data" / "manifest.json").write_text("{}")
+    (run / "notes.txt").write_text("mine")
+    left, _ = clean(str(run), True, _yes, _quiet)
+    assert _files(run) == {"data/manifest.json", "notes.txt"}
+    assert [(kind.name, kind.files) for kind in left.kinds if not kind.goes] == [("not the run's", 2)]
+    with pytest.raises(InputError, match="no run is there"):
+        clean(str(run), True, _yes, _quiet)
+
+
+def test_a_folder_that_held_nothing_else_goes_with_it(run: Path) -> None:
+    clean(str(run), True, _yes, _quiet)
+    assert not run.exists() and run.parent.exists()
+
+
+def test_parts_of_another_run_stay(run: Path, config: Config, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    run_local(config, str(other), lambda stage, row: None, _quiet, reuse=str(run))
+    before = _files(run)
+    clean(str(other), True, _yes, _quiet)
+    assert _files(run) == before and not other.exists()
+
+
+def test_a_link_is_removed_and_not_followed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (run / "stage1" / "checkpoints" / "link").symlink_to(tmp_path / "elsewhere")
+    (run / "stage2" / "ray_train").symlink_to(tmp_path / "elsewhere")
+    clean(str(run), False, _yes, _quiet)
+    assert _files(tmp_path / "elsewhere") == {"kept"} and not (run / "stage2" / "ray_train").is_symlink()
+
+
+def test_it_is_refused_where_there_is_no_run_or_a_driver(run: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, run / "stage1", tmp_path / "nothing"):
+        with pytest.raises(InputError, match=f"{folder}: no run is there, it has no split.json: give the --out"):
+            clean(str(folder), True, _yes, _quiet)
+    storage.write_json(str(tmp_path / "sweep.json"), {})
+    with pytest.raises(InputError, match="it is a sweep: name one of its runs"):
+        what_is_left(str(tmp_path))
+    before = _files(run)
+    with lease.held(str(run), _quiet), pytest.raises(InputError, match="another driver works on it"):
+        clean(str(run), True, _yes, _quiet)
+    assert _files(run) == before
+
+
+def test_on_s3(run: Path, bucket: str) -> None:
+    for name in _files(run):
+        storage.write_bytes(f"{bucket}/run/{name}", (run / name).read_bytes())
+    storage.write_bytes(f"{bucket}/run-2/split.json", b"another")
+    clean(f"{bucket}/run/", False, _yes, _quiet)
+    left = {uri.partition("/run/")[2] for uri in storage.list_files(f"{bucket}/run")}
+    clean(str(run), False, _yes, _quiet)
+    assert left == _files(run)
+    clean(f"{bucket}/run", True, _yes, _quiet)
+    assert storage.list_files(bucket) == [f"{bucket}/run-2/split.json"]
+
+
+def test_the_command_asks(run: Path) -> None:
+    def threestage(*arguments: object, answer: str = "") -> Any:
+        return CliRunner().invoke(cli.app, ["clean", str(run), *map(str, arguments)], input=answer)
+
+    before = _files(run)
+    shown = json.loads(threestage("--json").stdout)
+    assert not shown["removed"] and "stage1/checkpoints" in shown["gone"]
+    assert threestage(answer="n\n").exit_code == 0 and threestage().exit_code == 1, "nobody is there to answer"
+    assert _files(run) == before
+    assert threestage(answer="y\n").stdout.endswith("removed\n")
+    assert "nothing to remove" in threestage("--yes").stdout
+    assert json.loads(threestage("--all", "--yes", "--json").stdout)["removed"] and not run.exists()

@@ -1,0 +1,384 @@
+"""What is refused before anything is uploaded, what travels, and how a job is followed: without a cluster."""
+
+import asyncio
+import os
+import runpy
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus
+
+from tests.failing_s3 import black_hole, silent_server
+from tests.s3 import free_port, s3_server
+from threestage import cli, submission
+from threestage.errors import InputError, StageFailure
+from threestage.on_ray import submit
+
+ROOT = Path(__file__).parents[2]
+OUT = "s3://bucket/run"
+DATA = ("--set", "data.root=s3://bucket/data")
+RUN = ("demo", *DATA, "--out", OUT)
+COMMANDS = {
+    "run": (RUN, "demo", OUT),
+    "sweep": (("thresholds", "demo", *DATA, "--out", "s3://bucket/s"), "demo-sweep", "s3://bucket/s"),
+    "ingest": (("s3://bucket/photos", "s3://bucket/my data/"), "ingest-my data", "s3://bucket/my data"),
+    "predict": (("models:/demo@stage3", "photos", "/shared/p/"), "predict-p", "/shared/p"),
+    "evaluate": (("models:/demo@stage3", "s3://bucket/data"), "evaluate-demo@stage3", ""),
+}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a configuration, and an environment that says nothing of storage and MLflow."""
+    for name in (*submission.OF_STORAGE_AND_MLFLOW, *submission.ENDPOINT, submission.TRACKING, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text((ROOT / "threestage/presets/demo.yaml").read_text())
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def read(command: str, *arguments: str) -> submission.Job:
+    return submission.read_job(command, arguments, ".")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_job_is_the_command_with_the_name_of_its_run(command: str) -> None:
+    arguments, name, out = COMMANDS[command]
+    job = read(command, *arguments)
+    assert (job.name, job.out, job.arguments) == (name, out, arguments)
+    assert job.entrypoint.startswith(f"python -m threestage {command} ")
+    first, second = job.new_id(), job.new_id()
+    assert first != second and first.rsplit("-", 1)[0] == name.replace(" ", "-").replace("@", "-")
+    assert job.metadata == {"threestage.command": command, "threestage.name": name, "threestage.out": out}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_script_is_the_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["script", "a", "--b"])
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv[1:]))
+    runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
+    assert seen == [[command, "a", "--b"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        ("run", ("demoo", "--out", OUT), ["demoo: neither a preset"]),
+        ("run", ("demo", *DATA, "--set", "stage1.stps=1", "--out", OUT), ["stage1.stps", "did you mean steps"]),
+        ("run", ("demo", *DATA), ["--out is not given", "s3://bucket/prefix"]),
+        ("run", ("demo", *DATA, "--out", "runs/x"), ["--out runs/x is below the job's copy", "Ray deletes"]),
+        ("run", (*RUN, "--reuse", "runs/y"), ["--reuse runs/y is below"]),
+        ("run", (*RUN, "--local"), ["--local"]),
+        ("run", (*RUN, "--set", "registry.tracking_uri=http://me:pass@host"), ["http://host", "holds a credential"]),
+        ("sweep", ("thresholdz", "demo", *DATA, "--out", OUT), ["thresholdz", "did you mean thresholds"]),
+        ("ingest", ("photos", "data"), ["OUT data is below"]),
+        ("predict", ("models:/m@stage1", "photos", "masks"), ["OUT masks is below"]),
+        ("evaluate", ("models:/m@stage1", "data", "--out", "scores"), ["--out scores is below"]),
+    ],
+)
+def test_what_is_refused_here(command: str, arguments: Sequence[str], words: Sequence[str]) -> None:
+    with pytest.raises(InputError) as raised:
+        read(command, *arguments)
+    assert all(word in str(raised.value) for word in words) and "pass@" not in str(raised.value)
+
+
+def check_files(job: submission.Job, folder: str = ".") -> None:
+    submission.check_package(folder, submit.working_files(folder), job.files)
+
+
+def test_a_configuration_must_travel(project: Path) -> None:
+    job = read("run", "mine.yaml", *RUN[1:])
+    assert job.files == ("mine.yaml",) and job.name == "demo"
+    check_files(job)
+    assert submission.read_job("run", ["project/mine.yaml", *RUN[1:]], "..").files == ("project/mine.yaml",)
+    (project.parent / "outside.yaml").write_text((project / "mine.yaml").read_text())
+    for outside in ("../outside.yaml", str(project / "mine.yaml")):
+        with pytest.raises(InputError, match="is not named from within the working directory"):
+            check_files(read("run", outside, *RUN[1:]))
+    (project / ".rayignore").write_text("*.yaml\n")
+    with pytest.raises(InputError, match=r"mine\.yaml is kept from travelling by a \.gitignore or \.rayignore"):
+        check_files(job)
+    with pytest.raises(InputError, match="--working-dir nowhere: no such folder"):
+        submission.read_job("run", RUN, "nowhere")
+
+
+def test_what_travels_is_counted_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "LIMIT_BYTES", 2**20)
+    for name, size in {"runs/old.pt": 3 * 2**20, "photos/1.jpg": 2**20, "a.py": 5, ".venv/x": 2**21}.items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_bytes(bytes(size))
+    assert submit.working_files(".") == submit.working_files(str(project))
+    with pytest.raises(InputError) as raised:
+        check_files(read("run", *RUN))
+    text = str(raised.value)
+    assert "4.0 MiB in 4 files would be uploaded, Ray takes 1.0 MiB" in text and "./.rayignore" in text
+    assert "runs/old.pt (3.0 MiB), photos/1.jpg (1.0 MiB)" in text
+    (project / ".gitignore").write_text("runs/\n")
+    (project / "photos" / ".rayignore").write_text("*.jpg\n")
+    assert set(submit.working_files(".")) == {"mine.yaml", "a.py", ".gitignore", "photos/.rayignore"}
+    check_files(read("run", *RUN))
+
+
+def test_variables_travel_by_name() -> None:
+    job = read("run", *RUN)
+    here = {
+        "AWS_ACCESS_KEY_ID": "AKIA",
+        "AWS_SECRET_ACCESS_KEY": "very secret",
+        "AWS_ENDPOINT_URL": "http://minio:9000",
+    }
+    sent = submission.environment(job, ["CUDA_HOME"], here | {"HOME": "/root"})
+    assert sent == {
+        submission.EXPECTED: "CUDA_HOME,MLFLOW_TRACKING_URI,AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,"
+        "AWS_ACCESS_KEY_ID?,AWS_SECRET_ACCESS_KEY?"
+    }
+    values = ["AWS_ENDPOINT_URL=http://minio:9000", "MLFLOW_TRACKING_URI=http://mlflow:5000"]
+    sent = submission.environment(job, values, {"AWS_ENDPOINT_URL": "http://localhost:9000"})
+    assert sent == {"AWS_ENDPOINT_URL": "http://minio:9000", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    own = ("--set", "registry.tracking_uri=http://m:5000", "--set", "storage.endpoint=http://minio:9000")
+    assert submission.environment(read("run", *RUN, *own), [], here).keys() == {submission.EXPECTED}
+    assert submission.environment(read("predict", "/models/m", "/photos", "/out"), [], {}) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x", "MLFLOW_TRACKING_URI=http://me:pass@host", "A B"]
+)
+def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
+    with pytest.raises(InputError, match="--env ") as raised:
+        submission.environment(read("run", *RUN), [text], {})
+    assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["driver", "[1]", '{"driver": "much"}', "1"])
+def test_resources_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match=r"--entrypoint-resources .*: write "):
+        submission.resources(text)
+    assert submission.resources(None) == {}
+
+
+def test_the_job_looks_for_them(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    here = {submission.EXPECTED: "AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,AWS_SESSION_TOKEN?", "AWS_ENDPOINT_URL": "x"}
+    submission.check_environment(here, warnings.append)
+    assert warnings == ["AWS_SESSION_TOKEN is set where this job was submitted, and not here"]
+    with pytest.raises(
+        InputError, match=r"MLFLOW_TRACKING_URI is not set on the cluster: .* --env MLFLOW_TRACKING_URI=VALUE"
+    ):
+        submission.check_environment({submission.EXPECTED: "MLFLOW_TRACKING_URI"}, warnings.append)
+    environment = os.environ | {submission.EXPECTED: "MY_KEY"}
+    command = [sys.executable, "-m", "threestage", "config"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: MY_KEY is not set on the cluster") and "--env" not in done.stderr
+
+
+def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
+    wheel = tmp_path / "threestage-9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("threestage/__main__.py", "")
+        archive.writestr("threestage-9.dist-info/METADATA", "Requires-Dist: torch")
+    with submit.unpacked(str(wheel)) as folder:
+        assert Path(folder).name == "threestage" and os.listdir(Path(folder).parent) == ["threestage"]
+    with pytest.raises(ConnectionError), submit.unpacked(str(wheel)):
+        raise ConnectionError  # while it is uploaded
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other/__main__.py", "")
+    for wrong in (wheel, tmp_path / "nothing.whl", ROOT / "README.md"):
+        with pytest.raises(InputError, match=f"--wheel {wrong}: "), submit.unpacked(str(wrong)):
+            pass
+
+
+def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted: list[Any] = []
+
+    def note(client: Any, job: submission.Job, shipment: submit.Shipment, say: Any) -> str:
+        submitted.extend([job.arguments, *shipment])
+        return "demo-123456"
+
+    monkeypatch.setattr(submit, "connect", lambda url: SimpleNamespace(get_address=lambda: url))
+    monkeypatch.setattr(submit, "submit", note)
+    options = ["--address", "http://head:8265", "--env", "MLFLOW_TRACKING_URI=http://m:1", "--no-wait"]
+    options += ["--entrypoint-resources", '{"driver": 1}']
+    monkeypatch.setattr("sys.argv", ["threestage", "submit", "run", RUN[0], *options[:2], *RUN[1:], *options[2:]])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and submitted[:3] == [RUN, ".", None]
+    assert submitted[3:] == [{"MLFLOW_TRACKING_URI": "http://m:1"}, {"driver": 1.0}]
+    shown = capsys.readouterr()
+    assert shown.out == "demo-123456\n" and "ray job stop --address http://head:8265 demo-123456" in shown.err
+    assert "1 file, 0.0 MiB; code: the image's threestage" in shown.err
+
+
+def test_an_address_that_is_no_job_api() -> None:
+    for wrong in (None, "127.0.0.1:6379", "ray://host:1"):
+        with pytest.raises(InputError, match=r"--address .*: give the URL"):
+            submit.connect(wrong)
+    with s3_server() as other, pytest.raises(InputError, match=f"{other} answers, but not as Ray's job API"):
+        submit.connect(other)
+
+
+def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "CONNECT_S", 1.0)
+    monkeypatch.setattr(submit, "ANSWER_S", 1.0)
+    with black_hole() as hole, silent_server() as silent:
+        for url in (f"http://127.0.0.1:{free_port()}", hole, silent):
+            begun = time.monotonic()
+            with pytest.raises(InputError, match=f"--address {url}: no answer: start the cluster"):
+                submit.connect(url)
+            assert time.monotonic() - begun < 8
+
+
+def details(status: JobStatus, code: int | None = None, **values: Any) -> Any:
+    known = {"status": status, "driver_exit_code": code, "submission_id": "demo-1", "message": "it\nwaits"}
+    return SimpleNamespace(**{**known, **values})
+
+
+class Cluster:
+    """Stands in for the job API: `logs` are what each opening of the log yields, an exception is raised; `states` are the
+    answers about the job, the last one for ever."""
+
+    def __init__(self, logs: Sequence[Sequence[str | Exception]], states: Sequence[Any], rest: str = "") -> None:
+        self._logs, self._states, self._rest = list(logs), list(states), rest
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for text in self._logs.pop(0) if self._logs else ():
+            if isinstance(text, Exception):
+                raise text
+            yield text
+
+    def get_job_info(self, job_id: str) -> Any:
+        state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    def get_job_logs(self, job_id: str) -> str:
+        return self._rest
+
+
+@pytest.fixture
+def follow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Cluster], tuple[int, str, str]]:
+    """Follow a job: exit code, what was printed of the log, what was said."""
+    monkeypatch.setattr(submit, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.5)
+
+    def run(cluster: Cluster) -> tuple[int, str, str]:
+        said: list[str] = []
+        code = submit.follow(cluster, "demo-1", said.append)  # type: ignore[arg-type]
+        return code, capsys.readouterr().out, "\n".join(said)
+
+    return run
+
+
+def test_a_lost_connection_repeats_nothing(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
+    lost, down = RuntimeError("WebSocket connection closed unexpectedly"), ConnectionError("refused")
+    logs: list[list[str | Exception]] = [
+        ["one\n", "tw", lost],
+        [lost],
+        ["one\ntwo\nth", lost],
+        ["one\n", "two\n", "three\n"],
+    ]
+    states = [details(JobStatus.RUNNING), down, details(JobStatus.RUNNING), details(JobStatus.SUCCEEDED)]
+    code, log, said = follow(Cluster(logs, states, "one\ntwo\nthree\nfour\n"))
+    assert code == 0 and log == "one\ntwo\nthree\nfour\n"
+    assert said.count("the connection is lost, demo-1 goes on") == said.count("connected again") == 2
+
+
+def test_patience_ends_with_what_to_do(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
+    code, _, said = follow(Cluster([], [ConnectionError("refused")]))
+    assert code == submit.LOST and said.count("the connection is lost") == 1
+    for verb in ("logs --follow", "status", "stop"):
+        assert f"ray job {verb} --address http://head:8265 demo-1" in said
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"),
+    [
+        (details(JobStatus.SUCCEEDED, 0), 0, ""),
+        (details(JobStatus.FAILED, 2), 2, ""),
+        (details(JobStatus.FAILED, 1), 1, ""),
+        (details(JobStatus.FAILED, -9), 1, ""),
+        (details(JobStatus.FAILED, message="no pip\nthere"), 1, "demo-1 failed: no pip there"),
+        (details(JobStatus.STOPPED), submit.STOPPED, "was stopped"),
+    ],
+)
+def test_it_ends_as_the_job(
+    state: Any, code: int, words: str, follow: Callable[[Cluster], tuple[int, str, str]]
+) -> None:
+    found = follow(Cluster([], [details(JobStatus.PENDING), state]))
+    assert found[0] == code and words in found[2] and "demo-1 waits: it waits" in found[2]
+
+
+def test_a_cluster_that_has_forgotten_the_job(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
+    with pytest.raises(StageFailure, match="the same command goes on with the run"):
+        follow(Cluster([], [RuntimeError("Request failed with status code 404: Job demo-1 does not exist.")]))
+
+
+def test_ctrl_c_detaches(follow: Callable[[Cluster], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(coroutine: Any) -> None:
+        coroutine.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run", interrupted)
+    code, _, said = follow(Cluster([], [details(JobStatus.RUNNING)]))
+    assert code == submit.DETACHED and "demo-1 goes on" in said and "ray job stop" in said
+
+
+def test_the_same_run_is_followed_and_another_is_refused() -> None:
+    job = read("run", *RUN)
+    submitted: list[Mapping[str, Any]] = []
+
+    def note(**given: Any) -> str:
+        submitted.append(given)
+        return str(given["submission_id"])
+
+    def client(status: JobStatus, entrypoint: str = job.entrypoint, out: str = OUT) -> Any:
+        known = details(status, entrypoint=entrypoint, metadata={"threestage.out": out})
+        return SimpleNamespace(
+            list_jobs=lambda: [known],
+            get_address=lambda: "http://head:8265",
+            submit_job=note,
+        )
+
+    def ask(client: Any) -> str:
+        return submit.submit(client, job, submit.Shipment(".", None, {"A": "b"}), lambda text: None)
+
+    for status in (JobStatus.RUNNING, JobStatus.PENDING):
+        assert ask(client(status)) == "demo-1"
+        with pytest.raises(InputError, match="demo-1 works on s3://bucket/run with other arguments"):
+            ask(client(status, "python -m threestage run other"))
+    assert not submitted
+    for new in (client(JobStatus.STOPPED), client(JobStatus.RUNNING, out="s3://bucket/other")):
+        assert ask(new) == submitted[-1]["submission_id"]
+    assert submitted[0]["runtime_env"] == {"working_dir": ".", "env_vars": {"A": "b"}}
+    assert submitted[0]["entrypoint"] == job.entrypoint and submitted[0]["metadata"]["threestage.out"] == OUT
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            AuthenticationError("Authentication required: Unauthorized"),
+            "wants a token and none was found: set RAY_AUTH_MODE",
+        ),
+        (AuthenticationError("Authentication failed: Forbidden"), "refuses the token: set RAY_AUTH_MODE"),
+    ],
+)
+def test_a_token_that_is_refused(error: Exception, words: str) -> None:
+    explained = submit._explained("http://head:8265", error)
+    assert isinstance(explained, InputError) and f"http://head:8265 {words}" in str(explained)

@@ -1,0 +1,264 @@
+"""What a job is before it is submitted: its arguments checked as the command itself would, its name, the variables that it
+expects of the cluster, the files that would travel. Needs no Ray and no cluster.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from threestage.config import Config, load
+from threestage.data import storage
+from threestage.data.store_errors import without_secrets
+from threestage.errors import InputError
+
+LIMIT_BYTES = 100 * 2**20  # Ray's own, of an upload
+SHOWN_FILES = 5
+EXPECTED = "THREESTAGE_EXPECTED_ENVIRONMENT"
+ENDPOINT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+TRACKING = "MLFLOW_TRACKING_URI"
+OF_STORAGE_AND_MLFLOW = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "THREESTAGE_S3_ADDRESSING_STYLE",
+    "THREESTAGE_S3_ANONYMOUS",
+)
+SECRET_WORDS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL")
+
+
+@dataclass(frozen=True)
+class Job:
+    """`out`: where it writes, "" if it writes nothing; `files`: of its arguments, those that must travel with it; `config`:
+    of a run or a sweep; `tracking`: it needs MLflow and its arguments do not say where that is."""
+
+    command: str
+    arguments: tuple[str, ...]
+    name: str
+    out: str
+    files: tuple[str, ...] = ()
+    config: Config | None = None
+    tracking: bool = False
+
+    @property
+    def entrypoint(self) -> str:
+        return shlex.join(["python", "-m", "threestage", self.command, *self.arguments])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the cluster keeps with the job: by `out`, the same run is known again."""
+        return {"threestage.command": self.command, "threestage.name": self.name, "threestage.out": self.out}
+
+    @property
+    def needs_endpoint(self) -> bool:
+        """It uses S3, and its configuration does not say where that is."""
+        settings = "" if self.config is None else self.config.model_dump_json()
+        return storage.S3_SCHEME in self.entrypoint + settings and not (self.config and self.config.storage.endpoint)
+
+    def new_id(self) -> str:
+        """The job's name in Ray: that of the run, and an ending that no other submission has."""
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-.")[:60]
+        return f"{name or self.command}-{secrets.token_hex(3)}"
+
+
+def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
+    """The job that a command's arguments ask for, as they will be read there: with `folder` as the working directory.
+
+    Raises InputError on what the command would refuse, and on what a cluster cannot do: write into its copy of the folder,
+    read a file that does not travel. A wrong option ends the process as it does for the command itself.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"--working-dir {folder}: no such folder")
+    for argument in arguments:
+        if without_secrets(argument) != argument:
+            raise InputError(
+                f"the arguments of a job are shown in Ray's dashboard and {without_secrets(argument)!r} holds a credential: "
+                "leave it out and set it in the cluster's environment"
+            )
+    with contextlib.chdir(folder):
+        given = _parsed(command, arguments)
+        if given.get("local"):
+            raise InputError("--local is for one machine without Ray: leave it out of what is submitted")
+        return READERS[command](tuple(arguments), given)
+
+
+def _parsed(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of the command's parameters, by the command's own parser."""
+    import typer
+
+    from threestage.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return dict(commands[command].make_context(f"threestage submit {command}", list(arguments)).params)
+
+
+def _run(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
+    seed = [] if given["seed"] is None else [f"seed={given['seed']}"]
+    config = load(given["config"], [*(given["overrides"] or []), *seed])
+    if given["reuse"] is not None:
+        _reachable("--reuse", given["reuse"])
+    out = _reachable("--out", given["out"])
+    return Job("run", arguments, config.name, out, _yaml(given["config"]), config, not config.registry.tracking_uri)
+
+
+def _sweep(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
+    from threestage.sweeps.checks import check_space
+    from threestage.sweeps.space import load_space
+
+    config, space = load(given["config"], given["overrides"] or []), load_space(given["space"])
+    check_space(space, config)
+    out = "" if given["dry_run"] else _reachable("--out", given["out"])
+    files = (*_yaml(given["config"]), *_yaml(given["space"]))
+    return Job("sweep", arguments, f"{config.name}-sweep", out, files, config, not config.registry.tracking_uri)
+
+
+def _ingest(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
+    out, class_map = _reachable("OUT", given["out"]), given["class_map"]
+    files = () if class_map is None or _anywhere(class_map) else (class_map,)
+    return Job("ingest", arguments, f"ingest-{given['name'] or _last(out)}", out, files)
+
+
+def _predict(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
+    out = _reachable("OUT", given["out"])
+    return Job("predict", arguments, f"predict-{_last(out)}", out, tracking=_needs_registry(given))
+
+
+def _evaluate(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
+    out = "" if given["out"] is None else _reachable("--out", given["out"])
+    return Job("evaluate", arguments, f"evaluate-{_last(given['model'])}", out, tracking=_needs_registry(given))
+
+
+READERS: dict[str, Callable[[tuple[str, ...], Mapping[str, Any]], Job]] = {
+    "run": _run,
+    "sweep": _sweep,
+    "ingest": _ingest,
+    "predict": _predict,
+    "evaluate": _evaluate,
+}
+
+
+def _needs_registry(given: Mapping[str, Any]) -> bool:
+    return given["model"].startswith("models:/") and given["tracking_uri"] is None
+
+
+def _last(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _anywhere(uri: str) -> bool:
+    return storage.is_s3(uri) or uri.startswith("/")
+
+
+def _reachable(option: str, uri: str | None) -> str:
+    """Where a job may write: a path below its own copy of the working directory is deleted with that."""
+    if uri is None or not _anywhere(uri):
+        what = (
+            "is not given"
+            if uri is None
+            else f"{uri} is below the job's copy of the working directory, which Ray deletes"
+        )
+        raise InputError(f"{option} {what}: give s3://bucket/prefix, or an absolute path that all nodes share")
+    return storage.absolute(uri)
+
+
+def _yaml(source: str) -> tuple[str, ...]:
+    """The file behind a preset's, a space's or a file's name, unless it ships."""
+    return (source,) if Path(source).is_file() else ()
+
+
+def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -> None:
+    """Raises InputError when what would travel (path below the folder → bytes) is too much for Ray, or lacks a file that
+    the job reads."""
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(
+                f"{file} is not named from within the working directory {folder}, which is all that travels: copy it there "
+                "and name it relative to it, or give another --working-dir"
+            )
+        if str(Path(file)) not in sizes:
+            raise InputError(
+                f"{file} is kept from travelling by a .gitignore or .rayignore in {folder}: take it out there"
+            )
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN_FILES]
+        shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
+        raise InputError(
+            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
+            f"{mebibytes(LIMIT_BYTES)}; the largest: {shown}: name what the job does not need in {folder}/.rayignore, or "
+            "give a smaller --working-dir"
+        )
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the job: the values that `asked` (NAME or NAME=VALUE) gives, and the names that the cluster must have.
+
+    Ray shows them all, so none is a secret: raises InputError for a value that may be one. Of this process's own variables
+    (`here`) only the names count: an endpoint that is set here must be set there, the others are missed with a warning.
+    """
+    sent, required = {}, []
+    for text in asked:
+        name, given, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE")
+        if given:
+            sent[name] = _harmless(name, value)
+        else:
+            required.append(name)
+    if job.tracking and TRACKING not in sent:
+        required.append(TRACKING)
+    if any(name in here for name in ENDPOINT) and job.needs_endpoint and sent.keys().isdisjoint(ENDPOINT):
+        required.append("|".join(ENDPOINT))
+    missed = [f"{name}?" for name in OF_STORAGE_AND_MLFLOW if name in here and name not in (*sent, *required)]
+    names = list(dict.fromkeys([*required, *missed]))
+    return sent | ({EXPECTED: ",".join(names)} if names else {})
+
+
+def resources(text: str | None) -> dict[str, float]:
+    """What a job's driver takes, from JSON such as {"driver": 1}. Raises InputError."""
+    try:
+        found = json.loads(text or "{}")
+        return {str(name): float(amount) for name, amount in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        mend = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
+        raise InputError(f"--entrypoint-resources {text}: {mend}") from None
+
+
+def _harmless(name: str, value: str) -> str:
+    if any(word in name.upper() for word in SECRET_WORDS) or without_secrets(value) != value:
+        raise InputError(
+            f"--env {name}=…: Ray shows a job's variables in its dashboard and its logs: set {name} in the cluster's "
+            f"environment (a Secret, the node's role) and give --env {name}"
+        )
+    return value
+
+
+def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> None:
+    """On the cluster: raises InputError when a variable that the submission named is not set; warns of lesser ones."""
+    for name in filter(None, here.get(EXPECTED, "").split(",")):
+        names = name.rstrip("?").split("|")
+        if any(one in here for one in names):
+            continue
+        if name.endswith("?"):
+            warn(f"{names[0]} is set where this job was submitted, and not here")
+            continue
+        also = "" if any(word in names[0] for word in SECRET_WORDS) else f", or submit with --env {names[0]}=VALUE"
+        raise InputError(
+            f"{' or '.join(names)} is not set on the cluster: set it in the environment of its nodes (a Secret, the pod, the "
+            f"machine){also}"
+        )
