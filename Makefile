@@ -6,7 +6,7 @@ SEED ?= 0
 
 NODES ?= 2
 
-.PHONY: demo cluster test test-slow lint types unit integration clean
+.PHONY: demo cluster test test-slow lint types audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -14,7 +14,7 @@ demo: .venv/installed  ## three stages on synthetic scenes: table, results.json,
 cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
 	$(BIN)/python cluster/local.py --nodes $(NODES)
 
-test: lint types unit integration  ## everything that CI runs
+test: lint types audit unit integration  ## everything that CI runs
 
 test-slow: .venv/installed  ## faults and other long tests
 	$(BIN)/python -m pytest -q -m slow
@@ -25,6 +25,9 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+audit: .venv/installed  ## known holes in what is installed, where their database can be reached
+	$(BIN)/python -m tests.audit
 
 unit: .venv/installed  ## without Ray, two at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not integration and not slow"

@@ -58,3 +58,22 @@ class Background:
             self._changed.wait_for(lambda: self._told or self._closing)
             self._told = False
             return not self._closing
+
+
+def in_time(work: Callable[[], None], seconds: float) -> None:
+    """Do it, or stop waiting for it: TimeoutError. What it raises is raised."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no end within {seconds:.0f} s")
+    if raised:
+        raise raised[0]

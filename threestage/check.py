@@ -1,33 +1,127 @@
-"""Everything that can be found out about a run in seconds, before it takes a GPU: `threestage check`, and a run's start."""
+"""Everything that can be found out about a run before it is started: `threestage check`, and a run's start."""
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence, Set
+from functools import partial
 from pathlib import Path
 
+from threestage.checks.data import classes_fit, input_fits
+from threestage.checks.lines import Line, not_tried, tried
+from threestage.checks.steps import Measured, Specification, measure_here
+from threestage.checks.words import duration_line, step_line
 from threestage.config import Config
 from threestage.data import storage, store_check
-from threestage.data.records import load_manifest
-from threestage.data.sets import labelled_set, validation_set
-from threestage.data.split import Split, make_split
+from threestage.data.records import Manifest, load_manifest
 from threestage.data.store_check import Outcome, Probe
 from threestage.errors import InputError
-from threestage.preflight import check_run
 from threestage.tracking import redact, resolve_uri, sqlite_path, talking_to
+from threestage.training.worker import default_device
 
 
-def check(config: Config, out: str, local: bool) -> Iterator[Outcome]:
-    """First whether every place can be used, then, if so, whether the input fits the settings. Changes nothing.
+def check(config: Config, out: str, local: bool, address: str | None = None) -> Iterator[Line]:
+    """Whether the places can be used, the input fits the settings, the cluster has room and its nodes reach the places; what
+    memory and time a step of each stage takes. Changes nothing.
 
-    Without `local`, MLflow's store is among the places.
+    What fails hides nothing that can be tried without it. `local`: without MLflow and a cluster. `address`: of the cluster,
+    in place of `cluster.address`; the URL of a dashboard has all of this done there, by a job.
     """
+    if local and address is not None:
+        raise InputError(f"--address {address} with --local, which uses no cluster: leave one of them out")
+    if address is not None and address.startswith(("http://", "https://")):
+        from threestage.on_ray.check_job import check_by_job
+
+        yield from check_by_job(config, out, address)
+        return
+    if address is not None:
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": address})})
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    probes = [*places(config, out), *([] if local else [_tracking(config)])]
-    outcomes = store_check.try_all(probes)
-    yield from merged(outcomes)
-    if all(outcome.problem is None for outcome in outcomes):
-        yield store_check.try_one(Probe("input", config.data.root, lambda: _check_input(config, out)))
+    outcomes = store_check.try_all([*places(config, out), *([] if local else [_tracking(config)])])
+    yield from (Line(*outcome) for outcome in merged(outcomes))
+    wrong = {outcome.name for outcome in outcomes if outcome.problem}
+    yield from _check_input(config, out, wrong)
+    manifest = None if "data.root" in wrong else _manifest(config)
+    yield from _check_here(config, manifest) if local else _check_cluster(config, out, manifest)
+
+
+def _manifest(config: Config) -> Manifest | None:
+    """None where it cannot be used, which the line of the input says."""
+    try:
+        return load_manifest(config.data.root)
+    except (InputError, OSError):
+        return None
+
+
+def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[Line]:
+    """wrong: the places that cannot be used."""
+    run, missing = None if "--out" in wrong else out, wrong & {"data.root", "data.unlabelled"}
+    input_line = partial(tried, "input", config.data.root, lambda: input_fits(config, run))
+    fits = not_tried(["input"], sorted(missing)) if missing else input_line()
+    yield fits
+    if "data.root" in wrong:
+        yield not_tried(["classes"], ["data.root"])
+        return
+    classes = tried("classes", config.data.root, lambda: classes_fit(config, run))
+    same = classes.problem is not None and classes.problem == fits.problem
+    yield not_tried(["classes"], ["input"]) if same else classes
+
+
+def _check_cluster(config: Config, out: str, manifest: Manifest | None) -> Iterator[Line]:
+    from threestage.on_ray import check, check_room
+
+    address = check.address_of(config.cluster)
+    if address is None:
+        room = tried("cluster", "", lambda: check_room.room_here(config))
+        yield room
+        yield from _check_here(config, manifest, room.problem is None)
+        return
+    with contextlib.ExitStack() as connection:
+        entry = tried(address[0], address[1], lambda: check.connect(*address, config.cluster, connection))
+        yield entry
+        if entry.problem is None:
+            yield from _check_connected(config, out, manifest)
+        else:
+            yield not_tried(["cluster", "nodes", *config.stage_names, "duration"], [address[0]])
+
+
+def _check_connected(config: Config, out: str, manifest: Manifest | None) -> Iterator[Line]:
+    from threestage.on_ray.check_nodes import measure_there, nodes_reach, own_file
+    from threestage.on_ray.check_room import room_there
+
+    yield tried("cluster", "", lambda: room_there(config))
+    yield tried("nodes", "", lambda: nodes_reach(config, out))
+    if (line := own_file(config)) is not None:
+        yield line
+    if manifest is None:
+        yield not_tried([*config.stage_names, "duration"], ["data.root"])
+        return
+    found = Specification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
+    yield from _steps(config, measure_there(found), 1)
+
+
+def _check_here(config: Config, manifest: Manifest | None, room: bool | None = None) -> Iterator[Line]:
+    """`room`: whether this machine has room for the workers; None without Ray, when the stages train in one process on what
+    there is."""
+    alone = room is None
+    if manifest is None or room is False:
+        yield not_tried([*config.stage_names, "duration"], ["data.root" if manifest is None else "cluster"])
+        return
+    use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus_per_worker > 0
+    workers = 1 if alone else config.cluster.most_workers
+    found = Specification(config=config, manifest=manifest, use_gpu=use_gpu)
+    yield from _steps(config, measure_here(found), workers)
+
+
+def _steps(config: Config, stages: Iterator[Measured], workers: int) -> Iterator[Line]:
+    """`workers`: those that share the machine on which the stages are measured."""
+    measured, start = [], time.monotonic()
+    for one in stages:
+        yield step_line(config, one, workers, time.monotonic() - start)
+        measured.append(one)
+        start = time.monotonic()
+    yield duration_line(config, measured)
 
 
 def check_store(config: Config, out: str) -> None:
@@ -100,16 +194,3 @@ def _refuse_read_only(path: Path) -> None:
             connection.rollback()
     except sqlite3.Error as error:
         raise InputError(f"tracking store {path}: {error}; mend registry.tracking_uri (MLFLOW_TRACKING_URI)") from error
-
-
-def _check_input(config: Config, out: str) -> None:
-    """What a run refuses before it trains: too few labels, batches, class ids, weights that do not fit."""
-    root, downscale = config.data.root, config.data.downscale
-    manifest = load_manifest(root)
-    saved = storage.join(out, "split.json")
-    if storage.exists(saved):
-        split = Split.model_validate(storage.read_json(saved)["split"])
-    else:
-        split = make_split(root, manifest, config.data)
-    labelled = labelled_set(root, manifest, split, downscale, None)
-    check_run(config, manifest, labelled, validation_set(root, manifest, split, downscale))

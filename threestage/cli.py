@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from threestage.errors import InputError, StageFailure
+from threestage.submit_command import submit_app
+from threestage.terminal import Terminal
 
 app = typer.Typer(
     help="A few labelled images and many unlabelled ones into a good segmentation model, in three stages.",
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Terminal()
 
 ConfigArgument = Annotated[str, typer.Argument(help="A preset's name (threestage config lists them) or a YAML file.")]
 SetOption = Annotated[
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def _fail(error: Exception | str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
     sys.exit(code)
 
 
@@ -100,7 +101,7 @@ def demo(
     from threestage.runs import demo_config
 
     folder = out or f"runs/demo-{seed}"
-    console.print(f"demo: scenes, models and results go to {folder}", highlight=False)
+    console.print(f"demo: scenes, models and results go to {_escape(folder)}", highlight=False)
     _run(demo_config(folder, seed, overrides or []), folder, local)
 
 
@@ -129,7 +130,7 @@ def _run(config: Any, out: str, local: bool, reuse: str | None = None) -> None:
         results = runs.run(config, out, local, progress.show, progress.warn, progress.watch, reuse)
     console.print(rich_table(results))
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
-                  highlight=False, soft_wrap=True)  # fmt: skip
+                  highlight=False, markup=False, soft_wrap=True)  # fmt: skip
     for version in results.get("registered", []):
         _show_version(version)
     if results.get("registered"):
@@ -180,14 +181,16 @@ def sweep(
         plan = sweeps.plan(asked, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
         print(json.dumps(plan_json(plan))) if as_json else console.print(rich_plan(plan))
         return
-    shown = Console(stderr=True) if as_json else console
+    shown = Terminal(stderr=True) if as_json else console
     with SweepProgress(resolved, shown) as progress:
         found = sweeps.run(asked, progress)
     if as_json:
         print(json.dumps(found))
         return
     console.print(found["summary"], highlight=False, markup=False, soft_wrap=True)
-    console.print(f"results: {asked.out}/results.json   next:  threestage run {asked.out}/best.yaml", soft_wrap=True)
+    console.print(
+        f"results: {asked.out}/results.json   next:  threestage run {asked.out}/best.yaml", markup=False, soft_wrap=True
+    )
 
 
 @app.command()
@@ -196,28 +199,44 @@ def check(
     out: OutOption = None,
     local: LocalOption = False,
     overrides: SetOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT|URL",
+            help="Of a cluster; the URL of its dashboard has all of it tried there, by a job.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Try what a run needs before it takes a GPU: storage, MLflow and the data set. Exit code 2 when something fails."""
+    """Try what a run needs before anything is spent: storage, MLflow, the data set, the cluster, a step of each stage.
+
+    ✓ is well, ✗ is wrong, ! may be wrong or was not tried. Exit code 2 when something is wrong.
+
+    Example: threestage check mine.yaml --out s3://bucket/run --address http://127.0.0.1:8265
+    """
     from threestage.check import check as check_run
     from threestage.config import load
 
     resolved = load(config, overrides or [])
-    outcomes = []
-    for outcome in check_run(resolved, out or f"runs/{resolved.name}", local):
-        outcomes.append(outcome)
-        if not as_json:
-            _show_outcome(outcome)
+    lines = []
+    with Terminal(stderr=True).status("trying what the run needs"):
+        for line in check_run(resolved, out or f"runs/{resolved.name}", local, address):
+            lines.append(line)
+            if not as_json:
+                _show_line(line)
     if as_json:
-        print(json.dumps([outcome._asdict() for outcome in outcomes]))
-    if any(outcome.problem for outcome in outcomes):
+        print(json.dumps([line._asdict() for line in lines]))
+    if any(line.problem for line in lines):
         raise typer.Exit(2)
 
 
-def _show_outcome(outcome: Any) -> None:
-    mark, text = ("[green]✓[/]", outcome.value) if outcome.problem is None else ("[bold red]✗[/]", outcome.problem)
-    line = f"{mark} {outcome.name}  {_escape(text)}  [dim]{outcome.seconds:.1f} s[/]"
-    console.print(line, highlight=False, soft_wrap=True)
+def _show_line(line: Any) -> None:
+    mark, text = "[green]✓[/]", line.value
+    if line.problem or line.doubt:
+        mark, text = ("[bold red]✗[/]", line.problem) if line.problem else ("[yellow]![/]", line.doubt)
+    took = f"  [dim]{line.seconds:.1f} s[/]" if line.seconds else ""
+    console.print(f"{mark} {line.name}  {_escape(text)}{took}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -276,8 +295,8 @@ def ingest(
             f"[yellow]left out[/] {_escape(reject.source)}: {_escape(reject.reason)}", highlight=False, soft_wrap=True
         )
     if report.bad:
-        console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, soft_wrap=True)
-    table = Table("split", "images", "labelled", title=f"{out} version {report.manifest.version}")
+        console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("split", "images", "labelled", title=_escape(f"{out} version {report.manifest.version}"))
     for split_name, counts in report.manifest.counts.items():
         table.add_row(split_name, str(counts.images), str(counts.labelled))
     console.print(table)
@@ -423,7 +442,7 @@ def predict(
 
 
 def _warn(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {_escape(text)}", highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {_escape(text)}", highlight=False)
 
 
 def _counter(status: Any, done: str) -> Callable[[int, int], None]:
@@ -484,14 +503,14 @@ def sync(
     from threestage.mirror import sync as sync_run
 
     with console.status("sending"):
-        versions = sync_run(run, tracking_uri)
+        versions = sync_run(run, tracking_uri, _warn)
     if as_json:
         print(json.dumps([asdict(version) for version in versions]))
         return
     for version in versions:
         _show_version(asdict(version))
     if not versions:
-        console.print("no stage is finished yet; its metrics are sent", highlight=False)
+        console.print("no stage is finished yet; what its checkpoints hold is sent", highlight=False)
 
 
 def _show_version(version: dict[str, Any]) -> None:
@@ -509,12 +528,21 @@ def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False
 
     Example: threestage models list --json
     """
-    found = _models(tracking_uri).versions()
+    from threestage.tracking import redact
+
+    registered = _models(tracking_uri)
+    found = registered.versions()
     if as_json:
         print(json.dumps(found))
         return
     table = Table(
-        "model", "version", "aliases", "mean IoU", "on", "run", caption=found[0]["tracking_uri"] if found else None
+        "model",
+        "version",
+        "aliases",
+        "mean IoU",
+        "on",
+        "run",
+        caption=_escape(redact(registered.uri)),
     )
     for row in found:
         table.add_row(*(_escape(text) for text in (f"{row['name']}", *_figures_of(row))))
@@ -533,7 +561,7 @@ def pull(
     """
     folder = _models(tracking_uri).pull(model, out)
     console.print(
-        f"{model}: {_escape(str(folder))}   try it:  threestage predict {_escape(str(folder))} IMAGES OUT",
+        f"{_escape(model)}: {_escape(str(folder))}   try it:  threestage predict {_escape(str(folder))} IMAGES OUT",
         highlight=False,
         soft_wrap=True,
     )
@@ -562,13 +590,13 @@ def lineage(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_j
     from threestage.lineage_tree import lineage_tree
 
     tree = _models(tracking_uri).lineage(model)
-    print(json.dumps(tree)) if as_json else console.print(lineage_tree(tree), highlight=False, soft_wrap=True)
+    print(json.dumps(tree)) if as_json else console.print(lineage_tree(tree), highlight=False)
 
 
 def _models(tracking_uri: str | None) -> Any:
-    from threestage.registry import RegistrySettings, open_registry
+    from threestage.registry import RegistrySettings, open_models
 
-    return open_registry(RegistrySettings(tracking_uri=tracking_uri)).models
+    return open_models(RegistrySettings(tracking_uri=tracking_uri))
 
 
 def _figures_of(row: dict[str, Any]) -> tuple[str, ...]:
@@ -579,3 +607,45 @@ def _figures_of(row: dict[str, Any]) -> tuple[str, ...]:
 def _in_words(row: dict[str, Any]) -> str:
     version, _, score, where, _ = _figures_of(row)
     return f"version {version} ({row['stage']}, mean IoU {score} on {where})"
+
+
+app.add_typer(submit_app, name="submit")
+
+
+@app.command()
+def clean(
+    run: Annotated[str, typer.Argument(help="The folder of a run.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="All that the run wrote: models, results and pseudo-masks too.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask. Without it, --json only shows.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run left, then remove what nothing reads any more: checkpoints and Ray Train's files of finished stages."""
+    from threestage.clean import clean as clean_run
+    from threestage.clean import what_is_left
+
+    def agreed(left: Any) -> bool:
+        if not as_json:
+            _show_left(left)
+        return yes or typer.confirm("Remove it?")
+
+    if as_json and not yes:
+        left, removed = what_is_left(run, everything), False
+    else:
+        left, removed = clean_run(run, everything, agreed, _warn)
+    if as_json:
+        kinds = [kind._asdict() for kind in left.kinds]
+        print(json.dumps({"folder": left.folder, "kinds": kinds, "gone": left.gone, "removed": removed}))
+    elif not left.gone:
+        _show_left(left)
+        console.print("nothing to remove", highlight=False)
+    else:
+        console.print("removed" if removed else "nothing was removed", highlight=False)
+
+
+def _show_left(left: Any) -> None:
+    table = Table("what", "files", "MB", "", title=_escape(left.folder))
+    for kind in left.kinds:
+        table.add_row(kind.name, f"{kind.files:,}", f"{kind.bytes / 1e6:,.1f}", "goes" if kind.goes else "stays")
+    console.print(table)

@@ -8,7 +8,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from threestage.augment.views import AugmentSettings
@@ -23,10 +22,12 @@ from threestage.registry import RegistrySettings
 from threestage.settings import Settings
 from threestage.training.loop import LoopSettings
 from threestage.training.schedule import EmaSettings, OptimiserSettings
+from threestage.yaml_text import read_yaml
 
 StageName = Literal["stage1", "stage2", "stage3"]
 Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
 Model = TypeVar("Model", bound=BaseModel)
+LONGEST_SHOWN = 300  # characters of a wrong value
 # They were not there in the first runs, which go on with the defaults.
 LATER_TRAINING_KEYS = {"batch", "learning_rate_rule", "accumulate"}
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
@@ -232,15 +233,12 @@ def validated(model: type[Model], tree: dict[str, Any]) -> Model:
 
 def _read(source: str) -> dict[str, Any]:
     if source in preset_names():
-        text = resources.files("threestage.presets").joinpath(f"{source}.yaml").read_text()
+        text = resources.files("threestage.presets").joinpath(f"{source}.yaml").read_bytes()
     elif Path(source).is_file():
-        text = Path(source).read_text()
+        text = Path(source).read_bytes()
     else:
         raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         raise InputError(f"{source}: a configuration is a mapping of sections such as data: and network:")
     return tree
@@ -250,11 +248,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not YAML; quote it") from None
-    _put(tree, path, value)
+    _put(tree, path, read_yaml(text, f"--set {override}"))
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -282,11 +276,16 @@ def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: S
         valid = sorted(section.model_fields) if section else []
         near = difflib.get_close_matches(str(location[-1]), valid, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"{path}={problem['input']!r}: unknown key; {hint}valid here: {', '.join(valid)}"
+        return f"{path}={_shown(problem['input'])}: unknown key; {hint}valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{path}: is not set; give it with --set {path}=VALUE"
     message = " or ".join(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in problems)
-    return message if not location else f"{path}={problem['input']!r}: {message}"
+    return message if not location else f"{path}={_shown(problem['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _is_union_tag(part: str) -> bool:

@@ -3,8 +3,8 @@ afterwards by `threestage sync`.
 
 run.json               names the run in MLflow for ever
 config.json            the settings
-record/stage1.json     a finished stage (pipeline.StageOutcome)
-stage1/attempt.json    names one training of a stage
+record/stage1.json     a finished stage (pipeline.StageOutcome), and which training of it that is
+stage1/checkpoints/attempt.json    names one training of a stage
 """
 
 import uuid
@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from threestage import lease
-from threestage.background import Background
-from threestage.config import STAGES, StageName
+from threestage.background import Background, in_time
+from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
 from threestage.errors import InputError, reason_of
 from threestage.pipeline import StageOutcome
 from threestage.registry import Registry, RegistrySettings, StageRecord, StageRows, Status, open_registry
 from threestage.registry.records import RegisteredVersion
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
-from threestage.reused import part
+from threestage.reused import part, parts_elsewhere
 from threestage.tracking import redact, redact_tree, resolve_uri
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
 BETWEEN_S, RETRY_S = 10.0, 30.0
+END_S = 300.0  # a run that ends waits so long for a slow store
 FILES = ("results.json", "pictures.png", PAGE_NAME, "split.json")
 Warn = Callable[[str], None]
 
@@ -37,7 +38,13 @@ def keep_settings(out: str, settings: Mapping[str, Any]) -> None:
 
 def keep_outcome(out: str, outcome: StageOutcome) -> None:
     """Write down that a stage is finished, for MLflow to be told whenever it can be."""
-    storage.write_json(storage.join(out, RECORD, f"{outcome.stage}.json"), outcome.model_dump(mode="json"))
+    uri = storage.join(out, RECORD, f"{outcome.stage}.json")
+    before = storage.read_json(uri) if storage.exists(uri) else {}
+    if before.get("lineage", {}).get("model_digest") == outcome.lineage.model_digest:
+        attempt = before["attempt"]
+    else:
+        attempt = _attempt(storage.join(out, outcome.stage)) or outcome.lineage.model_digest
+    storage.write_json(uri, {**outcome.model_dump(mode="json"), "attempt": attempt})
 
 
 def has_begun(out: str) -> bool:
@@ -59,11 +66,17 @@ class Sender:
         for stage in STAGES:
             if stage in self.versions:
                 continue
-            outcome = _outcome(self._out, stage)
-            if outcome is None:
+            found = _outcome(self._out, stage)
+            if found is None:
                 self._send_rows(stage)
                 return
-            self.versions[stage] = self._registry.record_stage(self._record(outcome))
+            self.versions[stage] = self._registry.record_stage(self._record(*found))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended and all its stages are sent."""
+        uri = storage.join(self._out, "results.json")
+        return storage.exists(uri) and set(storage.read_json(uri)["stages"]) <= set(self.versions)
 
     def finish(self, status: Status) -> None:
         """End the run, with its files and its final values."""
@@ -74,7 +87,7 @@ class Sender:
         if "results.json" in files:
             stages = storage.read_json(files["results.json"])["stages"]
             summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in stages.items()}
-        self._registry.close_run(self._key, status, summary, files)
+        self._registry.close_run(self._key, status, summary, files, str(self._settings["name"]))
 
     def _send_rows(self, stage: StageName) -> None:
         """Those that a checkpoint holds: what comes after it may be trained again."""
@@ -82,7 +95,7 @@ class Sender:
         rows = Checkpoints(checkpoint_folder(folder)).rows()
         if not rows:
             return
-        attempt = _named(storage.join(folder, ATTEMPT_NAME), "attempt")
+        attempt = _named(storage.join(checkpoint_folder(folder), ATTEMPT_NAME), "attempt")
         new = [row for row in rows if row["step"] > self._steps.get(attempt, 0)]
         if new:
             self._registry.record_rows(
@@ -91,28 +104,29 @@ class Sender:
                     run_key=self._key,
                     stage=stage,
                     attempt=attempt,
-                    config=self._settings,
+                    config=self._settings_of(stage),
                     rows=new,
                 )
             )
             self._steps[attempt] = int(new[-1]["step"])
 
-    def _record(self, outcome: StageOutcome) -> StageRecord:
+    def _record(self, outcome: StageOutcome, attempt: str) -> StageRecord:
         folder = part(self._out, outcome.stage)
-        attempt = storage.join(folder, ATTEMPT_NAME)
-        known = storage.exists(attempt)
         return StageRecord(
             run_name=str(self._settings["name"]),
             run_key=self._key,
             stage=outcome.stage,
-            attempt=_named(attempt, "attempt") if known else outcome.lineage.model_digest,
-            config=self._settings,
+            attempt=attempt,
+            config=self._settings_of(outcome.stage),
             rows=storage.read_json(storage.join(folder, "result.json"))["history"],
-            model_dir=outcome.model,
+            model_dir=storage.join(folder, "model"),
             summary=outcome.summary,
             tags=outcome.tags,
             lineage=outcome.lineage.model_dump(mode="json"),
         )
+
+    def _settings_of(self, stage: StageName) -> dict[str, Any]:
+        return Config.model_validate(self._settings).for_stage(stage).model_dump(mode="json")
 
 
 class Mirror:
@@ -126,6 +140,7 @@ class Mirror:
     ) -> None:
         self._out, self._settings, self._where, self._warn = out, settings, where, warn
         self._sender = None if registry is None else Sender(registry, out, settings)
+        self._abandoned = False
         self._background = Background("run-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     def notify(self) -> None:
@@ -135,15 +150,22 @@ class Mirror:
     def close(self, status: Status) -> list[RegisteredVersion]:
         """Send what is left and end the run. Returns the versions; where MLflow does not answer, a warning says how the
         rest can be sent."""
-        self._background.close()
         try:
-            self._send()
-            self._connected().finish(status)
+            in_time(lambda: self._finish(status), END_S)
         except Exception as error:
             self._warn(
                 f"the run is not all in MLflow: {reason_of(error)}; `threestage sync {self._out}` sends the rest"
             )
         return [] if self._sender is None else list(self._sender.versions.values())
+
+    def abandon(self) -> None:
+        """Send nothing more: the run is another driver's."""
+        self._abandoned = True
+
+    def _finish(self, status: Status) -> None:
+        self._background.close()
+        self._send()
+        self._connected().finish(status)
 
     def _connected(self) -> Sender:
         if self._sender is None:
@@ -151,7 +173,8 @@ class Mirror:
         return self._sender
 
     def _send(self) -> None:
-        self._connected().send()
+        if not self._abandoned:
+            self._connected().send()
 
     def _say_lost(self, error: Exception) -> None:
         self._warn(f"the run goes on without MLflow, which is tried again: {reason_of(error)}")
@@ -171,8 +194,7 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     with lease.held(out, warn):
         sender = Sender(open_registry(registry_of(settings, tracking_uri)), out, settings)
         sender.send()
-        if storage.exists(storage.join(out, "results.json")):
-            sender.finish("FINISHED")
+        sender.finish("FINISHED" if sender.complete else "KILLED")  # nobody drives it: the lease is ours
     return list(sender.versions.values())
 
 
@@ -188,13 +210,27 @@ def registry_of(settings: Mapping[str, Any], tracking_uri: str | None) -> Regist
     return where if tracking_uri is None else where.model_copy(update={"tracking_uri": tracking_uri})
 
 
-def _outcome(out: str, stage: StageName) -> StageOutcome | None:
-    """The record of a stage that is finished and was not trained again since."""
-    uri, marker = storage.join(out, RECORD, f"{stage}.json"), storage.join(part(out, stage), "done.json")
-    if not (storage.exists(uri) and storage.exists(marker)):
+def _outcome(out: str, stage: StageName) -> tuple[StageOutcome, str] | None:
+    """The record of a stage that is finished and was not trained again since, and which training of it that was.
+
+    Raises InputError where the stage is another run's, which has lost it or trained it again.
+    """
+    uri, folder = storage.join(out, RECORD, f"{stage}.json"), part(out, stage)
+    if not storage.exists(uri):
         return None
-    outcome = StageOutcome.model_validate(storage.read_json(uri))
-    return outcome if outcome.lineage.model_digest == storage.read_json(marker)["model_digest"] else None
+    saved = storage.read_json(uri)
+    attempt = str(saved.pop("attempt"))
+    outcome, marker = StageOutcome.model_validate(saved), storage.join(folder, "done.json")
+    if storage.exists(marker) and storage.read_json(marker)["model_digest"] == outcome.lineage.model_digest:
+        return outcome, attempt
+    if stage in parts_elsewhere(out):
+        raise InputError(f"{folder}: {out} reuses it, and it is gone or was trained again: bring it back")
+    return None
+
+
+def _attempt(folder: str) -> str | None:
+    uri = storage.join(checkpoint_folder(folder), ATTEMPT_NAME)
+    return str(storage.read_json(uri)["attempt"]) if storage.exists(uri) else None
 
 
 def _named(uri: str, key: str) -> str:

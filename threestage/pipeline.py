@@ -148,7 +148,7 @@ def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
             summary |= {**pseudo_masks.statistics, "rejected": pseudo_masks.rejected}
         summary |= {"rejected_while_training": len(run_.rejects(stage))}
         stages[stage] = {**summary, "per_class_iou": done["per_class_iou"]}
-        lineage = run_.lineage(stage, done["model_digest"], previous, learnt_from, pseudo_masks)
+        lineage = run_.lineage(stage, done, previous, learnt_from, pseudo_masks)
         record(run_.outcome(stage, summary, done, lineage))
         previous = done
     return stages
@@ -308,8 +308,16 @@ class _Run:
             self._refuse_too_many(stage)
             result = storage.read_json(storage.join(folder, "result.json"))
             marker = {"format": 1, "finished": time.time(), "model_digest": result["model_digest"], **inputs}
+            marker["data"] = self._data_set().model_dump(mode="json")
             storage.write_json(storage.join(folder, "done.json"), marker)
-        return dict(storage.read_json(storage.join(folder, "result.json")))
+        return {"marker": storage.read_json(storage.join(folder, "done.json"))} | dict(
+            storage.read_json(storage.join(folder, "result.json"))
+        )
+
+    def _data_set(self) -> DataSet:
+        root, manifest = self.config.data.root, self.manifest
+        name = manifest.name or root.rstrip("/").rpartition("/")[2]
+        return DataSet(root=root, name=name, version=manifest.version, digest=manifest.digest)
 
     def _inputs(self, stage: StageName, pseudo_digest: str | None) -> dict[str, Any]:
         return {
@@ -422,28 +430,29 @@ class _Run:
     def lineage(
         self,
         stage: StageName,
-        model_digest: str,
+        done: dict[str, Any],
         previous: dict[str, Any] | None,
         learnt_from: PseudoMaskSet | None,
         made: PseudoMaskSet | None,
     ) -> Lineage:
-        manifest, split, settings = self.manifest, self.split, self.config.for_stage(stage)
-        name = manifest.name or self.config.data.root.rstrip("/").rpartition("/")[2]
+        """What the stage was trained with: data set and code are those of its marker, which may be older than this run."""
+        split, settings, marker = self.split, self.config.for_stage(stage), done["marker"]
+        data = DataSet.model_validate(marker["data"]) if "data" in marker else self._data_set()
+        validation = f"{data.name} {'val' if split.validation_split == 'val' else 'carved from train'}"
+        if self.config.data.downscale > 1:  # another size gives other figures
+            validation += f" at 1/{self.config.data.downscale} size"
         teacher = None
         if previous is not None:
             before = f"stage{int(stage[-1]) - 1}"
             model = storage.join(self.folder(before), "model")
             teacher = Teacher(stage=before, model_digest=previous["model_digest"], model=model)
-        validation = f"{name} {'val' if split.validation_split == 'val' else 'carved from train'}"
-        if self.config.data.downscale > 1:  # another size gives other figures
-            validation += f" at 1/{self.config.data.downscale} size"
         return Lineage(
             run=self.out,
             stage=stage,
-            model_digest=model_digest,
-            code_version=threestage.__version__,
-            data=DataSet(root=self.config.data.root, name=name, version=manifest.version, digest=manifest.digest),
-            labelled=Images(name=f"{name} train", images=len(split.labelled), digest=self.digests["labelled"]),
+            model_digest=done["model_digest"],
+            code_version=marker["code_version"],
+            data=data,
+            labelled=Images(name=f"{data.name} train", images=len(split.labelled), digest=self.digests["labelled"]),
             validation=Images(name=validation, images=len(split.validation), digest=self.digests["validation"]),
             split_seed=self.config.data.split_seed,
             teacher=teacher,
@@ -461,13 +470,13 @@ class _Run:
             model=storage.join(self.folder(stage), "model"),
             summary=summary | {f"iou/{name}": iou for name, iou in done["per_class_iou"].items() if iou is not None},
             tags={
-                "data_digest": self.manifest.digest,
-                "data_version": str(self.manifest.version),
+                "data_digest": lineage.data.digest,
+                "data_version": str(lineage.data.version),
                 "encoder": self.config.network.encoder,
                 "classes": ",".join(self.manifest.classes),
                 "labelled": str(len(self.split.labelled)),
                 "model_digest": done["model_digest"],
-                "code_version": threestage.__version__,
+                "code_version": lineage.code_version,
                 **pseudo_masks,
             },
             lineage=lineage,

@@ -29,7 +29,7 @@ from threestage.pool_prediction import predict_files
 from threestage.prediction_output import PARTS_FOLDER, Format, Predictions, PredictionTask, part_uri
 from threestage.prediction_parts import Part, kind_of, plan, repeated_ids
 from threestage.pseudo_masks import REJECTS_NAME, FileReport, file_digest, stored_report
-from threestage.registry import RegistrySettings, open_registry
+from threestage.registry import RegistrySettings, open_models
 from threestage.settings import Settings
 from threestage.training.worker import default_device
 
@@ -75,7 +75,7 @@ def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
     """
     if model.startswith("models:/"):
         with tempfile.TemporaryDirectory() as folder:
-            return _files_of(str(open_registry(registry).models.pull(model, folder)))
+            return _files_of(str(open_models(registry).pull(model, folder)))
     for inner in ("", "model", "stage3/model", "stage2/model", "stage1/model"):
         folder = storage.join(model, inner) if inner else model
         if storage.exists(storage.join(folder, CARD)):

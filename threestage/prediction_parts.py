@@ -3,26 +3,28 @@ prefix, which are listed first; a data set of `threestage ingest`; or Parquet fi
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from threestage.data import storage
+from threestage.data import folders, storage
 from threestage.data.listing import Each, first_image, list_images
 from threestage.data.pool import FETCH_THREADS, PoolFile, PoolRow, listed_pool, read_rows
-from threestage.data.records import MANIFEST_NAME, load_manifest
+from threestage.data.records import MANIFEST_NAME, MAX_IMAGE_BYTES, load_manifest
 from threestage.errors import InputError
 
 PARQUET_SUFFIX = ".parquet"
 READ_BUFFER_BYTES = 8 * 2**20
 NAME_BYTES = 200  # of a file's or folder's name; file systems take 255
+PATH_BYTES = 800  # of names and folders together; S3 takes 1024
+CHUNK_BYTES = 256 * 2**20
 
 Kind = Literal["images", "data set", "parquet"]
 
@@ -86,18 +88,45 @@ def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
     ):
         columns = [name for name in ("image_id", "image") if name in parquet.schema_arrow.names]
         first, number = part.groups
-        row, groups = part.first_row, list(range(first, first + number))
-        for batch in parquet.iter_batches(storage.ROW_GROUP_ROWS, groups, columns, use_threads=False):
-            yield [_row(source, part, row + i, values) for i, values in enumerate(batch.to_pylist())]
-            row += len(batch)
+        groups = list(range(first, first + number))
+        batches = parquet.iter_batches(1, groups, columns, use_threads=False)  # a few bytes may stand for gigabytes
+        yield from _chunks(_row(source, part, row, batch) for row, batch in enumerate(batches, part.first_row))
 
 
-def _row(source: str, part: Part, number: int, values: dict[str, Any]) -> PoolRow:
-    image, image_id = values["image"], values.get("image_id")
+def _chunks(rows: Iterable[PoolRow]) -> Iterator[list[PoolRow]]:
+    """The rows, as many at a time as pool files have in a row group, or fewer where they are large."""
+    chunk, size = list[PoolRow](), 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row.image)
+        if len(chunk) == storage.ROW_GROUP_ROWS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _row(source: str, part: Part, number: int, batch: pa.RecordBatch) -> PoolRow:
+    image_id = _ids(batch.column("image_id"))[0] if "image_id" in batch.schema.names else None
     if image_id is None:
         image_id = f"{_below(source, part.uri).removesuffix(PARQUET_SUFFIX)}/{number:08d}"
-    problem = "is null" if image is None else None
-    return PoolRow(str(image_id), f"{part.uri}#{number}", image or b"", problem=problem)
+    place, image = f"{part.uri}#{number}", batch.column("image")[0]
+    if not image.is_valid:
+        return PoolRow(image_id, place, b"", problem="is null")
+    size = image.as_buffer().size
+    if size > MAX_IMAGE_BYTES:
+        return PoolRow(image_id, place, b"", problem=f"has {size} bytes, more than {MAX_IMAGE_BYTES}")
+    return PoolRow(image_id, place, image.as_py())
+
+
+def _ids(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
+    """The ids as text; bytes that are not UTF-8, which only a broken writer leaves there, as escapes."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="backslashreplace") for value in raw]
+    return [None if value is None else str(value) for value in column.to_pylist()]
 
 
 def _below(source: str, uri: str) -> str:
@@ -114,8 +143,16 @@ def _parquet_files(source: str) -> list[str]:
     if source.endswith(PARQUET_SUFFIX) and _is_file(source):
         return [storage.absolute(source)]
     below = len(storage.absolute(source))
-    found = (uri for uri in storage.list_files(source) if uri.endswith(PARQUET_SUFFIX))
+    found = (uri for uri in _files_below(source) if uri.endswith(PARQUET_SUFFIX))
     return [uri for uri in found if not any(name.startswith(("_", ".")) for name in uri[below:].split("/"))]
+
+
+def _files_below(source: str) -> list[str]:
+    if storage.is_s3(source):
+        return storage.list_files(source)
+    folder = storage.absolute(source)
+    entries = filter(None, (folders.entry(folder, path) for path in folders.walk(folder)))
+    return [storage.join(folder, entry.path) for entry in entries if entry.size != folders.NOT_INSIDE]
 
 
 def _is_file(uri: str) -> bool:
@@ -181,8 +218,8 @@ def _id_hashes(uri: str) -> npt.NDArray[np.uint64]:
     with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
         if "image_id" not in parquet.schema_arrow.names:
             return np.empty(0, np.uint64)
-        ids = parquet.read(columns=["image_id"]).column("image_id").to_pylist()
-    return np.array([id_hash(str(image_id)) for image_id in ids if image_id is not None], np.uint64)
+        ids = _ids(parquet.read(columns=["image_id"]).column("image_id"))
+    return np.array([id_hash(image_id) for image_id in ids if image_id is not None], np.uint64)
 
 
 def id_hash(image_id: str) -> int:
@@ -202,6 +239,8 @@ def safe_name(name: str) -> str:
     """A relative path that stays below its folder. A name that has to be changed for it ends with a digest of what it was."""
     kept = [_shortened(part) for part in name.replace("\0", "").split("/") if part not in ("", ".", "..")]
     safe = "/".join(kept)
+    if len(safe.encode()) > PATH_BYTES:
+        return _short_digest(name)
     return name if safe == name != "" else f"{safe or 'image'}-{_short_digest(name)}"
 
 

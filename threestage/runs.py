@@ -20,10 +20,10 @@ from threestage.local import run_local
 from threestage.mirror import Mirror, has_begun, keep_outcome, keep_settings
 from threestage.models.export import load_model
 from threestage.pseudo_masks import predict_images
-from threestage.registry import RegisteredVersion, Registry, Status, open_registry
+from threestage.registry import RegisteredVersion, Status, open_registry
 from threestage.report import colourise, panel
 from threestage.report_page import write_report
-from threestage.report_page.figures import PAGE_NAME
+from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.reused import part
 from threestage.tracking import resolve_uri
 from threestage.training.worker import default_device
@@ -49,53 +49,65 @@ def run(
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    with lease.held(out, warn):
-        results, registered = _run(config, out, local, show, warn, watch, reuse)
+    with lease.held(out, warn) as held:
+        results, registered = _run(config, out, local, show, warn, watch, reuse, held)
     return results | {"registered": [asdict(version) for version in registered]}
 
 
 def _run(
-    config: Config, out: str, local: bool, show: Show, warn: pipeline.Warn, watch: pipeline.Watch, reuse: str | None
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch,
+    reuse: str | None,
+    held: lease.Lease,
 ) -> tuple[dict[str, Any], list[RegisteredVersion]]:
     if local:
-        results = run_local(config, out, show, warn, _keeping(out, _settings(config)), watch, reuse)
+        settings = _settings(config)
+        results = run_local(config, out, _noting(out, settings, show), warn, _keeping(out, settings), watch, reuse)
         _illustrate(config, out, warn)
         return results, []
     from threestage.on_ray.train import run_on_ray
 
-    registry = _connect(config, out, warn)
+    registry = None if has_begun(out) else open_registry(config.registry)
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
     mirror = Mirror(out, settings, config.registry, registry, warn)
+    noting, keeping = _noting(out, settings, show, mirror.notify), _keeping(out, settings, mirror.notify)
     status: Status = "FAILED"
-
-    def show_and_send(stage: str, row: Mapping[str, float]) -> None:
-        show(stage, row)
-        mirror.notify()
-
+    registered: list[RegisteredVersion] = []
     try:
-        results = run_on_ray(config, out, show_and_send, warn, _keeping(out, settings, mirror.notify), watch, reuse)
+        results = run_on_ray(config, out, noting, warn, keeping, watch, reuse)
         _illustrate(config, out, warn)
         status = "FINISHED"
     finally:
-        registered = mirror.close(status)
+        if held.lost is None:
+            registered = mirror.close(status)
+        else:
+            mirror.abandon()
     return results, registered
-
-
-def _connect(config: Config, out: str, warn: pipeline.Warn) -> Registry | None:
-    """MLflow must be there when a run begins. One that goes on does so without it, and sends what there is later."""
-    try:
-        return open_registry(config.registry)
-    except InputError as error:
-        if not has_begun(out):
-            raise
-        warn(f"the run goes on without MLflow, which is tried again: {error}")
-        return None
 
 
 def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["registry"]["tracking_uri"] = tracking_uri or config.registry.tracking_uri
     return tree
+
+
+def _noting(out: str, settings: Mapping[str, Any], show: Show, then: Callable[[], None] = lambda: None) -> Show:
+    """Write the settings down when the first stage has really begun: before, they may be refused."""
+    written = storage.exists(storage.join(out, CONFIG_NAME))
+
+    def note(stage: str, row: Mapping[str, float]) -> None:
+        nonlocal written
+        if not written:
+            keep_settings(out, settings)
+            written = True
+        show(stage, row)
+        then()
+
+    return note
 
 
 def _keeping(out: str, settings: Mapping[str, Any], then: Callable[[], None] = lambda: None) -> pipeline.Record:

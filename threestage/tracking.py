@@ -18,9 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from threestage.errors import InputError
+from threestage.redaction import redact as redact
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 500, 5000, 250
-PROBE_S, CALL_S, TRANSFER_S = 5, 30, 600
+PROBE_S, CONNECT_S, CALL_S, TRANSFER_S = 5, 10, 30, 600
 SQL_PORTS = {"postgresql": 5432, "mysql": 3306}
 NOISY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 PROBE_ERRORS = (OSError, sqlite3.Error, http.client.HTTPException)
@@ -30,12 +31,6 @@ MetricPoint = tuple[str, float, int, int]  # key, value, step, milliseconds afte
 
 
 # ---- Text that is logged
-
-
-def redact(text: str) -> str:
-    """Strip the "user:password@" of every URI in a text. A host's port and models:/name@alias stay."""
-    in_authority, with_slashes = r"[^\s/?#]*@", r"[^\s/:@]+:(?!\d+(?:[/?#\s]|$))[^\s@]*@"
-    return re.sub(rf"(?<=://)(?:{in_authority}|{with_slashes})", "", text)
 
 
 def redact_tree(value: Any) -> Any:
@@ -56,7 +51,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             plain = redact_tree(value)
             text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-            flat[key_of(f"{prefix}{key}")] = _cut(text, MAX_PARAM)
+            flat[key_of(f"{prefix}{key}")] = shortened(text, MAX_PARAM)
     return flat
 
 
@@ -98,12 +93,12 @@ def key_of(name: str) -> str:
     return re.sub(r"/{2,}", "/", re.sub(r"[^\w./ -]", "_", name)).strip("/")[:MAX_KEY]
 
 
-def _cut(text: str, limit: int) -> str:
+def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    return {key_of(key): _cut(redact(str(value)), MAX_TAG) for key, value in tags.items()}
+    return {key_of(key): shortened(redact(str(value)), MAX_TAG) for key, value in tags.items()}
 
 
 def quoted(value: str) -> str:
@@ -123,9 +118,9 @@ def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not (isinstance(error, PROBE_ERRORS) or type(error).__module__.startswith(FOREIGN_ERRORS)):
+        if not (isinstance(error, (*PROBE_ERRORS, ImportError)) or type(error).__module__.startswith(FOREIGN_ERRORS)):
             raise
-        reason = _cut(redact(str(error)).partition("\n")[0], 300)
+        reason = shortened(redact(str(error)).partition("\n")[0], 300)
         raise InputError(
             f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
             " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?"
@@ -186,6 +181,17 @@ def _probe(uri: str) -> None:
         _get_health(redact(uri))
     elif port and parts.hostname:
         socket.create_connection((parts.hostname, parts.port or port), timeout=PROBE_S).close()
+        _log_in(uri)
+
+
+def _log_in(uri: str) -> None:
+    """To a database, once: MLflow tries it ten times with doubling pauses."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(
+        uri, connect_args={"connect_timeout": PROBE_S}, poolclass=sqlalchemy.pool.NullPool
+    )
+    engine.connect().close()
 
 
 def _get_health(uri: str) -> None:

@@ -22,6 +22,7 @@ from threestage.errors import InputError
 pytestmark = pytest.mark.integration
 
 KEY_ID = "AKIAKEYIDOFTHETEST"
+FILE = "registry.tracking_uri for others"
 Refused = Callable[..., str]
 
 
@@ -40,6 +41,14 @@ def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
     """All keys of the bucket, with those that end in a slash."""
     store = storage.s3fs_filesystem()
     yield lambda: [entry["Key"] for entry in store.call_s3("list_objects_v2", Bucket="bucket").get("Contents", [])]
+
+
+@pytest.fixture(autouse=True)
+def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, unless a test is of the cluster: no cluster, and no step is measured."""
+    if "ray_cluster" not in request.fixturenames:
+        monkeypatch.setattr("threestage.on_ray.check.address_of", lambda cluster: None)
+        monkeypatch.setattr("threestage.check.measure_here", lambda specification: iter(()))
 
 
 def command(config: Config, out: str, folder: Path, *more: str) -> list[str]:
@@ -72,7 +81,8 @@ def test_all_is_well_and_nothing_is_left_behind(
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads(done.stdout)
     assert [outcome["name"] for outcome in outcomes] == [
-        "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input"
+        "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input", "classes", "cluster", "stage1", "stage2",
+        "stage3", "duration"
     ]  # fmt: skip
     assert all(outcome["problem"] is None for outcome in outcomes) and done.stderr == ""
     assert keys() == before and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -105,7 +115,8 @@ def test_mlflow_that_is_not_there(config: Config, bucket: str, tmp_path: Path) -
     uri = f"http://127.0.0.1:{free_port()}"
     found = problems(changed(config, "registry", tracking_uri=uri), f"{bucket}/run")
     assert uri in found["registry.tracking_uri"] and "registry.tracking_uri (MLFLOW_TRACKING_URI)" in str(found)
-    assert [outcome.name for outcome in check(config, f"{bucket}/run", local=True)][-2:] == ["--out", "input"]
+    names = [line.name for line in check(config, f"{bucket}/run", local=True)]
+    assert names == ["data.root", "data.unlabelled", "--out", "input", "classes", "duration"]
     (tmp_path / "mlflow.db").write_text("no database")
     wrong = changed(config, "registry", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     assert "not a database" in problems(wrong, f"{bucket}/run")["registry.tracking_uri"]
@@ -158,12 +169,48 @@ def test_the_command_ends_soon_with_exit_code_2(config: Config, bucket: str, tmp
             done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=60)
             seconds.append(time.monotonic() - start)
             assert done.returncode == 2 and done.stderr == ""
-            failed, passed = done.stdout.splitlines()
+            failed, passed, *others = done.stdout.splitlines()
             assert failed.startswith("✗ data.root, data.unlabelled, --out  s3://bucket: ") and endpoint in failed
             assert passed.startswith("✓ registry.tracking_uri") and SECRET not in done.stdout
+            assert [line[:9] for line in others] == ["! input  ", "! classes", "✓ cluster", "! stage1,"]
     assert seconds[1] - seconds[0] < 13, seconds
 
 
 def test_a_run_waits_for_a_store_that_is_busy(config: Config, bucket: str) -> None:
     with failing_s3(ERRORS["busy"]) as (endpoint, _):
         check_store(changed(config, "storage", endpoint=endpoint), f"{bucket}/run")
+
+
+@pytest.mark.slow  # steps on a cluster: a minute
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_a_cluster(
+    ray_cluster: None, s3_root: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes, a step on one of its workers; then the same as a job, of which only MLflow in a file is wrong."""
+    import ray
+
+    for uri in storage.list_files(str(scenes)):
+        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{s3_root}/data"), storage.read_bytes(uri))
+    config = tiny_config(
+        scenes,
+        data={"root": f"{s3_root}/data", "labelled": 8},
+        stages=2,
+        registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    )
+    before = storage.list_files(s3_root)
+    found = {line.name: line for line in check(config, f"{s3_root}/run", local=False)}
+    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "cluster.address", "cluster",
+                           "nodes", "stage1", "stage2", "duration"]  # fmt: skip
+    assert not any(line.problem for line in found.values()), found
+    assert "the cluster has CPU 8 (" in found["cluster"].value and "4 images a step: " in found["stage2"].value
+    large = {line.name: line for line in check(changed(config, "cluster", workers=9), f"{s3_root}/run", local=False)}
+    assert "set cluster.workers=7, or add nodes" in str(large["cluster"].problem)
+
+    monkeypatch.setattr("threestage.on_ray.check_job.PYTHON", sys.executable)
+    url = f"http://{ray.get_runtime_context().worker.node.webui_url}"
+    by_job = list(check(config, f"{s3_root}/run", local=False, address=url))
+    names = [line.name for line in by_job]
+    assert names[:3] == ["what travels", "--address", "versions"] and names[8] == "RAY_ADDRESS", by_job
+    assert set(names[9:]) == {"cluster", "nodes", FILE, "stage1", "stage2", "duration"}, by_job
+    assert [line.name for line in by_job if line.problem] == [FILE], by_job
+    assert storage.list_files(s3_root) == before

@@ -94,6 +94,7 @@ def test_command_line(tmp_path: Path, ray_cluster: None) -> None:
     assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
 
 
+@pytest.mark.slow  # nodes that go and come: a minute
 def test_lost_and_new_nodes(tmp_path: Path) -> None:
     """A killed node is seen dead soon, a new one takes its place, a preempted one drains; servers stop and come back."""
     with local_cluster(tmp_path, nodes=2, cpus=5, mlflow=False) as cluster, _watched(cluster) as until:

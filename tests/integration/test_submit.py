@@ -23,12 +23,17 @@ import yaml
 
 from cluster.local import Cluster, local_cluster, members
 from tests.conftest import tiny_config
+from tests.listening import listening
 from threestage.data import storage
 from threestage.on_ray.submit import DETACHED, STOPPED
 from threestage.submission import EXPECTED
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
-
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,  # a cluster of its own, for minutes
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("default"),  # Ray's own
+]
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+wheel"
 OUT = "s3://bucket/run"
@@ -269,7 +274,7 @@ def test_what_listens(place: Place) -> None:
     """The dashboard with its job API, and S3, on loopback only. What Ray opens on all interfaces, and no option of its
     closes, are its own ports, where the token is the guard, and its metrics, which anyone may read who reaches the port."""
     parts = {part.pid for part in (place.cluster.head, *place.cluster.nodes, place.cluster.s3) if part}
-    found = set(_listening(members(parts)))
+    found = set(listening(members(parts)))
     on_all = {(port, program) for address, port, program in found if address in ("0.0.0.0", "::")}
     others = {ip_address(address.removeprefix("::ffff:")) for address, _, _ in found} - set(
         map(ip_address, ("0.0.0.0", "::"))
@@ -291,26 +296,3 @@ def _answer(port: int) -> str | None:
             return str(answer.read().decode())
     except (OSError, HTTPException):
         return None
-
-
-def _listening(processes: set[int]) -> Iterator[tuple[str, int, str]]:
-    """(address, port, program) of every TCP socket on which one of the processes listens."""
-    sockets = dict(_listeners())
-    for process in processes:
-        with contextlib.suppress(OSError):
-            program = Path(f"/proc/{process}/cmdline").read_text(errors="replace").replace("\0", " ")[:100]
-            for file in Path(f"/proc/{process}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    name = os.readlink(file)
-                    if name in sockets:
-                        yield *sockets[name], program
-
-
-def _listeners() -> Iterator[tuple[str, tuple[str, int]]]:
-    for table, family, size in (("tcp", socket.AF_INET, 4), ("tcp6", socket.AF_INET6, 16)):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            address, port = local.split(":")
-            if state == "0A":
-                words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, 2 * size, 8)]
-                yield f"socket:[{rest[5]}]", (socket.inet_ntop(family, b"".join(words)), int(port, 16))

@@ -15,6 +15,8 @@ from tests.conftest import tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
 from threestage import mirror as mirror_module
+from threestage import runs
+from threestage.background import in_time
 from threestage.config import Config
 from threestage.data import storage
 from threestage.errors import InputError
@@ -108,15 +110,15 @@ def runs_of(config: Config) -> dict[str, Any]:
 def assert_all_there(config: Config, out: str) -> None:
     """Every value of every row is in MLflow, once, and every stage is registered once."""
     registry = open_registry(config.registry)
-    runs = runs_of(config)
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    recorded = runs_of(config)
+    assert {run.info.status for run in recorded.values()} == {"FINISHED"}
     for stage in ("stage1", "stage2", "stage3"):
         rows = storage.read_json(f"{out}/{stage}/result.json")["history"]
         names = {name for row in rows for name in row} - {"step", "mean_iou"}  # mean_iou is a final value too
         assert {"supervised_loss", "steps_per_second"} <= names
         for name in names:
             expected = [(row["step"], row[name]) for row in rows if name in row]
-            history = registry._client.get_metric_history(runs[stage].info.run_id, name)
+            history = registry._client.get_metric_history(recorded[stage].info.run_id, name)
             assert sorted((point.step, point.value) for point in history) == expected
     assert sorted(row["stage"] for row in registry.models.versions()) == ["stage1", "stage2", "stage3"]
 
@@ -177,6 +179,42 @@ def test_a_local_run_can_be_sent_later_and_a_half_done_one_too(scenes: Path, tmp
     run_local(config, out, lambda stage, row: None, record=record)
     assert [version.version for version in sync(out, uri)] == [1, 2, 3]
     assert steps_of(half, "stage2") == [2, 4, 6]
+
+
+def test_a_run_that_died_in_its_first_stage_can_be_sent(scenes: Path, tmp_path: Path) -> None:
+    out, uri = str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"
+
+    def die(stage: str, row: Mapping[str, float]) -> None:
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(tiny_config(scenes), out, True, die, print)
+    assert sync(out, uri) == []
+    registry = open_registry(RegistrySettings(tracking_uri=uri))
+    assert steps_of(registry, "stage1") == [2, 4]
+    assert {run.info.status for run in registry._client.search_runs([registry._experiment_id])} == {"KILLED"}
+
+
+def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path) -> None:
+    out, copy, uri = str(tmp_path / "run"), str(tmp_path / "copy"), f"sqlite:///{tmp_path}/mlflow.db"
+    runs.run(tiny_config(scenes), out, True, lambda stage, row: None, print)
+    shutil.copytree(out, copy)
+    shutil.rmtree(out)
+    assert [version.alias for version in sync(copy, uri)] == ["stage1", "stage2", "stage3"]
+
+
+def test_what_does_not_end_is_not_waited_for() -> None:
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="no end within"):
+        in_time(lambda: time.sleep(30), 0.2)
+    assert time.monotonic() - begun < 5
+    with pytest.raises(InputError, match="told"):
+        in_time(lambda: _refuse("told"), 5)
+
+
+def _refuse(text: str) -> None:
+    raise InputError(text)
 
 
 def steps_of(registry: Registry, stage: str) -> list[int]:

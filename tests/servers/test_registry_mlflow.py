@@ -25,11 +25,14 @@ from threestage.cli import app
 from threestage.config import load
 from threestage.errors import InputError
 from threestage.lineage_tree import lineage_tree
-from threestage.models.export import ModelCard, save_model
+from threestage.models.export import ModelCard, load_card, save_model
 from threestage.models.network import NetworkSettings, build_network
 from threestage.predict import PredictSettings, predict_input, read_model
-from threestage.registry import Registry, RegistrySettings, StageRecord, open_registry
+from threestage.registry import Registry, RegistrySettings, StageRecord, open_models, open_registry
+from threestage.registry.card import write_card
 from threestage.registry.packing import pack_model
+from threestage.registry.store import MAX_DESCRIPTION
+from threestage.tracking import shortened
 
 CLASSES = ("background", "disc", "square")
 
@@ -148,7 +151,8 @@ def test_stages_share_a_parent_and_a_retrained_one_gets_a_version_of_its_own(
     registry.record_stage(replace(record, stage="stage1", summary={}))
     registry.record_stage(record)
     trained_again = write_model(tmp_path / "newer", seed=1)
-    newer = registry.record_stage(replace(record, attempt="b", model_dir=trained_again))
+    lineage = lineage_of("stage3", digest_of(trained_again))
+    newer = registry.record_stage(replace(record, attempt="b", model_dir=trained_again, lineage=lineage))
     assert newer.version == 3
     rows = registry.models.versions()
     assert [(row["version"], row["stage"], row["aliases"]) for row in rows] == [
@@ -197,6 +201,33 @@ def test_pull_gives_back_the_very_files_and_names_what_is_wrong(
         registry.models.pull("models:/team-shapes@stage3", tmp_path / "wrong")
 
 
+def test_weights_that_the_stage_did_not_end_with_are_refused(registry: Registry, record: StageRecord) -> None:
+    with pytest.raises(InputError, match="its weights are not those that stage3 of this run ended with"):
+        registry.record_stage(replace(record, lineage=lineage_of("stage3", "other")))
+
+
+def test_a_folder_with_a_readme_of_its_own_takes_no_model(
+    registry: Registry, record: StageRecord, tmp_path: Path
+) -> None:
+    registry.record_stage(record)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"README.md of other making"):
+        registry.models.pull("models:/team-shapes@stage3", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_reading_creates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is none"):
+        open_models(RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/typo/mlflow.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_of_many_classes_fits_the_column_of_every_database(record: StageRecord) -> None:
+    card = load_card(record.model_dir).model_copy(update={"classes": tuple(f"a class {i}" for i in range(255))})
+    text = write_card("shapes", card, record)
+    assert len(text) > MAX_DESCRIPTION and len(shortened(text, MAX_DESCRIPTION)) == MAX_DESCRIPTION == 5000
+
+
 def test_a_model_folder_without_weights_is_named(registry: Registry, record: StageRecord, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.safetensors"):
         registry.record_stage(replace(record, model_dir=str(tmp_path)))
@@ -226,18 +257,22 @@ def test_the_packed_model_loads_without_pickle_and_says_what_predict_says(
         np.testing.assert_array_equal(class_ids, expected)
         both = model.predict(images, params={"confidence": True})
         np.testing.assert_array_equal(both["class_ids"], expected)
-        assert both["confidence"].shape == expected.shape and (both["confidence"] >= 1 / 3).all()
-    assert model.predict(np.zeros((1, 20, 30, 3), np.uint8)).shape == (1, 20, 30)
+        stored = predicted_by_command(folder, images, tmp_path / f"{height}", "confidence") / 255
+        assert np.abs(both["confidence"] - stored).max() <= 0.51 / 255
+    for shape in ((1, 20, 30), (0, 64, 64), (2, 1, 90), (1100, 5, 4)):
+        assert model.predict(np.zeros((*shape, 3), np.uint8)).shape == shape
+    with pytest.raises(Exception, match="sides up to"):
+        model.predict(np.zeros((1, 2, 40000, 3), np.uint8))
 
 
-def predicted_by_command(model: Path, images: np.ndarray, folder: Path) -> np.ndarray:
-    """Masks of `threestage predict --local`."""
-    (folder / "images").mkdir(parents=True)
+def predicted_by_command(model: Path, images: np.ndarray, folder: Path, what: str = "masks") -> np.ndarray:
+    """Masks, or confidences as bytes, of `threestage predict --local --confidence`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"images/{number}.png")
     files = read_model(str(model), RegistrySettings())
-    predict_input(files, str(folder / "images"), str(folder / "out"), PredictSettings())
-    return np.stack([np.array(Image.open(folder / f"out/masks/{number}.png")) for number in range(len(images))])
+    predict_input(files, str(folder / "images"), str(folder / "out"), PredictSettings(confidence=True))
+    return np.stack([np.array(Image.open(folder / f"out/{what}/{number}.png")) for number in range(len(images))])
 
 
 def test_a_program_with_pickled_objects_is_refused(tmp_path: Path, record: StageRecord) -> None:
@@ -275,7 +310,8 @@ def pickled_call(path: Path) -> bytes:
 def test_the_champion_moves_only_to_a_better_one_on_the_same_images(
     registry: Registry, record: StageRecord, tmp_path: Path
 ) -> None:
-    others = lineage_of("stage3", "x", validation={"name": "other val", "images": 3, "digest": "o" * 64})
+    digest = digest_of(record.model_dir)
+    others = lineage_of("stage3", digest, validation={"name": "other val", "images": 3, "digest": "o" * 64})
     tries: tuple[tuple[float, dict[str, Any]], ...]
     tries = ((0.5, {}), (0.4, {}), (0.5, {}), (0.6, {}), (0.9, {"lineage": others}))
     decisions = [

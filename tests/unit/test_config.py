@@ -32,7 +32,7 @@ from threestage.errors import InputError
         ("stage1=5", "stage1=5:"),
         ("stage1.steps.more=5", "stage1.steps.more=5"),
         ("nonsense", "write it as a.b=c"),
-        ("name=[", "the value is not YAML"),
+        ("name=[", "--set name=[: not YAML"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, expected: str) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.list_objects import Bucket, NumberedKeys, answer, serving
 from tests.s3 import variables
 from threestage.data import listing, storage
+from threestage.data.folders import walk
 from threestage.data.listing import KeyRange, ListedFile, cut_key_space, first_image, list_images, listed_files
 from threestage.errors import InputError
 
@@ -341,7 +342,7 @@ def test_a_local_folder_is_listed_and_extended(tmp_path: Path, small_ranges: Non
 def test_the_walk_has_the_order_of_s3(tmp_path: Path) -> None:
     paths = ["a-b/1.png", "a.png", "a/1.png", "a/2/3.png", "a0.png", "b.png"]
     local_files(tmp_path, paths)
-    assert list(listing._walk(str(tmp_path), "")) == sorted(paths)
+    assert list(walk(str(tmp_path))) == sorted(paths)
 
 
 def test_local_mistakes_are_named(tmp_path: Path) -> None:

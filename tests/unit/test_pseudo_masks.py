@@ -187,7 +187,7 @@ def test_a_bad_image_costs_itself_only_and_says_why(tmp_path: Path) -> None:
     assert [reject.image_id for reject in report.rejects] == ["i001", "i002", "i003", "i004", "i005"]
     assert report.rejects[0].source == "s3://bucket/i001.png"
     reasons = [reject.reason for reject in report.rejects]
-    assert reasons[0] == "cannot be decoded: it is no image"
+    assert reasons[0].startswith("cannot be decoded: it is no image")
     assert "decompression bomb" in reasons[1] and "100x101 pixels, more than 10000" in reasons[2]
     assert "truncated" in reasons[3] and "no image" in reasons[4]
     assert [row["confidence"] is None for row in written(task, file)] == [False, *[True] * 5, False]

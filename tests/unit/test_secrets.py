@@ -118,6 +118,26 @@ def test_words_of_a_store_that_repeat_a_secret_are_cut() -> None:
     assert redact(f"http://a:{PASSWORD}@host") == "http://host"
 
 
+@pytest.mark.parametrize(
+    ("uri", "kept"),
+    [
+        (
+            f"https://host/w.pth?X-Amz-Credential={KEY_ID}%2F1&X-Amz-Expires=60&X-Amz-Signature={TOKEN}",
+            "X-Amz-Expires=60",
+        ),
+        (f"https://host/w.pth?AWSAccessKeyId={KEY_ID}&Signature={TOKEN}&Expires=1", "Expires=1"),
+        (f"https://account.blob/w.pth?sv=2024&sig={TOKEN}", "sv=2024"),
+        (f"postgresql://host/db?sslmode=require&password={PASSWORD}", "sslmode=require"),
+        (f"http://host/?api_key={TOKEN}#part", "#part"),
+    ],
+)
+def test_a_query_s_secrets_are_cut(uri: str, kept: str) -> None:
+    for cut in (redact, without_secrets):
+        holds_no_secret(cut(f"cannot read {uri} now"))
+        assert kept in cut(uri)
+    assert flatten({"uri": uri})["uri"] == redact(uri)
+
+
 def test_the_command_line_prints_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with failing_s3(ERRORS["secret"]) as (endpoint, _):
         sets = ["--set", "data.root=s3://bucket/data", "--set", f"storage.endpoint={endpoint}"]

@@ -10,11 +10,10 @@ from PIL import Image, ImageOps
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.records import (
     DECODER_ERRORS,
-    MAX_IMAGE_PIXELS,
     BadImage,
-    check_pixels,
     decoder_complaint,
     is_turned,
+    open_image,
 )
 
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -40,8 +39,8 @@ def check_image(data: bytes) -> CheckedImage:
     image = _decoded(data)
     if _bits(data, image) == 16:
         raise BadFile("has 16 bits per channel: convert it to 8, the range is not known here")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise BadFile(f"holds {image.n_frames} frames: give one file per image")  # type: ignore[attr-defined]
+    if _has_frames(data):
+        raise BadFile("holds more than one frame: give one file per image")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise BadFile(f"has transparent pixels (mode {image.mode}): flatten it first")
     if image.mode not in ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
@@ -93,16 +92,27 @@ def _decoded(data: bytes) -> Image.Image:
     if not data:
         raise BadFile("is empty")
     try:
-        with Image.open(io.BytesIO(data)) as probe:
-            check_pixels(probe, MAX_IMAGE_PIXELS)
+        with open_image(data) as probe:
             probe.verify()  # checksums; the object cannot be used afterwards
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         image.load()
     except BadImage as error:
         raise BadFile(str(error)) from None
     except DECODER_ERRORS as error:
         raise BadFile(decoder_complaint(error)) from None
     return image
+
+
+def _has_frames(data: bytes) -> bool:
+    """Whether there is a second frame. Of a TIFF, Pillow would count them all, which may take minutes."""
+    with open_image(data) as image:
+        if image.format != "TIFF":
+            return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        try:
+            image.seek(1)
+        except (EOFError, *DECODER_ERRORS):
+            return False
+        return True
 
 
 def _png_header(data: bytes) -> tuple[int, int] | None:

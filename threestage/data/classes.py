@@ -17,13 +17,13 @@ from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.settings import Settings
+from threestage.yaml_text import read_yaml
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
@@ -71,18 +71,16 @@ def _refuse_repeats(what: str, values: Iterable[object]) -> None:
 def load_class_map(uri: str) -> ClassMap:
     """Read and check a class map. Raises InputError, naming the file and the place in it."""
     try:
-        raw = yaml.safe_load(storage.read_bytes(uri))
+        text = storage.read_bytes(uri)
     except FileNotFoundError:
         raise InputError(f"{uri}: no such class map; mend class_map") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{uri}: not YAML ({' '.join(str(error).split())})") from None
-    return _validated(uri, raw)
+    return _validated(uri, read_yaml(text, uri))
 
 
 def shipped_class_map(name: str) -> ClassMap:
     """One of the maps in the package: camvid, voc, cityscapes."""
     text = (resources.files("threestage.data") / "class_maps" / f"{name}.yaml").read_text("utf-8")
-    return _validated(f"{name}.yaml", yaml.safe_load(text))
+    return _validated(f"{name}.yaml", read_yaml(text, name))
 
 
 def _validated(uri: str, raw: object) -> ClassMap:

@@ -8,6 +8,7 @@ train_aug.txt, where they are there, in place of train.txt.
 `cityscapes`: leftImg8bit/<split>/<city> and gtFine/<split>/<city>; train_extra adds unlabelled train images.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +19,8 @@ from typing import Literal
 import pyarrow.fs as pafs
 from pydantic import Field
 
-from threestage.data import storage
-from threestage.data.records import SplitName
+from threestage.data import folders, storage
+from threestage.data.records import MAX_IMAGE_BYTES, SplitName
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -80,7 +81,7 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
         "folders": partial(_folders, stamps),
         "images": _images,
         "camvid": _camvid,
-        "voc": _voc,
+        "voc": partial(_voc, stamps),
         "cityscapes": _cityscapes,
     }
     paths = _listing(source, "images", stamps)
@@ -90,15 +91,24 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
 
 def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
     """The files below a folder, less hidden ones, in the order of their paths; notes their stamps."""
-    files, base = storage.filesystem(folder)
-    found = files.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
-    infos = sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
-    if not infos:
+    entries = sorted(_entries(folder))
+    if not entries:
         raise missing(folder, expected)
-    scheme = storage.S3_SCHEME if storage.is_s3(folder) else ""
-    stamps.update((scheme + info.path, (info.size, info.mtime_ns)) for info in infos)
-    relative = {info.path[len(base) :].lstrip("/"): scheme + info.path for info in infos}
-    return {path: uri for path, uri in relative.items() if not _hidden(path)}
+    whole = storage.absolute(folder)
+    shown = {entry.path: storage.join(whole, entry.path) for entry in entries if not _hidden(entry.path)}
+    stamps.update((shown[entry.path], (entry.size, entry.changed_ns)) for entry in entries if entry.path in shown)
+    return shown
+
+
+def _entries(folder: str) -> Iterator[folders.Entry]:
+    files, base = storage.filesystem(folder)
+    if storage.is_s3(folder):
+        infos = files.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+        for info in infos:
+            if info.type == pafs.FileType.File:
+                yield folders.Entry(info.path[len(base) :].lstrip("/"), info.size, info.mtime_ns)
+    elif os.path.isdir(base):
+        yield from filter(None, (folders.entry(base, path) for path in folders.walk(base)))
 
 
 def missing(folder: str, expected: str) -> InputError:
@@ -110,7 +120,13 @@ def missing(folder: str, expected: str) -> InputError:
 def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
     size = stamps.get(item.image_uri, (0, 0))[0]
     both = [stamps.get(uri) for uri in (item.image_uri, item.mask_uri) if uri is not None]
-    return replace(item, size=size, stamp=repr(both))
+    mask_size = stamps.get(item.mask_uri or "", (0, 0))[0]
+    problem = item.problem
+    if mask_size == folders.NOT_INSIDE:
+        problem = f"its mask {folders.WHY_NOT_INSIDE}"
+    elif mask_size > MAX_IMAGE_BYTES:
+        problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES}"
+    return replace(item, size=size, stamp=repr(both), problem=problem)
 
 
 def _hidden(path: str) -> bool:
@@ -161,15 +177,15 @@ def _paired(paths: Paths, image_folder: str, mask_folder: str, split: SplitName)
             yield SourceItem(stem, paths[path], mask, split)
 
 
-def _voc(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
-    train, val = _voc_list(paths, "train_aug", "trainaug", "train"), _voc_list(paths, "val")
+def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    train, val = _voc_list(stamps, paths, "train_aug", "trainaug", "train"), _voc_list(stamps, paths, "val")
     images = {path: stem for path, stem in _with_suffix(paths, IMAGE_SUFFIXES) if path.startswith("JPEGImages/")}
     if not images or not train:
         raise InputError(
             f"{source}: no PASCAL VOC there; JPEGImages, SegmentationClass and ImageSets/Segmentation/train.txt are "
             "expected (the folder VOCdevkit/VOC2012)"
         )
-    augmented = bool(_voc_list(paths, "train_aug", "trainaug"))
+    augmented = bool(_voc_list(stamps, paths, "train_aug", "trainaug"))
     folders = ("SegmentationClassAug", "SegmentationClass") if augmented else ("SegmentationClass",)
     masks = {name: _first(paths, [f"{folder}/{name}.png" for folder in folders]) for name in train - val}
     masks |= {name: paths.get(f"SegmentationClass/{name}.png") for name in val}
@@ -188,9 +204,11 @@ def _lost_voc_image(source: str, name: str, split: SplitName) -> SourceItem:
     return SourceItem(f"JPEGImages/{name}", uri, None, split, "listed in ImageSets/Segmentation but absent")
 
 
-def _voc_list(paths: Paths, *names: str) -> frozenset[str]:
+def _voc_list(stamps: Stamps, paths: Paths, *names: str) -> frozenset[str]:
     """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
     uri = _first(paths, [f"ImageSets/Segmentation/{name}.txt" for name in names])
+    if uri and stamps[uri][0] == folders.NOT_INSIDE:
+        raise InputError(f"{uri}: is a link that leads out of its folder, or no plain file; copy the list there")
     lines = storage.read_bytes(uri).decode().splitlines() if uri else []
     return frozenset(PurePosixPath(line.split()[0]).stem for line in lines if line.strip())
 

@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from threestage.data import storage
+from threestage.data import folders, storage
 from threestage.data.formats import IMAGE_SUFFIXES
+from threestage.data.records import PathBelow
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -53,7 +54,7 @@ Keys = Callable[[str, str | None, int], Iterator[str]]
 """(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
 
 Found = tuple[str, int]
-"""A file: its key, or its path below the source; bytes."""
+"""A file: its key, or its path below the source; bytes, or NOT_INSIDE."""
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -61,7 +62,7 @@ Hashes = npt.NDArray[np.uint64]
 class ListedFile(Settings):
     """A shard. `path`: below the destination. `digest`: SHA-256 (hex) of its ids, URIs and sizes in order."""
 
-    path: str
+    path: PathBelow
     rows: int
     digest: str
 
@@ -311,38 +312,10 @@ def rows_digest(shard: pa.Table) -> str:
 
 
 def _local_pages(folder: str) -> Iterator[list[Found]]:
-    paths = _walk(folder, "")
+    paths = folders.walk(folder)
     while page := list(islice(paths, PAGE)):
-        sizes = ((path, _size(os.path.join(folder, path))) for path in page if _is_image(path))
-        yield [(path, size) for path, size in sizes if size is not None]
-
-
-def _walk(folder: str, below: str) -> Iterator[str]:
-    """Paths of the files below a folder, in the order that S3 would give; hidden folders are left out."""
-    for name in _names(os.path.join(folder, below)):
-        if not name.endswith("/"):
-            yield below + name
-        elif not name.startswith("."):
-            yield from _walk(folder, below + name)
-
-
-def _names(folder: str) -> list[str]:
-    """Sorted names in a folder, those of folders with a slash. InputError for one that is not UTF-8."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
-    try:
-        "".join(names).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{folder}: the name of a file is not UTF-8 ({error}); rename it") from None
-    return names
-
-
-def _size(path: str) -> int | None:
-    """Bytes; None when the file went away or is a link to nothing."""
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
+        found = (folders.entry(folder, path) for path in page if _is_image(path))
+        yield [(entry.path, entry.size) for entry in found if entry is not None]
 
 
 # Requests to S3

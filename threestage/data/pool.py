@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from threestage.data import storage
+from threestage.data.folders import NOT_INSIDE, WHY_NOT_INSIDE
 from threestage.data.listing import listed_files
-from threestage.data.records import Manifest, pool_files
+from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
 from threestage.settings import Settings
 
-MAX_IMAGE_BYTES = 256 * 2**20
 FETCH_THREADS = 16
 POOL_SCHEMA = pa.schema(
     [
@@ -119,7 +119,9 @@ def _read_references(table: pa.Table, chunk: int) -> Iterator[list[PoolRow]]:
 def _fetch(row: dict[str, Any]) -> PoolRow:
     image, problem = b"", None
     try:
-        if row["bytes"] > MAX_IMAGE_BYTES:
+        if row["bytes"] == NOT_INSIDE:
+            problem = WHY_NOT_INSIDE
+        elif row["bytes"] > MAX_IMAGE_BYTES:
             problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES}"
         else:
             image = storage.read_bytes(row["image_uri"])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationError
 
 from threestage.data import storage
 from threestage.errors import InputError
@@ -27,6 +27,9 @@ from threestage.settings import Settings
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_IMAGE_PIXELS = 64_000_000
+MAX_IMAGE_BYTES = 256 * 2**20
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow knows others that run programs (EPS: Ghostscript)
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF
 PILLOWS_LIMIT = 178_956_970
 EXIF_ORIENTATION = 0x0112
 DECODER_ERRORS = (
@@ -75,10 +78,20 @@ class DataSettings(Settings):
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
 
 
+def stays_below(path: str) -> str:
+    """A path that a manifest or a listing names: whoever writes there must not choose what is read elsewhere."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path} leads out of its folder")
+    return path
+
+
+PathBelow = Annotated[str, AfterValidator(stays_below)]
+
+
 class DataFile(Settings):
     """One Parquet file; `path` is relative to the root, `digest` covers ids, images and masks of its rows in order."""
 
-    path: str
+    path: PathBelow
     kind: Literal["images", "labels"]
     split: SplitName
     rows: int
@@ -137,7 +150,11 @@ def load_manifest(root: str, version: int | None = None) -> Manifest:
         raise InputError(
             f"{uri}: format {raw['format']} is newer than this threestage reads ({MANIFEST_FORMAT}); upgrade threestage"
         )
-    return Manifest.model_validate(raw)
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"{uri}: not a manifest of a threestage data set ({reason}); mend data.root") from None
 
 
 def version_uri(root: str, version: int) -> str:
@@ -201,8 +218,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     Raises BadImage when it cannot be decoded or, without decoding it, when it has more than `max_pixels`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            check_pixels(image, max_pixels)
+        with open_image(data, max_pixels) as image:
             if image.format == "JPEG" and image.mode in ("L", "RGB") and not is_turned(image):
                 return _decode_jpeg(data, image)
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
@@ -227,20 +243,34 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> Bytes:
         return np.array(image.convert("RGB"))
 
 
-def check_pixels(image: Image.Image, max_pixels: int) -> None:
-    """Raises BadImage for an image whose header announces more than `max_pixels`; nothing is decoded."""
-    if image.width * image.height > max_pixels:
-        raise BadImage(f"has {image.width}x{image.height} pixels, more than {max_pixels}")
+def open_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """An image of FORMATS; nothing is decoded yet. Raises BadImage when its header, or that of a tile in it, announces more
+    than `max_pixels`, and one of DECODER_ERRORS when it is no image."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    for what, (width, height) in (("", image.size), ("a tile of ", _tile(image))):
+        if width * height > max_pixels:
+            raise BadImage(f"has {what}{width}x{height} pixels, more than {max_pixels}")
+    return image
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, which are decoded whole however small the image is."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0)
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise BadImage("has tiles without a size")
+    return width, height
 
 
 def decoder_complaint(error: Exception) -> str:
-    reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    reason = f"it is no image, or of a format other than {', '.join(FORMATS)}" if unknown else str(error)
     return f"cannot be decoded: {reason}"
 
 
 def decode_mask(data: bytes) -> Bytes:
-    """uint8 (H,W) class ids of a stored mask. Raises ValueError when it is not an 8-bit single-channel image."""
-    with Image.open(io.BytesIO(data)) as image:
+    """uint8 (H,W) class ids of a stored mask. Raises ValueError when it is not an 8-bit single-channel image, or too large."""
+    with open_image(data, PILLOWS_LIMIT) as image:
         if image.mode != "L":
             raise ValueError(f"a stored mask has one 8-bit channel, this one is of mode {image.mode}")
         return np.array(image)

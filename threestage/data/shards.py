@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 from threestage.data import storage
 from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup
+from threestage.data.folders import NOT_INSIDE, WHY_NOT_INSIDE
 from threestage.data.formats import SourceItem, each_id_once
 from threestage.data.known import look_up
-from threestage.data.pool import MAX_IMAGE_BYTES
 from threestage.data.publish import Known, Row, ShardReport, Writer, digest_of
-from threestage.data.records import SplitName, encode_mask
+from threestage.data.records import MAX_IMAGE_BYTES, SplitName, encode_mask
 from threestage.data.rejects import Reject
 
 SHARDS_AT_ONCE = 2
@@ -150,6 +150,8 @@ def _check(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Row 
 def _checked(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Row | None:
     if item.problem:
         raise BadFile(item.problem)
+    if item.size == NOT_INSIDE:
+        raise BadFile(WHY_NOT_INSIDE)
     if item.size > MAX_IMAGE_BYTES:
         raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}")
     try:

@@ -91,10 +91,14 @@ def configure(settings: StorageSettings) -> None:
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system of a URI and the path in it ("bucket/key" on S3, an absolute path locally).
 
-    It may be pickled: it holds no credentials, and in another process it is made anew with the same endpoint.
+    It may be pickled: it holds no credentials, and in another process it is made anew with the same endpoint. Raises
+    FileNotFoundError for a name on S3 that leads out of its folder.
     """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix(FILE_SCHEME))
+    path = uri.removeprefix(S3_SCHEME).strip("/")
+    if not {".", ".."}.isdisjoint(path.split("/")):  # the client would ask for another object
+        raise FileNotFoundError(f"{uri}: a name with . or .. between slashes cannot be asked for: rename it")
     variables = environment(StorageSettings())
     chosen = _S3(
         variables.get("AWS_ENDPOINT_URL_S3"),
@@ -102,7 +106,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         variables.get(STYLE_VARIABLE, "auto"),
         ANONYMOUS_VARIABLE in variables,
     )
-    return s3_filesystem(chosen), uri.removeprefix(S3_SCHEME).strip("/")
+    return s3_filesystem(chosen), path
 
 
 def is_s3(uri: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from threestage.data import storage
 from threestage.data.storage import ANONYMOUS_VARIABLE, S3_SCHEME, STYLE_VARIABLE, StorageSettings
+from threestage.redaction import redact
 
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 SHORTEST_SECRET = 8
@@ -96,12 +97,12 @@ def complaint(uri: str | None, error: BaseException) -> Complaint:
 
 
 def without_secrets(text: str) -> str:
-    """The text without this process's credentials, and without the user:password@ of its URLs."""
+    """The text without this process's credentials, and without those in its URLs."""
     for name in SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "…")
-    return re.sub(r"(?<=://)[^\s/?#]*@", "", text)
+    return redact(text)
 
 
 def _of_s3(uri: str, kind: str, code: str, message: str) -> Complaint:

@@ -23,6 +23,7 @@ from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_options, unlabelled_stream
+from threestage.on_ray.own_cluster import closed_to_others, private_folder
 from threestage.on_ray.patience import Membership, Patience, await_resources
 from threestage.on_ray.predict import predict_pool
 from threestage.on_ray.pulse import News, start_monitor
@@ -104,11 +105,13 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
-    ray.init(address=address or "local", **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        options["_temp_dir"] = private_folder()
+    with contextlib.nullcontext() if address else closed_to_others():
+        ray.init(address=address or "local", **options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:

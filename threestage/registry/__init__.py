@@ -18,7 +18,7 @@ from threestage.registry.records import (
     TrialRecord,
     TrialStatus,
 )
-from threestage.registry.store import Registry, open_registry
+from threestage.registry.store import Registry, open_models, open_registry
 
 __all__ = [
     "RegisteredVersion",
@@ -29,5 +29,6 @@ __all__ = [
     "Status",
     "TrialRecord",
     "TrialStatus",
+    "open_models",
     "open_registry",
 ]

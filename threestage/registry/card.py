@@ -71,7 +71,8 @@ def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
         "## Training",
         "",
         f"- {stage['steps']} steps, batches of {stage['labelled_batch']} labelled"
-        + (f" and {stage['unlabelled_batch']} unlabelled images" if lineage.learnt_from is not None else " images"),
+        + (f" and {stage['unlabelled_batch']} unlabelled images" if lineage.learnt_from is not None else " images")
+        + (", of all workers together" if config["training"]["batch"] == "global" else ", each worker's"),
         f"- learning rates {optimiser['learning_rate']:g} (new layers) and {optimiser['encoder_learning_rate']:g} (encoder)",
     ]
     if lineage.learnt_from is not None:
@@ -93,7 +94,7 @@ def _figures(card: ModelCard, lineage: Lineage, summary: Mapping[str, float]) ->
     ]
     for name in card.classes:
         score = summary.get(f"iou/{name}")
-        lines.append(f"| {name} | {'not in these images' if score is None else f'{score:.3f}'} |")
+        lines.append(f"| {name.replace('|', '/')} | {'not in these images' if score is None else f'{score:.3f}'} |")
     for key, name in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
         if key in summary:
             lines.append(f"| **{name}** | {summary[key]:.3f} |")

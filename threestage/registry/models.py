@@ -21,6 +21,7 @@ CHAMPION = "champion"
 MEAN_IOU = "mean_iou"
 PACKED_FOLDER = "model"
 WEIGHTS, CARD = "model.safetensors", "model.json"
+PULLED = (WEIGHTS, CARD, "program.pt2", "lineage.json", "README.md")
 
 
 class Models:
@@ -53,8 +54,10 @@ class Models:
                 version = self._find(model_uri)
                 fetched = self._download(version.source, temporary)
             _check_digest(model_uri, fetched / WEIGHTS, version.tags.get(DIGEST))
+            _refuse_files_of_others(folder)
             for file in fetched.iterdir():
-                os.replace(file, folder / file.name)
+                if file.name in PULLED:  # the folder may be the one that somebody works in
+                    os.replace(file, folder / file.name)
         return folder
 
     def promote(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -71,7 +74,7 @@ class Models:
         stage 3): versions that learnt from what it says of the pool. A teacher that is not registered has no version."""
         with talking_to(self.uri):
             version = self._find(model_uri)
-            return self._node(version) | {"teacher": self._teacher(version), "pupils": self._pupils(version)}
+            return self._node(version) | {"teacher": self._teacher(version), "pupils": self._pupils(version, [])}
 
     # ---- Registering, for store.py
 
@@ -131,7 +134,7 @@ class Models:
 
     def _teacher(self, version: Any) -> dict[str, Any] | None:
         digest = version.tags.get(TEACHER)
-        if digest is None:
+        if digest is None or digest == version.tags.get(DIGEST):
             return None
         found = self._tagged(DIGEST, digest)
         if not found:
@@ -139,10 +142,16 @@ class Models:
         teacher = min(found, key=lambda other: (other.tags.get(RUN_KEY) != version.tags[RUN_KEY], int(other.version)))
         return self._node(teacher) | {"teacher": self._teacher(teacher)}
 
-    def _pupils(self, version: Any) -> list[dict[str, Any]]:
-        found = self._tagged(TEACHER, version.tags[DIGEST]) if DIGEST in version.tags else []
+    def _pupils(self, version: Any, above: list[str]) -> list[dict[str, Any]]:
+        """Those of the version itself in any run; theirs, in their own runs."""
+        digest = version.tags.get(DIGEST)
+        if digest is None or digest in above:
+            return []
+        found = self._tagged(TEACHER, digest)
+        if above:
+            found = [pupil for pupil in found if pupil.tags.get(RUN_KEY) == version.tags.get(RUN_KEY)]
         in_order = sorted(found, key=lambda other: (other.name, int(other.version)))
-        return [self._node(pupil) | {"pupils": self._pupils(pupil)} for pupil in in_order]
+        return [self._node(pupil) | {"pupils": self._pupils(pupil, [*above, digest])} for pupil in in_order]
 
     def _node(self, version: Any) -> dict[str, Any]:
         row = self._row(version, self._client.get_registered_model(version.name).aliases)
@@ -229,6 +238,12 @@ def _make_folder(destination: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{destination} cannot be made a folder ({error.strerror}): name another") from error
     return Path(destination)
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    there = [name for name in PULLED if (folder / name).exists()]
+    if there and WEIGHTS not in there:  # an earlier pull is replaced
+        raise InputError(f"{folder} has a {there[0]} of other making: give another folder")
 
 
 def _check_digest(model_uri: str, weights: Path, expected: str | None) -> None:

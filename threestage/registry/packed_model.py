@@ -15,7 +15,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 PIXELS_AT_ONCE = 2**22
-LEAST_SIDE = 33  # of the images that the program was exported for
+IMAGES_AT_ONCE, LEAST_SIDE, MOST_SIDE = 1024, 33, 16384  # of the images that the program was exported for
 
 
 class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
@@ -34,12 +34,19 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """uint8 RGB images (N,H,W,3) → uint8 class ids (N,H,W); with params {"confidence": True} a dict of "class_ids" and
         "confidence", float32 (N,H,W) in [0,1]. Images are looked at whole, at a single scale."""
-        found = [self._ask(images) for images in _pieces(model_input)]
-        size = model_input.shape[1:3]
-        class_ids = np.concatenate([_enlarged(ids, size) for ids, _ in found])
-        if not (params or {}).get("confidence"):
-            return class_ids
-        return {"class_ids": class_ids, "confidence": np.concatenate([_enlarged(sure, size) for _, sure in found])}
+        wanted, shape = bool((params or {}).get("confidence")), model_input.shape[:3]
+        if max(shape[1:]) > MOST_SIDE * self.downscale:
+            raise ValueError(
+                f"images of {shape[1]}x{shape[2]}: the program takes sides up to {MOST_SIDE * self.downscale}"
+            )
+        class_ids = np.zeros(shape, np.uint8)
+        confidence = np.zeros(shape if wanted else 0, np.float32)
+        for rows in _pieces(shape):
+            ids, sure = self._ask(np.ascontiguousarray(model_input[rows]))
+            class_ids[rows] = _enlarged(ids, shape[1:])
+            if wanted:
+                confidence[rows] = _enlarged(sure, shape[1:])
+        return {"class_ids": class_ids, "confidence": confidence} if wanted else class_ids
 
     def _ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Class ids and confidences, at the size that the network looks at."""
@@ -78,16 +85,17 @@ def _load_program(path: Path, device: Any) -> Any:
     return move_to_device_pass(program, device).module()
 
 
-def _pieces(images: np.ndarray) -> Iterator[np.ndarray]:
-    """As many images at a time as the memory of a small device holds."""
-    at_once = max(1, PIXELS_AT_ONCE // max(1, images.shape[1] * images.shape[2]))
-    for start in range(0, len(images), at_once):
-        yield np.ascontiguousarray(images[start : start + at_once])
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Of (N,H,W): as many images at a time as the memory of a small device holds."""
+    number, height, width = shape
+    at_once = min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // max(1, height * width)))
+    for start in range(0, number if height and width else 0, at_once):
+        yield slice(start, start + at_once)
 
 
 def _reduced(images: np.ndarray, factor: int) -> np.ndarray:
-    """(N,H,W,3) → (N,H//f,W//f,3): the mean of each block, rounded half up, as in training."""
-    if factor == 1:
+    """(N,H,W,3) → (N,H//f,W//f,3): the mean of each block, rounded half up, as in training; a side below f stays."""
+    if factor == 1 or min(images.shape[1:3]) < factor:
         return images
     number, height, width = len(images), images.shape[1] // factor, images.shape[2] // factor
     blocks = images[:, : height * factor, : width * factor].reshape(number, height, factor, width, factor, 3)

@@ -35,6 +35,7 @@ from threestage.registry.records import (
     TrialStatus,
 )
 from threestage.tracking import (
+    CONNECT_S,
     TRANSFER_S,
     MetricPoint,
     clean_tags,
@@ -47,13 +48,14 @@ from threestage.tracking import (
     redact,
     redact_tree,
     resolve_uri,
+    shortened,
     sqlite_path,
     talking_to,
 )
 
 ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"
-METRICS_PER_CALL, PARAMS_PER_CALL, DATA_DIGEST_LENGTH = 1000, 100, 36
+METRICS_PER_CALL, PARAMS_PER_CALL, DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 1000, 100, 36, 5000
 
 
 def open_registry(settings: RegistrySettings) -> "Registry":
@@ -65,12 +67,27 @@ def open_registry(settings: RegistrySettings) -> "Registry":
     uri = resolve_uri(settings.tracking_uri)
     path = sqlite_path(uri)
     location = None if path is None else (path.parent / "mlartifacts").as_uri()
-    with talking_to(uri):
-        from mlflow import MlflowClient
-    with talking_to(uri):  # again: the import has set the levels of MLflow's loggers
-        client = MlflowClient(uri, registry_uri=uri)
+    client = _client(uri)
+    with talking_to(uri, CONNECT_S):
         experiment_id = _experiment_id(client, settings.experiment, location)
     return Registry(uri, client, experiment_id, settings.model_name)
+
+
+def open_models(settings: RegistrySettings) -> Models:
+    """Connect to what is registered, to read it: nothing is created. Raises InputError like open_registry, and where a
+    sqlite store is not there."""
+    uri = resolve_uri(settings.tracking_uri)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise InputError(f"tracking store {uri}: there is none; name yours with --tracking-uri or MLFLOW_TRACKING_URI")
+    return Models(uri, _client(uri))
+
+
+def _client(uri: str) -> Any:
+    with talking_to(uri, CONNECT_S):
+        from mlflow import MlflowClient
+    with talking_to(uri, CONNECT_S):  # again: the import has set the levels of MLflow's loggers
+        return MlflowClient(uri, registry_uri=uri)
 
 
 def _experiment_id(client: Any, name: str, artifact_location: str | None) -> str:
@@ -123,6 +140,10 @@ class Registry:
         record = replace(record, run_key=redact(record.run_key))
         files = read_model(record.model_dir)
         digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        if digest != record.lineage["model_digest"]:
+            raise InputError(
+                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with"
+            )
         name = self._model_name or model_name_of(record.run_name)
         with talking_to(self.uri):
             run = self._stage_run(self._open_parent(record), record, digest)
@@ -159,14 +180,19 @@ class Registry:
         return str(run.info.run_id)
 
     def close_run(
-        self, run_key: str, status: Status, summary: Mapping[str, float], artifacts: Mapping[str, str] | None = None
+        self,
+        run_key: str,
+        status: Status,
+        summary: Mapping[str, float],
+        artifacts: Mapping[str, str] | None = None,
+        run_name: str | None = None,
     ) -> str:
         """End the parent run: its final values, and files (name in the run → URI). Returns its id. Idempotent."""
         from threestage.data import storage
 
         contents = {name: storage.read_bytes(uri) for name, uri in (artifacts or {}).items()}
         with talking_to(self.uri, TRANSFER_S):
-            run = self._parent_run(redact(run_key), None)
+            run = self._parent_run(redact(run_key), run_name)
             run_id = run.info.run_id
             finals = {key_of(key): float(value) for key, value in summary.items()}
             changed = {key: value for key, value in finals.items() if repr(run.data.metrics.get(key)) != repr(value)}
@@ -304,7 +330,8 @@ class Registry:
                 pack_model(files, packed, record, name)
             with talking_to(self.uri, TRANSFER_S):
                 self._client.log_artifacts(run.info.run_id, str(packed), PACKED_FOLDER)
-                source, description = f"{run.info.artifact_uri}/{PACKED_FOLDER}", model_card_of(packed)
+                source = f"{run.info.artifact_uri}/{PACKED_FOLDER}"
+                description = shortened(model_card_of(packed), MAX_DESCRIPTION)
                 return self.models.create(name, source, run.info.run_id, record, digest, description)
 
 

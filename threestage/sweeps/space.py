@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 import threestage
@@ -18,6 +17,7 @@ from threestage.config import STAGES, Config, Section, StageName, changed, flatt
 from threestage.errors import InputError
 from threestage.settings import Settings
 from threestage.sweeps.parameters import Parameter, label
+from threestage.yaml_text import read_yaml
 
 
 class Budget(Settings):
@@ -122,10 +122,7 @@ def load_space(source: str) -> Space:
         near = difflib.get_close_matches(source, shipped, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}")
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(file.read_bytes(), source)
     if not isinstance(tree, dict):
         raise InputError(f"{source}: a space is a mapping with stages: and search:")
     try:

@@ -1,0 +1,273 @@
+"""Why: whoever spends a night of GPUs wants each mistake as one red line before, and none that hides another."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from threestage import check as checks
+from threestage.checks import data, steps
+from threestage.checks.lines import Found, Line, not_tried, tried
+from threestage.checks.steps import Measured, Specification, measure
+from threestage.checks.words import duration_line, step_line
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.records import encode_mask, load_manifest
+from threestage.errors import InputError
+from threestage.sweeps import step_time
+
+GIB = 2**30
+
+
+@pytest.fixture
+def config(scenes: Path, tmp_path: Path) -> Config:
+    return tiny_config(scenes, registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"})
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage takes half a second a step and a GiB."""
+
+    def measured(specification: Specification) -> Iterator[Measured]:
+        for stage in specification.config.stage_names:
+            yield Measured(stage=stage, seconds=0.5, images=4, device="a CPU", memory_bytes=GIB, device_bytes=8 * GIB)
+
+    monkeypatch.setattr(checks, "measure_here", measured)
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    tree = config.model_dump(mode="json")
+    tree[section] |= values
+    return Config.model_validate(tree)
+
+
+def lines_of(config: Config, out: Path, local: bool = False) -> dict[str, Line]:
+    return {line.name: line for line in checks.check(config, str(out), local)}
+
+
+def problem(find: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as raised:
+        find()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- The order, and what depends on what
+
+
+def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
+    found = lines_of(config, tmp_path / "run")
+    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "cluster", "stage1",
+                           "stage2", "stage3", "duration"]  # fmt: skip
+    assert not any(line.problem for line in found.values())
+    assert "8 labelled images, 6 to validate on" in found["input"].value
+    assert "Ray will be started here" in found["cluster"].value
+    assert "4 images a step: 0.5 s on a CPU, at most 1 GiB of 8 GiB" in found["stage2"].value
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_cluster_nothing_is_said_of_it(config: Config, no_steps: None, tmp_path: Path) -> None:
+    found = lines_of(config, tmp_path / "run", local=True)
+    assert "cluster" not in found and "registry.tracking_uri" not in found and "duration" in found
+
+
+def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wrong = changed(changed(config, "stage1", labelled_batch=9), "registry", tracking_uri="http://127.0.0.1:1")
+    found = lines_of(changed(wrong, "cluster", gpus_per_worker=99), tmp_path / "file" / "run")
+    assert [name for name, line in found.items() if line.problem] == [
+        "--out", "registry.tracking_uri", "input", "cluster"
+    ]  # fmt: skip
+    assert found["classes"].value and found["stage1, stage2, stage3, duration"].doubt == "not tried: needs cluster"
+
+
+def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: None, tmp_path: Path) -> None:
+    found = lines_of(changed(config, "data", root=str(tmp_path / "absent")), tmp_path / "run")
+    assert [name for name, line in found.items() if line.problem] == ["data.root"]
+    doubts = {name: line.doubt for name, line in found.items() if line.doubt}
+    assert set(doubts) == {"input", "classes", "stage1, stage2, stage3, duration"}
+    assert set(doubts.values()) == {"not tried: needs data.root"}
+
+
+def test_a_complaint_of_two_lines_is_said_once(config: Config, no_steps: None, tmp_path: Path) -> None:
+    found = lines_of(changed(config, "data", labelled=9000), tmp_path / "run")
+    assert "ask for fewer" in str(found["input"].problem) and found["classes"].doubt == "not tried: needs input"
+
+
+def test_local_has_no_address(config: Config) -> None:
+    assert "leave one of them out" in problem(lambda: list(checks.check(config, "out", True, "127.0.0.1:1")))
+
+
+def test_lines() -> None:
+    assert tried("a", "b", lambda: Found("c", "d"))[:2] == ("a", "c")
+    assert not_tried(["a", "b"], ["c"]) == Line("a, b", "", doubt="not tried: needs c")
+
+
+# ---- The data set
+
+
+def with_masks(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
+    mask = encode_mask(torch.tensor([list(ids)], dtype=torch.uint8).numpy())
+    monkeypatch.setattr(data, "_sample_of_masks", lambda *given: {"scene7": mask})
+
+
+def test_ids_that_are_no_class(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_masks(monkeypatch, 0, 17, 255)
+    found = problem(lambda: data.classes_fit(config, None))
+    assert (
+        found.startswith("scene7: its mask holds id 17, the data set has classes 0..") and "mend the class map" in found
+    )
+
+
+def test_masks_of_ignored_pixels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_masks(monkeypatch, 255)
+    assert "every pixel of the labelled masks is ignored" in problem(lambda: data.classes_fit(config, None))
+
+
+def test_a_mask_that_cannot_be_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_sample_of_masks", lambda *given: {"scene7": b"no PNG"})
+    assert problem(lambda: data.classes_fit(config, None)).startswith("scene7: its mask cannot be read (")
+
+
+def test_nothing_to_validate_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_sample_of_masks", _only_of_train(data._sample_of_masks))
+    assert "no pixel to validate on: set data.validation" in problem(lambda: data.classes_fit(config, None))
+
+
+def _only_of_train(sample: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+    return lambda root, manifest, split, ids: sample(root, manifest, split, ids) if split == "train" else {}
+
+
+def test_classes_that_never_occur_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_masks(monkeypatch, 0, 1)
+    found = data.classes_fit(config, None)
+    names = load_manifest(config.data.root).classes
+    assert str(found.doubt).startswith(f"{', '.join(names[2:])}: in none of 8 of 8 labelled masks")
+
+
+def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SAMPLE", 3)
+    manifest = load_manifest(config.data.root)
+    ids = data.read_split(config, manifest, None).labelled
+    sample = data._sample_of_masks(config.data.root, manifest, "train", ids)
+    assert sample.keys() == {ids[0], ids[2], ids[4]}
+
+
+def test_the_split_of_a_run_that_has_begun(config: Config, tmp_path: Path) -> None:
+    split = {"labelled": ["a"], "validation": ["b"], "validation_split": "carved"}
+    storage.write_json(str(tmp_path / "split.json"), {"split": split})
+    assert data.read_split(config, load_manifest(config.data.root), str(tmp_path)).labelled == ("a",)
+
+
+# ---- Steps
+
+
+def measured(**values: Any) -> Measured:
+    given = {"seconds": 0.5, "images": 4, "device": "a GPU", "memory_bytes": 3 * GIB, "device_bytes": 8 * GIB}
+    return Measured.model_validate({"stage": "stage2", **given, **values})
+
+
+def test_workers_that_do_not_fit_on_a_machine_together(config: Config) -> None:
+    assert step_line(config, measured(), 2, 1.0).problem is None
+    found = str(step_line(config, measured(), 3, 1.0).problem)
+    assert found.startswith("3 workers on this machine need 9 GiB and there are 8 GiB: fewer cluster.workers, or ask")
+    assert "training.accumulate=2" in found and "stage2.unlabelled_batch" in found
+
+
+def test_workers_that_share_a_gpu(config: Config) -> None:
+    shared = changed(config, "cluster", gpus_per_worker=0.33)
+    assert "cluster.gpus_per_worker=0.33" in str(step_line(shared, measured(on_gpu=True), 1, 1.0).problem)
+    assert step_line(changed(config, "cluster", gpus_per_worker=1), measured(on_gpu=True), 9, 1.0).problem is None
+
+
+def test_a_gpu_that_is_too_small(config: Config) -> None:
+    one = Measured(stage="stage1", on_gpu=True, problem="does not fit: CUDA out of memory")
+    found = str(step_line(config, one, 1, 1.0).problem)
+    assert found.startswith("does not fit: CUDA out of memory; ask for less memory: ") and "unlabelled" not in found
+
+
+def test_the_duration_of_what_was_measured(config: Config) -> None:
+    stages = [measured(stage="stage1", seconds=10.0), measured(), measured(stage="stage3")]
+    assert duration_line(config, stages).value.startswith(
+        "stage1 6 steps 60 s + stage2 6 steps 3 s + stage3 6 steps 3 s = 66 s; besides: the pseudo-masks"
+    )
+    part = duration_line(config, [*stages[:2], Measured(stage="stage3", doubt="too slow")])
+    assert str(part.doubt).endswith("stage3 could not be measured")
+    assert duration_line(config, []).doubt == "not estimated: no step was measured"
+
+
+def specification(config: Config, use_gpu: bool = False) -> Specification:
+    return Specification(config=config, manifest=load_manifest(config.data.root), use_gpu=use_gpu)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_time, "MOST_STEPS", 3)
+    monkeypatch.setattr(steps, "keep_freed_memory", lambda: None)
+
+
+def test_a_dry_step_of_each_stage(config: Config, few_steps: None) -> None:
+    threads = torch.get_num_threads()
+    found = list(measure(specification(config)))
+    assert [one.stage for one in found] == ["stage1", "stage2", "stage3"] and [one.images for one in found] == [2, 4, 4]
+    for one in found:
+        assert one.problem is None and one.seconds > 0 and 2**27 < one.memory_bytes < one.device_bytes
+    assert torch.get_num_threads() == threads
+
+
+def test_a_step_that_fails_is_a_line_and_the_next_stage_is_tried(
+    config: Config, few_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = step_time.measure_step
+
+    def fail(config: Config, stage: Any, *rest: Any) -> Any:
+        if stage == "stage1":
+            raise RuntimeError("no kernel\nfor that")
+        return real(config, stage, *rest)
+
+    monkeypatch.setattr(steps, "measure_step", fail)
+    first, second, _ = measure(specification(config))
+    assert first.problem == "no step could be computed: RuntimeError: no kernel" and second.seconds > 0
+
+
+class Process:
+    """Stands in for the one that measures."""
+
+    def __init__(self, *lines: bytes, code: int = 0) -> None:
+        self.stdout, self._code = iter(lines), code
+
+    def wait(self) -> int:
+        return self._code
+
+
+def read(process: Any, complaints: bytes, tmp_path: Path) -> list[Measured]:
+    with open(tmp_path / "complaints", "w+b") as file:
+        file.write(complaints)
+        return list(steps._read(process, ("stage1", "stage2"), file))
+
+
+def test_a_process_that_ends_early(tmp_path: Path) -> None:
+    first = measured(stage="stage1").model_dump_json().encode() + b"\n"
+    *_, last = read(Process(first, code=-9), b"", tmp_path)
+    assert last.stage == "stage2" and "want of memory" in str(last.problem)
+    (only,) = read(Process(code=1), b"Traceback\nImportError: no torch\n", tmp_path)
+    assert only.problem == "no step could be computed: ImportError: no torch"
+
+
+def test_a_stage_that_is_too_slow_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "START_S", 0.0)
+    monkeypatch.setattr(steps, "STAGE_S", 0.05)
+    forever, never = Process(), threading.Event()
+    forever.stdout = (b"" for _ in iter(never.wait, True))
+    (found,) = read(forever, b"", tmp_path)
+    never.set()
+    assert found.doubt == "not measured: its first steps take longer than 0 s" and found.problem is None

@@ -1,0 +1,53 @@
+"""Ray's token on this machine is for its owner's eyes."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from ray._private import ray_constants
+
+from threestage.errors import InputError
+from threestage.on_ray import own_cluster
+from threestage.on_ray.own_cluster import CLOSED, closed_to_others, keep_token_private, private_folder
+
+
+def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
+    file = tmp_path / ".ray" / "auth_token"
+    keep_token_private(file)
+    made = file.read_text()
+    assert len(made) == 64 and stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)
+    keep_token_private(file)
+    assert file.read_text() == made and stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_what_is_changed_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *CLOSED):
+        monkeypatch.delenv(name, raising=False)
+    with closed_to_others():
+        assert CLOSED.items() <= os.environ.items()
+        assert not ray_constants.ENABLE_RAY_CLUSTER and (tmp_path / ".ray" / "auth_token").exists()
+    assert ray_constants.ENABLE_RAY_CLUSTER and not CLOSED.keys() & os.environ.keys()
+
+
+def test_a_token_of_the_user_s_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    with closed_to_others():
+        assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_cluster, "Path", lambda name: tmp_path / name.strip("/").replace("/", "-"))
+    folder = Path(private_folder()).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and private_folder() == f"{folder}/ray"
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match="not a folder of yours alone"):
+        private_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InputError, match="not a folder of yours alone"):
+        private_folder()

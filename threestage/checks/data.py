@@ -1,0 +1,96 @@
+"""Whether the data set fits the settings: images against batches, the ids in its masks against its classes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from threestage import IGNORE_INDEX
+from threestage.checks.lines import Found
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.batches import Sample, SampleSet
+from threestage.data.records import Manifest, SplitName, _files_with_masks, decode_mask, load_manifest, pool_files
+from threestage.data.split import Split, make_split
+from threestage.errors import InputError
+from threestage.models.network import check_settings
+from threestage.preflight import _check_batches
+
+SAMPLE = 64  # masks
+
+
+def read_split(config: Config, manifest: Manifest, out: str | None) -> Split:
+    """That of the run in `out`, where there is one; else the one that a run would make."""
+    saved = None if out is None else storage.join(out, "split.json")
+    if saved is not None and storage.exists(saved):
+        return Split.model_validate(storage.read_json(saved)["split"])
+    return make_split(config.data.root, manifest, config.data)
+
+
+def input_fits(config: Config, out: str | None) -> Found:
+    """Raises InputError when there are too few images for a step of all workers, or the network's settings do not fit."""
+    manifest = load_manifest(config.data.root)
+    split = read_split(config, manifest, out)
+    check_settings(config.network)
+    _check_batches(config, manifest, _by_name(split.labelled), _by_name(split.validation))
+    pool = sum(file.rows for file in pool_files(manifest))
+    workers = config.cluster.most_workers
+    more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
+    return Found(
+        f"version {manifest.version}: {len(split.labelled)} labelled images, {len(split.validation)} to validate on, "
+        f"{pool:,} in the pool{more}; enough for every step of {workers} worker{'s' * (workers > 1)}"
+    )
+
+
+def _by_name(ids: Sequence[str]) -> SampleSet:
+    return SampleSet([Sample(image_id, b"") for image_id in ids], 1)
+
+
+def classes_fit(config: Config, out: str | None) -> Found:
+    """Raises InputError when a sample of the masks holds ids that are no class, or nothing but ignored pixels."""
+    root, manifest = config.data.root, load_manifest(config.data.root)
+    split = read_split(config, manifest, out)
+    counts = _count_pixels(root, manifest, "train", split.labelled)
+    if not counts.any():
+        raise InputError(f"{root}: every pixel of the labelled masks is ignored ({IGNORE_INDEX}): mend the class map")
+    validating: SplitName = "val" if split.validation_split == "val" else "train"
+    if not _count_pixels(root, manifest, validating, split.validation).any():
+        raise InputError(
+            f"{root}: no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
+        )
+    looked_at = f"{min(SAMPLE, len(split.labelled))} of {len(split.labelled)} labelled masks"
+    absent = [name for name, pixels in zip(manifest.classes, counts, strict=True) if not pixels]
+    doubt = (
+        f"{', '.join(absent)}: in none of {looked_at}: label images that show it, or take it out of the class map and "
+        "ingest again"
+    )
+    return Found(f"{len(manifest.classes)} classes, all in {looked_at}", doubt if absent else None)
+
+
+def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> np.ndarray:
+    """Pixels per class in a sample of the images' masks."""
+    classes, counts = len(manifest.classes), np.zeros(256, np.int64)
+    for image_id, mask in _sample_of_masks(root, manifest, split, ids).items():
+        try:
+            found = np.bincount(decode_mask(mask).ravel(), minlength=256)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{image_id}: its mask cannot be read ({error}): ingest it again") from None
+        wrong = [i for i in np.flatnonzero(found) if i >= classes and i != IGNORE_INDEX]
+        if wrong:
+            raise InputError(
+                f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
+                "(ignore): mend the class map and ingest again"
+            )
+        counts += found
+    return counts[:classes]
+
+
+def _sample_of_masks(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> dict[str, bytes]:
+    """Of SAMPLE images evenly among the ids; reads no image. The mask that came last counts."""
+    wanted, found = set(ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]), {}
+    for file in reversed(_files_with_masks(manifest, split)):
+        if wanted:
+            for row in storage.read_table(storage.join(root, file.path), ["image_id", "mask"]).to_pylist():
+                if row["mask"] is not None and row["image_id"] in wanted:
+                    found[row["image_id"]] = row["mask"]
+                    wanted.remove(row["image_id"])
+    return found

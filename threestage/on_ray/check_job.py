@@ -1,0 +1,173 @@
+"""`threestage check --address URL`: the same check as a job, where `threestage submit` would run it.
+
+The job is this module, as it is here, with the environment of the cluster; it prints each line as JSON behind MARK.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus
+
+import threestage
+from threestage.checks.lines import Found, Line, not_tried, tried
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.store_errors import without_secrets
+from threestage.errors import InputError, reason_of
+from threestage.on_ray.check import OPEN, versions
+from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect
+from threestage.settings import Settings
+
+MARK = "threestage-check "
+SPECIFICATION = "check.json"
+PYTHON = "python"  # the cluster's, as for what is submitted
+SILENCE_S, POLL_S = 240.0, 1.0  # the longest wait inside is for nodes, and for the first steps of a stage
+MEND = "see `ray job logs --address {url} {job}`"
+
+
+class Specification(Settings):
+    """`versions`: those of the machine that asks."""
+
+    config: Config
+    out: str
+    versions: dict[str, str]
+
+
+def check_by_job(config: Config, out: str, address: str) -> Iterator[Line]:
+    """First what can be seen from here, then the lines of a job, as it finds them. Nothing stays of one that ends well."""
+    travels = tried("what travels", "", lambda: _travels(config, out))
+    yield travels
+    clients: list[Client] = []
+    yield (entry := tried("--address", address, lambda: _lets_in(address, clients)))
+    if travels.problem is not None or entry.problem is not None:
+        wrong = [line.name for line in (travels, entry) if line.problem is not None]
+        yield not_tried(["all that is tried on the cluster"], wrong)
+        return
+    yield from _run(clients[0], Specification(config=config, out=storage.absolute(out), versions=versions()))
+
+
+def _travels(config: Config, out: str) -> Found:
+    """Raises InputError for what means nothing on another machine, or should not be sent there."""
+    paths = {"--out": out, "data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
+    for name, path in {**paths, "network.weights": config.network.weights}.items():
+        if path is not None and not storage.is_s3(path) and not path.startswith("/"):
+            raise InputError(
+                f"{name}={path} is a path below this folder, which no job sees: give s3://bucket/prefix, or an absolute path "
+                "that all nodes share"
+            )
+    text = config.model_dump_json()
+    if without_secrets(text) != text:
+        raise InputError(
+            "the configuration holds a credential, which would travel with the job: set it in the cluster's environment"
+        )
+    return Found("every path is one that other machines can have; no credential is in the configuration")
+
+
+def _lets_in(address: str, clients: list[Client]) -> Found:
+    clients.append(connect(address))
+    url = clients[0].get_address()
+    try:
+        urlopen(f"{url}/api/version", timeout=5).close()
+    except URLError:  # 401: it asks for one
+        return Found(f"{url}: its job API answers, it takes our token")
+    return Found(url, f"{url}: {OPEN}")
+
+
+def _run(client: Client, specification: Specification) -> Iterator[Line]:
+    """The lines of a job. It is stopped when nothing comes for SILENCE_S, and when the caller ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, SPECIFICATION).write_text(specification.model_dump_json())
+        code = str(Path(threestage.__file__).parent)
+        try:
+            job = client.submit_job(
+                entrypoint=f"{PYTHON} -m {__name__} {SPECIFICATION}",
+                runtime_env={"working_dir": folder, "py_modules": [code]},
+                metadata={"threestage.command": "check"},
+            )
+        except (requests.RequestException, AuthenticationError, RuntimeError) as error:
+            yield Line("the job", "", problem=f"it cannot be submitted: {_short(error)}")
+            return
+    try:
+        yield from _follow(client, job)
+    finally:
+        with contextlib.suppress(*NO_CONNECTION):
+            client.stop_job(job)
+
+
+def _follow(client: Client, job: str) -> Iterator[Line]:
+    read, heard = 0, time.monotonic()
+    mend = MEND.format(url=client.get_address(), job=job)
+    while time.monotonic() - heard < SILENCE_S:
+        try:
+            status, log = client.get_job_status(job), client.get_job_logs(job)
+        except NO_CONNECTION:
+            time.sleep(POLL_S)
+            continue
+        lines = [line for line in log.splitlines(keepends=True) if line.startswith(MARK) and line.endswith("\n")]
+        for line in lines[read:]:
+            heard = time.monotonic()
+            yield Line(**json.loads(line.removeprefix(MARK)))
+        read = len(lines)
+        if status in OVER:
+            if status == JobStatus.SUCCEEDED:
+                client.delete_job(job)
+                return
+            last = (log.strip().splitlines() or [client.get_job_info(job).message])[-1]
+            yield Line("the job", job, problem=f"it ended too early: {last[:300]}; {mend}")
+            return
+        time.sleep(POLL_S)
+    yield Line("the job", job, problem=f"no word of it for {SILENCE_S:.0f} s: has the cluster room for it? {mend}")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ---- On the cluster
+
+
+def _code(asking: dict[str, str]) -> Found:
+    """Versions here, on the head, where the job runs, and there, where it was asked for."""
+    here = versions()
+    value = ", ".join(f"{what} {version}" for what, version in here.items())
+    others = [f"{what} {asking[what]}" for what in here if asking[what] != here[what]]
+    differ = f"; where you are: {', '.join(others)}" if others else " there and here"
+    try:
+        own = importlib.metadata.version("threestage")
+    except importlib.metadata.PackageNotFoundError:
+        return Found(value, f"{value}{differ}; the cluster's image holds no threestage: submit with --wheel FILE")
+    if own != asking["threestage"]:
+        return Found(
+            value, f"{value}{differ}; the image's threestage is {own}: submit with --wheel FILE, or renew the image"
+        )
+    return Found(f"{value}{differ}")
+
+
+def main(file: str) -> None:
+    from threestage.check import check
+
+    found = Specification.model_validate_json(Path(file).read_text())
+    say(tried("versions", "", lambda: _code(found.versions)))
+    try:
+        for line in check(found.config, found.out, local=False):
+            say(line)
+    except Exception as error:
+        say(Line("the job", "", problem=reason_of(error)))
+
+
+def say(line: Line) -> None:
+    print(MARK + json.dumps(line._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
