@@ -106,6 +106,18 @@ def demo(
 
 
 @app.command()
+def init(folder: Annotated[str, typer.Argument(metavar="DIR", help="Made if it is not there.")]) -> None:
+    """Write a new project into a folder: configuration, class map, sweep, job and cluster files. Overwrites nothing.
+
+    Example: threestage init streets
+    """
+    from threestage.init import next_commands, summary, write_project
+
+    for line in (*summary(write_project(folder)), "next:", *next_commands(folder)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def run(
     config: ConfigArgument,
     out: OutOption = None,

@@ -1,0 +1,145 @@
+"""`threestage init` writes a project that loads as it is, and overwrites nothing."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import threestage
+from threestage import cli, init
+from threestage.config import flatten, load
+from threestage.data.classes import load_class_map
+from threestage.errors import InputError
+from threestage.on_ray.submit import working_files
+from threestage.sweeps.checks import check_space
+from threestage.sweeps.space import load_space
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = {
+    ".dockerignore",
+    ".gitignore",
+    ".rayignore",
+    "README.md",
+    "classes.yaml",
+    "cluster/Dockerfile",
+    "cluster/aws.yaml",
+}
+WRITTEN |= {
+    "cluster/kuberay/overlays/gpu/kustomization.yaml",
+    "config.yaml",
+    "constraints.txt",
+    "jobs/run.py",
+    "sweep.yaml",
+}
+OWN = {"name", "data.root", "data.labelled", "data.downscale", "augment.crop_size", "augment.strong.cutout_size"}
+OWN |= {"network.pretrained", "network.mean", "network.std"}  # timm's weights want ImageNet's mean
+
+
+def files_below(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_all_is_there_and_loads(tmp_path: Path) -> None:
+    project = tmp_path / "new" / "streets"
+    written = init.write_project(str(project))
+    assert set(written) == files_below(project) >= WRITTEN
+    assert not any("__pycache__" in path or "PROJECT" in (project / path).read_text() for path in written)
+    for folder in ("jobs", "cluster"):
+        shipped = {path for path in files_below(ROOT / folder) if "__pycache__" not in path}
+        assert files_below(project / folder) == shipped
+
+    config, camvid = load(str(project / "config.yaml")), load("camvid")
+    assert (config.name, config.data.root) == ("streets", "data/streets")
+    there, preset = (flatten(one.model_dump(mode="json")) for one in (config, camvid))
+    assert {key for key in there if there[key] != preset[key]} <= OWN
+    assert len(load_class_map(str(project / "classes.yaml")).classes) == 3
+    check_space(load_space(str(project / "sweep.yaml")), config)
+
+
+def test_what_a_job_reads_travels_and_data_does_not(tmp_path: Path) -> None:
+    init.write_project(str(tmp_path))
+    for path in ("data/mine/a.parquet", "images/1.png", "runs/mine/results.json", "mlflow.db", "dist/threestage.whl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    top = {path.split("/")[0] for path in working_files(str(tmp_path))}
+    assert {"config.yaml", "classes.yaml", "sweep.yaml", "jobs"} <= top
+    assert top.isdisjoint({"data", "images", "runs", "mlflow.db", "dist", "cluster"})
+
+
+@pytest.mark.parametrize("taken", ["config.yaml", "cluster/Dockerfile", "jobs", "dangling"])
+def test_nothing_is_overwritten(tmp_path: Path, taken: str) -> None:
+    file = tmp_path / ("classes.yaml" if taken == "dangling" else taken)
+    file.parent.mkdir(exist_ok=True)
+    file.symlink_to("nowhere") if taken == "dangling" else file.write_text("mine")
+    with pytest.raises(InputError, match=f"^{file}: exists already"):
+        init.write_project(str(tmp_path))
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [file]
+    assert taken == "dangling" or file.read_text() == "mine"
+
+
+def test_a_file_in_place_of_the_folder_and_a_bucket(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: exists already"):
+        init.write_project(str(tmp_path / "file"))
+    with pytest.raises(InputError, match="s3://bucket/mine: a project is a folder"):
+        init.write_project("s3://bucket/mine")
+
+
+@pytest.mark.parametrize("folder, name", [("Mine_2.0", "Mine_2.0"), ("my streets", "my-streets"), ("-ü-", "mine")])
+def test_the_name_is_one_that_a_run_can_have(tmp_path: Path, folder: str, name: str) -> None:
+    init.write_project(str(tmp_path / folder))
+    assert load(str(tmp_path / folder / "config.yaml")).name == name
+
+
+def test_shipped_files_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, shipped = tmp_path / "site" / "threestage", tmp_path / "site" / "threestage" / "_shipped"
+    shutil.copytree(ROOT / "threestage" / "project", package / "project")
+    monkeypatch.setattr(threestage, "__file__", str(package / "__init__.py"))
+    with pytest.raises(InputError, match="_shipped lacks the files"):
+        init.write_project(str(tmp_path / "mine"))
+    assert not (tmp_path / "mine").exists()
+    for name in ("jobs", "tune", "cluster"):
+        shutil.copytree(ROOT / name, shipped / name)
+    for name in ("constraints.txt", ".dockerignore"):
+        shutil.copy(ROOT / name, shipped)
+    init.write_project(str(tmp_path / "mine"))
+    assert files_below(tmp_path / "mine") >= WRITTEN
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["threestage", "init", "mine"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert {"config.yaml", "jobs/ (5 files)", "next:", "  threestage check config.yaml"} <= set(lines)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "mine/README.md: exists already" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_real_wheel(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(pip, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import threestage; from threestage.config import load; from threestage.init import write_project\n"
+        "print(threestage.__file__); write_project('streets'); load('streets/config.yaml')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": "site"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site")) or done.stdout.startswith("site"), done.stdout
+    assert files_below(tmp_path / "streets") >= WRITTEN
+    assert not any("__pycache__" in path for path in files_below(tmp_path / "streets"))
