@@ -20,6 +20,7 @@ from threestage.sweeps.trials import Trial, load_trials
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,  # four trials: minutes
     pytest.mark.timeout(420),
     pytest.mark.filterwarnings("default"),  # Ray's own
 ]

@@ -118,6 +118,7 @@ def train_stalling(arguments: dict[str, Any]) -> None:
     train_fixed(arguments, Stalling)
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_rank(
     ray_cluster: None, tmp_path: Path
 ) -> None:
