@@ -141,6 +141,7 @@ def test_a_server_that_dies_and_comes_back_has_all_of_the_run(scenes: Path, serv
     assert_all_there(config, out)
 
 
+@pytest.mark.slow
 def test_without_a_server_at_the_end_sync_sends_the_rest(scenes: Path, server: Server, tmp_path: Path) -> None:
     config, out, warnings = config_of(scenes, server), str(tmp_path / "run"), list[str]()
     _, waited = run_mirrored(config, out, warnings, {("stage2", 4): server.kill})
