@@ -126,8 +126,9 @@ def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_ra
     metrics: list[str] = []
 
     def warn(text: str) -> None:
-        warnings.append(text)
-        metrics.append(scraped())
+        if ", start;" not in text:  # a busy machine may take longer than that to start
+            warnings.append(text)
+            metrics.append(scraped())
 
     cluster = {"workers": 2, "hang_after_s": 5, "report_after_s": 100}
     task = new_task(tmp_path, cluster=cluster).model_copy(update={"stage": "stage1"})  # no stream to wait for
