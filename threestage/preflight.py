@@ -15,7 +15,7 @@ from threestage.models.network import check_settings
 def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> list[int]:
     """Raises InputError when the run could not go well; returns the labels' pixel count per class."""
     check_settings(config.network)
-    _check_batches(config, manifest, labelled, validation)
+    check_batches(config, manifest, labelled, validation)
     counts = _count_pixels(manifest, labelled)
     if sum(counts) == 0:
         raise InputError(f"{config.data.root}: every pixel of the {len(labelled)} labelled masks is ignored (255)")
@@ -32,7 +32,7 @@ def check_pool(config: Config, images: int) -> None:
         _check_batch(config, f"{stage}.unlabelled_batch", config.stage(stage).unlabelled_batch, images, "unlabelled")
 
 
-def _check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
+def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
     for stage in config.stage_names:
         _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
     if config.data.unlabelled is None:
@@ -64,12 +64,17 @@ def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:
     classes = len(manifest.classes)
     counts = np.zeros(256, np.int64)
     for index in range(len(samples)):
-        found = np.bincount(samples.decoded(index).maps["mask"].ravel(), minlength=256)
-        wrong = [i for i in np.flatnonzero(found) if i >= classes and i != IGNORE_INDEX]
-        if wrong:
-            raise InputError(
-                f"{samples.samples[index].image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} "
-                "and 255 (ignore): mend the class map and ingest again"
-            )
-        counts += found
+        counts += pixels_by_id(samples.samples[index].image_id, samples.decoded(index).maps["mask"], classes)
     return counts[:classes].tolist()
+
+
+def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:
+    """(256,) pixels of a mask (H,W) per id. InputError names an id that is neither a class nor 255."""
+    found = np.bincount(mask.ravel(), minlength=256)
+    wrong = [i for i in np.flatnonzero(found) if i >= classes and i != IGNORE_INDEX]
+    if wrong:
+        raise InputError(
+            f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
+            "(ignore): mend the class map and ingest again"
+        )
+    return found

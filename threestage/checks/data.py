@@ -9,11 +9,11 @@ from threestage.checks.lines import Found
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import Sample, SampleSet
-from threestage.data.records import Manifest, SplitName, _files_with_masks, decode_mask, load_manifest, pool_files
+from threestage.data.records import Manifest, SplitName, decode_mask, files_with_masks, load_manifest, pool_files
 from threestage.data.split import Split, make_split
 from threestage.errors import InputError
 from threestage.models.network import check_settings
-from threestage.preflight import _check_batches
+from threestage.preflight import check_batches, pixels_by_id
 
 SAMPLE = 64  # masks
 
@@ -31,7 +31,7 @@ def input_fits(config: Config, out: str | None) -> Found:
     manifest = load_manifest(config.data.root)
     split = read_split(config, manifest, out)
     check_settings(config.network)
-    _check_batches(config, manifest, _by_name(split.labelled), _by_name(split.validation))
+    check_batches(config, manifest, _by_name(split.labelled), _by_name(split.validation))
     pool = sum(file.rows for file in pool_files(manifest))
     workers = config.cluster.most_workers
     more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
@@ -71,23 +71,17 @@ def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence
     classes, counts = len(manifest.classes), np.zeros(256, np.int64)
     for image_id, mask in _sample_of_masks(root, manifest, split, ids).items():
         try:
-            found = np.bincount(decode_mask(mask).ravel(), minlength=256)
+            decoded = decode_mask(mask)
         except (OSError, ValueError) as error:
             raise InputError(f"{image_id}: its mask cannot be read ({error}): ingest it again") from None
-        wrong = [i for i in np.flatnonzero(found) if i >= classes and i != IGNORE_INDEX]
-        if wrong:
-            raise InputError(
-                f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
-                "(ignore): mend the class map and ingest again"
-            )
-        counts += found
+        counts += pixels_by_id(image_id, decoded, classes)
     return counts[:classes]
 
 
 def _sample_of_masks(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> dict[str, bytes]:
     """Of SAMPLE images evenly among the ids; reads no image. The mask that came last counts."""
     wanted, found = set(ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]), {}
-    for file in reversed(_files_with_masks(manifest, split)):
+    for file in reversed(files_with_masks(manifest, split)):
         if wanted:
             for row in storage.read_table(storage.join(root, file.path), ["image_id", "mask"]).to_pylist():
                 if row["mask"] is not None and row["image_id"] in wanted:

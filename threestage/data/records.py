@@ -169,7 +169,7 @@ def pool_files(manifest: Manifest) -> tuple[DataFile, ...]:
 def labelled_ids(root: str, manifest: Manifest, split: SplitName) -> list[str]:
     """Sorted ids of a split's images that have a mask; reads no image."""
     found: set[str] = set()
-    for file in _files_with_masks(manifest, split):
+    for file in files_with_masks(manifest, split):
         found.update(_with_mask(root, file, ["image_id", "mask"]).column("image_id").to_pylist())
     return sorted(found)
 
@@ -182,7 +182,7 @@ def labelled_rows(root: str, manifest: Manifest, split: SplitName, ids: Collecti
     wanted = None if ids is None else set(ids)
     seen: set[str] = set()
     parts = [RECORD_SCHEMA.empty_table()]
-    for file in reversed(_files_with_masks(manifest, split)):
+    for file in reversed(files_with_masks(manifest, split)):
         table = _with_mask(root, file, RECORD_SCHEMA.names)
         keep = [i not in seen and (wanted is None or i in wanted) for i in table.column("image_id").to_pylist()]
         seen.update(table.column("image_id").to_pylist())
@@ -197,7 +197,7 @@ def _sorted_by_id(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.slice(0, 0), *(table.slice(i, 1) for i in order)])
 
 
-def _files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:
+def files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:
     """In order of precedence, weakest first: images, then labels in the order in which they came."""
     files = [file for file in manifest.files if file.split == split and file.labelled_rows]
     return sorted(files, key=lambda file: file.kind == "labels")

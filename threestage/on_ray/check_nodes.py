@@ -20,7 +20,6 @@ from threestage.data.store_check import PROBE_NAME
 from threestage.errors import InputError
 from threestage.on_ray.check import versions
 from threestage.on_ray.check_room import room_for_one
-from threestage.on_ray.settings import ClusterSettings
 from threestage.settings import Settings
 from threestage.tracking import resolve_uri, sqlite_path
 
@@ -147,7 +146,8 @@ def measure_there(specification: Specification) -> Iterator[Measured]:
         for stage in stages:
             yield Measured(stage=stage, doubt="not measured: the cluster has no room for a worker now")
         return
-    results = _measuring(cluster).remote(specification.model_dump(mode="json"))
+    task = ray.remote(_measure).options(**cluster.task_options, num_returns="streaming", max_retries=0)
+    results = task.remote(specification.model_dump(mode="json"))
     limit = START_S + STAGE_S
     for stage in stages:
         if not ray.wait([results], timeout=limit)[0]:
@@ -160,19 +160,6 @@ def measure_there(specification: Specification) -> Iterator[Measured]:
             yield Measured(stage=stage, problem=f"no step could be computed on the cluster: {reason_of_ray(error)}")
             return
         limit = STAGE_S
-
-
-def _measuring(cluster: ClusterSettings) -> Any:
-    others = dict(cluster.resources_per_worker)
-    return ray.remote(_measure).options(
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker,
-        memory=others.pop("memory", None),
-        resources=others,
-        accelerator_type=cluster.accelerator,
-        num_returns="streaming",
-        max_retries=0,
-    )
 
 
 def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What a run asks of a Ray cluster. Imports no Ray, so that a configuration can be read without it."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,18 @@ class ClusterSettings(Settings):
         """What one worker takes, in Ray's names."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         return {"CPU": self.cpus_per_worker, **gpus, **self.resources_per_worker}
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """What one worker takes, as options of a task, of which Ray wants memory apart from the others."""
+        others = dict(self.resources_per_worker)
+        return {
+            "num_cpus": self.cpus_per_worker,
+            "num_gpus": self.gpus_per_worker,
+            "memory": others.pop("memory", None),
+            "resources": others,
+            "accelerator_type": self.accelerator,
+        }
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

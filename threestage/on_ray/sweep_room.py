@@ -246,7 +246,11 @@ def remote_step_time(config: Config, stage: StageName, manifest_version: int, wa
     `cluster.start_timeout_s`.
     """
     cluster, began = config.cluster, time.monotonic()
-    result = _measuring(cluster).remote(config.model_dump(mode="json"), stage, manifest_version)
+    result = (
+        ray.remote(_measure)
+        .options(**cluster.task_options)
+        .remote(config.model_dump(mode="json"), stage, manifest_version)
+    )
     while not ray.wait([result], timeout=cluster.report_after_s)[0]:
         waited = time.monotonic() - began
         what = f"{stage}: a step is to be measured on {_text(_worker(cluster))}; waiting for {waited:.0f} s for room or its end"
@@ -262,18 +266,6 @@ def remote_step_time(config: Config, stage: StageName, manifest_version: int, wa
             raise cause from error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
         raise StageFailure(f"{stage}: no step could be trained to measure it: {reason}") from error
-
-
-def _measuring(cluster: ClusterSettings) -> Any:
-    others = dict(cluster.resources_per_worker)
-    memory = others.pop("memory", None)  # Ray takes it apart from the others
-    return ray.remote(_measure).options(
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker,
-        memory=memory,
-        resources=others,
-        accelerator_type=cluster.accelerator,
-    )
 
 
 def _measure(settings: dict[str, Any], stage: StageName, manifest_version: int) -> StepTime:
