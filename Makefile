@@ -37,7 +37,7 @@ integration: .venv/installed  ## with Ray, one after the other
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"  # what is imported is compiled then
 	touch $@
 
 clean:

@@ -66,6 +66,7 @@ while True:
 """
 
 
+@pytest.mark.slow  # a cluster of its own: a minute
 def test_command_line(tmp_path: Path, ray_cluster: None) -> None:
     """All parts serve a driver that has the token; SIGTERM ends all of them and not the session's own Ray."""
     import ray

@@ -151,6 +151,7 @@ def scraped() -> str:
     return b"".join(pages).decode()
 
 
+@pytest.mark.slow  # what the loop says of it: tests/unit/test_loop.py
 def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
     optimiser = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
     config = tiny_config(scenes, cluster={"workers": 2}, optimiser=optimiser)
@@ -162,18 +163,17 @@ def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Pat
     assert rows == [], "a second try would begin at step 0 again"
 
 
-def test_what_is_asked_and_not_there_is_reported_and_ends_the_run(
+def test_what_is_asked_and_not_there_ends_the_run(
     ray_cluster: None, scenes: Path, tmp_path: Path
 ) -> None:
-    cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "report_after_s": 2, "start_timeout_s": 7}
-    warnings: list[str] = []
+    """How often it is said before the end: tests/unit/test_patience.py."""
+    cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "start_timeout_s": 3}
     before = controllers()
     with pytest.raises(
-        StageFailure, match=r"stage1: waiting for \d+ s for 2 × \(CPU 1, fpga 1\); the cluster has CPU 8 \("
+        StageFailure,
+        match=r"stage1: waiting for \d+ s for 2 × \(CPU 1, fpga 1\); the cluster has CPU 8 \(\d free\), fpga 0 \(0 free\) on 1 nodes",
     ):
-        on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, warnings.append)
-    waiting = [warning for warning in warnings if "waiting for" in warning]
-    assert len(waiting) >= 2 and "fpga 0 (0 free) on 1 nodes: add nodes" in waiting[0]
+        on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, print)
     assert_no_controller_is_left(before)
 
 

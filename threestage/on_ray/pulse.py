@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import ray
 import ray.exceptions
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from threestage.stages import StageTask
+if TYPE_CHECKING:  # the monitor's process needs no torch
+    from threestage.stages import StageTask
 
 BEAT_SECONDS = 2.0
 
@@ -97,7 +98,7 @@ class Pulse:
     that names the rank, once for each place.
     """
 
-    def __init__(self, monitor: Any, task: StageTask, rank: int, world_size: int) -> None:
+    def __init__(self, monitor: Any, task: "StageTask", rank: int, world_size: int) -> None:
         config = task.settings()
         self._monitor, self._stage, self._rank, self._world_size = monitor, task.stage, rank, world_size
         self._hang_after_s = config.cluster.hang_after_s

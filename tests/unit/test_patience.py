@@ -1,0 +1,68 @@
+"""Waiting for workers: reports at their times, and an end, by a clock that the test sets."""
+
+import pytest
+
+from threestage.errors import NoRoom
+from threestage.on_ray import patience
+from threestage.on_ray.patience import Patience
+from threestage.on_ray.pulse import Sign
+from threestage.on_ray.settings import ClusterSettings
+
+CLUSTER = ClusterSettings(workers=2, report_after_s=10, start_timeout_s=35, hang_after_s=100)
+
+
+class Clock:
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(patience.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(patience.ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(patience.ray, "nodes", lambda: [{"Alive": True}])
+    return clock
+
+
+def test_no_worker_is_reported_again_and_again_and_ends(clock: Clock) -> None:
+    said: list[str] = []
+    waiting = Patience("stage1", CLUSTER, said.append)
+    for second in range(35):
+        clock.now = 1000.5 + second
+        waiting.look({})
+    assert [line.split(" s for ")[0] for line in said] == [f"stage1: waiting for {s}" for s in (10, 20, 30)]
+    assert "2 × (CPU 1); the cluster has CPU 1 (1 free) on 1 nodes: add nodes" in said[0]
+    clock.now = 1035.5
+    with pytest.raises(NoRoom, match="waiting for 36 s for 2"):
+        waiting.look({})
+
+
+def test_the_clock_begins_anew_when_workers_were_there(clock: Clock) -> None:
+    said: list[str] = []
+    waiting = Patience("stage1", CLUSTER, said.append)
+    clock.now = 1030
+    waiting.look({0: (sign(0), 1030.0)})
+    clock.now = 1039.5
+    waiting.look({0: (sign(0), 1030.0)})
+    assert said == []
+    clock.now = 1030 + patience.SILENCE_SECONDS + 1
+    waiting.look({0: (sign(0), 1030.0)})
+    assert len(said) == 1
+
+
+def test_the_worker_that_the_others_wait_for_is_named_once(clock: Clock) -> None:
+    said: list[str] = []
+    waiting = Patience("stage1", CLUSTER, said.append)
+    for _ in range(2):
+        waiting.look({0: (sign(0, step=7, seconds=120), 1000.0), 1: (sign(1, step=6, seconds=130), 1000.0)})
+    assert len(said) == 1 and "rank 1 of 2" in said[0] and "step 6" in said[0]
+    waiting.look({0: (sign(0, step=7, seconds=120), 1000.0), 1: (sign(1, step=8, seconds=2), 1000.0)})
+    assert len(said) == 1, "one that works is not waited for"
+
+
+def sign(rank: int, step: int = 1, seconds: float = 0.0) -> Sign:
+    return Sign(rank=rank, world_size=2, node="here", step=step, doing="draw", seconds=seconds)
