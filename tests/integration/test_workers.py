@@ -163,16 +163,12 @@ def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Pat
     assert rows == [], "a second try would begin at step 0 again"
 
 
-def test_what_is_asked_and_not_there_ends_the_run(
-    ray_cluster: None, scenes: Path, tmp_path: Path
-) -> None:
+def test_what_is_asked_and_not_there_ends_the_run(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
     """How often it is said before the end: tests/unit/test_patience.py."""
     cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "start_timeout_s": 3}
     before = controllers()
-    with pytest.raises(
-        StageFailure,
-        match=r"stage1: waiting for \d+ s for 2 × \(CPU 1, fpga 1\); the cluster has CPU 8 \(\d free\), fpga 0 \(0 free\) on 1 nodes",
-    ):
+    asked, there = r"2 × \(CPU 1, fpga 1\)", r"CPU 8 \(\d free\), fpga 0 \(0 free\) on 1 nodes"
+    with pytest.raises(StageFailure, match=rf"stage1: waiting for \d+ s for {asked}; the cluster has {there}"):
         on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, print)
     assert_no_controller_is_left(before)
 

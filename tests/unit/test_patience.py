@@ -1,6 +1,7 @@
 """Waiting for workers: reports at their times, and an end, by a clock that the test sets."""
 
 import pytest
+import ray
 
 from threestage.errors import NoRoom
 from threestage.on_ray import patience
@@ -22,9 +23,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(patience, "time", clock)
-    monkeypatch.setattr(patience.ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(patience.ray, "available_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(patience.ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     return clock
 
 
