@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +21,7 @@ from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.registry import RegistrySettings
 from threestage.settings import Settings
 from threestage.training.loop import LoopSettings
+from threestage.training.losses import ThresholdRule
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.yaml_text import read_yaml
 
@@ -28,8 +29,22 @@ StageName = Literal["stage1", "stage2", "stage3"]
 Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
 Model = TypeVar("Model", bound=BaseModel)
 LONGEST_SHOWN = 300  # characters of a wrong value
-# They were not there in the first runs, which go on with the defaults.
-LATER_TRAINING_KEYS = {"batch", "learning_rate_rule", "accumulate"}
+LATER_KEYS: dict[str, Any] = {
+    "training.batch": "per_worker",
+    "training.learning_rate_rule": "none",
+    "training.accumulate": 1,
+    "augment.class_balance": 0.0,
+    "consistency.threshold_rule": "fixed",
+    "consistency.weight_by_confidence": False,
+    "consistency.strong_views": 1,
+    "consistency.feature_dropout": 0.0,
+    "consistency.cutmix": 0.0,
+    "pseudo_mask.threshold_rule": "fixed",
+    "pseudo_mask.weight_by_confidence": False,
+    "pseudo_mask.head": "auxiliary",
+}
+"""Keys that the first runs did not have, and the value that they go on with."""
+TRAINING_KEYS = {"precision", "batch", "learning_rate_rule", "accumulate"}
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 
@@ -42,8 +57,21 @@ class ConsistencySettings(Settings):
     confidence_threshold: float = Field(
         0.0, ge=0, le=1, description="teacher pixels below it become 255; 0 is faithful"
     )
+    threshold_rule: ThresholdRule = Field(
+        "fixed", description="what scales the threshold: nothing (faithful), a batch's mean confidence, or each class's"
+    )
+    weight_by_confidence: bool = Field(
+        False, description="a pixel counts for the teacher's confidence; off is faithful"
+    )
     ramp_up: float = Field(
         0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; 0 is faithful"
+    )
+    strong_views: int = Field(1, ge=1, le=2, description="of each unlabelled image, for L_con; 1 is faithful")
+    feature_dropout: float = Field(
+        0.0, ge=0, lt=1, description="of channels, in a weak view that L_con takes beside the strong one; 0 is faithful"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=1, description="chance that a box of an unlabelled strong view shows another; 0 is faithful"
     )
 
 
@@ -102,6 +130,15 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _mixes_two(self) -> Self:
+        for name in STAGES[1:]:
+            if self.consistency.cutmix > 0 and self.stage(name).unlabelled_batch < 2:
+                raise ValueError(
+                    f"consistency.cutmix takes {name}.unlabelled_batch of at least 2; raise it, or set cutmix to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _changes_fit(self) -> Self:
         for name in STAGES:
             try:
@@ -144,8 +181,8 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     if stage != "stage1":
         sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
-    keys = flatten(dump) | {"training.precision": config.training.precision}
-    keys |= {f"training.{key}": value for key, value in _changed(config.training) if key in LATER_TRAINING_KEYS}
+    dump["training"] = config.training.model_dump(mode="json", include=TRAINING_KEYS)
+    keys = {key: value for key, value in flatten(dump).items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
     without = {
         "data.root",
         "data.unlabelled",
@@ -178,13 +215,6 @@ def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         before = merged.get(key)
         merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """The keys that do not have their default."""
-    for key, field in type(settings).model_fields.items():
-        if getattr(settings, key) != field.default:
-            yield key, getattr(settings, key)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from threestage.data.pool import PoolFile, rows_of
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.settings import Settings
+from threestage.training.losses import ThresholdRule
 from threestage.training.metrics import mean_iou
 
 PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
@@ -48,6 +49,13 @@ class PseudoMaskSettings(Settings):
     weight: float = Field(0.25, ge=0, description="w_pm")
     confidence_threshold: float = Field(
         0.0, ge=0, le=1, description="pixels below it become 255 in L_pm; 0 is faithful"
+    )
+    threshold_rule: ThresholdRule = Field(
+        "fixed", description="what scales the threshold: nothing (faithful), a batch's mean confidence, or each class's"
+    )
+    weight_by_confidence: bool = Field(False, description="a pixel counts for its confidence in L_pm; off is faithful")
+    head: Literal["auxiliary", "main"] = Field(
+        "auxiliary", description="which head learns them; main, with consistency.weight=0, is plain self-training"
     )
     guard: Literal["ignore", "warn", "stop"] = Field(
         "warn",

@@ -1,17 +1,15 @@
-"""What stage 1, 2 and 3 each build, and what they do in one step (method.md). The loop is training/loop.py."""
+"""What stage 1, 2 and 3 each build, train and publish (method.md). Their steps are in steps.py, the loop in training/loop.py."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from threestage import IGNORE_INDEX
-from threestage.augment.views import View, strong_view, weak_view
-from threestage.config import Config
+from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import load_pool
@@ -21,23 +19,23 @@ from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation
 from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
 from threestage.models.export import ModelCard, save_model, start_from
-from threestage.models.network import Network, build_network
+from threestage.models.network import Auxiliary, Network, build_network
 from threestage.pseudo_masks import read_index
-from threestage.seeds import Draws, derive_seed, generator
+from threestage.seeds import derive_seed
 from threestage.settings import Settings
-from threestage.training import losses
+from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import compiled, fit, laid_out, make_scaler, resume
-from threestage.training.schedule import ramp_up
-from threestage.training.step import StepInputs, StepSource
+from threestage.training.loop import compiled, fit, make_scaler, resume
+from threestage.training.step import StepSource
 from threestage.training.worker import Worker
 
-AUXILIARY: Mapping[str, Literal["none", "branch", "shared"]] = {
-    "stage1": "none",
-    "stage2": "branch",
-    "stage3": "shared",
-}
+
+def auxiliary(stage: StageName, config: Config) -> Auxiliary:
+    """Which auxiliary head the stage's network has: none where no pseudo-mask is learnt, or the main head learns it."""
+    if stage == "stage1" or config.pseudo_mask.weight == 0 or config.pseudo_mask.head == "main":
+        return "none"
+    return "branch" if stage == "stage2" else "shared"
 
 
 class StageTask(Settings):
@@ -113,7 +111,7 @@ def load_data(task: StageTask, config: Config) -> StageData:
 def build_state(task: StageTask, config: Config, num_classes: int, device: torch.device) -> TrainState:
     """A fresh network, its teacher (stages 2 and 3) and Adam with two learning rates."""
     seed = derive_seed(config.seed, task.stage, "network")
-    student = build_network(config.network, num_classes, AUXILIARY[task.stage], seed).to(device)
+    student = build_network(config.network, num_classes, auxiliary(task.stage, config), seed).to(device)
     if config.stage(task.stage).warm_start and task.previous_model is not None:
         start_from(student, task.previous_model)
     if config.training.channels_last:
@@ -157,7 +155,7 @@ def make_source(task: StageTask, config: Config, state: TrainState, data: StageD
     """What the stage's steps compute, from the state's step on."""
     stage, place = config.stage(task.stage), (config.seed, task.stage, "labelled")
     share = share_of(stage.labelled_batch, config.training.batch, worker.rank, worker.world_size)
-    source = batches(data.labelled, share, data.canvas, place, state.labelled_images)
+    source = batches(data.labelled, share, data.canvas, place, state.labelled_images, config.augment.class_balance)
     labelled = Feed(Timed(prefetch(source, worker.device)), share)
     if task.stage == "stage1":
         return SupervisedSteps(config, labelled)
@@ -166,104 +164,6 @@ def make_source(task: StageTask, config: Config, state: TrainState, data: StageD
     assert state.teacher is not None
     teacher = compiled(state.teacher, config.training)
     return ThreeTaskSteps(task.stage, config, teacher, labelled, Feed(unlabelled, share_u))
-
-
-class Feed(NamedTuple):
-    """Batches on the device, and which rows of the global batch they are."""
-
-    batches: Timed
-    share: Share
-
-    def draws(self, random: torch.Generator) -> Draws:
-        return Draws(random, self.share.first, self.share.total)
-
-
-class SupervisedSteps:
-    """Stage 1: CE(g(x_l), y_l); with `stage1.strong_view` the strong view of each image is learnt beside the weak one."""
-
-    def __init__(self, config: Config, labelled: Feed) -> None:
-        self._config = config
-        self._labelled = labelled
-
-    @property
-    def waited(self) -> float:
-        return self._labelled.batches.seconds
-
-    def draw(self, step: int) -> StepInputs:
-        config, batch = self._config, next(self._labelled.batches)
-        draws = self._labelled.draws(generator(config.seed, "stage1", "augment", step))
-        view = weak_view(batch.image, batch.size, config.augment, draws)
-        image, mask = view.image, view.warp(batch.maps["mask"])
-        if config.stage1.strong_view:
-            strong = strong_view(view, config.augment.strong, draws)
-            image, mask = torch.cat([image, strong.image]), torch.cat([mask, strong.warp(mask)])
-        image = laid_out(image, config.training)
-        return StepInputs(image, {"supervised_loss": mask}, {"supervised_loss": 1.0}, batch.image_ids)
-
-
-class ThreeTaskSteps:
-    """Stages 2 and 3: w_sup · L_sup + w_con · L_con + w_pm · L_pm."""
-
-    def __init__(self, stage: str, config: Config, teacher: nn.Module, labelled: Feed, unlabelled: Feed) -> None:
-        self._stage, self._config, self._teacher = stage, config, teacher
-        self._labelled, self._unlabelled = labelled, unlabelled
-        self._ramp_up_steps = config.consistency.ramp_up * config.stage(stage).steps  # type: ignore[arg-type]
-
-    @property
-    def waited(self) -> float:
-        return self._labelled.batches.seconds + self._unlabelled.batches.seconds
-
-    def draw(self, step: int) -> StepInputs:
-        config, random = self._config, generator(self._config.seed, self._stage, "augment", step)
-        batch_l, batch_u = next(self._labelled.batches), next(self._unlabelled.batches)
-        draws_l, draws_u = self._labelled.draws(random), self._unlabelled.draws(random)
-        weak_l = weak_view(batch_l.image, batch_l.size, config.augment, draws_l)
-        weak_u = weak_view(batch_u.image, batch_u.size, config.augment, draws_u)
-        strong_u = strong_view(weak_u, config.augment.strong, draws_u)
-        threshold_c, threshold_p = config.consistency.confidence_threshold, config.pseudo_mask.confidence_threshold
-        targets = {
-            "supervised_loss": weak_l.warp(batch_l.maps["mask"]),
-            "consistency_loss": teacher_targets(self._teacher, weak_l, weak_u, strong_u, threshold_c),
-            "pseudo_mask_loss": pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, strong_u, threshold_p),
-        }
-        weights = {
-            "supervised_loss": config.supervised.weight,
-            "consistency_loss": config.consistency.weight * ramp_up(step, self._ramp_up_steps),
-            "pseudo_mask_loss": config.pseudo_mask.weight,
-        }
-        image = laid_out(torch.cat([weak_l.image, strong_u.image]), config.training)
-        return StepInputs(image, targets, weights, batch_l.image_ids + batch_u.image_ids)
-
-
-@torch.no_grad()
-def teacher_targets(
-    teacher: nn.Module, weak_l: View, weak_u: View, strong_u: View, confidence_threshold: float
-) -> Tensor:
-    """[argmax T(x_l); W argmax T(x_u)] (N,h,w) uint8, 255 on padding, outside, and below the threshold. One forward pass of
-    the weak views; hard labels are warped, not probabilities."""
-    logits, _ = teacher(torch.cat([weak_l.image, weak_u.image]))
-    if confidence_threshold == 0:
-        class_ids = logits.argmax(dim=1).to(torch.uint8)
-    else:
-        confidence, best = logits.float().softmax(dim=1).max(dim=1)
-        class_ids = losses.keep_confident(best.to(torch.uint8), confidence, confidence_threshold)
-    class_ids = class_ids.masked_fill(~torch.cat([weak_l.valid, weak_u.valid]), IGNORE_INDEX)
-    return _labelled_and_strong(class_ids, len(weak_l.image), strong_u)
-
-
-def pseudo_mask_targets(
-    batch_l: Batch, batch_u: Batch, weak_l: View, weak_u: View, strong_u: View, confidence_threshold: float
-) -> Tensor:
-    """[ŷ_l; W ŷ_u] (N,h,w) uint8 through the same geometry as the images; a pixel below the threshold is 255."""
-    weak = [
-        view.warp(losses.keep_confident(batch.maps["pseudo_mask"], batch.maps["confidence"], confidence_threshold))
-        for batch, view in ((batch_l, weak_l), (batch_u, weak_u))
-    ]
-    return _labelled_and_strong(torch.cat(weak), len(weak_l.image), strong_u)
-
-
-def _labelled_and_strong(class_ids: Tensor, labelled: int, strong_u: View) -> Tensor:
-    return torch.cat([class_ids[:labelled], strong_u.warp(class_ids[labelled:])])
 
 
 def local_unlabelled(task: StageTask) -> Callable[[Share, int], Iterator[Batch]]:

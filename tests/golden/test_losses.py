@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threestage.training.losses import cross_entropy_sum, keep_confident, supervised_loss, total_loss, valid_pixels
@@ -90,3 +91,33 @@ def test_pieces_cover_the_batch_once() -> None:
             cut = [list(range(images))[piece] for piece in pieces(images, accumulate)]
             assert [i for piece in cut for i in piece] == list(range(images))
             assert len(cut) == min(images, accumulate) and all(cut)
+
+
+def test_a_pixel_counts_for_its_weight() -> None:
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    target[0, 0] = 255
+    weight = torch.randint(0, 256, (2, 4, 5), dtype=torch.uint8)
+    each = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
+    torch.testing.assert_close(cross_entropy_sum(logits, target, weight), (each * weight / 255).sum())
+    whole = torch.full_like(weight, 255)
+    torch.testing.assert_close(cross_entropy_sum(logits, target, whole), cross_entropy_sum(logits, target))
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_thresholds_follow_what_the_batch_shows(as_bytes: bool) -> None:
+    """Class 0 has mean confidence 0.9, class 1 0.6, all pixels 0.75; what is 255 counts for nothing."""
+    class_ids = torch.tensor([[[0, 0, 1, 1, 255]]], dtype=torch.uint8)
+    confidence = torch.tensor([[[0.96, 0.84, 0.7, 0.5, 0.0]]])
+    if as_bytes:
+        confidence = (confidence * 255).round().to(torch.uint8)
+    assert keep_confident(class_ids, confidence, 0.8, "fixed").tolist() == [[[0, 0, 255, 255, 255]]]
+    assert keep_confident(class_ids, confidence, 0.8, "dynamic").tolist() == [[[0, 0, 1, 255, 255]]], "0.8 · 0.75 = 0.6"
+    assert keep_confident(class_ids, confidence, 0.95, "per_class").tolist() == [[[0, 255, 1, 255, 255]]], (
+        "0.95 for class 0, 0.95 · 0.6 / 0.9 = 0.63 for class 1"
+    )
+
+
+def test_a_batch_without_a_pixel_has_no_threshold() -> None:
+    class_ids = torch.full((1, 2, 2), 255, dtype=torch.uint8)
+    for rule in ("dynamic", "per_class"):
+        assert keep_confident(class_ids, torch.ones(1, 2, 2), 0.5, rule).tolist() == class_ids.tolist()

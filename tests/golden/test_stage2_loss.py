@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threestage.augment.views import View
+from threestage.config import ConsistencySettings
 from threestage.data.batches import Batch
-from threestage.stages import pseudo_mask_targets, teacher_targets
+from threestage.pseudo_masks import PseudoMaskSettings
+from threestage.steps import StudentView, as_seen, pseudo_mask_targets, teacher_targets
 from threestage.training.losses import total_loss, valid_pixels
 from threestage.training.step import StepInputs, piece_sums
 
@@ -67,10 +69,13 @@ def test_stage_two_equals_the_reference() -> None:
         }
         return Batch(image, torch.tensor([[SIDE, SIDE]] * len(image)), maps, ("",) * len(image))
 
+    views = [StudentView(strong_u.image, strong_u.warp)]
+    said = teacher_targets(teacher, weak_l, weak_u, ConsistencySettings())
+    pseudo = pseudo_mask_targets(batch(x_l, pm_l), batch(x_u, pm_u), weak_l, weak_u, PseudoMaskSettings())
     targets = {
         "supervised_loss": y_l,
-        "consistency_loss": teacher_targets(teacher, weak_l, weak_u, strong_u, 0.0),
-        "pseudo_mask_loss": pseudo_mask_targets(batch(x_l, pm_l), batch(x_u, pm_u), weak_l, weak_u, strong_u, 0.0),
+        "consistency_loss": as_seen(said, views).class_ids,
+        "pseudo_mask_loss": as_seen(pseudo, views).class_ids,
     }
     inputs = StepInputs(torch.cat([weak_l.image, strong_u.image]), targets, WEIGHTS, ())
     counts = {name: valid_pixels(target) for name, target in targets.items()}

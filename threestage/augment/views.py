@@ -60,6 +60,13 @@ class AugmentSettings(Settings):
     scale: tuple[float, float] = Field((1.0, 1.0), description="least and greatest random scale; 1, 1 keeps the pixels")
     scale_step: float = Field(0.1, ge=0, description="scales are drawn in these steps; 0 is continuous")
     flip_probability: float = Field(0.5, ge=0, le=1, description="chance of a horizontal flip")
+    class_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
+        "every image in turn, cut anywhere",
+    )
     strong: StrongSettings = StrongSettings()
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -99,12 +99,20 @@ def canvas_size(largest: tuple[int, int], augment: AugmentSettings) -> tuple[int
 
 
 def place(
-    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator
+    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, around: int | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
-    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size."""
+    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size.
+
+    `around`: a class of the mask, one of whose pixels, drawn at random, the window has to hold.
+    """
+    height, width = decoded.image.shape[:2]
+    wanted: tuple[int, int] | None = None
+    if around is not None:
+        pixels = np.flatnonzero(decoded.maps["mask"] == around)
+        wanted = divmod(int(pixels[rng.integers(len(pixels))]), width)
     top, left = (
-        int(rng.integers(0, max(0, side - room) + 1))
-        for side, room in zip(decoded.image.shape[:2], canvas, strict=True)
+        _first_pixel(side, room, rng, None if wanted is None else wanted[axis])
+        for axis, (side, room) in enumerate(zip((height, width), canvas, strict=True))
     )
     window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
     image = decoded.image[window]
@@ -117,11 +125,23 @@ def place(
     return np.pad(image, (*padding, (0, 0))), maps, size
 
 
+def _first_pixel(side: int, room: int, rng: np.random.Generator, wanted: int | None) -> int:
+    """Of a window of `room` pixels along a side, which holds the pixel `wanted`."""
+    least, most = (
+        (0, max(0, side - room)) if wanted is None else (max(0, wanted - room + 1), min(wanted, max(0, side - room)))
+    )
+    return int(rng.integers(least, most + 1))
+
+
 def stack(
-    samples: Sequence[tuple[str, Decoded]], canvas: tuple[int, int], randoms: Sequence[np.random.Generator]
+    samples: Sequence[tuple[str, Decoded]],
+    canvas: tuple[int, int],
+    randoms: Sequence[np.random.Generator],
+    around: Sequence[int | None] | None = None,
 ) -> Batch:
-    """One batch of the samples, in their order, each placed with a generator of its own."""
-    placed = [place(decoded, canvas, rng) for (_, decoded), rng in zip(samples, randoms, strict=True)]
+    """One batch of the samples, in their order, each placed with a generator of its own; `around`: see `place`."""
+    classes = around or [None] * len(samples)
+    placed = [place(decoded, canvas, *how) for (_, decoded), *how in zip(samples, randoms, classes, strict=True)]
     image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2).contiguous()
     maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
     return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))
@@ -178,6 +198,27 @@ class Order:
         return int(self._items[offset])
 
 
+class BalancedOrder:
+    """Which item, and which class of it, stands at a position: first a class, then an image that has it, each by chance.
+
+    class_pixels: (items, classes) pixels of each class in each image. A class has the chance ∝ its pixels^-balance, the
+    images that have it the same chance each. A function of (place, position) alone.
+    """
+
+    def __init__(self, class_pixels: np.ndarray, balance: float, *place: int | str) -> None:
+        self._place = place
+        self._classes = np.flatnonzero(class_pixels.sum(0))
+        self._items = [np.flatnonzero(class_pixels[:, class_id]) for class_id in self._classes]
+        chances = class_pixels.sum(0)[self._classes].astype(float) ** -balance
+        self._chances = chances / chances.sum()
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        rng = np.random.default_rng(derive_seed(*self._place, "class", position))
+        drawn = int(rng.choice(len(self._classes), p=self._chances))
+        items = self._items[drawn]
+        return int(items[rng.integers(len(items))]), int(self._classes[drawn])
+
+
 @dataclass(frozen=True)
 class Share:
     """The rows of a step's global batch that one worker takes."""
@@ -201,20 +242,34 @@ def batches(
     canvas: tuple[int, int],
     seed_place: tuple[int | str, ...],
     first_image: int = 0,
+    class_balance: float = 0.0,
 ) -> Iterator[Batch]:
     """Endless batches: a worker's rows of every global batch, the first of which begins at image `first_image`.
 
     Which images they are, and where they are cut, depends on their place in the order alone, not on the number of workers.
+    class_balance: above 0, every sample has a mask, and BalancedOrder draws image and crop.
     """
-    order = Order(len(samples), *seed_place)
+    order = _order(samples, class_balance, seed_place)
     with ThreadPoolExecutor(2) as pool:
         for start in count(first_image + share.first, share.total):
             places = range(start, start + share.count)
-            chosen = [order[place] for place in places]
+            chosen, around = zip(*(order(place) for place in places), strict=True)
             randoms = [np.random.default_rng(derive_seed(*seed_place, "canvas", place)) for place in places]
             decoded = pool.map(samples.decoded, chosen)
             named = [(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)]
-            yield stack(named, canvas, randoms)
+            yield stack(named, canvas, randoms, around)
+
+
+def _order(
+    samples: SampleSet, class_balance: float, seed_place: tuple[int | str, ...]
+) -> Callable[[int], tuple[int, int | None]]:
+    """Position → item, and the class that its crop has to hold."""
+    if class_balance > 0:
+        masks = (samples.decoded(item).maps["mask"] for item in range(len(samples)))
+        pixels = np.stack([np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX] for mask in masks])
+        return BalancedOrder(pixels, class_balance, *seed_place).__getitem__
+    order = Order(len(samples), *seed_place)
+    return lambda position: (order[position], None)
 
 
 class Timed:

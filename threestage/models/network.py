@@ -77,15 +77,19 @@ class Network(nn.Module):
             layer.requires_grad_(False)
         self.train()
 
-    def forward(self, image: Tensor, with_auxiliary: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, image: Tensor, with_auxiliary: bool = False, dropout: tuple[int, float] = (0, 0.0)
+    ) -> tuple[Tensor, Tensor | None]:
         """image (N,3,H,W) float in [0,1] → main logits (N,C,H,W), and the auxiliary ones if asked for and there.
 
         A size that the encoder cannot take is padded at the right and bottom with the mean colour, and cut off again.
+        dropout: the main head sees the last so many images without some channels of their features, each with that chance.
         """
         padded = self._normalise_and_pad(image)
         low, third = self.encoder.trunk(padded)
         deep = self.encoder.last(*third)
-        main = self._upsample_and_crop(self.main_head(low, deep), padded, image)
+        features = (low, deep) if dropout[0] == 0 else (_dropped(low, *dropout), _dropped(deep, *dropout))
+        main = self._upsample_and_crop(self.main_head(*features), padded, image)
         if not with_auxiliary or self.auxiliary_head is None:
             return main, None
         if self.auxiliary_stage is not None:
@@ -138,6 +142,12 @@ class Network(nn.Module):
             return []
         stages = [stage for stage in (self.encoder, self.auxiliary_stage) if stage is not None]
         return [layer for stage in stages for layer in stage.modules() if isinstance(layer, _BatchNorm)]
+
+
+def _dropped(features: Tensor | None, images: int, probability: float) -> Tensor | None:
+    if features is None:
+        return None
+    return torch.cat([features[:-images], F.dropout2d(features[-images:], probability)])
 
 
 def build_network(settings: NetworkSettings, num_classes: int, auxiliary: Auxiliary = "none", seed: int = 0) -> Network:

@@ -14,7 +14,7 @@ import torch
 from threestage.config import STAGES, Config, StageName, changed
 from threestage.data.records import Manifest
 from threestage.models.network import build_network
-from threestage.stages import AUXILIARY
+from threestage.stages import auxiliary
 from threestage.sweeps.space import Asha, Space, counts, most_steps, paths, trial_config
 
 PSEUDO_MASK_BYTES = 2  # per pixel at most: the class and its confidence, both compressed
@@ -214,9 +214,10 @@ def _storage(
 
 def network_bytes(config: Config, stage: StageName, classes: int) -> tuple[int, int]:
     """Of a checkpoint of a stage (student, teacher, the optimiser's two moments) and of its model's weights."""
-    settings = config.for_stage(stage).network.model_copy(update={"weights": None, "pretrained": False})
+    config = config.for_stage(stage)
+    settings = config.network.model_copy(update={"weights": None, "pretrained": False})
     with torch.device("meta"):
-        network = build_network(settings, classes, AUXILIARY[stage])
+        network = build_network(settings, classes, auxiliary(stage, config))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     copies = 1 if stage == "stage1" else 2
     checkpoint = copies * _bytes(network.state_dict().values()) + 2 * _bytes(trained)

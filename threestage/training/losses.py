@@ -5,6 +5,7 @@ Stage 2, 3:  L = w_sup · L_sup + w_con · L_con + w_pm · L_pm          (method
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,20 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 
+ThresholdRule = Literal["fixed", "dynamic", "per_class"]
 
-def cross_entropy_sum(logits: Tensor, target: Tensor) -> Tensor:
+
+def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sum of -log softmax(logits)[target], in nats, over the pixels whose target is not 255.
 
-    logits: (N,C,H,W) of any float type, computed in float32 at least; target: (N,H,W) class ids of any integer type.
-    A batch without a valid pixel gives 0, never NaN.
+    logits: (N,C,H,W) of any float type, computed in float32 at least; target: (N,H,W) class ids of any integer type;
+    weight: (N,H,W) uint8, 255ths of a pixel. A batch without a valid pixel gives 0, never NaN.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+    if weight is None:
+        return F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+    by_pixel = F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="none")
+    return (by_pixel * (weight / 255)).sum()
 
 
 def valid_pixels(target: Tensor) -> Tensor:
@@ -28,30 +34,49 @@ def valid_pixels(target: Tensor) -> Tensor:
     return (target != IGNORE_INDEX).sum().double()
 
 
-def supervised_loss(main_logits: Tensor, mask: Tensor) -> Tensor:
+def supervised_loss(main_logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_sup = CE(g(x_l), y_l); (N,C,H,W) against (N,H,W). Void and padding (255) do not count."""
-    return cross_entropy_sum(main_logits, mask)
+    return cross_entropy_sum(main_logits, mask, weight)
 
 
-def consistency_loss(main_logits: Tensor, teacher_class: Tensor) -> Tensor:
+def consistency_loss(main_logits: Tensor, teacher_class: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_con = CE([g(x_l); g(A x_u)], [argmax T(x_l); W argmax T(x_u)]), both stacked along N."""
-    return cross_entropy_sum(main_logits, teacher_class)
+    return cross_entropy_sum(main_logits, teacher_class, weight)
 
 
-def pseudo_mask_loss(auxiliary_logits: Tensor, pseudo_mask: Tensor) -> Tensor:
+def pseudo_mask_loss(auxiliary_logits: Tensor, pseudo_mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_pm = CE([ĝ(x_l); ĝ(A x_u)], [ŷ_l; W ŷ_u]), both stacked along N; only the auxiliary head sees ŷ."""
-    return cross_entropy_sum(auxiliary_logits, pseudo_mask)
+    return cross_entropy_sum(auxiliary_logits, pseudo_mask, weight)
 
 
-def keep_confident(class_ids: Tensor, confidence: Tensor, confidence_threshold: float) -> Tensor:
+def keep_confident(
+    class_ids: Tensor, confidence: Tensor, confidence_threshold: float, rule: ThresholdRule = "fixed"
+) -> Tensor:
     """Class ids (N,H,W) uint8 with 255 where the confidence is below the threshold; 0 keeps every pixel.
 
-    confidence: (N,H,W), either a probability or its uint8 form (255 = certain).
+    confidence: (N,H,W), either a probability or its uint8 form (255 = certain). `rule` scales the threshold by what this
+    batch shows (FreeMatch, eq. 4–8, without its running means): "dynamic" by the mean confidence m of its pixels, so that
+    it rises as the model becomes certain; "per_class" by m_c / max m_c, so that a class that is hard is held to less.
     """
     if confidence_threshold == 0:
         return class_ids
-    least = confidence_threshold * (255 if confidence.dtype == torch.uint8 else 1)
+    least: float | Tensor = confidence_threshold * (255 if confidence.dtype == torch.uint8 else 1)
+    if rule != "fixed":
+        least = least * _certainty_of_batch(class_ids, confidence, rule)
     return class_ids.masked_fill(confidence < least, IGNORE_INDEX)
+
+
+def _certainty_of_batch(class_ids: Tensor, confidence: Tensor, rule: ThresholdRule) -> Tensor:
+    """What the threshold is multiplied by, in [0,1]: one number, or one per pixel (N,H,W)."""
+    top = 255.0 if confidence.dtype == torch.uint8 else 1.0
+    ids, values = class_ids.long().flatten(), confidence.float().flatten() / top
+    sums, pixels = (
+        values.new_zeros(256).scatter_add_(0, ids, v)[:IGNORE_INDEX] for v in (values, torch.ones_like(values))
+    )
+    if rule == "dynamic":
+        return sums.sum() / pixels.sum().clamp(min=1)
+    means = F.pad(sums / pixels.clamp(min=1), (0, 1))  # 255 keeps 0
+    return (means / means.max().clamp(min=1e-6))[class_ids.long()]
 
 
 def total_loss(

@@ -1,19 +1,30 @@
 """What one worker computes in one step, whole or in pieces."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from threestage.training import losses
 
-TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+TERMS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "supervised_loss": losses.supervised_loss,
     "consistency_loss": losses.consistency_loss,
     "pseudo_mask_loss": losses.pseudo_mask_loss,
 }
-AUXILIARY_TERM = "pseudo_mask_loss"  # the only one that sees the auxiliary head
+AUXILIARY_TERM = "pseudo_mask_loss"  # the only one that sees the auxiliary head, where the network has one
+
+
+class FeatureDropout(NamedTuple):
+    """The last images of a step lose channels of their features (UniMatch's second stream)."""
+
+    images: int
+    probability: float
+
+    def within(self, piece: slice, images: int) -> "FeatureDropout":
+        """The same of a piece of the step's images."""
+        return self._replace(images=max(0, piece.stop - max(piece.start, images - self.images)))
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,9 @@ class StepInputs:
     weights: dict[str, float]
     """by term"""
     image_ids: tuple[str, ...]
+    pixel_weights: dict[str, Tensor] = field(default_factory=dict)
+    """by term, where pixels count for less than one: (n,h,w) uint8, 255 is a whole pixel"""
+    feature_dropout: FeatureDropout | None = None
 
 
 class StepSource(Protocol):
@@ -42,12 +56,15 @@ class StepSource(Protocol):
 
 def piece_sums(network: nn.Module, inputs: StepInputs, piece: slice) -> dict[str, Tensor]:
     """Each term's cross-entropy, summed over the pixels of some of the images."""
-    main, auxiliary = network(inputs.image[piece], with_auxiliary=AUXILIARY_TERM in inputs.targets)
+    image, dropout = inputs.image[piece], inputs.feature_dropout
+    dropped = {} if dropout is None else {"dropout": dropout.within(piece, len(inputs.image))}
+    main, auxiliary = network(image, with_auxiliary=AUXILIARY_TERM in inputs.targets, **dropped)
     sums = {}
     for name, target in inputs.targets.items():
         part = target[piece]
-        logits = auxiliary if name == AUXILIARY_TERM else main
-        sums[name] = TERMS[name](logits[: len(part)], part)
+        weight = inputs.pixel_weights.get(name)
+        logits = auxiliary if name == AUXILIARY_TERM and auxiliary is not None else main
+        sums[name] = TERMS[name](logits[: len(part)], part, None if weight is None else weight[piece])
     return sums
 
 

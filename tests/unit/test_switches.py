@@ -1,0 +1,186 @@
+"""The switches that the paper does not have: each changes what it says, trains, and can be gone on from."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import tiny_config
+from threestage.augment.views import View
+from threestage.config import ConsistencySettings, stage_keys
+from threestage.data.batches import BalancedOrder, Decoded, place
+from threestage.local import run_local
+from threestage.models.network import NetworkSettings, build_network
+from threestage.pseudo_masks import PseudoMaskSettings
+from threestage.stages import auxiliary
+from threestage.steps import StudentView, Target, as_seen, pseudo_mask_targets, teacher_targets
+from threestage.training.step import FeatureDropout, StepInputs, piece_sums, pieces
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "cutmix": {"consistency__cutmix": 1.0},
+    "second strong view": {"consistency__strong_views": 2},
+    "feature dropout": {"consistency__feature_dropout": 0.5},
+    "everything of UniMatch": {
+        "consistency__strong_views": 2, "consistency__feature_dropout": 0.5, "consistency__cutmix": 0.5,
+        "consistency__confidence_threshold": 0.3, "training__accumulate": 3,
+    },
+    "dynamic thresholds": {
+        "consistency__confidence_threshold": 0.5, "consistency__threshold_rule": "dynamic",
+        "pseudo_mask__confidence_threshold": 0.5, "pseudo_mask__threshold_rule": "per_class",
+    },
+    "weights by confidence": {"consistency__weight_by_confidence": True, "pseudo_mask__weight_by_confidence": True},
+    "class-balanced crops": {"augment__class_balance": 0.5},
+    "mean teacher": {"pseudo_mask__weight": 0.0},
+    "plain self-training": {"consistency__weight": 0.0, "pseudo_mask__head": "main"},
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands in for kill -9."""
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_it_trains_and_goes_on_where_it_was_killed(scenes: Path, tmp_path: Path, name: str) -> None:
+    config = tiny_config(scenes, stages=2, pseudo_mask__of_last_stage=False, **SWITCHES[name])
+    rows: list[Mapping[str, float]] = []
+
+    def keep(stage: str, row: Mapping[str, float]) -> None:
+        if stage == "stage2":
+            rows.append(row)
+
+    def die(stage: str, row: Mapping[str, float]) -> None:
+        if stage == "stage2" and row["step"] == 4:
+            raise Killed
+
+    run_local(config, str(tmp_path / "whole"), keep)
+    with pytest.raises(Killed):
+        run_local(config, str(tmp_path / "killed"), die)
+    run_local(config, str(tmp_path / "killed"), lambda stage, row: None)
+    whole, killed = (
+        (tmp_path / out / "stage2" / "model" / "model.safetensors").read_bytes() for out in ("whole", "killed")
+    )
+    assert whole == killed
+    terms = {name for name in rows[0] if name.endswith("_loss")}
+    without = {"mean teacher": {"pseudo_mask_loss"}, "plain self-training": {"consistency_loss"}}.get(name, set())
+    assert terms == {"supervised_loss", "consistency_loss", "pseudo_mask_loss"} - without
+
+
+def test_a_switch_that_is_off_is_no_key_of_a_stage(scenes: Path) -> None:
+    """Runs that were made before the switches came go on."""
+    keys = stage_keys(tiny_config(scenes), "stage2")
+    assert not {"consistency.cutmix", "augment.class_balance", "pseudo_mask.head"} & set(keys)
+    for changes in SWITCHES.values():
+        assert stage_keys(tiny_config(scenes, **changes), "stage2") != keys
+
+
+def test_one_image_cannot_be_mixed(scenes: Path) -> None:
+    with pytest.raises(ValueError, match=r"consistency.cutmix takes stage3.unlabelled_batch of at least 2"):
+        tiny_config(scenes, consistency__cutmix=0.5, stage3__unlabelled_batch=1)
+
+
+def whole_view(image: Tensor) -> View:
+    return View(
+        image, torch.ones(len(image), *image.shape[2:], dtype=torch.bool), torch.eye(2, 3).repeat(len(image), 1, 1)
+    )
+
+
+class Sure(nn.Module):
+    """A teacher whose confidence in class 1 is the first channel of the image."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:
+        return torch.stack([(1 - image[:, 0]).log(), image[:, 0].log()], 1), None
+
+
+def test_a_pixel_counts_for_the_confidence_of_the_teacher() -> None:
+    image = torch.tensor([0.6, 0.8]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    view = whole_view(image)
+    target = teacher_targets(
+        Sure(), view, view, ConsistencySettings(weight_by_confidence=True, confidence_threshold=0.7)
+    )
+    assert target.class_ids.tolist() == [[[255, 1]]] * 2
+    assert target.weight is not None and target.weight.tolist() == [[[153, 204]]] * 2
+
+
+def test_each_view_has_its_own_geometry() -> None:
+    labels = torch.tensor([[[0, 1]], [[2, 3]]], dtype=torch.uint8)
+    views = [StudentView(torch.zeros(1, 3, 1, 2), warp) for warp in (lambda y: y.flip(-1), lambda y: y)]
+    seen = as_seen(Target(labels, labels), views)
+    assert seen.class_ids.tolist() == [[[0, 1]], [[3, 2]], [[2, 3]]] and torch.equal(seen.weight, seen.class_ids)  # type: ignore[arg-type]
+
+
+def test_features_are_dropped_of_the_last_images_only() -> None:
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
+    network = build_network(settings, 3, "shared", 0).eval()
+    image = torch.rand(4, 3, 32, 32)
+    plain, plain_auxiliary = network(image, with_auxiliary=True)
+    torch.manual_seed(0)
+    main, auxiliary = network(image, with_auxiliary=True, dropout=(2, 0.5))
+    assert torch.equal(main[:2], plain[:2]) and torch.equal(auxiliary, plain_auxiliary)
+    assert all(not torch.allclose(main[i], plain[i]) for i in (2, 3))
+
+
+def test_pieces_drop_the_same_images() -> None:
+    class Spy(nn.Module):
+        def forward(self, image: Tensor, with_auxiliary: bool, dropout: tuple[int, float]) -> tuple[Tensor, None]:
+            seen.append((len(image), dropout[0]))
+            return image[:, :2], None
+
+    seen: list[tuple[int, int]] = []
+    target = torch.zeros(7, 1, 1, dtype=torch.uint8)
+    inputs = StepInputs(
+        torch.zeros(7, 3, 1, 1), {"consistency_loss": target}, {"consistency_loss": 1.0}, (),
+        feature_dropout=FeatureDropout(3, 0.5),
+    )  # fmt: skip
+    for piece in pieces(7, 3):
+        piece_sums(Spy(), inputs, piece)
+    assert seen == [(2, 0), (2, 0), (3, 3)]
+    for cut in (pieces(7, 7), pieces(7, 2)):
+        seen.clear()
+        for piece in cut:
+            piece_sums(Spy(), inputs, piece)
+        assert sum(dropped for _, dropped in seen) == 3
+
+
+def test_a_class_is_drawn_by_its_rarity_and_lies_in_its_crop() -> None:
+    masks = [np.zeros((20, 30), np.uint8) for _ in range(4)]
+    masks[1][5, 7] = masks[1][19, 29] = 1  # 2 pixels of class 1 in the data set
+    masks[2][:10] = 2
+    masks[3][0] = 255
+    pixels = np.stack([np.bincount(mask.ravel(), minlength=256)[:255] for mask in masks])
+    drawn = [BalancedOrder(pixels, 1.0, 0, "labelled")[position] for position in range(400)]
+    of_class = Counter(class_id for _, class_id in drawn)
+    assert set(of_class) == {0, 1, 2} and of_class[1] > 380, "2 pixels against 300 and 1768"
+    assert {item for item, class_id in drawn if class_id == 1} == {1}
+    even = Counter(class_id for _, class_id in (BalancedOrder(pixels, 0.01, 1)[position] for position in range(300)))
+    assert min(even.values()) > 70
+
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        _, maps, size = place(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
+        assert size == (8, 30) and (maps["mask"] == 1).any()
+
+
+def test_plain_self_training_learns_no_pseudo_mask_of_a_labelled_image() -> None:
+    from threestage.data.batches import Batch
+
+    maps = {
+        "pseudo_mask": torch.ones(1, 1, 2, dtype=torch.uint8),
+        "confidence": torch.full((1, 1, 2), 200, dtype=torch.uint8),
+    }
+    batch, view = (
+        Batch(torch.zeros(1, 3, 1, 2), torch.tensor([[1, 2]]), maps, ("a",)),
+        whole_view(torch.zeros(1, 3, 1, 2)),
+    )
+    target = pseudo_mask_targets(batch, batch, view, view, PseudoMaskSettings(head="main"))
+    assert target.class_ids.tolist() == [[[255, 255]], [[1, 1]]]
+
+
+def test_a_head_that_learns_nothing_is_not_built(scenes: Path) -> None:
+    assert auxiliary("stage2", tiny_config(scenes)) == "branch" and auxiliary("stage3", tiny_config(scenes)) == "shared"
+    for changes in (SWITCHES["mean teacher"], SWITCHES["plain self-training"]):
+        assert auxiliary("stage2", tiny_config(scenes, **changes)) == "none"
