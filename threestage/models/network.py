@@ -1,6 +1,7 @@
 """The segmentation network: an encoder, a main head and, while training, an auxiliary one (method.md, g, ĝ and g̃)."""
 
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Annotated, Literal
 
@@ -110,7 +111,7 @@ class Network(nn.Module):
 
     def main_state_dict(self) -> dict[str, Tensor]:
         """The state without the auxiliary head; fits `Network(settings, num_classes, "none")` strictly."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_")}
+        return without_auxiliary(self.state_dict())
 
     def drop_auxiliary(self) -> "Network":
         """Remove the auxiliary head, in place, and return the network that ships."""
@@ -138,6 +139,11 @@ class Network(nn.Module):
             return []
         stages = [stage for stage in (self.encoder, self.auxiliary_stage) if stage is not None]
         return [layer for stage in stages for layer in stage.modules() if isinstance(layer, _BatchNorm)]
+
+
+def without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ships of a network's state."""
+    return {name: value for name, value in state.items() if not name.startswith("auxiliary_")}
 
 
 def build_network(settings: NetworkSettings, num_classes: int, auxiliary: Auxiliary = "none", seed: int = 0) -> Network:
