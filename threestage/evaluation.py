@@ -96,7 +96,7 @@ def evaluate_model(
         class_ids, confidence, _ = predict(network, images.to(device), protocol, multiple)
         scores.add(masks.to(device), class_ids, confidence)
         show(scores.images, len(samples))
-    return {"protocol": protocol.describe(), "images": scores.images, **scores.summary()}
+    return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
 
 
 def _batches(samples: SampleSet) -> Iterator[tuple[Tensor, Tensor]]:

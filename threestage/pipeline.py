@@ -6,7 +6,8 @@ Everything lies under one folder:
     split.json                    which images are labelled and which validate
     stage1/inputs.json            what the stage was started with: config keys and digests
     stage1/checkpoints …          the stage's own, while it trains
-    stage1/model/                 model.safetensors, model.json
+    stage1/model/                 model.safetensors, model.json: the weights of the last step
+    stage1/best_model/            the same of the best evaluation, where that is an earlier step
     stage1/result.json            metrics and history
     stage1/done.json              the marker, written last
     listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
@@ -21,7 +22,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,7 @@ def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
     for number, stage in enumerate(run_.config.stage_names, 1):
         learnt_from = pseudo_masks
         done = run_.train(stage, number, None if learnt_from is None else learnt_from.digest)
-        summary = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")}
+        summary = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")} | _beside_last(done)
         if previous is not None and done["mean_iou"] < previous["mean_iou"]:
             check_guard(run_.config.pseudo_mask.guard, f"{stage} scores {done['mean_iou']:.3f} mean IoU, less than the "
                         f"{previous['mean_iou']:.3f} of the stage before", run_.warn)  # fmt: skip
@@ -152,6 +153,12 @@ def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
         record(run_.outcome(stage, summary, done, lineage))
         previous = done
     return stages
+
+
+def _beside_last(done: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a stage's best evaluation and of its student; an older version measured neither."""
+    figures = {f"best_{key}": done["best"][key] for key in ("mean_iou", "step")} if "best" in done else {}
+    return figures | ({"student_mean_iou": done["student"]["mean_iou"]} if "student" in done else {})
 
 
 def _pool_in_background(

@@ -113,6 +113,8 @@ def _duration(seconds: float) -> str:
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("mean IoU", "mean_iou", _fraction),
+    ("best", "best_mean_iou", _fraction),
+    ("student", "student_mean_iou", _fraction),
     ("pseudo-mask mean IoU", "pseudo_mask_mean_iou", _fraction),
     ("mean confidence", "mean_confidence", _fraction),
     ("share above 0.9", "share_above_0.9", _percent),
@@ -137,6 +139,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     """The figures of every stage as aligned lines of text; a missing figure prints as "–".
 
     `results` is a run's record: {"stages": {"stage1": {"mean_iou": …, "seconds": …}, …}}; IoU and confidence in [0,1].
+    "mean IoU" is that of the last step's model, "best" that of the best evaluation, "student" the last step's student's.
     """
     rows = _cells(results)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

@@ -18,7 +18,7 @@ from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
 from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
-from threestage.models.export import ModelCard, save_model, start_from
+from threestage.models.export import BEST_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, Network, build_network
 from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed
@@ -27,6 +27,7 @@ from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
 from threestage.training.loop import compiled, fit, make_scaler, resume
+from threestage.training.metrics import mean_iou
 from threestage.training.step import StepSource
 from threestage.training.worker import Worker
 
@@ -63,7 +64,7 @@ class StageData:
 
 
 def train_stage(task: StageTask, worker: Worker) -> None:
-    """Train (or go on training) one stage, then publish `model/` and `result.json` in its folder."""
+    """Train (or go on training) one stage, then publish its models and `result.json` in its folder."""
     config = task.settings()
     stage = config.stage(task.stage)
     data = load_data(task, config)
@@ -73,13 +74,15 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     images_per_step = partial(_images_per_step, config, worker.world_size)
     confusion = torch.zeros(0)
 
+    def score(network: nn.Module) -> Tensor:
+        worker.doing(state.step, "evaluation")
+        classes = len(data.manifest.classes)
+        return evaluate(network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum)
+
     def validate(network: nn.Module) -> Row:
         nonlocal confusion
-        classes = data.manifest.classes
-        confusion = evaluate(
-            network, data.validation, len(classes), worker.device, worker.rank, worker.world_size, worker.sum
-        )
-        return {"mean_iou": float(summarise(confusion, classes)["mean_iou"])}  # type: ignore[arg-type]
+        confusion = score(network)
+        return {"mean_iou": mean_iou(confusion)}
 
     fit(
         state, worker, source, validate, steps=stage.steps,
@@ -88,9 +91,10 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     )  # fmt: skip
     if not len(confusion):  # the last checkpoint already held the last step
         validate(state.shipped)
+    student = None if state.teacher is None else score(state.student)
     if worker.rank == 0:
         worker.checkpoints.wait()
-        publish(task, config, state, data.manifest, confusion)
+        publish(task, config, state, data.manifest, confusion, student)
 
 
 def _images_per_step(config: Config, world_size: int, batch_size: int) -> int:
@@ -130,8 +134,18 @@ def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=config.optimiser.weight_decay)
 
 
-def publish(task: StageTask, config: Config, state: TrainState, manifest: Manifest, confusion: Tensor) -> None:
-    """Write the stage's model folder and, last, result.json."""
+def publish(
+    task: StageTask,
+    config: Config,
+    state: TrainState,
+    manifest: Manifest,
+    confusion: Tensor,
+    student: Tensor | None,
+) -> None:
+    """Write `model/`, `best_model/` where an earlier step scored higher, and, last, result.json.
+
+    confusion, student: matrices (C,C) of the shipped network and of the student at the last step.
+    """
     card = ModelCard(
         network=config.network,
         classes=manifest.classes,
@@ -139,9 +153,17 @@ def publish(task: StageTask, config: Config, state: TrainState, manifest: Manife
         downscale=config.data.downscale,
         stage=task.stage,
     )
-    digest = save_model(storage.join(task.folder, "model"), state.shipped, card)  # type: ignore[arg-type]
+    digest = save_model(storage.join(task.folder, MODEL), state.shipped, card)  # type: ignore[arg-type]
+    last = {"step": state.step, "mean_iou": mean_iou(confusion)}
+    best = {**last, "model": MODEL}
+    if state.best is not None and state.best.step < state.step:
+        save_weights(storage.join(task.folder, BEST_MODEL), state.best.weights, card)
+        best = {"step": state.best.step, "mean_iou": state.best.mean_iou, "model": BEST_MODEL}
     result = {
         **summarise(confusion, manifest.classes),
+        "last": last,
+        "best": best,
+        **({} if student is None else {"student": {"mean_iou": mean_iou(student)}}),
         "confusion_matrix": confusion.tolist(),
         "steps": state.step,
         "seconds": state.seconds,

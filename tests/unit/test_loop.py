@@ -1,5 +1,6 @@
 """The loop with batches made beforehand: pieces, precisions, divergence, notices, and what a checkpoint brings back."""
 
+import io
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 from tests.fixed_steps import FixedSteps, network, new_state
 from threestage.data.batches import Batch, Share
 from threestage.errors import StageFailure
+from threestage.models.network import without_auxiliary
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.loop import LoopSettings, fit, rate_factor, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -69,6 +71,84 @@ def test_a_stage_that_goes_on_ends_where_an_undisturbed_one_ends(tmp_path: Path)
     train(again, worker(tmp_path / "killed"))
     assert torch.equal(parameters(whole), parameters(again))
     assert [row["step"] for row in again.history] == [5, 10, 13, 15, 20]
+
+
+class Scores:
+    """Evaluations that give these figures, one after the other."""
+
+    def __init__(self, *scores: float) -> None:
+        self._scores = iter(scores)
+
+    def __call__(self, shipped: object) -> Row:
+        return {"mean_iou": next(self._scores)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"),
+    [
+        ((0.2, 0.5, 0.4, 0.3), 10),
+        ((0.2, 0.3, 0.4, 0.5), 20),
+        ((0.5, 0.5, 0.2, 0.5), 5),
+        ((float("nan"), 0.0, 0, 0), 10),
+    ],
+)
+def test_the_best_evaluation_keeps_its_weights(tmp_path: Path, scores: tuple[float, ...], step: int) -> None:
+    state = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(*scores), evaluate_every=5)
+    then = train(new_state(), worker(tmp_path / "then"), steps=step, evaluate_every=100)
+    assert state.best is not None and (state.best.step, state.best.mean_iou) == (step, scores[step // 5 - 1])
+    expected = without_auxiliary(then.shipped.state_dict())
+    assert state.best.weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.best.weights.items())
+
+
+def test_what_is_not_better_copies_nothing(tmp_path: Path) -> None:
+    state = train(new_state(), worker(tmp_path), steps=10)
+    best = state.best
+    state.step = 15
+    for score in (0.5, 0.1, float("nan")):
+        state.keep_best(score)
+    assert best is not None and state.best is best
+    assert all(a is b for a, b in zip(state.snapshot()["best"]["weights"].values(), best.weights.values(), strict=True))
+
+
+def test_a_stage_that_goes_on_knows_what_was_best(tmp_path: Path) -> None:
+    whole = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(0.2, 0.6, 0.4, 0.5), evaluate_every=5)
+    train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.2, 0.6, 0.1), evaluate_every=5, steps=13)
+    again = train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.4, 0.5), evaluate_every=5)
+    assert whole.best is not None and again.best is not None
+    assert (again.best.step, again.best.mean_iou) == (whole.best.step, whole.best.mean_iou) == (10, 0.6)
+    assert all(torch.equal(value, again.best.weights[name]) for name, value in whole.best.weights.items())
+
+
+def test_only_rank_0_keeps_the_best(tmp_path: Path) -> None:
+    class Second(LocalWorker):
+        rank = 1
+
+        def gather(self, value: Any) -> list[Any]:
+            return [10 if value is None else value]  # None is where it resumes from
+
+    train(new_state(), worker(tmp_path), steps=10)
+    state = train(new_state(), Second(str(tmp_path), 2, lambda share, first_image: iter(())))
+    assert state.step == 20 and state.best is None
+
+
+@pytest.mark.parametrize(("format", "words"), [(2, None), (1, "format 1, this version reads 2 and 3"), (4, "format 4")])
+def test_a_checkpoint_of_the_version_before_is_read(format: int, words: str | None) -> None:
+    """It has no best weights: the next evaluation is the first that counts."""
+    old, new = new_state(), new_state()
+    old.step, old.seconds = 7, 1.5
+    saved = old.snapshot() | {"format": format}
+    del saved["best"]
+    content = io.BytesIO()
+    torch.save(saved, content)
+    if words is not None:
+        with pytest.raises(StageFailure, match=words):
+            new.restore(content.getvalue())
+        return
+    new.restore(content.getvalue())
+    assert (new.step, new.seconds, new.best) == (7, 1.5, None)
+    new.keep_best(0.0)
+    assert new.best is not None and new.best.step == 7
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -159,12 +239,13 @@ def test_a_sigterm_that_no_step_answers_stops_the_run_too(tmp_path: Path) -> Non
 
 def test_evaluation_is_no_part_of_a_step(tmp_path: Path) -> None:
     def slow(shipped: object) -> Row:
-        time.sleep(0.5)
+        time.sleep(5)
         return good(shipped)
 
     rows: list[Row] = []
-    state = train(new_state(), worker(tmp_path, rows), evaluate=slow, evaluate_every=5)
-    assert max(row["step_seconds"] for row in rows) < 0.1 and state.seconds > 1.5
+    state = train(new_state(), worker(tmp_path, rows), steps=10, evaluate=slow, evaluate_every=5)
+    assert max(row["step_seconds"] for row in rows) < 1, "5 s in a row of 5 steps would be 1 s each"
+    assert state.seconds > 10
 
 
 def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:

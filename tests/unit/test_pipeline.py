@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.conftest import tiny_config
+from threestage import stages
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError, StageFailure
+from threestage.evaluation import evaluate_model
 from threestage.local import run_local
 from threestage.models.export import load_model
+from threestage.models.network import without_auxiliary
 from threestage.pipeline import StageOutcome
+from threestage.predict import open_model
+from threestage.registry import RegistrySettings
 
 
 class Killed(BaseException):
@@ -45,6 +52,91 @@ def test_results_name_every_stage(undisturbed: Path) -> None:
     for figures in results["stages"].values():
         assert 0 <= figures["mean_iou"] <= 1 and 0 < figures["mean_confidence"] < 1
         assert {"pseudo_mask_mean_iou", "share_above_0.9", "mean_entropy", "seconds"} <= set(figures)
+
+
+def test_last_best_and_student_are_told(undisturbed: Path) -> None:
+    """Evaluated once, at the last step: that is the best one too, and there is one model."""
+    for stage, figures in json.loads((undisturbed / "results.json").read_text())["stages"].items():
+        result = json.loads((undisturbed / stage / "result.json").read_text())
+        assert result["last"] == {"step": 6, "mean_iou": result["mean_iou"]}
+        assert result["best"] == {**result["last"], "model": "model"}
+        assert not (undisturbed / stage / "best_model").exists()
+        assert (figures["best_mean_iou"], figures["best_step"]) == (result["mean_iou"], 6)
+        assert figures.get("student_mean_iou") == result.get("student", {}).get("mean_iou")
+        assert ("student" in result) == (stage != "stage1")
+
+
+def test_the_student_is_scored_like_the_teacher(scenes: Path, undisturbed: Path) -> None:
+    saved = torch.load(undisturbed / "stage2/checkpoints/step-000000006.pt", weights_only=True)
+    result = json.loads((undisturbed / "stage2/result.json").read_text())
+    network, card = load_model(str(undisturbed / "stage2/model"))
+    for name, mean_iou in (("teacher", result["mean_iou"]), ("student", result["student"]["mean_iou"])):
+        network.load_state_dict(without_auxiliary(saved[name]))
+        assert evaluate_model(network, card, str(scenes), "val")["mean_iou"] == mean_iou
+
+
+def scored(mean_iou: float, classes: int) -> Tensor:
+    right = torch.eye(classes, dtype=torch.int64)
+    return round(1000 * mean_iou) * right + round(500 * (1 - mean_iou)) * right.roll(1, 0)
+
+
+def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 is best at step 4 of 6; it is killed between its last checkpoint and its result, and continued."""
+    scores = iter([0.1, 0.2, 0.3, 0.2, 0.5, 0.4, 0.3, 0.4, 0.3])  # at steps 2, 4, 6 and of the student
+    monkeypatch.setattr(stages, "evaluate", lambda network, samples, classes, *rest: scored(next(scores), classes))
+    publish, tries = stages.publish, itertools.count()
+
+    def dying(task: stages.StageTask, *rest: Any) -> None:
+        if task.stage == "stage2" and next(tries) == 0:
+            raise Killed
+        publish(task, *rest)
+
+    monkeypatch.setattr(stages, "publish", dying)
+    config = tiny_config(scenes, stages=2, training__evaluate_every=2)
+    with pytest.raises(Killed):
+        run_local(config, str(tmp_path), quiet)
+    results = run_local(config, str(tmp_path), quiet)
+    first, second = (json.loads((tmp_path / stage / "result.json").read_text()) for stage in ("stage1", "stage2"))
+    assert first["best"] == pytest.approx({"step": 6, "mean_iou": 0.3, "model": "model"})
+    assert second["last"] == pytest.approx({"step": 6, "mean_iou": 0.4})
+    assert second["student"] == pytest.approx({"mean_iou": 0.3})
+    assert second["best"] == pytest.approx({"step": 4, "mean_iou": 0.5, "model": "best_model"})
+    told = results["stages"]["stage2"]
+    assert (told["mean_iou"], told["best_mean_iou"], told["student_mean_iou"]) == pytest.approx((0.4, 0.5, 0.3))
+    assert next(scores, None) is None and not (tmp_path / "stage1/best_model").exists()
+
+    saved = torch.load(tmp_path / "stage2/checkpoints/step-000000004.pt", weights_only=True)
+    best, card = open_model(str(tmp_path / "stage2/best_model"), RegistrySettings())
+    last, last_card = open_model(str(tmp_path / "stage2"), RegistrySettings())
+    assert all(
+        torch.equal(best.state_dict()[name], value) for name, value in without_auxiliary(saved["teacher"]).items()
+    )
+    assert any(not torch.equal(best.state_dict()[name], value) for name, value in last.state_dict().items())
+    assert card == last_card and evaluate_model(best, card, str(scenes), "val")["stage"] == "stage2"
+
+
+def test_a_run_of_an_older_version_is_read(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    for stage in ("stage1", "stage2", "stage3"):
+        uri = out / stage / "result.json"
+        result = json.loads(uri.read_text())
+        uri.write_text(json.dumps({key: result[key] for key in result.keys() - {"last", "best", "student"}}))
+    outcomes: list[StageOutcome] = []
+    results = run_local(tiny_config(scenes), str(out), quiet, record=outcomes.append)
+    assert len(outcomes) == 3
+    assert all("mean_iou" in figures and "best_mean_iou" not in figures for figures in results["stages"].values())
+
+
+def test_no_stage_reads_the_test_split(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scenes, tmp_path / "data"))
+    tests = [root / file.path for file in load_manifest(str(root)).files if file.split == "test"]
+    assert tests
+    for file in tests:
+        file.unlink()
+    run_local(tiny_config(root), str(tmp_path / "run"), quiet)
+    assert weights(tmp_path / "run") == weights(undisturbed)
 
 
 @pytest.mark.parametrize("rows_until_kill", [1, 3, 4, 8])

@@ -74,7 +74,8 @@ def test_a_panel_without_pictures_is_still_a_picture() -> None:
 
 RESULTS = {
     "stages": {
-        "stage1": {"mean_iou": 0.40651, "pseudo_mask_mean_iou": 0.41, "mean_confidence": 0.7,
+        "stage1": {"mean_iou": 0.40651, "best_mean_iou": 0.42, "student_mean_iou": 0.4,
+                   "pseudo_mask_mean_iou": 0.41, "mean_confidence": 0.7,
                    "share_above_0.9": 0.256, "rejected": 12, "seconds": 42.04},
         "stage2": {"mean_iou": float("nan"), "pseudo_mask_mean_iou": None, "seconds": 150},
         "stage3": {"mean_iou": 0.5, "seconds": 7500.0, "per_class_iou": {"ground": 0.5}},
@@ -86,9 +87,9 @@ def test_the_table_prints_figures_and_dashes() -> None:
     header, rule, *rows = report.results_table(RESULTS).splitlines()
     assert header.split("  ")[0] == "stage"
     assert "pseudo-mask mean IoU" in header
-    assert rows[0].split() == ["stage1", "0.407", "0.410", "0.700", "26", "%", "12", "42.0", "s"]
-    assert rows[1].split() == ["stage2", "–", "–", "–", "–", "–", "150", "s"]
-    assert rows[2].split() == ["stage3", "0.500", "–", "–", "–", "–", "2.1", "h"]
+    assert rows[0].split() == ["stage1", "0.407", "0.420", "0.400", "0.410", "0.700", "26", "%", "12", "42.0", "s"]
+    assert rows[1].split() == ["stage2", "–", "–", "–", "–", "–", "–", "–", "150", "s"]
+    assert rows[2].split() == ["stage3", "0.500", "–", "–", "–", "–", "–", "–", "2.1", "h"]
     assert len({len(line) for line in (header, rule, *rows)}) == 1
 
 

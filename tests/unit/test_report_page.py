@@ -296,6 +296,20 @@ def test_an_unfinished_run_shows_what_there_is_and_says_what_is_missing(run: Pat
     assert len(page_of(run, images=3).all("img")) == 3 * (2 + 2 * 3)
 
 
+def test_last_and_best_are_told_apart_and_a_run_of_an_older_version_has_a_page(run: Path) -> None:
+    uri = run / "stage2/result.json"
+    result = json.loads(uri.read_text())
+    uri.write_text(json.dumps(result | {"best": {"step": 4, "mean_iou": 0.98765, "model": "best_model"}}))
+    text = page_of(run).text
+    assert "best evaluation" in text and "0.988" in text and "student" in text
+    for stage in (1, 2, 3):
+        uri = run / f"stage{stage}/result.json"
+        result = json.loads(uri.read_text())
+        uri.write_text(json.dumps({key: result[key] for key in result.keys() - {"last", "best", "student"}}))
+    text = page_of(run).text
+    assert "best evaluation" not in text and "At a glance" in text
+
+
 def test_a_run_that_has_just_begun_has_a_page_too(run: Path) -> None:
     for path in run.iterdir():
         if path.name != "split.json":

@@ -141,7 +141,10 @@ def stack(
 ) -> Batch:
     """One batch of the samples, in their order, each placed with a generator of its own; `around`: see `place`."""
     classes = around or [None] * len(samples)
-    placed = [place(decoded, canvas, *how) for (_, decoded), *how in zip(samples, randoms, classes, strict=True)]
+    placed = [
+        place(decoded, canvas, rng, class_id)
+        for (_, decoded), rng, class_id in zip(samples, randoms, classes, strict=True)
+    ]
     image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2).contiguous()
     maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
     return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))

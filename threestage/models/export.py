@@ -3,6 +3,7 @@
 import hashlib
 import io
 import warnings
+from collections.abc import Mapping
 from typing import Literal
 
 import safetensors.torch
@@ -15,6 +16,7 @@ from threestage.models.encoders import replace_pooling
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.settings import Settings
 
+MODEL, BEST_MODEL = "model", "best_model"  # folders of a stage: the weights of its last step, of its best evaluation
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "model.json", "program.pt2"
 EXPORTED_SIDES, EXPORTED_IMAGES = (33, 16384), (1, 4096)  # the least and the most that an exported program takes
 
@@ -32,8 +34,12 @@ class ModelCard(Settings):
 
 def save_model(uri: str, network: Network, card: ModelCard) -> str:
     """Write the folder; returns the weights' sha256, by which pseudo-masks and registry name the model."""
-    state = {name: tensor.contiguous().cpu() for name, tensor in network.main_state_dict().items()}
-    weights = safetensors.torch.save(state)
+    return save_weights(uri, network.main_state_dict(), card)
+
+
+def save_weights(uri: str, state: Mapping[str, Tensor], card: ModelCard) -> str:
+    """As `save_model`, from a main network's state."""
+    weights = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in state.items()})
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)
     storage.write_json(storage.join(uri, CARD), card.model_dump(mode="json"))
     return hashlib.sha256(weights).hexdigest()

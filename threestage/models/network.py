@@ -1,6 +1,7 @@
 """The segmentation network: an encoder, a main head and, while training, an auxiliary one (method.md, g, ĝ and g̃)."""
 
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Annotated, Literal
 
@@ -114,7 +115,7 @@ class Network(nn.Module):
 
     def main_state_dict(self) -> dict[str, Tensor]:
         """The state without the auxiliary head; fits `Network(settings, num_classes, "none")` strictly."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary_")}
+        return without_auxiliary(self.state_dict())
 
     def drop_auxiliary(self) -> "Network":
         """Remove the auxiliary head, in place, and return the network that ships."""
@@ -148,6 +149,11 @@ def _dropped(features: Tensor | None, images: int, probability: float) -> Tensor
     if features is None:
         return None
     return torch.cat([features[:-images], F.dropout2d(features[-images:], probability)])
+
+
+def without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ships of a network's state."""
+    return {name: value for name, value in state.items() if not name.startswith("auxiliary_")}
 
 
 def build_network(settings: NetworkSettings, num_classes: int, auxiliary: Auxiliary = "none", seed: int = 0) -> Network:

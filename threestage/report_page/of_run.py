@@ -34,6 +34,7 @@ def overview(run: Run, missing: Sequence[str]) -> Html:
             f"All scores are of {len(run.split.validation)} validation images ({kind}), whole images at a single scale, after "
             "each stage's last step. They are not of a test set: settings may have been chosen by these very images."
         ),
+        _last_and_best(run),
         table("The run", [], _facts(run)),
     )
 
@@ -50,6 +51,24 @@ def _tile(stage: Stage, before: Stage | None) -> Html:
         tag("span", gain, class_="gain"),
         class_=f"s{stage.number}",
     )
+
+
+def _last_and_best(run: Run) -> Html | None:
+    """None of a run that an older version has made."""
+    rows = [_scores(stage) for stage in run.stages if "best" in stage.result]
+    header = ["", "last step", "best evaluation", "at step", "student, last step"]
+    return table("Validation mean IoU of every stage's model", header, rows) if rows else None
+
+
+def _scores(stage: Stage) -> list[object]:
+    last, best, student = (stage.result.get(key, {}) for key in ("last", "best", "student"))
+    return [
+        stage.title,
+        number(last["mean_iou"]),
+        number(best["mean_iou"]),
+        best["step"],
+        number(student.get("mean_iou")),
+    ]
 
 
 def _facts(run: Run) -> list[list[object]]:

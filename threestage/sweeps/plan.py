@@ -196,9 +196,10 @@ def _reused(space: Space, done: Mapping[str, bool]) -> Iterator[str]:
 def _storage(
     space: Space, trial: Config, manifest: Manifest, at_once: int, kept: int, pixels: int | None
 ) -> Iterator[Storage]:
-    """At its fullest: the shared run, the trials that run, and those that are kept. pixels: of the whole pool."""
+    """At its fullest: the shared run, the trials that run, and those that are kept; a stage's last and its best model.
+    pixels: of the whole pool."""
     sizes = {stage: network_bytes(trial, stage, len(manifest.classes)) for stage in STAGES[: space.last_stage]}
-    stay = {stage: trial.training.checkpoints_kept * saved + model for stage, (saved, model) in sizes.items()}
+    stay = {stage: trial.training.checkpoints_kept * saved + 2 * model for stage, (saved, model) in sizes.items()}
     shared, own = list(sizes)[: space.shared_stages], list(sizes)[space.shared_stages :]
     masks = None if pixels is None else PSEUDO_MASK_BYTES * pixels
     if shared:
@@ -213,15 +214,15 @@ def _storage(
 
 
 def network_bytes(config: Config, stage: StageName, classes: int) -> tuple[int, int]:
-    """Of a checkpoint of a stage (student, teacher, the optimiser's two moments) and of its model's weights."""
+    """Of a checkpoint of a stage (student, teacher, the optimiser's two moments, the best weights) and of its model's weights."""
     config = config.for_stage(stage)
     settings = config.network.model_copy(update={"weights": None, "pretrained": False})
     with torch.device("meta"):
         network = build_network(settings, classes, auxiliary(stage, config))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     copies = 1 if stage == "stage1" else 2
-    checkpoint = copies * _bytes(network.state_dict().values()) + 2 * _bytes(trained)
-    return checkpoint, _bytes(network.main_state_dict().values())
+    model = _bytes(network.main_state_dict().values())
+    return copies * _bytes(network.state_dict().values()) + 2 * _bytes(trained) + model, model
 
 
 def _bytes(tensors: Any) -> int:

@@ -16,6 +16,7 @@ import yaml
 from threestage.config import Config, changed, flatten
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
+from threestage.over_seeds import deviation, plus_minus
 from threestage.report import ABSENT
 from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
 from threestage.sweeps.trials import State, Trial, ranked
@@ -61,15 +62,11 @@ def _row(trial: Trial, trials: Sequence[Trial]) -> Best:
         number=trial.number,
         params=trial.params,
         score=trial.score,
-        spread=_deviation([value for _, value in trial.curve[-LAST_EVALUATIONS:]]),
+        spread=deviation([value for _, value in trial.curve[-LAST_EVALUATIONS:]]),
         repeat_mean=statistics.fmean(again) if again else None,
-        repeat_std=_deviation(again),
+        repeat_std=deviation(again),
         repeats=len(again),
     )
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 # ---- Words and tables
@@ -104,8 +101,7 @@ def rich_best_table(rows: Sequence[Best], keys: Sequence[str]) -> "Table":
 def _repeats(row: Best) -> str:
     if row.repeat_mean is None:
         return ABSENT
-    deviation = "" if row.repeat_std is None else f" ± {row.repeat_std:.3f}"
-    return f"{row.repeat_mean:.3f}{deviation} ({row.repeats})"
+    return f"{plus_minus(row.repeat_mean, row.repeat_std)} ({row.repeats})"
 
 
 def _number(value: float | None) -> str:

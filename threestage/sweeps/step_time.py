@@ -15,7 +15,8 @@ from threestage.config import Config, StageName
 from threestage.data.batches import Batch, Share, Timed, canvas_size, share_of
 from threestage.data.records import Manifest
 from threestage.data.split import Split
-from threestage.stages import Feed, StageTask, SupervisedSteps, ThreeTaskSteps, build_state
+from threestage.stages import StageTask, build_state
+from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps
 from threestage.training.checkpoint import TrainState
 from threestage.training.loop import compiled, fit
 from threestage.training.step import StepInputs, StepSource

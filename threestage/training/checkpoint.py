@@ -1,6 +1,6 @@
 """A stage's state, and where it is kept: all that a killed stage needs to go on as if nothing had happened.
 
-checkpoints/step-000000500.pt    student, teacher, optimiser, history …: one file, written whole
+checkpoints/step-000000500.pt    student, teacher, optimiser, history, best weights …: one file, written whole
 checkpoints/latest.json          the one to go on from; written after it
 checkpoints/rows.json            the history again, for those who want no more of it
 checkpoints/owner.json           which process may write here
@@ -11,19 +11,29 @@ import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.errors import StageFailure
+from threestage.models.network import without_auxiliary
 from threestage.settings import Settings
 
-FORMAT = 2
+FORMAT, WITHOUT_BEST = 3, 2
 POINTER, OWNER, ROWS = "latest.json", "owner.json", "rows.json"
 
 Row = dict[str, float]  # "step" and the values measured there
+
+
+class Best(NamedTuple):
+    """The evaluation with the highest mean IoU (in [0,1]) so far, of equals the first, and the weights that had it: of the
+    shipped network without its auxiliary head, in host memory, never changed."""
+
+    step: int
+    mean_iou: float
+    weights: dict[str, Tensor]
 
 
 @dataclass
@@ -39,11 +49,17 @@ class TrainState:
     unlabelled_images: int = 0
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
+    best: Best | None = None  # of rank 0
 
     @property
     def shipped(self) -> nn.Module:
         """The network that the stage delivers: the teacher where there is one."""
         return self.student if self.teacher is None else self.teacher
+
+    def keep_best(self, mean_iou: float) -> None:
+        """Copy the shipped weights, which score so, where no evaluation before scored as high; NaN is no score."""
+        if mean_iou > (-1.0 if self.best is None else self.best.mean_iou):
+            self.best = Best(self.step, mean_iou, _copied(without_auxiliary(self.shipped.state_dict())))
 
     def snapshot(self) -> dict[str, Any]:
         """A copy in host memory that later steps do not change: plain values and tensors."""
@@ -58,13 +74,16 @@ class TrainState:
             "unlabelled_images": self.unlabelled_images,
             "seconds": self.seconds,
             "history": list(self.history),
+            "best": None if self.best is None else self.best._asdict(),
         }
 
     def restore(self, content: bytes) -> None:
         """Go on from a checkpoint, in place. StageFailure on a format that this version does not know."""
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise StageFailure(f"the checkpoint has format {saved['format']}, this version reads {FORMAT}")
+        if saved["format"] not in (FORMAT, WITHOUT_BEST):
+            raise StageFailure(
+                f"the checkpoint has format {saved['format']}, this version reads {WITHOUT_BEST} and {FORMAT}"
+            )
         self.student.load_state_dict(saved["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(saved["teacher"])
@@ -73,6 +92,7 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         self.labelled_images, self.unlabelled_images = saved["labelled_images"], saved["unlabelled_images"]
+        self.best = Best(**saved["best"]) if saved.get("best") else None
 
 
 def _copied(value: Any) -> Any:

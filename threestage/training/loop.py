@@ -95,6 +95,8 @@ def fit(
             if evaluating:
                 worker.doing(state.step, "evaluation")
                 row |= evaluate(state.shipped)
+                if worker.rank == 0:
+                    state.keep_best(row.get("mean_iou", math.nan))
                 wrapped.train()
             state.history.append(row)
             worker.log(row)
@@ -160,7 +162,7 @@ def _wait_for_checkpoint(step: int, worker: Worker) -> None:
 
 
 def resume(state: TrainState, worker: Worker) -> None:
-    """Continue from the stage's last checkpoint, if it has one: the one that rank 0 sees."""
+    """Continue from the stage's last checkpoint, if it has one: the one that rank 0 sees. It alone keeps the best weights."""
     latest = None
     if worker.rank == 0:
         worker.checkpoints.claim()
@@ -168,6 +170,8 @@ def resume(state: TrainState, worker: Worker) -> None:
     step = worker.gather(None if latest is None else latest.step)[0]
     if step is not None:
         state.restore(worker.checkpoints.read(step))
+    if worker.rank != 0:
+        state.best = None
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,68 @@
+"""A table over seeds must hold each seed once, and say of what it is."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from threestage.errors import InputError
+from threestage.over_seeds import figures_of_run, figures_of_scores, rows_over_seeds, seeds_table
+
+WHOLE = "whole image, single scale"
+
+
+def results(seed: int, **stage3: float) -> dict[str, Any]:
+    return {"seed": seed, "stages": {"stage1": {"mean_iou": 0.3}, "stage3": stage3}}
+
+
+def scores(model: str, mean_iou: float | None, protocol: str = WHOLE) -> dict[str, Any]:
+    return {"model": model, "stage": "stage3", "split": "test", "protocol": protocol, "mean_iou": mean_iou}
+
+
+def write(folder: Path, name: str, value: Any) -> str:
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(value))
+    return str(folder)
+
+
+def test_every_kind_of_model_has_a_row(tmp_path: Path) -> None:
+    found = {0: (0.40, 0.45, 0.41), 1: (0.44, 0.47, 0.40), 2: (0.42, 0.49, 0.42)}
+    keys = ("mean_iou", "best_mean_iou", "student_mean_iou")
+    runs = [
+        write(tmp_path / f"run{seed}", "results.json", results(seed, **dict(zip(keys, values, strict=True))))
+        for seed, values in found.items()
+    ]
+    evaluated = [
+        write(tmp_path / f"test{seed}", "metrics.json", scores(f"{tmp_path}/run{seed}/stage3/best_model/", value))
+        for seed, value in ((0, 0.2), (1, 0.3))
+    ]
+    deviation = statistics.stdev([0.40, 0.44, 0.42])
+    assert seeds_table(runs, evaluated).splitlines() == [
+        "| stage | model | images | protocol | mean IoU | seeds |",
+        "|---|---|---|---|---|---|",
+        f"| stage1 | network, last step | validation | {WHOLE} | 0.300 ± 0.000 | 3 |",
+        f"| stage3 | teacher, last step | validation | {WHOLE} | 0.420 ± {deviation:.3f} | 3 |",
+        f"| stage3 | teacher, best evaluation | validation | {WHOLE} | 0.470 ± 0.020 | 3 |",
+        f"| stage3 | student, last step | validation | {WHOLE} | 0.410 ± 0.010 | 3 |",
+        f"| stage3 | teacher, best evaluation | test | {WHOLE} | 0.250 ± 0.071 | 2 |",
+    ]
+
+
+def test_protocols_are_rows_of_their_own() -> None:
+    model, windows = "runs/0/stage3/model", "windows of 64x64 every 43x43 pixels"
+    rows = rows_over_seeds([*figures_of_scores(scores(model, 0.2)), *figures_of_scores(scores(model, 0.3, windows))])
+    assert [(row.measured.protocol, row.mean, row.deviation, row.seeds) for row in rows] == [
+        (WHOLE, 0.2, None, 1),
+        (windows, 0.3, None, 1),
+    ]
+    assert figures_of_scores(scores(model, None)) == []
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    again = figures_of_run(results(0, mean_iou=0.4))
+    with pytest.raises(InputError, match=r"seed 0 is there twice \(stage1, network, last step, validation"):
+        rows_over_seeds([*again, *again])
+    with pytest.raises(InputError, match=r"run/results.json is not there"):
+        seeds_table([str(tmp_path / "run")])
