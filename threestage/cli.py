@@ -261,6 +261,7 @@ def ingest(
     ] = None,
     class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
+    labelled_only: Annotated[bool, typer.Option("--labelled-only", help="Leave images without a mask out.")] = False,
     max_bad_fraction: Annotated[
         float, typer.Option(help="Fail when more than this share of the images is bad.")
     ] = 0.02,
@@ -282,6 +283,7 @@ def ingest(
             "masks": masks,
             "class_map": class_map,
             "split": split,
+            "labelled_only": labelled_only,
             "max_bad_fraction": max_bad_fraction,
             "rows_per_file": rows_per_file,
             "name": name,

@@ -262,6 +262,7 @@ def validated(model: type[Model], tree: dict[str, Any]) -> Model:
 
 
 def _read(source: str) -> dict[str, Any]:
+    """The tree of a preset or a file; where it has a `base`, laid over the tree of that preset."""
     if source in preset_names():
         text = resources.files("threestage.presets").joinpath(f"{source}.yaml").read_bytes()
     elif Path(source).is_file():
@@ -271,7 +272,12 @@ def _read(source: str) -> dict[str, Any]:
     tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         raise InputError(f"{source}: a configuration is a mapping of sections such as data: and network:")
-    return tree
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if base not in preset_names():
+        raise InputError(f"{source}: base={base!r} is no preset; there are {', '.join(preset_names())}")
+    return _merged(_read(base), tree)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

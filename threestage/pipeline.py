@@ -31,6 +31,7 @@ import threestage
 from threestage.config import Config, StageName, flatten, stage_keys
 from threestage.data import storage
 from threestage.data.batches import SampleSet
+from threestage.data.fixed_void import fixed_void
 from threestage.data.listing import Each, in_threads, list_images
 from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
@@ -98,12 +99,13 @@ def run(
     validation = validation_set(root, manifest, split, downscale)
     _refuse_missing(root, split, labelled, validation)
     label_pixels = check_run(config, manifest, labelled, validation)
+    void = None if config.data.fixed_void is None else fixed_void(labelled, config.data.fixed_void)
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
     elsewhere = _reuse(config, out, reuse, digests)
     storage.write_json(storage.join(out, "split.json"), _split_record(config, split))
     pool = _pool_in_background(config, out, manifest, each, warn)
     run_ = _Run(
-        config, out, elsewhere, manifest, split, label_pixels, digests, pool, run_stage, predict_pool, warn, watch
+        config, out, elsewhere, manifest, split, label_pixels, void, digests, pool, run_stage, predict_pool, warn, watch
     )
     stages = _run_stages(run_, record)
     results = {
@@ -280,6 +282,7 @@ class _Run:
     manifest: Manifest
     split: Split
     label_pixels: list[int]
+    fixed_void: str | None
     digests: dict[str, str]
     pool: Callable[[], list[PoolFile]]
     run_stage: RunStage
@@ -370,6 +373,7 @@ class _Run:
             batch_size=self.config.pseudo_mask.batch_size,
             used_ids=frozenset(self.split.labelled),
             excluded_ids=frozenset(self.split.validation),
+            fixed_void=self.fixed_void,
         )
         digest = set_digest(task, files)
         marker = storage.join(folder, "done.json")

@@ -26,8 +26,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.batches import Decoded, Sample, decode_sample
+from threestage.data.fixed_void import unpacked
 from threestage.data.pool import PoolFile, PoolRow, read_rows
 from threestage.data.records import DECODER_ERRORS, BadImage, decoder_complaint
 from threestage.data.rejects import Reject
@@ -274,6 +276,9 @@ class _Predictor:
         self._encoders = encoders
         self._product = product
         self._dtype = autocast_dtype(product.precision, device)
+        self._void = None
+        if task.fixed_void is not None:
+            self._void = torch.from_numpy(unpacked(task.fixed_void)).bool().to(device)
         self._in_flight: deque[list[Future[Encoded]]] = deque()
 
     def predict(self, job: "_Job", images: Iterable[_Image]) -> None:
@@ -311,7 +316,7 @@ class _Predictor:
 
     @torch.inference_mode()
     def _forward(self, batch: list[_Image]) -> _Outcome:
-        """Does not wait for a GPU: results are copied to the CPU behind the computation."""
+        """Does not wait for a GPU: results are copied to the CPU behind the computation. The sums are of whole images."""
         pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
@@ -319,6 +324,8 @@ class _Predictor:
             class_ids, confidence, entropy = self._product.predict(self._network, pixels.permute(0, 3, 1, 2))
         masks = [image.mask for image in batch]
         sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
+        if self._void is not None and self._void.shape == class_ids.shape[1:]:
+            class_ids = class_ids.masked_fill(self._void, IGNORE_INDEX)
         class_ids, confidence, sums = (
             tensor.to("cpu", non_blocking=True) for tensor in (class_ids, quantise(confidence), sums)
         )

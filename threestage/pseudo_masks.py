@@ -212,11 +212,13 @@ class PoolTask(Settings):
     max_image_pixels: int
     used_ids: frozenset[str]  # labelled images: their masks were trained on, so they are left out of the mIoU
     excluded_ids: frozenset[str]  # validation images: not in the pool
+    fixed_void: str | None = None  # pixels that are void in every image of their size; see data/fixed_void.py
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
         parts = [self.model_digest, str(self.downscale), str(self.max_image_pixels)]
         parts += ["used", *sorted(self.used_ids), "excluded", *sorted(self.excluded_ids)]
+        parts += [] if self.fixed_void is None else ["fixed void", self.fixed_void]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

@@ -60,6 +60,19 @@ def test_yaml_file_and_overrides(tmp_path: Path) -> None:
         load(str(file))
 
 
+def test_a_file_lies_over_its_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: camvid\nname: mine\ndata: {labelled: 20}\naugment: {crop_size: [64, 64]}\n")
+    before, after = (flatten(load(source).model_dump(mode="json")) for source in ("camvid", str(file)))
+    assert {key: after[key] for key in after if before[key] != after[key]} == {
+        "name": "mine", "data.labelled": 20, "augment.crop_size": [64, 64]
+    }  # fmt: skip
+    for wrong in ("camvd", "[camvid]", str(file)):
+        file.write_text(f"base: {wrong}\n")
+        with pytest.raises(InputError, match=r"mine\.yaml: base=.* is no preset; there are camvid, "):
+            load(str(file))
+
+
 def test_every_preset_loads_and_says_what_it_is() -> None:
     for name, header in preset_headers().items():
         load(name)

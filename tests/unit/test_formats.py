@@ -98,6 +98,38 @@ def test_augmented_voc_keeps_val_apart_and_names_what_is_absent(tmp_path: Path) 
     }
 
 
+def test_voc_s_lists_in_the_other_folder_and_its_test_images(tmp_path: Path) -> None:
+    voc(tmp_path)
+    touch(tmp_path, "SegmentationClassAug/aug.png", "SegmentationClassAug/t1.png", "JPEGImages/held.jpg")
+    touch(tmp_path, "ImageSets/SegmentationAug/train_aug.txt", text="t1\naug\n")
+    touch(tmp_path, "ImageSets/Segmentation/test.txt", text="held\n")
+    result = found(tmp_path, "voc")
+    assert result["JPEGImages/aug"] == ("SegmentationClassAug/aug.png", "train", None)
+    assert result["JPEGImages/t2"] == (None, "train", None)
+    assert result["JPEGImages/held"] == (None, "test", None)
+
+
+def test_labelled_only(tmp_path: Path) -> None:
+    voc(tmp_path)
+    (tmp_path / "SegmentationClass/t2.png").unlink()
+    assert found(tmp_path, "voc", labelled_only=True) == {
+        "JPEGImages/t1": ("SegmentationClass/t1.png", "train", None),
+        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClass has no mask"),
+        "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
+    }
+    touch(tmp_path, "leftImg8bit/train_extra/bonn/bonn_1_leftImg8bit.png")
+    with pytest.raises(InputError, match="no image there has a mask, and labelled_only"):
+        found(tmp_path, "cityscapes", labelled_only=True)
+    with pytest.raises(ValueError, match="format images, which has no masks"):
+        IngestSettings(format="images", labelled_only=True)
+
+
+def test_cityscapes_without_label_ids_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "leftImg8bit/train/ulm/ulm_1_leftImg8bit.png", "gtFine/train/ulm/ulm_1_gtFine_labelTrainIds.png")
+    with pytest.raises(InputError, match=r"none of the 1 images .* has a mask; .*labelIds\.png are expected"):
+        found(tmp_path, "cityscapes")
+
+
 def test_cityscapes(tmp_path: Path) -> None:
     for split, city in (("train", "ulm"), ("val", "lindau"), ("test", "berlin")):
         touch(tmp_path, f"leftImg8bit/{split}/{city}/{city}_1_leftImg8bit.png")

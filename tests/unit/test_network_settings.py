@@ -130,6 +130,11 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
         ({"encoder": "mixer_s32_224", "output_stride": 32}, "cannot be cut into stages"),
         ({"encoder": "vit_relpos_small_patch16_224"}, "cannot be cut into stages"),
         ({"batch_norm": "frozen"}, "network.batch_norm: frozen takes .* set it to live, or give"),
+        ({"encoder": "resnet18.nonsense", "pretrained": True}, "did you mean .*resnet18"),
+        (
+            {"encoder": "resnet18", "pretrained": True, "std": (1 / 255,) * 3},
+            r"network.std=.* timm's weights of resnet18 take mean \[0.485, .* set network.mean and network.std to these",
+        ),
         ({"encoder": "test_vit", "head": "deeplabv3plus"}, "network.head: deeplabv3plus takes a map at stride 4"),
     ],
 )

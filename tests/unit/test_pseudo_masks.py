@@ -1,5 +1,6 @@
 """Every image of the pool ends as a pseudo-mask or as a reject with its reason, in the order of its file, and once."""
 
+import base64
 import io
 import os
 import struct
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from threestage import pool_prediction
 from threestage.data import storage
+from threestage.data.batches import Sample, SampleSet
+from threestage.data.fixed_void import fixed_void, unpacked
 from threestage.data.pool import PoolFile
 from threestage.data.records import RECORD_SCHEMA, decode_mask, encode_mask
 from threestage.data.rejects import Reject, read_rejects
-from threestage.errors import StageFailure
+from threestage.errors import InputError, StageFailure
 from threestage.pool_prediction import ahead, encode_class_ids, predict_file, predict_files
 from threestage.pseudo_masks import (
     FileReport,
@@ -294,7 +297,13 @@ def test_a_rerun_keeps_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"model_digest": "other"}, {"max_image_pixels": 5}, {"excluded_ids": frozenset({"i000"})}]
+    "change",
+    [
+        {"model_digest": "other"},
+        {"max_image_pixels": 5},
+        {"excluded_ids": frozenset({"i000"})},
+        {"fixed_void": base64.b64encode(encode_mask(np.eye(8, dtype=np.uint8))).decode()},
+    ],
 )
 def test_what_another_model_or_setting_made_is_made_again(tmp_path: Path, change: dict[str, Any]) -> None:
     file, task = by_value(tmp_path, [picture(0, (8, 8))]), task_for(tmp_path)
@@ -306,6 +315,37 @@ def test_what_another_model_or_setting_made_is_made_again(tmp_path: Path, change
     assert set_digest(task, [file]) != set_digest(other, [file])
     predict_file(Colours(), task, file, CPU)
     assert stored_report(pseudo_mask_uri(task.destination, file)) == first
+
+
+def labelled(*masks: np.ndarray) -> SampleSet:
+    return SampleSet([Sample(f"i{n}", picture(n, mask.shape), encode_mask(mask)) for n, mask in enumerate(masks)], 2)
+
+
+def test_what_is_void_in_most_labels_is_void_in_every_pseudo_mask_of_that_size(tmp_path: Path) -> None:
+    masks = np.zeros((4, 8, 12), np.uint8)
+    masks[:, -2:] = 255  # a bonnet in all, a lorry in one of four
+    masks[0, :2, :2] = 255
+    region = fixed_void(labelled(*masks), 0.5)
+    bonnet = np.zeros((4, 6), bool)
+    bonnet[-1] = True
+    assert np.array_equal(unpacked(region), bonnet)
+    assert unpacked(fixed_void(labelled(*masks), 0.25)).sum() == 7
+
+    images = [picture(0, (8, 12)), picture(1, (12, 8))]
+    file, task = by_value(tmp_path, images), task_for(tmp_path, downscale=2)
+    whole, before = predict_file(Colours(), task, file, CPU), written(task, file)
+    task = task.model_copy(update={"fixed_void": region})
+    assert predict_file(Colours(), task, file, CPU).statistics == whole.statistics
+    first, second = written(task, file)
+    expected = np.where(bonnet, 255, decode_mask(before[0]["pseudo_mask"]))
+    assert np.array_equal(decode_mask(first["pseudo_mask"]), expected)
+    assert first["confidence"] == before[0]["confidence"] and second == before[1]
+
+
+def test_a_fixed_region_takes_masks_of_one_size() -> None:
+    samples = labelled(np.zeros((8, 12), np.uint8), np.zeros((12, 8), np.uint8))
+    with pytest.raises(InputError, match=r"i0 has \(4, 6\) and i1 \(6, 4\) pixels: set it to null"):
+        fixed_void(samples, 0.5)
 
 
 def test_nothing_is_published_when_the_prediction_dies(tmp_path: Path) -> None:

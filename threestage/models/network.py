@@ -179,6 +179,20 @@ def check_settings(settings: NetworkSettings) -> None:
         )
     with torch.device("meta"):
         make_head(settings, _make_encoder(settings.model_copy(update={"pretrained": False})), num_classes=2)
+    if settings.pretrained:
+        _check_scale(settings)
+
+
+def _check_scale(settings: NetworkSettings) -> None:
+    """Raise InputError where timm's weights take RGB in another range than `std` makes of it: 0 to 255 in place of 0 to 1."""
+    import timm
+
+    config = timm.get_pretrained_cfg(settings.encoder, allow_unregistered=True)
+    if config is not None and not 0.1 < config.std[0] / settings.std[0] < 10:
+        raise InputError(
+            f"network.std={list(settings.std)}: timm's weights of {settings.encoder} take mean {list(config.mean)} and std "
+            f"{list(config.std)}: set network.mean and network.std to these, or give network.weights in place of pretrained"
+        )
 
 
 def size_multiple(settings: NetworkSettings) -> int:
