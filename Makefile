@@ -5,14 +5,20 @@ OUT ?= runs/demo-$(SEED)
 SEED ?= 0
 
 NODES ?= 2
+SIZE ?= cpu
+SEEDS ?= 0 1 2
+JOBS ?= 2
 
-.PHONY: demo cluster test test-slow lint types audit unit integration clean
+.PHONY: demo cluster results test test-slow lint types audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
 
 cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
 	$(BIN)/python cluster/local.py --nodes $(NODES)
+
+results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1]
+	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS)
 
 test: lint types audit unit integration  ## everything that CI runs
 
