@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
+from threestage import lease
 from threestage.checks.data import classes_fit, input_fits
-from threestage.checks.lines import Line, not_tried, tried
+from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.checks.steps import Measured, Specification, measure_here
 from threestage.checks.words import duration_line, step_line
 from threestage.config import Config
@@ -41,6 +42,8 @@ def check(config: Config, out: str, local: bool, address: str | None = None) -> 
     outcomes = store_check.try_all([*places(config, out), *([] if local else [_tracking(config)])])
     yield from (Line(*outcome) for outcome in merged(outcomes))
     wrong = {outcome.name for outcome in outcomes if outcome.problem}
+    if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
+        yield tried("driver", out, lambda: Found(lease.refuse_driven(out)))
     yield from _check_input(config, out, wrong)
     manifest = None if "data.root" in wrong else _manifest(config)
     yield from _check_here(config, manifest) if local else _check_cluster(config, out, manifest)

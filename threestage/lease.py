@@ -82,9 +82,7 @@ class Lease:
             time.sleep(SETTLE_S["s3" if storage.is_s3(self._uri) else "local"])
             holder = self._other()
         if holder is not None:
-            raise InputError(
-                f"{self._out}: another driver works on it ({holder}): wait for it, stop it, or give another --out"
-            )
+            raise _taken(self._out, holder)
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -157,6 +155,18 @@ def held(out: str, warn: Warn, interval_s: float = INTERVAL_S) -> Iterator[Lease
     finally:
         lease.release()
     lease.check()
+
+
+def refuse_driven(out: str) -> str:
+    """Raises InputError when a driver works on a folder that has a lease; else says what became of the last one."""
+    said: list[str] = []
+    if (holder := living(out, said.append)) is not None:
+        raise _taken(out, holder)
+    return said[-1] if said else "none"
+
+
+def _taken(out: str, holder: Holder) -> InputError:
+    return InputError(f"{out}: another driver works on it ({holder}): wait for it, stop it, or give another --out")
 
 
 def living(out: str, warn: Warn) -> Holder | None:

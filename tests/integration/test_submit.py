@@ -132,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, wheel: Path, scenes: Path) -
         registry={"tracking_uri": f"sqlite:///{folder}/runs/mine.db"},
         pseudo_mask={"guard": "ignore", "of_last_stage": False},
         stages=1,
-        stage1={"steps": 500, "labelled_batch": 2},
+        stage1={"steps": 1500, "labelled_batch": 2},
         training={"log_every": 10, "checkpoint_every": 20, "evaluate_every": 20},
     )
     (folder / "mine.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))

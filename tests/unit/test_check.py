@@ -1,5 +1,6 @@
 """Why: whoever spends a night of GPUs wants each mistake as one red line before, and none that hides another."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from tests.conftest import tiny_config
 from threestage import check as checks
+from threestage import lease
 from threestage.checks import data, steps
 from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.checks.steps import Measured, Specification, measure
@@ -88,6 +90,20 @@ def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps
         "--out", "registry.tracking_uri", "input", "cluster"
     ]  # fmt: skip
     assert found["classes"].value and found["stage1, stage2, stage3, duration"].doubt == "not tried: needs cluster"
+
+
+def test_a_folder_that_another_driver_works_on(config: Config, no_steps: None, tmp_path: Path) -> None:
+    held = lease.Lease(str(tmp_path / "run"))
+    held.take(print)
+    line = lines_of(config, tmp_path / "run", local=True)["driver"]
+    assert line.problem is not None and "another driver works on it (process " in line.problem
+    (tmp_path / "run" / lease.NAME).write_text(
+        (tmp_path / "run" / lease.NAME).read_text().replace(f": {os.getpid()}", ": 2")
+    )
+    line = lines_of(config, tmp_path / "run", local=True)["driver"]
+    assert line.problem is None and "is dead, this one takes over" in line.value
+    held.release()
+    assert "driver" not in lines_of(config, tmp_path / "run", local=True)
 
 
 def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: None, tmp_path: Path) -> None:
