@@ -153,6 +153,8 @@ def places(config: Config, out: str) -> list[Probe]:
     probes = [store_check.data_set("data.root", config.data.root)]
     if config.data.unlabelled is not None:
         probes.append(store_check.images("data.unlabelled", config.data.unlabelled))
+    if config.data.labelled_list is not None:
+        probes.append(store_check.file("data.labelled", config.data.labelled_list))
     if config.network.weights is not None:
         probes.append(store_check.file("network.weights", config.network.weights))
     return [*probes, store_check.writable("--out", out)]

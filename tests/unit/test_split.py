@@ -66,3 +66,28 @@ def test_refusals_name_the_key_and_what_there_is(tmp_path: Path) -> None:
         split_of(tmp_path, IDS, labelled=1)
     with pytest.raises(InputError, match="no train image has a mask"):
         split_of(tmp_path, [])
+
+
+def test_a_published_list_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("drive/003.jpg masks/003.png\n\ndrive/021\ndrive/003\n")
+    split = split_of(tmp_path / "data", IDS, val=True, labelled=str(tmp_path / "list.txt"))
+    assert sorted(split.labelled) == ["drive/003", "drive/021"] and split.validation == ("v1", "v2")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file; give a count, a fraction below 1, all, or a file with an image id a line"),
+        (b"\n \n", "is empty"),
+        (b"\xff\xfe\x00", "this is no text"),
+        (
+            b"drive/001\nunlabelled.png\nother\n",
+            r"2 of its 3 images are no train images with a mask in .*, unlabelled.png first .*drive/",
+        ),
+    ],
+)
+def test_a_list_that_cannot_be_taken(tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        split_of(tmp_path / "data", IDS, val=True, labelled=str(tmp_path / "list.txt"))

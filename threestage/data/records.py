@@ -57,10 +57,15 @@ RECORD_SCHEMA = pa.schema(
 )
 
 
+LabelledIds = Annotated[str, Field(min_length=1)]
+"""\"all\", or where the list of them lies."""
+
+
 class DataSettings(Settings):
     """Which data set, and which of its labels a run may see.
 
-    `labelled`: how many masks the run may use: a count, a fraction of those that exist, or "all". Where the set has no
+    `labelled`: which masks the run may use: a count, a fraction of those that exist, "all", or a path or URI of a text file
+    with an image id at the beginning of each line (with or without a suffix, as published splits have it). Where the set has no
     val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
     and masks are made smaller (see `downscale_image`).
     `fixed_void`: a pixel that is void in at least this share of the labelled masks is void in every pseudo-mask of their
@@ -72,13 +77,18 @@ class DataSettings(Settings):
 
     root: str
     unlabelled: str | None = None
-    labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["all"] = "all"
+    labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | LabelledIds = "all"
     split_seed: int = 0
     validation: float = Field(default=0.2, ge=0, lt=1)
     downscale: int = Field(default=1, ge=1)
     fixed_void: float | None = Field(default=None, gt=0, le=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
+
+    @property
+    def labelled_list(self) -> str | None:
+        """Where the ids of the labelled images are listed."""
+        return self.labelled if isinstance(self.labelled, str) and self.labelled != "all" else None
 
 
 def stays_below(path: str) -> str:

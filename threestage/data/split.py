@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import posixpath
 from fractions import Fraction
 from typing import Literal
 
+from threestage.data import storage
 from threestage.data.records import DataSettings, Manifest, labelled_ids
 from threestage.errors import InputError
 from threestage.settings import Settings
@@ -24,15 +26,18 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
 
     1. Candidates are the train rows that have a mask, in the order of sha256("{split_seed}:{image_id}").
     2. The first n of them are the labels that the run may see: n = `labelled`, or that fraction of the candidates (to
-       the nearest whole, at least one), or all.
+       the nearest whole, at least one), or all. Where `labelled` names a list, they are those of the list.
     3. If the val split has masks, all its masked rows validate. Else positions 0, 1/v, 2/v, … (rounded down) of these
        n, which are ceil(n·v) images for v = `validation`, are carved off to validate; the rest are trained on.
 
     So a smaller `labelled` gives subsets of what a greater one gives, and images added later leave the others' order.
-    Raises InputError when there are fewer candidates than asked for, or too few to carve from.
+    Raises InputError when there are fewer candidates than asked for, or too few to carve from, or a listed one has no mask.
     """
     candidates = sorted(labelled_ids(root, manifest, "train"), key=lambda image_id: _key(settings.split_seed, image_id))
-    chosen = candidates[: _count(root, settings, len(candidates))]
+    if settings.labelled_list is not None:
+        chosen = _listed(root, settings.labelled_list, candidates)
+    else:
+        chosen = candidates[: _count(root, settings, len(candidates))]
     validation = labelled_ids(root, manifest, "val")
     if validation:
         return Split(labelled=tuple(chosen), validation=tuple(validation), validation_split="val")
@@ -43,6 +48,30 @@ def _key(seed: int, image_id: str) -> str:
     return hashlib.sha256(f"{seed}:{image_id}".encode()).hexdigest()
 
 
+def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
+    """The candidates whose ids begin the lines of a file."""
+    try:
+        lines = storage.read_bytes(uri).decode().splitlines()
+    except FileNotFoundError:
+        raise InputError(
+            f"data.labelled={uri}: no such file; give a count, a fraction below 1, all, or a file with an image id a line"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"data.labelled={uri}: this is no text; give a file with an image id a line") from None
+    known = set(candidates)
+    words = [line.split()[0] for line in lines if line.strip()]
+    wanted = [word if word in known else posixpath.splitext(word)[0] for word in words]
+    if not wanted:
+        raise InputError(f"data.labelled={uri} is empty; give a file with an image id a line")
+    if missing := [word for word, image_id in zip(words, wanted, strict=True) if image_id not in known]:
+        raise InputError(
+            f"data.labelled={uri}: {len(missing)} of its {len(words)} images are no train images with a mask in {root}, "
+            f"{missing[0]} first (there, ids are like {candidates[0] if candidates else 'none'}): mend the list, or ingest them"
+        )
+    chosen = set(wanted)
+    return [image_id for image_id in candidates if image_id in chosen]
+
+
 def _count(root: str, settings: DataSettings, candidates: int) -> int:
     if candidates == 0:
         raise InputError(f"{root}: no train image has a mask; add labels with `threestage ingest`")
@@ -50,6 +79,7 @@ def _count(root: str, settings: DataSettings, candidates: int) -> int:
         return candidates
     if isinstance(settings.labelled, float):
         return max(1, round(settings.labelled * candidates))
+    assert isinstance(settings.labelled, int)
     if settings.labelled > candidates:
         raise InputError(
             f"data.labelled is {settings.labelled}, but {root} has {candidates} labelled train images; ask for fewer"
