@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
-from threestage.data.batches import SampleSet, samples_of
+from threestage.data.batches import SampleSet
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
+from threestage.data.samples import samples_of
 from threestage.errors import InputError
 from threestage.inference import Protocol, check_protocol, predict
 from threestage.models.export import ModelCard

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.data.batches import Decoded, Sample, decode_sample
 from threestage.data.fixed_void import unpacked
 from threestage.data.pool import PoolFile, PoolRow, read_rows
+from threestage.data.pseudo_mask_files import PSEUDO_MASK_SCHEMA, pseudo_mask_uri
 from threestage.data.records import DECODER_ERRORS, BadImage, decoder_complaint
 from threestage.data.rejects import Reject
+from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.pseudo_masks import (
     DIGEST_KEY,
-    PSEUDO_MASK_SCHEMA,
     REPORT_KEY,
     FileReport,
     PoolTask,
@@ -43,7 +43,6 @@ from threestage.pseudo_masks import (
     file_digest,
     measure,
     predict,
-    pseudo_mask_uri,
     quantise,
     stored_report,
 )

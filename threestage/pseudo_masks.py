@@ -9,11 +9,9 @@ Confidences are stored, so a threshold is applied when they are read and a new o
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Literal, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,23 +19,14 @@ from torch import Tensor, nn
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.pool import PoolFile, rows_of
+from threestage.data.pseudo_mask_files import IndexRow, write_index
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.settings import Settings
 from threestage.training.losses import ThresholdRule
 from threestage.training.metrics import mean_iou
 
-PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
-INDEX_SCHEMA = pa.schema(
-    [
-        ("file", pa.string()),
-        ("images", pa.int64()),
-        ("max_height", pa.int32()),
-        ("max_width", pa.int32()),
-        ("labelled_ids", pa.list_(pa.string())),
-    ]
-)
-INDEX_NAME, REJECTS_NAME = "index.parquet", "rejects.parquet"
+REJECTS_NAME = "rejects.parquet"
 REPORT_KEY = b"threestage.report"
 DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
@@ -234,22 +223,6 @@ class FileReport(Settings):
     rejects: tuple[Reject, ...]
 
 
-@dataclass(frozen=True)
-class IndexRow:
-    """What a stage must know of a file of pseudo-masks before it reads it; see FileReport. `images`: predicted ones."""
-
-    file: str
-    images: int
-    max_height: int
-    max_width: int
-    labelled_ids: tuple[str, ...]
-
-
-def pseudo_mask_uri(folder: str, file: PoolFile) -> str:
-    """Where the pseudo-masks of an image file lie."""
-    return storage.join(folder, file.name)
-
-
 def stored_report(uri: str, digest: str | None = None) -> FileReport | None:
     """The report of a finished pseudo-mask file, from its footer; None if there is none, or none of `digest` (see
     `file_digest`)."""
@@ -302,23 +275,13 @@ def gather(
         )
     if files and not statistics.images:
         raise StageFailure(f"no image of the pool could be used; all are listed in {listed}")
-    _write_index(storage.join(task.destination, INDEX_NAME), [index[file.name] for file in files])
+    write_index(task.destination, [index[file.name] for file in files])
     return statistics
 
 
 def _index_row(report: FileReport) -> IndexRow:
     images = report.statistics.images
     return IndexRow(report.file, images, report.max_height, report.max_width, report.labelled_ids)
-
-
-def _write_index(uri: str, rows: Sequence[IndexRow]) -> None:
-    storage.write_table(uri, pa.Table.from_pylist([asdict(row) for row in rows], INDEX_SCHEMA))
-
-
-def read_index(folder: str) -> list[IndexRow]:
-    """The index of a finished set, in the order of its pool's files. Raises FileNotFoundError where there is none."""
-    rows = storage.read_table(storage.join(folder, INDEX_NAME)).to_pylist()
-    return [IndexRow(**row | {"labelled_ids": tuple(row["labelled_ids"])}) for row in rows]
 
 
 def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classes: Sequence[str]) -> list[str]:

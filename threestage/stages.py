@@ -13,6 +13,7 @@ from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import load_pool
+from threestage.data.pseudo_mask_files import read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
@@ -20,7 +21,6 @@ from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
 from threestage.models.export import BEST_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, Network, build_network
-from threestage.pseudo_masks import read_index
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps

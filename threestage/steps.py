@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
+from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
 from threestage.augment.views import View, strong_view, weak_view
 from threestage.config import Config, ConsistencySettings
 from threestage.data.batches import Batch, Share, Timed
 from threestage.pseudo_masks import PseudoMaskSettings
-from threestage.seeds import Draws, generator
 from threestage.training import losses
 from threestage.training.loop import laid_out
 from threestage.training.schedule import ramp_up

@@ -58,9 +58,9 @@ def make_pool(root: str, images: int) -> Any:
     """Shards with their pseudo-masks, written straight: every image is the same picture under an id of its own."""
     from threestage.data import storage
     from threestage.data.pool import PoolFile, write_pool
+    from threestage.data.pseudo_mask_files import PSEUDO_MASK_SCHEMA
     from threestage.data.records import encode_mask
     from threestage.data.split import Split
-    from threestage.pseudo_masks import PSEUDO_MASK_SCHEMA
     from threestage.stages import StageTask
 
     jpeg, pixels = _jpeg(), np.zeros((SIDE, SIDE), np.uint8)

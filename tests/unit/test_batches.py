@@ -9,20 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from threestage.data.batches import (
-    Batch,
-    BatchMode,
-    Decoded,
-    Order,
-    SampleSet,
-    batches,
-    canvas_size,
-    place,
-    prefetch,
-    share_of,
-)
+from threestage.data.batches import Batch, BatchMode, Order, SampleSet, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import data_set_files
 from threestage.data.records import load_manifest
+from threestage.data.samples import Decoded, place
 from threestage.data.sets import labelled_set, pool_set, validation_set
 from threestage.data.split import make_split
 from threestage.local import predict_pool

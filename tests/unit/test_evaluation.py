@@ -11,8 +11,9 @@ from PIL import Image
 from rich.console import Console
 
 from threestage import IGNORE_INDEX
-from threestage.data.batches import SampleSet, samples_of
+from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
+from threestage.data.samples import samples_of
 from threestage.errors import InputError
 from threestage.evaluation import Scores, evaluate, evaluate_model
 from threestage.inference import Protocol

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "simplejpeg", "segmentation_models_pytorch")
 
 
@@ -23,9 +25,10 @@ def test_importing_the_stages_loads_neither_ray_nor_mlflow(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_monitor_of_a_stage_loads_no_torch() -> None:
-    """A process per stage that only passes messages: half a gigabyte and seconds less."""
-    done = run_python("import sys, threestage.on_ray.pulse\nprint('torch' in sys.modules)")
+@pytest.mark.parametrize("module", ["on_ray.pulse", "on_ray.reading", "data.ingest"])
+def test_processes_that_do_not_train_load_no_torch(module: str) -> None:
+    """The monitor of a stage, the readers of its pool and an ingest: hundreds of megabytes and seconds less for each process."""
+    done = run_python(f"import sys, threestage.{module}\nprint('torch' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
 
 

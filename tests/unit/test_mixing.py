@@ -2,8 +2,8 @@
 
 import torch
 
+from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
-from threestage.seeds import Draws, generator
 
 SIZE = (40, 60)
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from threestage.data.batches import SampleSet, samples_of
+from threestage.data.batches import SampleSet
 from threestage.data.pool import PoolFile, data_set_files
+from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
+from threestage.data.samples import samples_of
 from threestage.data.storage import read_table
 from threestage.evaluation import BATCH, evaluate
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.pool_prediction import predict_files
-from threestage.pseudo_masks import PoolTask, pseudo_mask_uri
+from threestage.pseudo_masks import PoolTask
 
 CPU = torch.device("cpu")
 

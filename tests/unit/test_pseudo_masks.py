@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from threestage import pool_prediction
 from threestage.data import storage
-from threestage.data.batches import Sample, SampleSet
+from threestage.data.batches import SampleSet
 from threestage.data.fixed_void import fixed_void, unpacked
 from threestage.data.pool import PoolFile
+from threestage.data.pseudo_mask_files import pseudo_mask_uri, read_index
 from threestage.data.records import RECORD_SCHEMA, decode_mask, encode_mask
 from threestage.data.rejects import Reject, read_rejects
+from threestage.data.samples import Sample
 from threestage.errors import InputError, StageFailure
 from threestage.pool_prediction import ahead, encode_class_ids, predict_file, predict_files
 from threestage.pseudo_masks import (
@@ -35,9 +37,7 @@ from threestage.pseudo_masks import (
     gather,
     measure,
     predict_images,
-    pseudo_mask_uri,
     quantise,
-    read_index,
     set_digest,
     stored_report,
 )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tests.conftest import tiny_config
 from threestage.augment.views import View
 from threestage.config import ConsistencySettings, stage_keys
-from threestage.data.batches import BalancedOrder, Decoded, place
+from threestage.data.batches import BalancedOrder
+from threestage.data.samples import Decoded, place
 from threestage.local import run_local
 from threestage.models.network import NetworkSettings, build_network
 from threestage.pseudo_masks import PseudoMaskSettings

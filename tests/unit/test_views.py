@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from torch import Generator, Tensor
 
 from threestage.augment import geometry, photometry, views
+from threestage.augment.draws import Draws
 from threestage.augment.views import AugmentSettings, StrongSettings, View, strong_view, weak_view
-from threestage.seeds import Draws
 
 CANVAS = (60, 80)
 CROP = (32, 48)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from threestage.augment.draws import Draws
 from threestage.augment.geometry import Size
-from threestage.seeds import Draws
 
 AREA = (0.02, 0.4)
 """Least and greatest share of the picture that a box takes."""

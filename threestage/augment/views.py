@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from threestage.augment import geometry, photometry
-from threestage.seeds import Draws
+from threestage.augment.draws import Draws
 from threestage.settings import Settings
 
 FILL = 0.5

@@ -8,8 +8,9 @@ from threestage import IGNORE_INDEX
 from threestage.checks.lines import Found
 from threestage.config import Config
 from threestage.data import storage
-from threestage.data.batches import Sample, SampleSet
+from threestage.data.batches import SampleSet
 from threestage.data.records import Manifest, SplitName, decode_mask, files_with_masks, load_manifest, pool_files
+from threestage.data.samples import Sample
 from threestage.data.split import Split, make_split
 from threestage.errors import InputError
 from threestage.models.network import check_settings

@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -21,30 +21,13 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings
-from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.data.records import MAX_IMAGE_PIXELS
+from threestage.data.samples import Decoded, Sample, decode_sample, place
 from threestage.errors import StageFailure
 from threestage.seeds import derive_seed
 
 DECODED_CACHE_BYTES = 512 * 2**20
 BatchMode = Literal["per_worker", "global"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One encoded image and what is known of it, as the Parquet files hold it."""
-
-    image_id: str
-    image: bytes
-    mask: bytes | None = None
-    pseudo_mask: bytes | None = None
-    confidence: bytes | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    image: np.ndarray  # (H,W,3) uint8
-    maps: dict[str, np.ndarray]  # (H,W) uint8 each
 
 
 @dataclass(frozen=True)
@@ -71,66 +54,10 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Decoded:
-    """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already.
-
-    Raises BadImage when the image cannot be decoded, ValueError when it is not of its pseudo-mask's size.
-    """
-    image = downscale_image(decode_image(sample.image, max_pixels), downscale)
-    maps = {}
-    if sample.mask is not None:
-        maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)
-    if sample.pseudo_mask is not None:
-        maps["pseudo_mask"] = decode_mask(sample.pseudo_mask)
-    if sample.confidence is not None:
-        maps["confidence"] = np.frombuffer(sample.confidence, np.uint8).reshape(image.shape[:2])
-    for name, values in maps.items():
-        if values.shape != image.shape[:2]:
-            raise ValueError(
-                f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed"
-            )
-    return Decoded(image, maps)
-
-
 def canvas_size(largest: tuple[int, int], augment: AugmentSettings) -> tuple[int, int]:
     """Height and width of the canvas: what the widest weak view needs, no more than the `largest` image has."""
     needed = [math.ceil(side / augment.scale[0]) for side in augment.crop_size]
     return min(largest[0], needed[0]), min(largest[1], needed[1])
-
-
-def place(
-    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, around: int | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
-    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size.
-
-    `around`: a class of the mask, one of whose pixels, drawn at random, the window has to hold.
-    """
-    height, width = decoded.image.shape[:2]
-    wanted: tuple[int, int] | None = None
-    if around is not None:
-        pixels = np.flatnonzero(decoded.maps["mask"] == around)
-        wanted = divmod(int(pixels[rng.integers(len(pixels))]), width)
-    top, left = (
-        _first_pixel(side, room, rng, None if wanted is None else wanted[axis])
-        for axis, (side, room) in enumerate(zip((height, width), canvas, strict=True))
-    )
-    window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
-    image = decoded.image[window]
-    maps = {name: value[window] for name, value in decoded.maps.items()}
-    size = (image.shape[0], image.shape[1])
-    if size == canvas:
-        return image, maps, size
-    padding = ((0, canvas[0] - size[0]), (0, canvas[1] - size[1]))
-    maps = {name: np.pad(value, padding, constant_values=IGNORE_INDEX) for name, value in maps.items()}
-    return np.pad(image, (*padding, (0, 0))), maps, size
-
-
-def _first_pixel(side: int, room: int, rng: np.random.Generator, wanted: int | None) -> int:
-    """Of a window of `room` pixels along a side, which holds the pixel `wanted`."""
-    least, most = (
-        (0, max(0, side - room)) if wanted is None else (max(0, wanted - room + 1), min(wanted, max(0, side - room)))
-    )
-    return int(rng.integers(least, most + 1))
 
 
 def stack(
@@ -325,10 +252,3 @@ def prefetch(source: Iterator[Batch], device: torch.device, depth: int = 3) -> I
     finally:
         stop.set()
         thread.join()
-
-
-def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:
-    """Samples from the columns of a table (`table.to_pydict()`); columns that a Sample has no field for are ignored."""
-    fields = [name for name in Sample.__dataclass_fields__ if name in table]
-    rows = zip(*(table[name] for name in fields), strict=True)
-    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]

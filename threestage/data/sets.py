@@ -1,20 +1,18 @@
 """Which samples a stage trains and validates on: rows of the data set joined with their pseudo-masks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from threestage.augment.views import AugmentSettings
 from threestage.data import storage
-from threestage.data.batches import Sample, SampleSet, canvas_size, samples_of
-from threestage.data.pool import PoolFile, chunks, read_rows
+from threestage.data.batches import SampleSet, canvas_size
+from threestage.data.pool import PoolFile
+from threestage.data.pseudo_mask_files import IndexRow, read_index
 from threestage.data.records import DataSettings, Manifest, SplitName, labelled_rows
-from threestage.data.rejects import Reject
+from threestage.data.samples import OnReject, pool_samples, samples_of
 from threestage.data.split import Split
 from threestage.errors import StageFailure
-from threestage.pseudo_masks import IndexRow, pseudo_mask_uri, read_index
-
-OnReject = Callable[[Reject], None]
 
 
 def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
@@ -40,26 +38,6 @@ def pool_set(files: Sequence[PoolFile], pseudo_masks: str, data: DataSettings, r
 def pool_canvas(index: Sequence[IndexRow], augment: AugmentSettings) -> tuple[int, int]:
     """Canvas of the pool's images, whose sizes are known once they are predicted."""
     return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
-
-
-def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Iterator[list[Sample]]:
-    """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool.
-
-    An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
-    not hold the same rows in the same order.
-    """
-    predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
-    rows = read_rows(file, masks=False)
-    for images, masks in zip(rows, chunks(predicted), strict=True):
-        found = []
-        for row, target in zip(images, masks.to_pylist(), strict=True):
-            if row.image_id != target["image_id"]:
-                raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
-            if row.problem is not None and target["pseudo_mask"] is not None:
-                rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
-            elif target["pseudo_mask"] is not None:
-                found.append(Sample(image=row.image, source=row.source, **target))
-        yield found
 
 
 def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:

@@ -12,26 +12,21 @@ import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from threestage.allocator import keep_freed_memory
-from threestage.config import Config
 from threestage.data import storage
-from threestage.data.batches import Batch, Sample, decode_sample, place, share_of
-from threestage.data.pool import PoolFile, load_pool
-from threestage.data.rejects import Reject, RejectList
-from threestage.data.sets import pool_canvas, pool_samples
-from threestage.pseudo_masks import read_index
+from threestage.data.batches import Batch, share_of
+from threestage.data.pool import load_pool
+from threestage.data.pseudo_mask_files import read_index
+from threestage.data.sets import pool_canvas
+from threestage.on_ray.reading import BLOCK_BYTES, Arrays, FileReader
 from threestage.seeds import derive_seed
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Pointer
 
-BLOCK_BYTES = 32 * 2**20
 STREAM_BYTES = 512 * 2**20
 SHUFFLE_ROWS = 256
 SHUFFLE_BYTES = 512 * 2**20
 MAX_TASKS = 1024
 STEP_SECONDS = 0.1
-
-Arrays = dict[str, np.ndarray]
 
 
 def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
@@ -55,7 +50,11 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     context.target_max_block_size = BLOCK_BYTES
     context.custom_execution_callback_classes = [_Unhurried]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
-    return source.map_batches(_FileReader(task, config, pool_canvas(index, config.augment)), batch_size=1)
+    reader = FileReader(
+        task.pseudo_masks, storage.join(task.folder, "rejects"), (config.seed, task.stage), config.data,
+        pool_canvas(index, config.augment),
+    )  # fmt: skip
+    return source.map_batches(reader, batch_size=1)
 
 
 def file_order(rows: Sequence[int], place: tuple[int | str, ...], consumed: int, needed: int) -> list[tuple[int, int]]:
@@ -93,55 +92,6 @@ class _Unhurried(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(max(0.0, self._last_step + STEP_SECONDS - time.monotonic()))
         self._last_step = time.monotonic()
-
-
-class _FileReader:
-    """Reads one image file with its pseudo-mask file; every pass cuts canvases of its own."""
-
-    def __init__(self, task: StageTask, config: Config, canvas: tuple[int, int]) -> None:
-        assert task.pseudo_masks is not None
-        self._pseudo_masks = task.pseudo_masks
-        self._rejects = storage.join(task.folder, "rejects")
-        self._place = (config.seed, task.stage)
-        self._data = config.data
-        self._canvas = canvas
-
-    def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
-        keep_freed_memory()
-        pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
-        rejects: list[Reject] = []
-        rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
-        samples = (sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append) for sample in chunk)
-        yield from blocks(self._placed(samples, rejects, rng), self._canvas)
-        if rejects:
-            RejectList(rejects).write(storage.join(self._rejects, file.name))
-
-    def _placed(self, samples: Iterable[Sample], rejects: list[Reject], rng: np.random.Generator) -> Iterator[Arrays]:
-        for sample in samples:
-            try:
-                decoded = decode_sample(sample, self._data.downscale, self._data.max_image_pixels)
-            except ValueError as error:  # it was good when its pseudo-mask was made
-                rejects.append(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
-                continue
-            image, maps, size = place(decoded, self._canvas, rng)
-            yield {"image": image, **maps, "size": np.array(size, np.int64), "image_id": np.array(sample.image_id)}
-
-
-def blocks(rows: Iterable[Arrays], canvas: tuple[int, int]) -> Iterator[Arrays]:
-    """Rows stacked so that each block is a little larger than BLOCK_BYTES: Ray Data then passes it on without a copy."""
-    per_block = math.ceil(1.1 * BLOCK_BYTES / (canvas[0] * canvas[1] * 5))
-    waiting: list[Arrays] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == per_block:
-            yield _stacked(waiting)
-            waiting = []
-    if waiting:
-        yield _stacked(waiting)
-
-
-def _stacked(rows: Sequence[Arrays]) -> Arrays:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def stream_batches(shard: Any, batch_size: int, seed: int, rank: int) -> Iterator[Batch]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from threestage import IGNORE_INDEX
-from threestage.data.batches import Decoded
 from threestage.data.records import Manifest, load_manifest
+from threestage.data.samples import Decoded
 from threestage.data.sets import labelled_set, validation_set
 from threestage.errors import InputError
 from threestage.evaluation import BATCH

@@ -1,0 +1,49 @@
+"""How a set of pseudo-masks is laid out (threestage/pseudo_masks.py), for those who only read it: without torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from threestage.data import storage
+from threestage.data.pool import PoolFile
+
+PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
+INDEX_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("images", pa.int64()),
+        ("max_height", pa.int32()),
+        ("max_width", pa.int32()),
+        ("labelled_ids", pa.list_(pa.string())),
+    ]
+)
+INDEX_NAME = "index.parquet"
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """What a stage must know of a file of pseudo-masks before it reads it; see FileReport. `images`: predicted ones."""
+
+    file: str
+    images: int
+    max_height: int
+    max_width: int
+    labelled_ids: tuple[str, ...]
+
+
+def pseudo_mask_uri(folder: str, file: PoolFile) -> str:
+    """Where the pseudo-masks of an image file lie."""
+    return storage.join(folder, file.name)
+
+
+def write_index(folder: str, rows: Sequence[IndexRow]) -> None:
+    storage.write_table(
+        storage.join(folder, INDEX_NAME), pa.Table.from_pylist([asdict(row) for row in rows], INDEX_SCHEMA)
+    )
+
+
+def read_index(folder: str) -> list[IndexRow]:
+    """The index of a finished set, in the order of its pool's files. Raises FileNotFoundError where there is none."""
+    rows = storage.read_table(storage.join(folder, INDEX_NAME)).to_pylist()
+    return [IndexRow(**row | {"labelled_ids": tuple(row["labelled_ids"])}) for row in rows]

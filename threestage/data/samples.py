@@ -1,0 +1,117 @@
+"""Encoded rows, of the pool each beside its pseudo-mask, and what becomes of them on a CPU: decoded, cut to a canvas.
+Without torch: a process that only reads has no use for it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from threestage import IGNORE_INDEX
+from threestage.data import storage
+from threestage.data.pool import PoolFile, chunks, read_rows
+from threestage.data.pseudo_mask_files import pseudo_mask_uri
+from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.data.rejects import Reject
+
+OnReject = Callable[[Reject], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image and what is known of it, as the Parquet files hold it."""
+
+    image_id: str
+    image: bytes
+    mask: bytes | None = None
+    pseudo_mask: bytes | None = None
+    confidence: bytes | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    image: np.ndarray  # (H,W,3) uint8
+    maps: dict[str, np.ndarray]  # (H,W) uint8 each
+
+
+def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Iterator[list[Sample]]:
+    """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool.
+
+    An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
+    not hold the same rows in the same order.
+    """
+    predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
+    rows = read_rows(file, masks=False)
+    for images, masks in zip(rows, chunks(predicted), strict=True):
+        found = []
+        for row, target in zip(images, masks.to_pylist(), strict=True):
+            if row.image_id != target["image_id"]:
+                raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
+            if row.problem is not None and target["pseudo_mask"] is not None:
+                rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
+            elif target["pseudo_mask"] is not None:
+                found.append(Sample(image=row.image, source=row.source, **target))
+        yield found
+
+
+def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Decoded:
+    """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already.
+
+    Raises BadImage when the image cannot be decoded, ValueError when it is not of its pseudo-mask's size.
+    """
+    image = downscale_image(decode_image(sample.image, max_pixels), downscale)
+    maps = {}
+    if sample.mask is not None:
+        maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)
+    if sample.pseudo_mask is not None:
+        maps["pseudo_mask"] = decode_mask(sample.pseudo_mask)
+    if sample.confidence is not None:
+        maps["confidence"] = np.frombuffer(sample.confidence, np.uint8).reshape(image.shape[:2])
+    for name, values in maps.items():
+        if values.shape != image.shape[:2]:
+            raise ValueError(
+                f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed"
+            )
+    return Decoded(image, maps)
+
+
+def place(
+    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, around: int | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
+    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size.
+
+    `around`: a class of the mask, one of whose pixels, drawn at random, the window has to hold.
+    """
+    height, width = decoded.image.shape[:2]
+    wanted: tuple[int, int] | None = None
+    if around is not None:
+        pixels = np.flatnonzero(decoded.maps["mask"] == around)
+        wanted = divmod(int(pixels[rng.integers(len(pixels))]), width)
+    top, left = (
+        _first_pixel(side, room, rng, None if wanted is None else wanted[axis])
+        for axis, (side, room) in enumerate(zip((height, width), canvas, strict=True))
+    )
+    window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
+    image = decoded.image[window]
+    maps = {name: value[window] for name, value in decoded.maps.items()}
+    size = (image.shape[0], image.shape[1])
+    if size == canvas:
+        return image, maps, size
+    padding = ((0, canvas[0] - size[0]), (0, canvas[1] - size[1]))
+    maps = {name: np.pad(value, padding, constant_values=IGNORE_INDEX) for name, value in maps.items()}
+    return np.pad(image, (*padding, (0, 0))), maps, size
+
+
+def _first_pixel(side: int, room: int, rng: np.random.Generator, wanted: int | None) -> int:
+    """Of a window of `room` pixels along a side, which holds the pixel `wanted`."""
+    least, most = (
+        (0, max(0, side - room)) if wanted is None else (max(0, wanted - room + 1), min(wanted, max(0, side - room)))
+    )
+    return int(rng.integers(least, most + 1))
+
+
+def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:
+    """Samples from the columns of a table (`table.to_pydict()`); columns that a Sample has no field for are ignored."""
+    fields = [name for name in Sample.__dataclass_fields__ if name in table]
+    rows = zip(*(table[name] for name in fields), strict=True)
+    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]
