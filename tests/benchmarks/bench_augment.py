@@ -1,0 +1,136 @@
+"""Strong views of whole batches against the same operations image by image: images a second of one core, labels moved too.
+
+    python -m tests.benchmarks.bench_augment [--images 8] [--rounds 15] [--json FILE]
+
+plain PIL: three operations drawn, each applied with chance ½ to image, pseudo-mask and teacher's classes, then cutouts; through
+NumPy. published way: the same, and pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.RandAugment of
+one image after the other, with its own operations, no labels. CPU seconds, in turns within one run; medians.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+from tests.benchmarks.measure import report
+from threestage.augment.draws import Draws, generator
+from threestage.augment.views import OPERATIONS, StrongSettings, View, strong_view
+
+SIZES = ((80, 112), (160, 224), (321, 321), (256, 512))
+GREY = (128, 128, 128)
+AFFINE = Image.Transform.AFFINE
+Picture = Image.Image
+
+ENHANCERS: dict[str, Any] = {
+    "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness,
+    "sharpness": ImageEnhance.Sharpness,
+}  # fmt: skip
+
+
+def affine(name: str, m: float) -> tuple[float, ...]:
+    return {
+        "shear_x": (1, 0.3 * m, 0, 0, 1, 0), "shear_y": (1, 0, 0, 0.3 * m, 1, 0),
+        "translate_x": (1, 0, 10 * m, 0, 1, 0), "translate_y": (1, 0, 0, 0, 1, 10 * m),
+    }[name]  # fmt: skip
+
+
+def operate(name: str, m: float, image: Picture, labels: list[Picture]) -> tuple[Picture, list[Picture]]:
+    """One operation of magnitude `m`; label maps are moved with the image."""
+    if name in ENHANCERS:
+        return ENHANCERS[name](image).enhance(0.1 + 1.8 * m), labels
+    if name == "rotate":
+        return image.rotate(30 * m, fillcolor=GREY), [label.rotate(30 * m, fillcolor=255) for label in labels]
+    if name.startswith(("shear", "translate")):
+        how = affine(name, m)
+        moved = [label.transform(label.size, AFFINE, how, fillcolor=255) for label in labels]
+        return image.transform(image.size, AFFINE, how, fillcolor=GREY), moved
+    plain: dict[str, Callable[[Picture], Picture]] = {
+        "identity": lambda picture: picture, "autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize,
+        "solarize": lambda picture: ImageOps.solarize(picture, int(256 - 256 * m)),
+        "posterize": lambda picture: ImageOps.posterize(picture, 4 - int(4 * m)),
+    }  # fmt: skip
+    return plain[name](image), labels
+
+
+def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], through_lists: bool) -> Tensor:
+    """Images (H,W,3) and label maps (K,H,W) uint8 → images (N,3,H,W) float."""
+    done, rng = [], random.Random(0)
+    for array, maps in zip(images, labels, strict=True):
+        picture, moved = Image.fromarray(array), [Image.fromarray(one) for one in maps]
+        for name in rng.choices(OPERATIONS, k=3):
+            if rng.random() < 0.5:
+                picture, moved = operate(name, rng.randint(1, 9) / 10, picture, moved)
+        draw = ImageDraw.Draw(picture)
+        for _ in range(3):
+            x, y = rng.randrange(picture.width) - 16, rng.randrange(picture.height) - 16
+            draw.rectangle((x, y, x + 31, y + 31), GREY)
+        done.append(from_lists(picture) if through_lists else np.asarray(picture))
+        for one in moved:
+            from_lists(one) if through_lists else np.asarray(one)
+    return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float() / 255
+
+
+def from_lists(picture: Picture) -> np.ndarray:
+    shape = (picture.height, picture.width, *([3] if picture.mode == "RGB" else []))
+    return np.array(list(picture.getdata()), np.uint8).reshape(shape)
+
+
+def ours(image: Tensor, labels: Tensor, step: int) -> View:
+    """Images (N,3,H,W) float, label maps (N,K,H,W) uint8."""
+    count, _, height, width = image.shape
+    theta = torch.eye(2, 3).repeat(count, 1, 1)
+    weak = View(image, torch.ones(count, height, width, dtype=torch.bool), theta)
+    view = strong_view(weak, StrongSettings(), Draws(generator("bench", step)))
+    for position in range(labels.shape[1]):
+        view.warp(labels[:, position])
+    return view
+
+
+def images_per_second(size: tuple[int, int], number: int, rounds: int) -> dict[str, float]:
+    noise = np.random.default_rng(0)
+    small = noise.integers(0, 255, (number, 12, 16, 3), np.uint8)
+    arrays = [np.asarray(Image.fromarray(one).resize(size[::-1])) for one in small]
+    labels = noise.integers(0, 11, (number, 2, *size), np.uint8)
+    pixels, label_maps = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    image, other = pixels.float() / 255, v2.RandAugment(num_ops=3)
+    steps = iter(range(10**9))
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours(image, label_maps, next(steps)),
+        "plain PIL": lambda: by_pil(arrays, labels, through_lists=False),
+        "published way": lambda: by_pil(arrays, labels, through_lists=True),
+        "torchvision": lambda: [other(one) for one in pixels],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, act in ways.items():
+            began = time.process_time()
+            act()
+            seconds[name].append(time.process_time() - began)
+    return {name: number / median(taken[1:]) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8, help="of a batch")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for size in SIZES:
+        found = images_per_second(size, options.images, options.rounds)
+        ratios = {f"of {name}": found["ours"] / found[name] for name in found if name != "ours"}
+        rows.append({"crop": f"{size[0]}×{size[1]}", **found, **ratios})
+    report(f"images a second of one core, batches of {options.images}", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
