@@ -9,7 +9,7 @@ SIZE ?= cpu
 SEEDS ?= 0 1 2
 JOBS ?= 2
 
-.PHONY: demo cluster results test test-slow lint types audit unit integration clean
+.PHONY: demo cluster results bench test test-slow lint types audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -17,8 +17,8 @@ demo: .venv/installed  ## three stages on synthetic scenes: table, results.json,
 cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
 	$(BIN)/python cluster/local.py --nodes $(NODES)
 
-results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1]
-	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS)
+results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 SET="a.b=c …"]
+	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET))
 
 test: lint types audit unit integration  ## everything that CI runs
 
@@ -31,6 +31,11 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+bench: .venv/installed  ## what a step and its views cost beside bare compute and PIL; JSON in runs/
+	mkdir -p runs
+	$(BIN)/python -m tests.benchmarks.bench_step --json runs/bench_step.json
+	$(BIN)/python -W ignore -m tests.benchmarks.bench_augment --json runs/bench_augment.json
 
 audit: .venv/installed  ## known holes in what is installed, where their database can be reached
 	$(BIN)/python -m tests.audit
