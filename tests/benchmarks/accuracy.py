@@ -9,6 +9,8 @@ methods share their first stages. --test evaluates the test split too: once, aft
 
 import argparse
 import json
+import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -86,7 +88,7 @@ def main() -> None:
     options = _options()
     chosen = [name for name in METHODS if name in options.methods or name == BASE]
     found: dict[str, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
         for methods in ([BASE], [name for name in chosen if name != BASE]):
             jobs = [_job(options, name, seed) for name in methods for seed in options.seeds]
             for job, figures in zip(jobs, pool.map(measure, jobs), strict=True):
@@ -95,6 +97,17 @@ def main() -> None:
     if options.json:
         facts = {"preset": PRESETS[options.size], "seeds": options.seeds, "set": options.set}
         options.json.write_text(json.dumps({**facts, "methods": found}, indent=1) + "\n")
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _options() -> argparse.Namespace:
