@@ -182,6 +182,7 @@ def test_a_local_run_can_be_sent_later_and_a_half_done_one_too(scenes: Path, tmp
     assert steps_of(half, "stage2") == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_in_its_first_stage_can_be_sent(scenes: Path, tmp_path: Path) -> None:
     out, uri = str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -197,6 +198,7 @@ def test_a_run_that_died_in_its_first_stage_can_be_sent(scenes: Path, tmp_path: 
     assert {run.info.status for run in registry._client.search_runs([registry._experiment_id])} == {"KILLED"}
 
 
+@pytest.mark.slow
 def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path) -> None:
     out, copy, uri = str(tmp_path / "run"), str(tmp_path / "copy"), f"sqlite:///{tmp_path}/mlflow.db"
     runs.run(tiny_config(scenes), out, True, lambda stage, row: None, print)

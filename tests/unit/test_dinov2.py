@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import tiny_config
@@ -10,6 +11,7 @@ from threestage.local import run_local
 from threestage.models.export import export_program, load_model
 
 
+@pytest.mark.slow  # 22 million weights, three times, and the export: half a minute
 def test_it_trains_three_stages_and_is_exported(scenes: Path, tmp_path: Path) -> None:
     config = tiny_config(
         scenes,
