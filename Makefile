@@ -4,6 +4,8 @@ BIN := .venv/bin
 OUT ?= runs/demo-$(SEED)
 SEED ?= 0
 
+export PYTHONDONTWRITEBYTECODE :=  # where it is set, each of a test's many processes would compile all that it imports
+
 NODES ?= 2
 SIZE ?= cpu
 SEEDS ?= 0 1 2
@@ -48,7 +50,7 @@ integration: .venv/installed  ## with Ray, one after the other
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"  # what is imported is compiled then
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
