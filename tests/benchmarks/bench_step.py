@@ -110,6 +110,7 @@ def measure(task: StageTask, steps: int) -> dict[str, Any]:
     worker = LocalWorker(tempfile.mkdtemp(), 1, local_unlabelled(task))
     data = load_data(task, config)
     state = build_state(task, config, len(data.manifest.classes), worker.device)
+    worker.checkpoints.claim()
     source = make_source(task, config, state, data, worker)
     turns = InTurns(source, state, config.training.precision, worker.device)
     loop = config.training.model_copy(update={"log_every": TURN, "checkpoint_every": NEVER, "evaluate_every": NEVER})
