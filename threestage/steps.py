@@ -13,7 +13,7 @@ from threestage.augment.mixing import draw_mixing
 from threestage.augment.views import View, strong_view, weak_view
 from threestage.config import Config, ConsistencySettings
 from threestage.data.batches import Batch, Share, Timed
-from threestage.pseudo_masks import PseudoMaskSettings
+from threestage.pseudo_masks import PseudoMaskSettings, quantise
 from threestage.training import losses
 from threestage.training.loop import laid_out
 from threestage.training.schedule import ramp_up
@@ -138,7 +138,7 @@ def teacher_targets(teacher: nn.Module, weak_l: View, weak_u: View, settings: Co
     confidence, best = logits.float().softmax(dim=1).max(dim=1)
     class_ids = best.to(torch.uint8).masked_fill(padding, IGNORE_INDEX)
     kept = losses.keep_confident(class_ids, confidence, settings.confidence_threshold, settings.threshold_rule)
-    return Target(kept, (confidence * 255).round().to(torch.uint8) if settings.weight_by_confidence else None)
+    return Target(kept, quantise(confidence) if settings.weight_by_confidence else None)
 
 
 def pseudo_mask_targets(

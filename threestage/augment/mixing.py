@@ -41,5 +41,6 @@ def _span(length: Tensor, place: Tensor, side: int, device: torch.device) -> Ten
     """(N,side) bool: a run of `length` (N,) pixels, at most the whole side, that begins at the share `place` of its room."""
     length = length.round().clamp(max=side)
     first = torch.floor(place * (side - length + 1)).to(device, non_blocking=True)
-    place_of = torch.arange(side, device=device)
-    return (place_of >= first[:, None]) & (place_of < (first + length.to(device, non_blocking=True))[:, None])
+    end = first + length.to(device, non_blocking=True)
+    pixels = torch.arange(side, device=device)
+    return (pixels >= first[:, None]) & (pixels < end[:, None])
