@@ -19,7 +19,7 @@ from threestage.inference import Protocol, check_protocol, predict
 from threestage.models.export import ModelCard
 from threestage.models.network import Network, size_multiple
 from threestage.pool_prediction import ahead
-from threestage.pseudo_masks import batches_by_size, predict_images
+from threestage.pseudo_masks import batches_by_size, best_class
 from threestage.training.metrics import (
     RELIABILITY_BINS,
     boundary_f_scores,
@@ -35,6 +35,7 @@ from threestage.training.worker import default_device
 BATCH = 8  # images per forward pass, of one size
 
 
+@torch.inference_mode()
 def evaluate(
     network: nn.Module,
     samples: SampleSet,
@@ -49,13 +50,11 @@ def evaluate(
     Batches are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
     """
     network.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    for start in range(rank * BATCH, len(samples), world_size * BATCH):
-        decoded = [samples.decoded(i) for i in range(start, min(start + BATCH, len(samples)))]
-        for index, class_ids, _, _ in predict_images(network, [d.image for d in decoded], BATCH, device):
-            mask = torch.from_numpy(decoded[index].maps["mask"])
-            confusion += confusion_matrix(mask, class_ids, num_classes)
-    return sum_over_workers(confusion.to(device)).cpu()
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for images, masks in _batches(samples, rank, world_size):
+        logits, _ = network(images.to(device).float() / 255)
+        confusion += confusion_matrix(masks.to(device), best_class(logits), num_classes)
+    return sum_over_workers(confusion).cpu()
 
 
 def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
@@ -100,9 +99,9 @@ def evaluate_model(
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
 
 
-def _batches(samples: SampleSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (N,3,H,W) and masks (N,H,W) uint8 of one size, the next of them decoded in a thread."""
-    starts = range(0, len(samples), BATCH)
+def _batches(samples: SampleSet, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """A worker's images (N,3,H,W) and masks (N,H,W) uint8, those of one size together, the next ones decoded in a thread."""
+    starts = range(rank * BATCH, len(samples), world_size * BATCH)
     chunks = ([samples.decoded(i) for i in range(start, min(start + BATCH, len(samples)))] for start in starts)
     with closing(ahead(chunks)) as decoded:
         for chunk in decoded:

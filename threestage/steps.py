@@ -13,7 +13,7 @@ from threestage.augment.mixing import draw_mixing
 from threestage.augment.views import View, strong_view, weak_view
 from threestage.config import Config, ConsistencySettings
 from threestage.data.batches import Batch, Share, Timed
-from threestage.pseudo_masks import PseudoMaskSettings, quantise
+from threestage.pseudo_masks import PseudoMaskSettings, best_class, quantise
 from threestage.training import losses
 from threestage.training.loop import laid_out
 from threestage.training.schedule import ramp_up
@@ -134,7 +134,7 @@ def teacher_targets(teacher: nn.Module, weak_l: View, weak_u: View, settings: Co
     logits, _ = teacher(torch.cat([weak_l.image, weak_u.image]))
     padding = ~torch.cat([weak_l.valid, weak_u.valid])
     if settings.confidence_threshold == 0 and not settings.weight_by_confidence:
-        return Target(logits.argmax(dim=1).to(torch.uint8).masked_fill(padding, IGNORE_INDEX), None)
+        return Target(best_class(logits).to(torch.uint8).masked_fill(padding, IGNORE_INDEX), None)
     confidence, best = logits.float().softmax(dim=1).max(dim=1)
     class_ids = best.to(torch.uint8).masked_fill(padding, IGNORE_INDEX)
     kept = losses.keep_confident(class_ids, confidence, settings.confidence_threshold, settings.threshold_rule)

@@ -31,6 +31,7 @@ from threestage.over_seeds import deviation, plus_minus
 PRESETS = {"cpu": "camvid", "gpu": "camvid_gpu"}
 BASE = "stage 1"  # what all but the control begin with
 ONE_STAGE, TWO_STAGES = "stages=1", "stages=2"
+CONTROL = (ONE_STAGE, "stage1.strong_view=true")
 THRESHOLDS = ("consistency.confidence_threshold=0.95", "pseudo_mask.confidence_threshold=0.95")
 
 
@@ -42,10 +43,31 @@ class Method:
     control: bool = False
 
 
+def _rates(share: float) -> tuple[str, str]:
+    return (f"optimiser.learning_rate={1e-3 * share}", f"optimiser.encoder_learning_rate={3e-4 * share}")
+
+
+# What paid on seed 100 (docs/results.md), together.
+PAYS = (
+    "stage2.warm_start=true",
+    "stage3.warm_start=true",
+    "stage2.changes={augment: {class_balance: 0.5}}",
+    "stage3.changes={augment: {class_balance: 0.5}}",
+    *THRESHOLDS,
+    "consistency.threshold_rule=dynamic",
+    "pseudo_mask.threshold_rule=dynamic",
+    "consistency.weight_by_confidence=true",
+    "pseudo_mask.weight_by_confidence=true",
+    "consistency.cutmix=0.5",
+)
+TWO_VIEWS = ("consistency.strong_views=2", "consistency.feature_dropout=0.5")
+
 METHODS: Mapping[str, Method] = {
     BASE: Method((ONE_STAGE,)),
     "three stages (faithful)": Method(),
-    "control": Method((ONE_STAGE, "stage1.strong_view=true"), control=True),
+    "control": Method(CONTROL, control=True),
+    "control, half the rates": Method((*CONTROL, *_rates(1 / 2)), control=True),
+    "control, a quarter of the rates": Method((*CONTROL, *_rates(1 / 4)), control=True),
     "plain self-training": Method(
         (TWO_STAGES, "consistency.weight=0", "pseudo_mask.weight=0.5", "pseudo_mask.head=main")
     ),
@@ -70,6 +92,8 @@ METHODS: Mapping[str, Method] = {
     "class-balanced crops": Method((TWO_STAGES, "stage2.changes={augment: {class_balance: 0.5}}")),
     "ramp-up": Method((TWO_STAGES, "consistency.ramp_up=0.3")),
     "warm start": Method((TWO_STAGES, "stage2.warm_start=true")),
+    "all that pay": Method((*PAYS, *TWO_VIEWS)),
+    "all that pay, one view": Method(PAYS),
 }
 
 
