@@ -2,6 +2,9 @@
 
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,28 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["add-an-encoder", "add-a-format", "add-an-augmentation"])
+def test_worked_examples_run(page: str, tmp_path: Path) -> None:
+    """Make a page's changes to a copy of the package, then run its code there."""
+    shutil.copytree(ROOT / "threestage", tmp_path / "threestage", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (DOCS / f"{page}.md").read_text()
+    for path, code in re.findall(r'```python title="(\S+)"\n(.*?)```', text, re.DOTALL):
+        (tmp_path / path).write_text(code)
+    for path, hunks in re.findall(r"```diff\n--- a/(\S+)\n[^\n]*\n(.*?)```", text, re.DOTALL):
+        change(tmp_path / path, hunks)
+    (tmp_path / "page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    ended = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+
+
+def change(file: Path, hunks: str) -> None:
+    """Apply the hunks of a diff without line numbers: what each takes away stands once in the file."""
+    text = file.read_text()
+    for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
+        lines = [line if line.strip("\n") else f" {line}" for line in hunk.splitlines(keepends=True)]
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(old) == 1, f"{file}: the page changes what is not there (any more):\n{old}"
+        text = text.replace(old, new)
+    file.write_text(text)
