@@ -5,9 +5,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from threestage.data.synthetic import write_scenes
+from threestage.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -66,3 +70,70 @@ def change(file: Path, hunks: str) -> None:
         assert text.count(old) == 1, f"{file}: the page changes what is not there (any more):\n{old}"
         text = text.replace(old, new)
     file.write_text(text)
+
+
+Example = Callable[..., str]
+TWO_STEPS = [
+    *("stages=1", "stage1.steps=2", "data.labelled=8", "augment.crop_size=[32,32]"),
+    *("pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false"),
+]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
+    """Run one of docs/examples with arguments; what it printed."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(DOCS / f"examples/{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_shown() -> None:
+    """On the page, with its lines: about ten, and less the imports."""
+    page = (DOCS / "examples.md").read_text()
+    for file in (DOCS / "examples").glob("*.py"):
+        assert f"](examples/{file.name})" in page, file.name
+        body = [line for line in file.read_text().splitlines()[2:] if line and "import " not in line]
+        assert len(body) <= 10, file.name
+
+
+def test_examples_of_data_and_sweeps(example: Example, tmp_path: Path) -> None:
+    write_scenes(str(tmp_path), {"train": 6}, seed=0)
+    folders, classes = [tmp_path / "train/images", tmp_path / "train/masks"], tmp_path / "class_map.yaml"
+    (tmp_path / "train/images/broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 of 7 images are bad"):
+        example("own_images", *folders, classes, tmp_path / "data")
+    (tmp_path / "train/images/broken.jpg").unlink()
+    assert "6 images and 6 masks added, 0 left out" in example("own_images", *folders, classes, tmp_path / "data")
+    assert "'pseudo_mask.confidence_threshold': 0" in example("sweep_space", "thresholds", "demo")
+    with pytest.raises(InputError, match=r"evaluate_every"):
+        example("sweep_space", "thresholds", "demo", "training.evaluate_every=800")
+
+
+def test_examples_from_training_to_a_pulled_model(
+    example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    assert "'train'" in example("make_data", "data")
+    assert "stage1" in example("train", "data", "run", *TWO_STEPS)
+    assert "run/report.html" in example("show_report", "run")
+    assert "6 images predicted, 0 left out" in example("predict_folder", "run", "data-files/val/images", "predicted")
+    assert "background" in example("predict_one", "run/stage1", "data-files/val/images/val_00000.jpg", "mask.png")
+    assert "mean IoU" in example("score", "run/stage1", "data")
+    assert "demo 1 stage1" in example("register_and_pull", "run", f"sqlite:///{tmp_path}/mlflow.db", "pulled")
+    assert {"model.safetensors", "program.pt2", "README.md"} <= {file.name for file in Path("pulled").iterdir()}
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_the_example_on_ray(
+    example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    example("make_data", "data")
+    assert "stage1" in example("train_on_ray", "data", "run", *TWO_STEPS)
