@@ -1,5 +1,6 @@
 """What README.md and docs/ say is so: their links lead somewhere, their generated pages are current, their code runs."""
 
+import ast
 import re
 import runpy
 import shutil
@@ -137,3 +138,24 @@ def test_the_example_on_ray(
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     example("make_data", "data")
     assert "stage1" in example("train_on_ray", "data", "run", *TWO_STEPS)
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code() -> None:
+    told = templates()
+    messages = re.findall(r"^\| (`+)(.+?)\1", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 25
+    for _, message in messages:
+        wanted = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
+        assert any(wanted.search(template) for template in told), message
+
+
+def templates() -> set[str]:
+    """Every text in the package, with … for what is filled in."""
+    found = set()
+    for file in (ROOT / "threestage").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.sub(r"\{\w+\}", "…", node.value))
+    return {re.sub("…+", "…", text) for text in found}
