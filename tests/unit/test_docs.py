@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError
@@ -35,6 +36,19 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def test_the_configuration_reference_is_current() -> None:
     written = runpy.run_path(str(DOCS / "make_configuration.py"))
     assert written["page"]() == (DOCS / "configuration.md").read_text(), "run python docs/make_configuration.py"
+
+
+def test_the_picture_of_the_views_can_be_drawn(tmp_path: Path) -> None:
+    drawn = runpy.run_path(str(DOCS / "make_pictures.py"))
+    drawn["views"](str(tmp_path / "views.png"))
+    with Image.open(tmp_path / "views.png") as new, Image.open(DOCS / "pictures/views.png") as shown:
+        assert new.size == shown.size
+
+
+def test_pictures_are_small() -> None:
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.stat().st_size < 100_000, picture.name
+        assert f"](pictures/{picture.name})" in (DOCS / "method.md").read_text()
 
 
 def without_code(text: str) -> str:
