@@ -11,7 +11,7 @@ SIZE ?= cpu
 SEEDS ?= 0 1 2
 JOBS ?= 2
 
-.PHONY: demo cluster results bench test test-slow lint types audit unit integration clean
+.PHONY: demo cluster results bench test test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -22,7 +22,7 @@ cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until C
 results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 SET="a.b=c …"]
 	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET))
 
-test: lint types audit unit integration  ## everything that CI runs
+test: lint types docs audit unit integration  ## everything that CI runs
 
 test-slow: .venv/installed  ## faults and other long tests
 	$(BIN)/python -m pytest -q -m slow
@@ -33,6 +33,9 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+docs: .venv/installed  ## the site, in runs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/installed  ## what a step and its views cost beside bare compute and PIL; JSON in runs/
 	mkdir -p runs

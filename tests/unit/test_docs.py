@@ -1,0 +1,175 @@
+"""What README.md and docs/ say is so: their links lead somewhere, their generated pages are current, their code runs."""
+
+import ast
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from threestage.data.synthetic import write_scenes
+from threestage.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    """`mkdocs build --strict` checks docs/ too, but not what README.md says, nor how GitHub finds a file."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_configuration_reference_is_current() -> None:
+    written = runpy.run_path(str(DOCS / "make_configuration.py"))
+    assert written["page"]() == (DOCS / "configuration.md").read_text(), "run python docs/make_configuration.py"
+
+
+def test_the_picture_of_the_views_can_be_drawn(tmp_path: Path) -> None:
+    drawn = runpy.run_path(str(DOCS / "make_pictures.py"))
+    drawn["views"](str(tmp_path / "views.png"))
+    with Image.open(tmp_path / "views.png") as new, Image.open(DOCS / "pictures/views.png") as shown:
+        assert new.size == shown.size
+
+
+def test_pictures_are_small() -> None:
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.stat().st_size < 100_000, picture.name
+        assert f"](pictures/{picture.name})" in (DOCS / "method.md").read_text()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub and MkDocs name them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["add-an-encoder", "add-a-format", "add-an-augmentation"])
+def test_worked_examples_run(page: str, tmp_path: Path) -> None:
+    """Make a page's changes to a copy of the package, then run its code there."""
+    shutil.copytree(ROOT / "threestage", tmp_path / "threestage", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (DOCS / f"{page}.md").read_text()
+    for path, code in re.findall(r'```python title="(\S+)"\n(.*?)```', text, re.DOTALL):
+        (tmp_path / path).write_text(code)
+    for path, hunks in re.findall(r"```diff\n--- a/(\S+)\n[^\n]*\n(.*?)```", text, re.DOTALL):
+        change(tmp_path / path, hunks)
+    (tmp_path / "page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    ended = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+
+
+def change(file: Path, hunks: str) -> None:
+    """Apply the hunks of a diff without line numbers: what each takes away stands once in the file."""
+    text = file.read_text()
+    for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
+        lines = [line if line.strip("\n") else f" {line}" for line in hunk.splitlines(keepends=True)]
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(old) == 1, f"{file}: the page changes what is not there (any more):\n{old}"
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+Example = Callable[..., str]
+TWO_STEPS = [
+    *("stages=1", "stage1.steps=2", "data.labelled=8", "augment.crop_size=[32,32]"),
+    *("pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false"),
+]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
+    """Run one of docs/examples with arguments; what it printed."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(DOCS / f"examples/{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_shown() -> None:
+    """On the page, with its lines: about ten, and less the imports."""
+    page = (DOCS / "examples.md").read_text()
+    for file in (DOCS / "examples").glob("*.py"):
+        assert f"](examples/{file.name})" in page, file.name
+        body = [line for line in file.read_text().splitlines()[2:] if line and "import " not in line]
+        assert len(body) <= 10, file.name
+
+
+def test_examples_of_data_and_sweeps(example: Example, tmp_path: Path) -> None:
+    write_scenes(str(tmp_path), {"train": 6}, seed=0)
+    folders, classes = [tmp_path / "train/images", tmp_path / "train/masks"], tmp_path / "class_map.yaml"
+    (tmp_path / "train/images/broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 of 7 images are bad"):
+        example("own_images", *folders, classes, tmp_path / "data")
+    (tmp_path / "train/images/broken.jpg").unlink()
+    assert "6 images and 6 masks added, 0 left out" in example("own_images", *folders, classes, tmp_path / "data")
+    assert "'pseudo_mask.confidence_threshold': 0" in example("sweep_space", "thresholds", "demo")
+    with pytest.raises(InputError, match=r"evaluate_every"):
+        example("sweep_space", "thresholds", "demo", "training.evaluate_every=800")
+
+
+def test_examples_from_training_to_a_pulled_model(
+    example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    assert "'train'" in example("make_data", "data")
+    assert "stage1" in example("train", "data", "run", *TWO_STEPS)
+    assert "run/report.html" in example("show_report", "run")
+    assert "6 images predicted, 0 left out" in example("predict_folder", "run", "data-files/val/images", "predicted")
+    assert "background" in example("predict_one", "run/stage1", "data-files/val/images/val_00000.jpg", "mask.png")
+    assert "mean IoU" in example("score", "run/stage1", "data")
+    assert "demo 1 stage1" in example("register_and_pull", "run", f"sqlite:///{tmp_path}/mlflow.db", "pulled")
+    assert {"model.safetensors", "program.pt2", "README.md"} <= {file.name for file in Path("pulled").iterdir()}
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_the_example_on_ray(
+    example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    example("make_data", "data")
+    assert "stage1" in example("train_on_ray", "data", "run", *TWO_STEPS)
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code() -> None:
+    told = templates()
+    messages = re.findall(r"^\| (`+)(.+?)\1", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 25
+    for _, message in messages:
+        wanted = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
+        assert any(wanted.search(template) for template in told), message
+
+
+def templates() -> set[str]:
+    """Every text in the package, with … for what is filled in."""
+    found = set()
+    for file in (ROOT / "threestage").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.sub(r"\{\w+\}", "…", node.value))
+    return {re.sub("…+", "…", text) for text in found}
