@@ -39,6 +39,7 @@ def run_local(
     reuse: str | None = None,
 ) -> dict[str, Any]:
     """Run the three stages here; returns what results.json holds. `reuse`: see pipeline.run."""
+    keep_freed_memory()
 
     def run_stage(task: StageTask) -> None:
         keep = config.training.checkpoints_kept
@@ -51,7 +52,6 @@ def run_local(
 
 def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
     """Predict every file of the pool, one after the other; their reports as they are done."""
-    keep_freed_memory()
     device = default_device()
     yield from predict_files(load_model(model)[0].to(device), task, files, device)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tests.benchmarks.measure import CAMVID, report
 from tests.benchmarks.on_device import PeakMemory, bytes_of, clock
 from threestage import pipeline
+from threestage.allocator import keep_freed_memory
 from threestage.config import STAGES, Config, load
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
@@ -212,6 +213,7 @@ def main() -> None:
 
 def measure_stages(config: Config, steps: int) -> list[dict[str, Any]]:
     """A row for each stage, each after a few steps of the stage before."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     rows: list[dict[str, Any]] = []

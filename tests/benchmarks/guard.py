@@ -13,12 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from tests.benchmarks import bench_augment, bench_ema, bench_evaluation
 from tests.benchmarks.bench_step import make_scenes, measure_stages, quick_config
 from tests.benchmarks.measure import report
-from threestage.allocator import keep_freed_memory
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 
@@ -50,8 +47,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         found = ratios(make_scenes(Path(folder)))
     if options.record:
