@@ -11,7 +11,8 @@ pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.Ra
 its own operations, no maps and no floats.
 
 Weak views: a crop of an image a quarter larger on each side, and a flip with chance ½; `weak_view` against PIL's crop and
-transpose. CPU seconds, in turns within one run; medians.
+transpose. CPU seconds, in turns within one run, other operations and crops
+in every round; medians.
 """
 
 import argparse
@@ -76,9 +77,9 @@ def operate(name: str, m: float, image: Picture, labels: list[Picture]) -> tuple
     return plain[name](image), labels
 
 
-def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], through_lists: bool) -> Tensor:
+def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], step: int, through_lists: bool) -> Tensor:
     """Images (H,W,3) and label maps (K,H,W) uint8 → images (N,3,H,W) float."""
-    done, rng = [], random.Random(0)
+    done, rng = [], random.Random(step)
     for array, maps in zip(images, labels, strict=True):
         picture, moved = Image.fromarray(array), [Image.fromarray(one) for one in maps]
         for name in rng.choices(OPERATIONS, k=3):
@@ -94,9 +95,11 @@ def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], through_l
     return as_input(done)
 
 
-def weakly_by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], size: tuple[int, int]) -> Tensor:
+def weakly_by_pil(
+    images: Iterable[np.ndarray], labels: Iterable[np.ndarray], size: tuple[int, int], step: int
+) -> Tensor:
     """As `by_pil`, of crops of `size`."""
-    done, rng = [], random.Random(0)
+    done, rng = [], random.Random(step)
     for array, maps in zip(images, labels, strict=True):
         top, left = rng.randint(0, array.shape[0] - size[0]), rng.randint(0, array.shape[1] - size[1])
         pictures = [Image.fromarray(one).crop((left, top, left + size[1], top + size[0])) for one in (array, *maps)]
@@ -150,8 +153,8 @@ def strong_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], ob
     steps, other = count(), v2.RandAugment(num_ops=3)
     return {
         "ours": lambda: ours(pixels, maps, next(steps)),
-        "plain PIL": lambda: by_pil(arrays, labels, through_lists=False),
-        "published way": lambda: by_pil(arrays, labels, through_lists=True),
+        "plain PIL": lambda: by_pil(arrays, labels, next(steps), through_lists=False),
+        "published way": lambda: by_pil(arrays, labels, next(steps), through_lists=True),
         "torchvision": lambda: [other(one) for one in pixels],
     }
 
@@ -161,7 +164,7 @@ def weak_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], obje
     steps = count()
     return {
         "ours": lambda: ours_weak(pixels, maps, size, next(steps)),
-        "plain PIL": lambda: weakly_by_pil(arrays, labels, size),
+        "plain PIL": lambda: weakly_by_pil(arrays, labels, size, next(steps)),
     }
 
 
