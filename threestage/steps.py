@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from threestage import IGNORE_INDEX
 from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
-from threestage.augment.views import View, strong_view, weak_view
+from threestage.augment.views import View, network_input, strong_view, weak_view
 from threestage.config import Config, ConsistencySettings
 from threestage.data.batches import Batch, Share, Timed
 from threestage.pseudo_masks import PseudoMaskSettings, best_class, quantise
@@ -58,7 +58,7 @@ class SupervisedSteps:
         if config.stage1.strong_view:
             strong = strong_view(view, config.augment.strong, draws)
             image, mask = torch.cat([image, strong.image]), torch.cat([mask, strong.warp(mask)])
-        image = laid_out(image, config.training)
+        image = network_input(laid_out(image, config.training))
         return StepInputs(image, {"supervised_loss": mask}, {"supervised_loss": 1.0}, batch.image_ids)
 
 
@@ -97,7 +97,7 @@ class ThreeTaskSteps:
             "pseudo_mask_loss": config.pseudo_mask.weight,
         }
         return StepInputs(
-            laid_out(torch.cat([weak_l.image, *(view.image for view in views)]), config.training),
+            network_input(laid_out(torch.cat([weak_l.image, *(view.image for view in views)]), config.training)),
             {name: target.class_ids for name, target in targets.items()},
             {name: weights[name] for name in targets},
             batch_l.image_ids + batch_u.image_ids,
@@ -112,7 +112,7 @@ class StudentView(NamedTuple):
     """Of unlabelled images: what the student sees, and what becomes of label maps of the weak view."""
 
     image: Tensor
-    """(N,3,h,w)"""
+    """(N,3,h,w) uint8"""
     warp: Callable[[Tensor], Tensor]
     """(N,h,w) → the same, uint8"""
 
@@ -131,7 +131,7 @@ def student_view(weak_u: View, config: Config, draws: Draws) -> StudentView:
 def teacher_targets(teacher: nn.Module, weak_l: View, weak_u: View, settings: ConsistencySettings) -> Target:
     """argmax T([x_l; x_u]) on the weak views, 255 on padding and below the threshold. One forward pass; hard labels are
     warped afterwards, not probabilities."""
-    logits, _ = teacher(torch.cat([weak_l.image, weak_u.image]))
+    logits, _ = teacher(network_input(torch.cat([weak_l.image, weak_u.image])))
     padding = ~torch.cat([weak_l.valid, weak_u.valid])
     if settings.confidence_threshold == 0 and not settings.weight_by_confidence:
         return Target(best_class(logits).to(torch.uint8).masked_fill(padding, IGNORE_INDEX), None)

@@ -1,16 +1,25 @@
-"""Strong views of whole batches against the same operations image by image: images a second of one core, labels moved too.
+"""Views of whole batches against the same operations image by image: images a second of one core, label maps moved too.
 
     python -m tests.benchmarks.bench_augment [--images 8] [--rounds 15] [--json FILE]
 
-plain PIL: three operations drawn, each applied with chance ½ to image, pseudo-mask and teacher's classes, then cutouts; through
-NumPy. published way: the same, and pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.RandAugment of
-one image after the other, with its own operations, no labels. CPU seconds, in turns within one run; medians.
+Each way begins with decoded images and two label maps (pseudo-mask, teacher's classes) of 8 bits and ends with the images
+as one float32 tensor in [0,1] and the maps moved.
+
+Strong views: three operations drawn of the paper's fourteen, each applied with chance ½, then three cutouts of 32 pixels.
+ours: `strong_view` and `View.warp`. plain PIL: every operation by PIL, on image and maps. published way: the same, and
+pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.RandAugment of one image after the other, with
+its own operations, no maps and no floats.
+
+Weak views: a crop of an image a quarter larger on each side, and a flip with chance ½; `weak_view` against PIL's crop and
+transpose. CPU seconds, in turns within one run, other operations and crops
+in every round; medians.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -22,7 +31,15 @@ from torchvision.transforms import v2
 
 from tests.benchmarks.measure import report
 from threestage.augment.draws import Draws, generator
-from threestage.augment.views import OPERATIONS, StrongSettings, View, strong_view
+from threestage.augment.views import (
+    OPERATIONS,
+    AugmentSettings,
+    StrongSettings,
+    View,
+    network_input,
+    strong_view,
+    weak_view,
+)
 
 SIZES = ((80, 112), (160, 224), (321, 321), (256, 512))
 GREY = (128, 128, 128)
@@ -60,9 +77,9 @@ def operate(name: str, m: float, image: Picture, labels: list[Picture]) -> tuple
     return plain[name](image), labels
 
 
-def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], through_lists: bool) -> Tensor:
+def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], step: int, through_lists: bool) -> Tensor:
     """Images (H,W,3) and label maps (K,H,W) uint8 → images (N,3,H,W) float."""
-    done, rng = [], random.Random(0)
+    done, rng = [], random.Random(step)
     for array, maps in zip(images, labels, strict=True):
         picture, moved = Image.fromarray(array), [Image.fromarray(one) for one in maps]
         for name in rng.choices(OPERATIONS, k=3):
@@ -75,7 +92,26 @@ def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], through_l
         done.append(from_lists(picture) if through_lists else np.asarray(picture))
         for one in moved:
             from_lists(one) if through_lists else np.asarray(one)
-    return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float() / 255
+    return as_input(done)
+
+
+def weakly_by_pil(
+    images: Iterable[np.ndarray], labels: Iterable[np.ndarray], size: tuple[int, int], step: int
+) -> Tensor:
+    """As `by_pil`, of crops of `size`."""
+    done, rng = [], random.Random(step)
+    for array, maps in zip(images, labels, strict=True):
+        top, left = rng.randint(0, array.shape[0] - size[0]), rng.randint(0, array.shape[1] - size[1])
+        pictures = [Image.fromarray(one).crop((left, top, left + size[1], top + size[0])) for one in (array, *maps)]
+        if rng.random() < 0.5:
+            pictures = [one.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for one in pictures]
+        image, *_ = [np.asarray(one) for one in pictures]
+        done.append(image)
+    return as_input(done)
+
+
+def as_input(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def from_lists(picture: Picture) -> np.ndarray:
@@ -83,31 +119,56 @@ def from_lists(picture: Picture) -> np.ndarray:
     return np.array(list(picture.getdata()), np.uint8).reshape(shape)
 
 
-def ours(image: Tensor, labels: Tensor, step: int) -> View:
-    """Images (N,3,H,W) float, label maps (N,K,H,W) uint8."""
-    count, _, height, width = image.shape
-    theta = torch.eye(2, 3).repeat(count, 1, 1)
-    weak = View(image, torch.ones(count, height, width, dtype=torch.bool), theta)
+def ours(image: Tensor, labels: Tensor, step: int) -> Tensor:
+    """Images (N,3,H,W) and label maps (N,K,H,W) uint8 → images (N,3,H,W) float."""
+    number, _, height, width = image.shape
+    weak = View(image, torch.ones(number, height, width, dtype=torch.bool), torch.eye(2, 3).repeat(number, 1, 1))
     view = strong_view(weak, StrongSettings(), Draws(generator("bench", step)))
     for position in range(labels.shape[1]):
         view.warp(labels[:, position])
-    return view
+    return network_input(view.image)
 
 
-def images_per_second(size: tuple[int, int], number: int, rounds: int) -> dict[str, float]:
+def ours_weak(image: Tensor, labels: Tensor, size: tuple[int, int], step: int) -> Tensor:
+    """As `ours`, of crops of `size`."""
+    sizes = torch.tensor([image.shape[2:]] * len(image))
+    view = weak_view(image, sizes, AugmentSettings(crop_size=size), Draws(generator("bench", step)))
+    for position in range(labels.shape[1]):
+        view.warp(labels[:, position])
+    return network_input(view.image)
+
+
+def scenes(size: tuple[int, int], number: int) -> tuple[list[np.ndarray], np.ndarray, Tensor, Tensor]:
+    """Images (H,W,3) and label maps (N,2,H,W), as arrays for PIL and as tensors."""
     noise = np.random.default_rng(0)
     small = noise.integers(0, 255, (number, 12, 16, 3), np.uint8)
     arrays = [np.asarray(Image.fromarray(one).resize(size[::-1])) for one in small]
     labels = noise.integers(0, 11, (number, 2, *size), np.uint8)
-    pixels, label_maps = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    image, other = pixels.float() / 255, v2.RandAugment(num_ops=3)
-    steps = iter(range(10**9))
-    ways: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours(image, label_maps, next(steps)),
-        "plain PIL": lambda: by_pil(arrays, labels, through_lists=False),
-        "published way": lambda: by_pil(arrays, labels, through_lists=True),
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return arrays, labels, pixels, torch.from_numpy(labels)
+
+
+def strong_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], object]]:
+    arrays, labels, pixels, maps = scenes(size, number)
+    steps, other = count(), v2.RandAugment(num_ops=3)
+    return {
+        "ours": lambda: ours(pixels, maps, next(steps)),
+        "plain PIL": lambda: by_pil(arrays, labels, next(steps), through_lists=False),
+        "published way": lambda: by_pil(arrays, labels, next(steps), through_lists=True),
         "torchvision": lambda: [other(one) for one in pixels],
     }
+
+
+def weak_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], object]]:
+    arrays, labels, pixels, maps = scenes((size[0] * 5 // 4, size[1] * 5 // 4), number)
+    steps = count()
+    return {
+        "ours": lambda: ours_weak(pixels, maps, size, next(steps)),
+        "plain PIL": lambda: weakly_by_pil(arrays, labels, size, next(steps)),
+    }
+
+
+def images_per_second(ways: dict[str, Callable[[], object]], number: int, rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, act in ways.items():
@@ -124,11 +185,14 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for size in SIZES:
-        found = images_per_second(size, options.images, options.rounds)
-        ratios = {f"of {name}": found["ours"] / found[name] for name in found if name != "ours"}
-        rows.append({"crop": f"{size[0]}×{size[1]}", **found, **ratios})
+    rows: list[dict[str, Any]] = []
+    for view, ways in (("strong", strong_ways), ("weak", weak_ways)):
+        for size in SIZES:
+            found = images_per_second(ways(size, options.images), options.images, options.rounds)
+            row: dict[str, Any] = {"view": view, "crop": f"{size[0]}×{size[1]}", "ours": found.pop("ours")}
+            for name, theirs in found.items():
+                row |= {name: theirs, f"of {name}": row["ours"] / theirs}
+            rows.append(row)
     report(f"images a second of one core, batches of {options.images}", rows, options.json)
 
 

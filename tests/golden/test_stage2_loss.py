@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from threestage.augment.views import View
+from threestage.augment import geometry
+from threestage.augment.views import View, network_input
 from threestage.config import ConsistencySettings
 from threestage.data.batches import Batch
 from threestage.pseudo_masks import PseudoMaskSettings
@@ -30,15 +31,16 @@ class Linear1x1(nn.Module):
 
 def view(image: Tensor, valid: Tensor, flip: bool) -> View:
     """A view that is the whole image or its mirror image."""
-    theta = torch.eye(2, 3).repeat(len(image), 1, 1)
-    theta[:, 0, 0] = -1 if flip else 1
-    return View(image, valid, theta)
+    theta = geometry.horizontal_flip(torch.tensor([flip] * len(image)))
+    index, _ = geometry.nearest_index(theta, (SIDE, SIDE), (SIDE, SIDE))
+    return View(image, valid, theta, geometry.Move(range(len(image)), index))
 
 
 def reference(
     student: Linear1x1, teacher: Linear1x1, x_l: Tensor, x_u: Tensor, y_l: Tensor, pm_l: Tensor, pm_u: Tensor
 ) -> Tensor:
     """method.md, stage 2, where A mirrors the image; the last column of the second unlabelled image is padding."""
+    x_l, x_u = x_l / 255, x_u / 255
     a_u = x_u.flip(-1)
     t_l, t_u = F.conv2d(x_l, teacher.main).argmax(1), F.conv2d(x_u, teacher.main).argmax(1)
     t_u[1, :, -1] = 255
@@ -53,7 +55,7 @@ def reference(
 
 def test_stage_two_equals_the_reference() -> None:
     random = torch.Generator().manual_seed(1)
-    x_l, x_u = (torch.rand(n, 3, SIDE, SIDE, generator=random) for n in (N_L, N_U))
+    x_l, x_u = (torch.randint(256, (n, 3, SIDE, SIDE), generator=random).byte() for n in (N_L, N_U))
     y_l, pm_l, pm_u = (torch.randint(0, C, (n, SIDE, SIDE), generator=random) for n in (N_L, N_L, N_U))
     y_l[0, 0] = 255
     student, teacher = Linear1x1(2), Linear1x1(3)
@@ -77,7 +79,7 @@ def test_stage_two_equals_the_reference() -> None:
         "consistency_loss": as_seen(said, views).class_ids,
         "pseudo_mask_loss": as_seen(pseudo, views).class_ids,
     }
-    inputs = StepInputs(torch.cat([weak_l.image, strong_u.image]), targets, WEIGHTS, ())
+    inputs = StepInputs(network_input(torch.cat([weak_l.image, strong_u.image])), targets, WEIGHTS, ())
     counts = {name: valid_pixels(target) for name, target in targets.items()}
     loss = total_loss(piece_sums(student, inputs, slice(None)), counts, WEIGHTS, 1).float()
     torch.testing.assert_close(loss, reference(student, teacher, x_l, x_u, y_l, pm_l, pm_u))

@@ -24,9 +24,12 @@ def one(value: float) -> Tensor:
     return torch.tensor([float(value)])
 
 
+def theta_of(*steps: geometry.Matrix) -> Tensor:
+    return torch.tensor([geometry.chain(steps)])
+
+
 def moved(angle: float, factor: float, size: geometry.Size) -> Tensor:
-    turned = geometry.rotate(one(angle), size)
-    return geometry.compose(turned, geometry.shear(one(factor), one(0), size))
+    return theta_of(geometry.rotate(angle, size), geometry.shear(factor, 0, size))
 
 
 def pixel_map(theta: Tensor, size: geometry.Size, source: geometry.Size, points: Tensor) -> Tensor:
@@ -72,17 +75,19 @@ def test_a_transform_and_its_inverse_compose_to_identity(size: geometry.Size, an
 @few
 @given(sizes, angles, st.floats(-9, 9))
 def test_compose_applies_the_inner_first(size: geometry.Size, angle: float, shift: float) -> None:
-    outer, inner = geometry.rotate(one(angle), size), geometry.translate(one(shift), one(0), size)
+    steps = geometry.rotate(angle, size), geometry.translate(shift, 0, size)
+    outer, inner = theta_of(steps[0]), theta_of(steps[1])
     points = torch.tensor([[0.5, 0.5], [1.5, 0.5]])
     stepwise = pixel_map(outer, size, size, pixel_map(inner, size, size, points))
-    assert torch.allclose(pixel_map(geometry.compose(outer, inner), size, size, points), stepwise, atol=1e-3)
+    for both in (geometry.compose(outer, inner), theta_of(*steps)):
+        assert torch.allclose(pixel_map(both, size, size, points), stepwise, atol=1e-3)
 
 
 @few
 @given(sizes, angles)
 def test_rotation_is_rigid_on_a_crop_that_is_not_square(size: geometry.Size, angle: float) -> None:
     points = torch.tensor([[0.0, 0.0], [size[1], 0.0], [0.0, size[0]], [size[1] / 3, size[0] / 5]])
-    turned = pixel_map(geometry.rotate(one(angle), size), size, size, points)
+    turned = pixel_map(theta_of(geometry.rotate(angle, size)), size, size, points)
     before, after = torch.cdist(points, points), torch.cdist(turned, turned).float()
     assert torch.allclose(before, after, atol=1e-3)
 
@@ -146,6 +151,42 @@ def test_maps_of_one_theta_share_an_index_and_each_sample_has_its_own_theta() ->
     assert torch.equal(warped[1], maps[1].flip(2))
 
 
+@few
+@given(sizes, sizes, st.floats(0.3, 2), st.floats(-9, 9), st.booleans())
+def test_columns_and_rows_apart_give_the_same_index(
+    size: geometry.Size, source: geometry.Size, zoom: float, shift: float, flip: bool
+) -> None:
+    crop = geometry.window(one(shift), one(-shift), one(size[0] * zoom), one(size[1] * zoom), source)
+    theta = geometry.compose(crop, geometry.horizontal_flip(torch.tensor([flip])))
+    valid_size = torch.tensor([[source[0] - 1, source[1] - 1]])
+    for ours, general in zip(
+        geometry.nearest_index(theta, size, source, valid_size, upright=True),
+        geometry.nearest_index(theta, size, source, valid_size),
+        strict=True,
+    ):
+        assert torch.equal(ours, general)
+
+
+def test_only_the_rows_of_a_move_move() -> None:
+    size = (9, 12)
+    maps = torch.cat([picture(size, seed) for seed in range(3)])
+    index, _ = geometry.nearest_index(geometry.horizontal_flip(torch.tensor([True, True])), size, size)
+    flipped = geometry.Move((0, 2), index)
+    for values in (maps, list(maps)):
+        assert torch.equal(flipped(values), torch.stack((maps[0].flip(1), maps[1], maps[2].flip(1))))
+        assert torch.equal(geometry.Move()(values), maps)
+    pictures = maps[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(flipped(pictures)[:, 2], flipped(maps))
+
+
+def test_labels_are_ignored_and_pixels_filled_where_not_valid() -> None:
+    values, valid = torch.arange(256, dtype=torch.uint8).view(1, 16, 16), torch.rand(1, 16, 16) > 0.5
+    assert torch.equal(geometry.ignored(values, valid), values.masked_fill(~valid, 255))
+    image = torch.stack((values, values.flip(1)), dim=1)
+    assert torch.equal(geometry.ignored(image, valid), image.masked_fill(~valid[:, None], 255))
+    assert torch.equal(geometry.filled(image, valid, 128), image.masked_fill(~valid[:, None], 128))
+
+
 def test_valid_size_cuts_off_the_padding_below_and_to_the_right() -> None:
     inside = geometry.inside(geometry.identity(2), (6, 8), (6, 8), torch.tensor([[6, 8], [4, 5]]))
     assert inside[0].all()
@@ -181,7 +222,7 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 @pytest.mark.parametrize("degrees", [27.0, -12.0])
 def test_rotate_turns_as_torchvision_and_pil_do(degrees: float) -> None:
-    theta = geometry.rotate(one(degrees), (60, 90))
+    theta = theta_of(geometry.rotate(degrees, (60, 90)))
     ours = TF.rotate(as_tensor(AS_PIL), degrees, InterpolationMode.NEAREST)
     assert share_equal(theta, ours) > 0.99
     assert share_equal(theta, as_tensor(AS_PIL.rotate(degrees))) > 0.99
@@ -191,8 +232,8 @@ def test_shear_and_translate_match_torchvision_and_pil() -> None:
     size, image = (60, 90), as_tensor(AS_PIL)
     shear = [math.degrees(math.atan(0.24)), 0.0]
     theirs = TF.affine(image, 0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, center=[0, 0])
-    assert share_equal(geometry.shear(one(0.24), one(0), size), theirs) > 0.99
+    assert share_equal(theta_of(geometry.shear(0.24, 0, size)), theirs) > 0.99
     by_pil = AS_PIL.transform(AS_PIL.size, Image.Transform.AFFINE, (1, 0, 0, -0.18, 1, 0))
-    assert share_equal(geometry.shear(one(0), one(-0.18), size), as_tensor(by_pil)) > 0.99
+    assert share_equal(theta_of(geometry.shear(0, -0.18, size)), as_tensor(by_pil)) > 0.99
     moved_by = TF.affine(image, 0, [7, -4], 1.0, [0.0, 0.0], InterpolationMode.NEAREST)
-    assert share_equal(geometry.translate(one(7), one(-4), size), moved_by) == 1.0
+    assert share_equal(theta_of(geometry.translate(7, -4, size)), moved_by) == 1.0

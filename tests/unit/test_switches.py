@@ -100,7 +100,7 @@ class Sure(nn.Module):
 
 
 def test_a_pixel_counts_for_the_confidence_of_the_teacher() -> None:
-    image = torch.tensor([0.6, 0.8]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    image = torch.tensor([153, 204], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
     view = whole_view(image)
     target = teacher_targets(
         Sure(), view, view, ConsistencySettings(weight_by_confidence=True, confidence_threshold=0.7)

@@ -10,14 +10,17 @@ Conventions, for every function here:
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from threestage import IGNORE_INDEX
-
 Size = tuple[int, int]
+
+Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""The theta of one picture on the host, where plain numbers are several times as fast as small tensors."""
 
 TIE = 2.0**-10
 """Pixels added before rounding: a point exactly between two pixels takes the right or lower one, whatever the rounding
@@ -55,61 +58,65 @@ def horizontal_flip(flipped: Tensor) -> Tensor:
     return theta
 
 
-def rotate(degrees: Tensor, size: Size) -> Tensor:
-    """Theta that turns the picture of `size` by `degrees` (N,) counter-clockwise about its centre: rigid in pixels."""
-    height, width = size
-    theta = identity(len(degrees), degrees.device)
-    radians = degrees.float() * (math.pi / 180)
-    theta[:, 0, 0] = theta[:, 1, 1] = torch.cos(radians)
-    theta[:, 0, 1] = -torch.sin(radians) * (height / width)
-    theta[:, 1, 0] = torch.sin(radians) * (width / height)
-    return theta
+def rotate(degrees: float, size: Size) -> Matrix:
+    """Matrix that turns the picture of `size` counter-clockwise about its centre: rigid in pixels."""
+    aspect, radians = size[0] / size[1], math.radians(degrees)
+    cos, sin = math.cos(radians), math.sin(radians)
+    return ((cos, -sin * aspect, 0.0), (sin / aspect, cos, 0.0))
 
 
-def shear(x: Tensor, y: Tensor, size: Size) -> Tensor:
-    """Theta that reads (X + x·Y, Y + y·X), with X, Y in pixels from the top-left corner; factors x, y are (N,)."""
-    height, width = size
-    theta = identity(len(x), x.device)
-    theta[:, 0, 1] = theta[:, 0, 2] = x * (height / width)
-    theta[:, 1, 0] = theta[:, 1, 2] = y * (width / height)
-    return theta
+def shear(x: float, y: float, size: Size) -> Matrix:
+    """Matrix that reads (X + x·Y, Y + y·X), with X, Y in pixels from the top-left corner."""
+    aspect = size[0] / size[1]
+    return ((1.0, x * aspect, x * aspect), (y / aspect, 1.0, y / aspect))
 
 
-def translate(x: Tensor, y: Tensor, size: Size) -> Tensor:
-    """Theta that moves the picture of `size` by x pixels to the right and y pixels down, both (N,)."""
-    height, width = size
-    theta = identity(len(x), x.device)
-    theta[:, 0, 2] = -2 * x / width
-    theta[:, 1, 2] = -2 * y / height
-    return theta
+def translate(x: float, y: float, size: Size) -> Matrix:
+    """Matrix that moves the picture of `size` by x pixels to the right and y pixels down."""
+    return ((1.0, 0.0, -2 * x / size[1]), (0.0, 1.0, -2 * y / size[0]))
 
 
-def nearest_index(theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def chain(steps: Iterable[Matrix]) -> Matrix:
+    """One matrix for several, of which the first acts first on the picture; the identity if there is none."""
+    whole: Matrix = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+    for (a, b, c), (d, e, f) in steps:
+        whole = tuple((p * a + q * d, p * b + q * e, p * c + q * f + r) for p, q, r in whole)  # type: ignore[assignment]
+    return whole
+
+
+def nearest_index(
+    theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None, upright: bool = False
+) -> tuple[Tensor, Tensor]:
     """Where each output pixel is read from: computed once, used for every map that shares `theta`.
 
     Returns `index` (N,h,w) int64 into the flattened (H·W) source, clamped to it, and `inside` (N,h,w) bool: the output
     pixel's centre lies in the source, or in its first `valid_size` (N,2) rows and columns where that is given.
+    `upright` says that no theta turns or shears: columns and rows are then worked out apart.
     """
     rows, columns = source
-    height, width = source if valid_size is None else valid_size[:, :, None, None].unbind(1)
-    x = _source_pixels(theta[:, 0], size, columns).add_(TIE).floor_()
-    y = _source_pixels(theta[:, 1], size, rows).add_(TIE).floor_()
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = y.clamp_(0, rows - 1).long() * columns + x.clamp_(0, columns - 1).long()
-    return index, inside
+    width, height = (columns, rows) if valid_size is None else valid_size.int().flip(1)[:, :, None, None].unbind(1)
+    by_column, by_row = _source_pixels(theta, size, source)
+    by_column += TIE
+    if upright:
+        x = by_column[:, 0, None, :].floor().int()
+        y = (by_column[:, 1, :1, None] + by_row[:, 1, :, None]).floor_().int()
+    else:
+        x, y = (by_column[:, :, None, :] + by_row[:, :, :, None]).floor_().int().unbind(1)
+    inside = ((x | (width - 1 - x)) | (y | (height - 1 - y))) >= 0  # none of the four is negative
+    index = torch.add(x.clamp_(0, columns - 1), y.clamp_(0, rows - 1), alpha=columns)
+    return index.long(), inside
 
 
-def _source_pixels(row: Tensor, size: Size, length: int) -> Tensor:
-    """One coordinate (N,h,w) of the point that each output pixel's centre is read from, in pixels from the source's
-    edge; `row` (N,3) of theta says which."""
+def _source_pixels(theta: Tensor, size: Size, source: Size) -> tuple[Tensor, Tensor]:
+    """The point that each output pixel's centre is read from, in pixels from the source's edge, as a sum: what the
+    output column (N,2,w) and what the output row (N,2,h) gives to x and y."""
     height, width = size
-    along = row[:, 0] * (length / width)
-    down = row[:, 1] * (length / height)
-    start = (row[:, 2] - row[:, 0] - row[:, 1] + 1) * (length / 2) + (along + down) / 2
-    j = torch.arange(width, device=row.device, dtype=row.dtype)
-    i = torch.arange(height, device=row.device, dtype=row.dtype)
-    columns = along[:, None] * j + start[:, None]
-    return columns[:, None, :] + (down[:, None] * i)[:, :, None]
+    length = torch.tensor((source[1], source[0])).to(theta, non_blocking=True)
+    along, down = theta[:, :, 0] * (length / width), theta[:, :, 1] * (length / height)
+    start = (theta[:, :, 2] - theta[:, :, 0] - theta[:, :, 1] + 1) * (length / 2) + (along + down) / 2
+    j = torch.arange(width, device=theta.device, dtype=theta.dtype)
+    i = torch.arange(height, device=theta.device, dtype=theta.dtype)
+    return (along[:, :, None] * j).add_(start[:, :, None]), down[:, :, None] * i
 
 
 def inside(theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None) -> Tensor:
@@ -125,9 +132,46 @@ def gather_pixels(values: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_labels(labels: Tensor, index: Tensor, inside: Tensor) -> Tensor:
-    """Class ids `labels` (N,H,W) or (N,K,H,W) read at `index`, not interpolated; 255 where not `inside` (N,h,w)."""
-    outside = ~inside if labels.dim() == 3 else ~inside[:, None]
-    return gather_pixels(labels, index).masked_fill_(outside, IGNORE_INDEX)
+    """Class ids `labels` (N,H,W) or (N,K,H,W) uint8 read at `index`, not interpolated; 255 where not `inside` (N,h,w)."""
+    return ignored(gather_pixels(labels, index), inside)
+
+
+def ignored(labels: Tensor, valid: Tensor) -> Tensor:
+    """Class ids (N,h,w) or (N,K,h,w) uint8, 255 (IGNORE_INDEX) where not `valid` (N,h,w)."""
+    outside = valid.byte() - 1  # 0 or 255, which has all bits: `masked_fill` is slow on a CPU
+    return labels | (outside if labels.dim() == valid.dim() else outside[:, None])
+
+
+def filled(levels: Tensor, shown: Tensor, level: int) -> Tensor:
+    """Levels (N,C,h,w) uint8, `level` where not `shown` (N,h,w)."""
+    kept = -shown.byte()[:, None]  # 0 or 255
+    return (levels & kept).bitwise_or_(level & ~kept)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the pixels of some pictures of a batch are read from; the others stay as they are."""
+
+    rows: Sequence[int] = ()
+    index: Tensor | None = None
+    """(rows,h,w) int64, see `nearest_index`; None if nothing moves"""
+
+    def __call__(self, values: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pictures or maps (N,...,H,W) of any dtype → (N,...,h,w)."""
+        if self.index is None:
+            return values if isinstance(values, Tensor) else torch.stack(tuple(values))
+        if isinstance(values, Tensor) and len(self.rows) == len(values):
+            return gather_pixels(values, self.index)
+        moved = gather_pixels(torch.stack([values[row] for row in self.rows]), self.index)
+        return torch.stack(replaced(values, self.rows, moved))
+
+
+def replaced(values: Iterable[Tensor], rows: Sequence[int], new: Tensor) -> list[Tensor]:
+    """The rows of a batch, some of them replaced."""
+    mixed = list(values)
+    for row, one in zip(rows, new, strict=True):
+        mixed[row] = one
+    return mixed
 
 
 def warp_labels(labels: Tensor, theta: Tensor, size: Size) -> Tensor:
@@ -156,7 +200,8 @@ def sample_image(
 
 def _bilinear(image: Tensor, theta: Tensor, size: Size, valid_size: Tensor | None) -> Tensor:
     rows, columns = _size(image)
-    x, y = _source_pixels(theta[:, 0], size, columns), _source_pixels(theta[:, 1], size, rows)
+    by_column, by_row = _source_pixels(theta, size, (rows, columns))
+    x, y = (by_column[:, :, None, :] + by_row[:, :, :, None]).unbind(1)
     if valid_size is not None:
         bottom, right = (valid_size[:, :, None, None] - 0.5).unbind(1)
         x, y = torch.minimum(x, right), torch.minimum(y, bottom)

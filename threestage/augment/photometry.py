@@ -1,90 +1,138 @@
-"""The photometric operations of RandAugment, batched; each agrees with PIL's to within one level.
+"""The photometric operations of RandAugment on one image; each agrees with PIL's to within one level.
 
-Every `image` is (N,3,H,W) float holding whole numbers 0..255, and so is every result. Amounts are (N,), one per image.
-`valid` (N,H,W) bool says which pixels count in an image's statistics (PIL's `mask`); padding never does.
+An image is (3,H,W) uint8 levels. Most operations give a level what it becomes whatever its place: these return a table,
+(3,256) or (256,) int64, so that any number of them in a row is one table (`compose`) and one pass over the pixels
+(`look_up`). What they have to know of the image is its `histogram`. Only colour and sharpness look at other channels or
+other pixels.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+LEVELS = 256
 
-def autocontrast(image: Tensor, valid: Tensor) -> Tensor:
+
+def to_levels(image: Tensor) -> Tensor:
+    """Float in [0,255] → the nearest of 256 levels, uint8."""
+    return (image + 0.5).int().byte()  # by way of int: float → uint8 is slow on a CPU
+
+
+def compose(first: Tensor, then: Tensor) -> Tensor:
+    """The table (3,256) that does `first` (3,256), then `then` (3,256) or (256,)."""
+    return then.expand(3, LEVELS).gather(1, first)
+
+
+def look_up(tables: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """What each table (3,256) gives to the levels of its image (3,H,W), uint8 both: (N,3,H,W)."""
+    if images[0].device.type != "cpu":
+        levels = torch.stack(tuple(images))
+        return torch.stack(tuple(tables)).gather(2, levels.flatten(2).long()).view(levels.shape)
+    changed = bytearray()  # `translate` takes a byte for an index, of which torch wants eight
+    for table, image in zip(tables, images, strict=True):
+        for row, plane in zip(table.numpy(), image.numpy(), strict=True):
+            changed += bytearray(plane).translate(row.tobytes())
+    return torch.frombuffer(changed, dtype=torch.uint8).view(len(images), *images[0].shape)
+
+
+def histogram(image: Tensor, valid: Tensor, table: Tensor) -> Tensor:
+    """(3,256) int32: how many of the `valid` (H,W) pixels of `image` have each level that `table` gives."""
+    counts = torch.zeros(3, LEVELS, dtype=torch.int32, device=image.device)
+    before = counts.scatter_add(1, image.flatten(1).long(), valid.flatten().int().expand(3, -1))
+    return counts.scatter_add_(1, table, before)
+
+
+def level_range(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Least level and span of the `valid` (N,H,W) pixels of all channels of images (N,3,H,W), float (N,1,1); 0 and 255
+    where there are not two levels: such an image is not stretched."""
+    inside = -valid.byte()[:, None]  # 0 or 255, whose bits are all set
+    low, high = (image | ~inside).amin((1, 2, 3)), (image & inside).amax((1, 2, 3))
+    some = high > low
+    return (low * some).float().view(-1, 1, 1), torch.where(some, high - low, 255).float().view(-1, 1, 1)
+
+
+def stretch(low: Tensor, span: Tensor) -> Tensor:
+    """Tables (N,3,256) that spread the levels of a range (see `level_range`) over 0..255."""
+    table = (_levels(low.device) - low).mul_(255 / span).round_().clamp_(0, 255)
+    return table.long().expand(-1, 3, -1)
+
+
+def unstretch(low: Tensor, span: Tensor, table: Tensor) -> Tensor:
+    """The tables (N,3,256), as uint8, followed by the opposite of `stretch`."""
+    return (table * (span / 255)).add_(low).add_(0.5).int().byte()
+
+
+def autocontrast(histogram: Tensor) -> Tensor:
     """Stretch each channel's least and greatest level to 0 and 255; a channel of one level stays (`ImageOps`)."""
-    low, span = level_range(image, valid, (2, 3))
-    stretched = torch.floor((image - low) * 255 / span).clamp_(0, 255)
-    return torch.where(span > 0, stretched, image)
+    levels = _levels(histogram.device)
+    low = torch.where(histogram > 0, levels, 255).amin(1, keepdim=True)
+    high = torch.where(histogram > 0, levels, 0).amax(1, keepdim=True)
+    table = ((levels - low) * 255 // (high - low).clamp(min=1)).clamp_(0, 255)
+    return torch.where(high > low, table, levels)
 
 
-def equalize(image: Tensor, valid: Tensor) -> Tensor:
+def equalize(histogram: Tensor) -> Tensor:
     """Flatten each channel's histogram by PIL's own look-up table (`ImageOps.equalize`), exactly."""
-    levels = image.long().flatten(2)
-    planes = torch.arange(levels.shape[0] * levels.shape[1], device=image.device).view(*levels.shape[:2], 1)
-    weight = valid.long().flatten(1)[:, None].expand_as(levels)
-    empty = torch.zeros(planes.numel() * 256, dtype=torch.long, device=image.device)
-    histogram = empty.scatter_add_(0, (levels + 256 * planes).flatten(), weight.flatten()).view(*levels.shape[:2], 256)
-    below = histogram.cumsum(2) - histogram
-    last = torch.where(histogram > 0, below, 0).amax(2, keepdim=True)  # all pixels but those of the greatest level
+    below = histogram.cumsum(1) - histogram
+    last = torch.where(histogram > 0, below, 0).amax(1, keepdim=True)  # all pixels but those of the greatest level
     step = last // 255
     table = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=image.device))
-    return table.gather(2, levels).view_as(image).to(image.dtype)
+    return torch.where(step > 0, table, _levels(histogram.device))
 
 
-def solarize(image: Tensor, threshold: Tensor) -> Tensor:
+def solarize(threshold: float) -> Tensor:
     """Invert the levels at or above `threshold` (`ImageOps.solarize`)."""
-    return torch.where(image < _per_image(threshold), image, 255 - image)
+    levels = _levels()
+    return torch.where(levels < threshold, levels, 255 - levels)
 
 
-def posterize(image: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest `bits` (whole numbers 1..8) of each level (`ImageOps.posterize`)."""
-    step = torch.exp2(8 - _per_image(bits))
-    return torch.floor(image / step) * step
+def posterize(bits: int) -> Tensor:
+    """Keep the highest `bits` (1..8) of each level (`ImageOps.posterize`)."""
+    step = 2 ** (8 - bits)
+    return _levels() // step * step
 
 
-def color(image: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the grey version: 0 is grey, 1 the image (`ImageEnhance.Color`)."""
-    return _blend(grey(image), image, factor)
-
-
-def contrast(image: Tensor, factor: Tensor, valid: Tensor) -> Tensor:
-    """Blend with the mean grey level: 0 is flat, 1 the image (`ImageEnhance.Contrast`)."""
-    counted = valid[:, None].to(image.dtype)
-    total = (grey(image) * counted).sum((1, 2, 3), keepdim=True)
-    mean = total / counted.sum((1, 2, 3), keepdim=True).clamp(min=1)
-    return _blend(torch.floor(mean + 0.5), image, factor)
-
-
-def brightness(image: Tensor, factor: Tensor) -> Tensor:
+def brightness(factor: float) -> Tensor:
     """Blend with black: 0 is black, 1 the image (`ImageEnhance.Brightness`)."""
-    return _blend(torch.zeros_like(image[:, :1]), image, factor)
+    return _blend(torch.zeros(1), _levels(), factor).long()
 
 
-def sharpness(image: Tensor, factor: Tensor) -> Tensor:
+def contrast(histogram: Tensor, factor: float) -> Tensor:
+    """Blend with the mean grey level: 0 is flat, 1 the image (`ImageEnhance.Contrast`)."""
+    levels = _levels(histogram.device)
+    mean = (histogram * levels).sum(1).double() / histogram[0].sum().clamp(min=1)  # of each channel
+    return _blend(_grey(mean), levels, factor).long()
+
+
+def color(image: Tensor, factor: float) -> Tensor:
+    """Blend with the grey version: 0 is grey, 1 the image (`ImageEnhance.Color`)."""
+    levels = image.float()
+    return _blend(_grey(levels), levels, factor).byte()
+
+
+def sharpness(image: Tensor, factor: float) -> Tensor:
     """Blend with PIL's `SMOOTH` filter: 0 is blurred, 1 the image (`ImageEnhance.Sharpness`); the border stays."""
-    rows = image[..., :-2, :] + image[..., 1:-1, :] + image[..., 2:, :]
-    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    smooth = image.clone()
-    smooth[..., 1:-1, 1:-1] = torch.floor((around + 4 * image[..., 1:-1, 1:-1]) / 13 + 0.5)
-    return _blend(smooth, image, factor)
+    levels = image.short()
+    rows = (levels[:, :-2] + levels[:, 1:-1]).add_(levels[:, 2:])
+    around = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    inner = levels[:, 1:-1, 1:-1]
+    smooth = around.add_(inner, alpha=4).float().div_(13).add_(0.5).floor_()
+    sharp = image.clone()
+    sharp[:, 1:-1, 1:-1] = _blend(smooth, inner, factor).byte()
+    return sharp
 
 
-def grey(image: Tensor) -> Tensor:
-    """PIL's `convert("L")`: (N,1,H,W), exact, as every term is a whole number below 2²⁴."""
-    red, green, blue = image.unbind(1)
-    return torch.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)[:, None]
+def _grey(image: Tensor) -> Tensor:
+    """PIL's `convert("L")` of (3,...) numbers: (...), rounded; exact for whole ones, as every term is below 2²⁴."""
+    red, green, blue = image
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).div_(65536).add_(0.5).floor_()
 
 
-def level_range(image: Tensor, valid: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Least value and span of the valid pixels over the dimensions `over`, kept as size 1; span 0 if there are none."""
-    low = image.masked_fill(~valid[:, None], torch.inf).amin(over, keepdim=True)
-    high = image.masked_fill(~valid[:, None], -torch.inf).amax(over, keepdim=True)
-    some = high >= low
-    return torch.where(some, low, 0), torch.where(some, high - low, 0)
+def _blend(plain: Tensor, image: Tensor, factor: float) -> Tensor:
+    """int32 levels: `plain` where the factor is 0, `image` where it is 1, and so on in a line; cut off, not rounded."""
+    return (image - plain).mul_(factor).add_(plain).clamp_(0, 255).int()
 
 
-def _blend(plain: Tensor, image: Tensor, factor: Tensor) -> Tensor:
-    return torch.floor((plain + _per_image(factor) * (image - plain)).clamp_(0, 255))
-
-
-def _per_image(amount: Tensor) -> Tensor:
-    return amount.reshape(-1, 1, 1, 1)
+def _levels(device: torch.device | None = None) -> Tensor:
+    return torch.arange(LEVELS, device=device)

@@ -4,8 +4,9 @@ What is drawn comes from a CPU generator as small CPU tensors: CPU and GPU see t
 reads a value back from the device.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from pydantic import Field, model_validator
@@ -15,8 +16,8 @@ from threestage.augment import geometry, photometry
 from threestage.augment.draws import Draws
 from threestage.settings import Settings
 
-FILL = 0.5
-"""Mid-range of [0,1]: what a pixel from outside the image, and a cut-out one, is set to."""
+FILL = 128
+"""The middle level of 256: what a pixel from outside the image, and a cut-out one, is set to."""
 
 OPERATIONS = (
     "identity", "autocontrast", "equalize", "rotate", "solarize", "color", "contrast", "brightness", "sharpness",
@@ -24,17 +25,36 @@ OPERATIONS = (
 )  # fmt: skip
 """The paper's fourteen; each slot draws one of them with equal chance."""
 
-PHOTOMETRIC: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "autocontrast": lambda image, m, valid: photometry.autocontrast(image, valid),
-    "equalize": lambda image, m, valid: photometry.equalize(image, valid),
-    "solarize": lambda image, m, valid: photometry.solarize(image, 256 - 256 * m),
-    "color": lambda image, m, valid: photometry.color(image, 0.1 + 1.8 * m),
-    "contrast": lambda image, m, valid: photometry.contrast(image, 0.1 + 1.8 * m, valid),
-    "brightness": lambda image, m, valid: photometry.brightness(image, 0.1 + 1.8 * m),
-    "sharpness": lambda image, m, valid: photometry.sharpness(image, 0.1 + 1.8 * m),
-    "posterize": lambda image, m, valid: photometry.posterize(image, 4 - torch.floor(4 * m)),
+GEOMETRIC: dict[str, Callable[[float, geometry.Size], geometry.Matrix]] = {
+    "rotate": lambda m, size: geometry.rotate(30 * m, size),
+    "shear_x": lambda m, size: geometry.shear(0.3 * m, 0, size),
+    "shear_y": lambda m, size: geometry.shear(0, 0.3 * m, size),
+    "translate_x": lambda m, size: geometry.translate(10 * m, 0, size),
+    "translate_y": lambda m, size: geometry.translate(0, 10 * m, size),
 }
-"""Name → operation on levels (N,3,H,W), m (N,) = level / 10 and valid (N,H,W); magnitudes of method.md, row A."""
+"""Name → matrix, from m = ±level / 10 and the size of the crop; magnitudes of method.md, row A, here and below."""
+
+TABLES: dict[str, Callable[[float], Tensor]] = {
+    "solarize": lambda m: photometry.solarize(256 - 256 * m),
+    "brightness": lambda m: photometry.brightness(0.1 + 1.8 * m),
+    "posterize": lambda m: photometry.posterize(4 - int(4 * m)),
+}
+"""Name → table of levels, from m = level / 10."""
+
+TABLES_OF_HISTOGRAM: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "autocontrast": lambda histogram, m: photometry.autocontrast(histogram),
+    "equalize": lambda histogram, m: photometry.equalize(histogram),
+    "contrast": lambda histogram, m: photometry.contrast(histogram, 0.1 + 1.8 * m),
+}
+"""Name → table of levels, from the histogram of each channel and m."""
+
+OF_PIXELS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "color": lambda image, m: photometry.color(image, 0.1 + 1.8 * m),
+    "sharpness": lambda image, m: photometry.sharpness(image, 0.1 + 1.8 * m),
+}
+"""Name → operation on levels (3,H,W)."""
+
+PHOTOMETRIC = frozenset((*TABLES, *TABLES_OF_HISTOGRAM, *OF_PIXELS))
 
 
 class StrongSettings(Settings):
@@ -83,17 +103,23 @@ class View:
     """A batch of pictures and where their pixels come from."""
 
     image: Tensor
-    """(N,3,h,w) float32 in [0,1]"""
+    """(N,3,h,w) uint8; see `network_input`"""
     valid: Tensor
     """(N,h,w) bool: the pixel comes from inside the source image"""
     theta: Tensor
     """(N,2,3) float32, from this view to the tensor that it was made from"""
+    move: geometry.Move = field(default_factory=geometry.Move)
+    """theta as an index, worked out once; by default no picture moves"""
 
     def warp(self, labels: Tensor) -> Tensor:
         """Class ids uint8 (N,H,W) or (N,K,H,W) of the tensor that this view was made from → the same of this view
         (W of method.md): nearest, through the very index that moved the image; 255 where not valid."""
-        index, _ = geometry.nearest_index(self.theta, _size(self.image), _size(labels))
-        return geometry.gather_labels(labels, index, self.valid)
+        return geometry.ignored(self.move(labels), self.valid)
+
+
+def network_input(image: Tensor) -> Tensor:
+    """Images uint8 → float32 in [0,1]: at the very end, as four times as many bytes are moved afterwards."""
+    return image.float().div_(255)
 
 
 def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws) -> View:
@@ -101,7 +127,7 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Dra
 
     `size` (N,2) int64 holds the valid height and width, on any device. An image that is scaled to less than the crop
     is placed at random inside it; the rest is not valid and mid-range. Scaling is bilinear (no anti-aliasing below 0.5)
-    to whole pixels; an unscaled image keeps its exact pixels.
+    to whole pixels and to the nearest of 256 levels; an unscaled image keeps its exact pixels.
     """
     count, crop = len(image), settings.crop_size
     scale = _draw_scale(count, settings, draws)
@@ -112,14 +138,15 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Dra
         geometry.horizontal_flip(_to(flipped, image)),
     )
     valid_size = size.to(image.device, non_blocking=True)
-    index, valid = geometry.nearest_index(theta, crop, _size(image), valid_size)
-    view = geometry.gather_pixels(image, index).float() / 255
-    scaled = _rows((scale != 1).nonzero().flatten().tolist(), image)
-    if len(scaled):
-        source = image[scaled].float() / 255
-        resized = geometry.sample_image(source, theta[scaled], crop, "bilinear", FILL, valid_size[scaled])
-        view = view.index_copy_(0, scaled, resized)
-    return View(view.masked_fill_(~valid[:, None], FILL), valid, theta)
+    index, valid = geometry.nearest_index(theta, crop, _size(image), valid_size, upright=True)
+    move = geometry.Move(range(count), index)
+    shown = move(image)
+    scaled = (scale != 1).nonzero().flatten().tolist()
+    if scaled:
+        rows = _to(torch.tensor(scaled), image)
+        resized = geometry.sample_image(image[rows].float(), theta[rows], crop, "bilinear", 0, valid_size[rows])
+        shown = torch.stack(geometry.replaced(shown, scaled, photometry.to_levels(resized)))
+    return View(geometry.filled(shown, valid, FILL), valid, theta, move)
 
 
 def _draw_scale(count: int, settings: AugmentSettings, draws: Draws) -> Tensor:
@@ -155,12 +182,17 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     count, size = len(view.image), _size(view.image)
     drawn = _draw_operations(count, settings, draws)
     corners = _draw_cutouts(count, size, settings, draws)
-    theta = _to(_drawn_theta(drawn, size), view.image)
-    image = _apply_photometry(view, drawn)
-    index, inside = geometry.nearest_index(theta, size, size)
-    valid = geometry.gather_pixels(view.valid, index) & inside
-    hidden = ~valid | _squares(_to(corners, view.image), settings.cutout_size, size)
-    return View(geometry.gather_pixels(image, index).masked_fill_(hidden[:, None], FILL), valid, theta)
+    theta = _drawn_theta(drawn, size)
+    moved = [sample for sample, matrix in enumerate(theta) if not torch.equal(matrix, torch.eye(2, 3))]
+    move, valid = geometry.Move(), view.valid
+    if moved:
+        index, inside = geometry.nearest_index(_to(theta[moved], valid), size, size)
+        move = geometry.Move(moved, index)
+        within = geometry.gather_pixels(torch.stack([valid[sample] for sample in moved]), index) & inside
+        valid = torch.stack(geometry.replaced(valid, moved, within))
+    shown = valid.byte() & ~_squares(_to(corners, valid), settings.cutout_size, size)
+    image = geometry.filled(move(_apply_photometry(view, drawn)), shown, FILL)
+    return View(image, valid, _to(theta, image), move)
 
 
 @dataclass(frozen=True)
@@ -174,10 +206,11 @@ class _Drawn:
     sign: Tensor
     """(N,K) float32, -1 or 1"""
 
-    def signed(self, name: str, slot: int) -> Tensor:
-        """(N,) magnitude with its sign where the slot applies the operation, else 0."""
-        chosen = self.operation[:, slot] == OPERATIONS.index(name)
-        return chosen * self.magnitude[:, slot] * self.sign[:, slot]
+    def of_each(self) -> list[list[tuple[str, float, float]]]:
+        """Per image, the (name, magnitude, sign) of what it applies, in order."""
+        rows = zip(self.operation.tolist(), self.magnitude.tolist(), self.sign.tolist(), strict=True)
+        named = [[(OPERATIONS[code], m, sign) for code, m, sign in zip(*row, strict=True)] for row in rows]
+        return [[step for step in plan if step[0] != "identity"] for plan in named]
 
 
 def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> _Drawn:
@@ -190,72 +223,63 @@ def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> _Dra
 
 
 def _draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, draws: Draws) -> Tensor:
-    """(N,cutouts,2) float32: the first row and column of each square, whose centre is any pixel of the crop."""
-    centre = torch.floor(draws.uniform(count, settings.cutouts, 2) * torch.tensor(size))
+    """(N,cutouts,2) int64: the first row and column of each square, whose centre is any pixel of the crop."""
+    centre = torch.floor(draws.uniform(count, settings.cutouts, 2) * torch.tensor(size)).long()
     return centre - settings.cutout_size // 2
 
 
 def _squares(corners: Tensor, side: int, size: geometry.Size) -> Tensor:
-    """(N,h,w) bool: the pixel lies in one of the squares (N,K,2) of `side` pixels."""
+    """(N,h,w) uint8: 1 where the pixel lies in one of the squares (N,K,2) of `side` pixels, else 0."""
+    hidden = torch.zeros(len(corners), *size, dtype=torch.uint8, device=corners.device)
     rows = torch.arange(size[0], device=corners.device) - corners[:, :, :1]
     columns = torch.arange(size[1], device=corners.device) - corners[:, :, 1:]
-    in_row, in_column = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
-    return (in_row[:, :, :, None] & in_column[:, :, None, :]).any(1)
+    in_row, in_column = (((at >= 0) & (at < side)).byte() for at in (rows, columns))
+    for row, column in zip(in_row.unbind(1), in_column.unbind(1), strict=True):
+        hidden |= row[:, :, None] & column[:, None, :]
+    return hidden
 
 
 def _drawn_theta(drawn: _Drawn, size: geometry.Size) -> Tensor:
     """(N,2,3) on the host: the geometric operations of all slots as one transform, the first drawn acting first."""
-    theta = geometry.identity(len(drawn.operation))
-    for slot in range(drawn.operation.shape[1]):
-        turned = geometry.rotate(30 * drawn.signed("rotate", slot), size)
-        sheared = geometry.shear(0.3 * drawn.signed("shear_x", slot), 0.3 * drawn.signed("shear_y", slot), size)
-        x, y = 10 * drawn.signed("translate_x", slot), 10 * drawn.signed("translate_y", slot)
-        for step in (turned, sheared, geometry.translate(x, y, size)):
-            theta = geometry.compose(theta, step)
-    return theta
+    plans = [
+        [GEOMETRIC[name](m * sign, size) for name, m, sign in plan if name in GEOMETRIC] for plan in drawn.of_each()
+    ]
+    return torch.tensor([geometry.chain(plan) for plan in plans])
 
 
-def _apply_photometry(view: View, drawn: _Drawn) -> Tensor:
-    """The image (N,3,h,w) after each sample's photometric operations in their order; other samples are untouched."""
-    plans = _photometric_plans(drawn)
+def _apply_photometry(view: View, drawn: _Drawn) -> list[Tensor]:
+    """The levels (3,h,w) of each sample after its photometric operations in their order; others are untouched."""
+    images = list(view.image)
+    plans = [[(name, m) for name, m, _ in plan if name in PHOTOMETRIC] for plan in drawn.of_each()]
     touched = [sample for sample, plan in enumerate(plans) if plan]
     if not touched:
-        return view.image
-    rows = _rows(touched, view.image)
-    valid = view.valid[rows]
-    image = view.image[rows]
-    low, span = photometry.level_range(image, valid, (1, 2, 3))
-    span = span.masked_fill(span == 0, 1)
-    levels = torch.round((image - low) * (255 / span)).clamp_(0, 255)
-    for turn in range(max(map(len, plans))):
-        for name, group in _by_operation([plans[sample][turn : turn + 1] for sample in touched]).items():
-            chosen = _rows([row for row, _ in group], image)
-            magnitude = _to(torch.tensor([m for _, m in group]), image)
-            levels.index_copy_(0, chosen, PHOTOMETRIC[name](levels[chosen], magnitude, valid[chosen]))
-    return view.image.index_copy(0, rows, levels * (span / 255) + low)
+        return images
+    low, span = photometry.level_range(view.image, view.valid)
+    tables = list(photometry.stretch(low, span))
+    for sample in touched:
+        for name, m in plans[sample]:
+            image, table = images[sample], tables[sample]
+            images[sample], tables[sample] = _operate(name, m, image, view.valid[sample], table)
+    last = photometry.unstretch(low, span, torch.stack(tables))
+    done = photometry.look_up([last[sample] for sample in touched], [images[sample] for sample in touched])
+    return geometry.replaced(images, touched, done)
 
 
-Plan = list[tuple[str, float]]
+def _operate(name: str, m: float, image: Tensor, valid: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels (3,h,w) and the table (3,256) that is yet to be looked up in them, after one more operation."""
+    if name in TABLES:
+        return image, photometry.compose(table, _table(name, m, image.device))
+    if name in TABLES_OF_HISTOGRAM:
+        histogram = photometry.histogram(image, valid, table)
+        return image, photometry.compose(table, TABLES_OF_HISTOGRAM[name](histogram, m))
+    (seen,) = photometry.look_up([table.byte()], [image])
+    return OF_PIXELS[name](seen, m), torch.arange(photometry.LEVELS, device=image.device).expand(3, -1)
 
 
-def _photometric_plans(drawn: _Drawn) -> list[Plan]:
-    """Per sample, the (name, magnitude) of the photometric operations that it applies, in order."""
-    rows = zip(drawn.operation.tolist(), drawn.magnitude.tolist(), strict=True)
-    named = [[(OPERATIONS[code], m) for code, m in zip(*row, strict=True)] for row in rows]
-    return [[(name, m) for name, m in plan if name in PHOTOMETRIC] for plan in named]
-
-
-def _by_operation(plans: Sequence[Plan]) -> dict[str, list[tuple[int, float]]]:
-    """Operation → the (row, magnitude) of the samples that apply it now."""
-    groups: dict[str, list[tuple[int, float]]] = {}
-    for row, plan in enumerate(plans):
-        for name, magnitude in plan:
-            groups.setdefault(name, []).append((row, magnitude))
-    return groups
-
-
-def _rows(indices: list[int], like: Tensor) -> Tensor:
-    return _to(torch.tensor(indices, dtype=torch.long), like)
+@cache
+def _table(name: str, m: float, device: torch.device) -> Tensor:
+    """One of the few tables that depend on no image, where it is needed."""
+    return TABLES[name](m).to(device)
 
 
 def _to(host: Tensor, like: Tensor) -> Tensor:
