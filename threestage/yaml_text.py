@@ -25,9 +25,15 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{where}: not YAML: {_why(error)}: mend it there") from None
     except RecursionError:
         raise InputError(f"{where}: is nested too deeply: write it flatter") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return " ".join(str(error).replace('in "<byte string>", ', "").split())
 
 
 def _refuse_bomb(node: yaml.Node, where: str) -> None:
