@@ -62,14 +62,14 @@ def main() -> None:
 
 def _usage(error: Any) -> str:
     """A command line that cannot be read: what is wrong, with its value, and where the right form is shown."""
-    text = error.format_message().removesuffix(".")
+    text = error.format_message()
     if not text:  # a group alone: its help was shown
         sys.exit(2)
     if isinstance(error.__cause__, ValidationError):
         first = error.__cause__.errors()[0]
         reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removesuffix(".")
         text = f"{error.param.opts[0]} {first['input']}: {reason}"
-    return f"{text}; see {error.ctx.command_path} --help"
+    return f"{text} (see {error.ctx.command_path} --help)"
 
 
 def _fail(error: Exception | str, code: int) -> None:

@@ -1,6 +1,7 @@
 """The whole configuration: one tree of frozen settings, from a preset or a YAML file plus `--set a.b=c`."""
 
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -330,6 +331,8 @@ def _in_words(problem: dict[str, Any]) -> str:
     if problem["type"] == "tuple_type":
         return "should be a list, e.g. [1, 2]"
     message = str(problem["msg"])
+    if problem["type"] == "literal_error":
+        message += did_you_mean(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     for beginning in ("Value error, ", "Input ", "String ", "Tuple "):
         message = message.removeprefix(beginning)
     return message

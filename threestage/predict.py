@@ -91,14 +91,14 @@ def _files_of(folder: str) -> ModelFiles:
     return files
 
 
-def network_of(files: ModelFiles) -> tuple[Network, ModelCard]:
-    where = "the model"
+def network_of(files: ModelFiles, where: str = "the model") -> tuple[Network, ModelCard]:
+    """The network in eval mode, and its card. `where`: the model's name in an InputError."""
     return model_of(parse_card(files[CARD], where), parse_weights(files[WEIGHTS], where), where)
 
 
 def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCard]:
     """The network of `read_model` in eval mode, and its card."""
-    return network_of(read_model(model, registry))
+    return network_of(read_model(model, registry), model)
 
 
 def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:

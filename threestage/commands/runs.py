@@ -34,7 +34,7 @@ def demo(
     """
     from threestage.runs import demo_config
 
-    folder = out or f"runs/demo-{seed}"
+    folder = f"runs/demo-{seed}" if out is None else out
     progress = Terminal(stderr=True) if as_json else console
     progress.print(f"demo: scenes, models and results go to {escape(folder)}", highlight=False)
     _run(demo_config(folder, seed, overrides or []), folder, local, as_json)
@@ -67,7 +67,7 @@ def run(
     from threestage.config import load
 
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
-    _run(resolved, out or f"runs/{resolved.name}", local, as_json, reuse)
+    _run(resolved, f"runs/{resolved.name}" if out is None else out, local, as_json, reuse)
 
 
 def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
@@ -123,7 +123,7 @@ def sweep(
     asked = Sweep(
         searched.model_copy(update=given),
         resolved,
-        out or f"runs/{resolved.name}-sweep",
+        f"runs/{resolved.name}-sweep" if out is None else out,
         resume=resume,
         repeat=repeat,
         promote=promote,
@@ -171,7 +171,7 @@ def check(
     resolved = load(config, overrides or [])
     lines = []
     with Terminal(stderr=True).status("trying what the run needs"):
-        for line in check_run(resolved, out or f"runs/{resolved.name}", local, address):
+        for line in check_run(resolved, f"runs/{resolved.name}" if out is None else out, local, address):
             lines.append(line)
             if not as_json:
                 _show_line(line)

@@ -121,7 +121,7 @@ def _refuse_other_schemes(uri: str) -> None:
         raise InputError("an empty text is no place: give a path or s3://bucket/prefix")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", uri) and not uri.startswith(f"{FILE_SCHEME}/"):
         raise InputError(
-            f"{uri}: is neither a path nor on S3: write s3://bucket/prefix, or ./{uri} for a folder of that name"
+            f"{uri}: is neither a path nor on S3: write s3://bucket/prefix, or ./{uri} for a path of that name"
         )
 
 
