@@ -17,6 +17,7 @@ from threestage.commands.options import (
     complete_preset,
     console,
     print_json,
+    warn,
 )
 from threestage.terminal import Terminal, escape
 
@@ -129,7 +130,7 @@ def sweep(
         promote=promote,
     )
     if dry_run:
-        plan = sweeps.plan(asked, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+        plan = sweeps.plan(asked, warn)
         print_json(plan_json(plan)) if as_json else console.print(rich_plan(plan))
         return
     shown = Terminal(stderr=True) if as_json else console
