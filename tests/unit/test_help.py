@@ -21,7 +21,7 @@ PROGRAM = "from threestage.cli import main; main()"
 
 def _commands(group: Any, path: str = "") -> dict[str, Any]:
     """Every command that can be run, by its words."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, command in group.commands.items():
         words = f"{path}{name}"
         found |= _commands(command, f"{words} ") if hasattr(command, "commands") else {words: command}
