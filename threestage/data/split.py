@@ -25,7 +25,7 @@ def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
     """The split of a run's split.json, and the settings that it was made with. Raises InputError for another file."""
     saved = storage.read_json(uri)
     try:
-        return Split.model_validate(saved["split"]), dict(saved["settings"])
+        return Split.model_validate(saved["split"]), dict(saved.get("settings", {}))
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{uri}: is no split of a run: bring it back from a copy, or give another folder") from None
 
