@@ -1,6 +1,7 @@
 """The whole configuration: one tree of frozen settings, from a preset or a YAML file plus `--set a.b=c`."""
 
-import difflib
+import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,9 +15,10 @@ from threestage.augment.views import AugmentSettings
 from threestage.data import storage
 from threestage.data.records import DataSettings
 from threestage.data.storage import StorageSettings
-from threestage.errors import InputError
+from threestage.errors import InputError, did_you_mean
 from threestage.models.network import NetworkSettings, crop_fits, size_multiple
 from threestage.on_ray.settings import ClusterSettings
+from threestage.presets import preset_names as preset_names
 from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.registry import RegistrySettings
 from threestage.settings import Settings
@@ -130,6 +132,13 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _finite(self) -> Self:
+        for key, value in flatten(self.model_dump(mode="json")).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}={value}: should be a finite number")
+        return self
+
+    @model_validator(mode="after")
     def _mixes_two(self) -> Self:
         for name in STAGES[1:]:
             if self.consistency.cutmix > 0 and self.stage(name).unlabelled_batch < 2:
@@ -228,11 +237,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def preset_names() -> list[str]:
-    files = resources.files("threestage.presets").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
 def preset_headers() -> dict[str, str]:
     """What each preset says of itself: the comment at its head."""
     headers = {}
@@ -268,7 +272,8 @@ def _read(source: str) -> dict[str, Any]:
     elif Path(source).is_file():
         text = Path(source).read_bytes()
     else:
-        raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
+        hint = did_you_mean(source, preset_names())
+        raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}")
     tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         raise InputError(f"{source}: a configuration is a mapping of sections such as data: and network:")
@@ -276,13 +281,14 @@ def _read(source: str) -> dict[str, Any]:
     if base is None:
         return tree
     if base not in preset_names():
-        raise InputError(f"{source}: base={base!r} is no preset; there are {', '.join(preset_names())}")
+        hint = did_you_mean(base, preset_names())
+        raise InputError(f"{source}: base={base!r} is no preset; there are {', '.join(preset_names())}{hint}")
     return _merged(_read(base), tree)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    if not equals or not all(path.split(".")):
         raise InputError(f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000")
     _put(tree, path, read_yaml(text, f"--set {override}"))
 
@@ -310,13 +316,26 @@ def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: S
     if problem["type"] == "extra_forbidden":
         section = _model_at(root, location[:-1])
         valid = sorted(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(location[-1]), valid, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{path}={_shown(problem['input'])}: unknown key; {hint}valid here: {', '.join(valid)}"
+        hint = did_you_mean(location[-1], valid)
+        return f"{path}={_shown(problem['input'])}: unknown key{hint or ';'} valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{path}: is not set; give it with --set {path}=VALUE"
-    message = " or ".join(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in problems)
+    message = " or ".join(dict.fromkeys(map(_in_words, problems)))
     return message if not location else f"{path}={_shown(problem['input'])}: {message}"
+
+
+def _in_words(problem: dict[str, Any]) -> str:
+    """A complaint of pydantic's, which names its own types, in the words of a configuration."""
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "should be a section: keys with values"
+    if problem["type"] == "tuple_type":
+        return "should be a list, e.g. [1, 2]"
+    message = str(problem["msg"])
+    if problem["type"] == "literal_error":
+        message += did_you_mean(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    for beginning in ("Value error, ", "Input ", "String ", "Tuple "):
+        message = message.removeprefix(beginning)
+    return message
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""The exceptions that a user meets."""
+"""The exceptions that a user meets, and the nearest name for one that is unknown."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -16,3 +19,9 @@ class NoRoom(StageFailure):
 def reason_of(error: Exception) -> str:
     """Why something failed, for a sentence: our own errors speak for themselves."""
     return str(error) if isinstance(error, InputError | StageFailure) else f"{type(error).__name__}: {error}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a complaint about an unknown name that is nearly a known one: `; did you mean steps?`, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -83,7 +83,10 @@ def evaluate_model(
     check_protocol(protocol, card.network)
     manifest = load_manifest(dataset)
     if manifest.classes != card.classes:
-        raise InputError(f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}")
+        raise InputError(
+            f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}: give a data set with "
+            "the model's classes"
+        )
     samples = SampleSet(samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale)
     if len(samples) == 0:
         raise InputError(

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +20,7 @@ from threestage.pseudo_masks import certainty
 from threestage.settings import Settings
 
 Size = tuple[PositiveInt, PositiveInt]
+Scale = Annotated[float, Field(gt=0, le=16)]
 LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 VIEW_PIXELS = 2**22
 
@@ -31,7 +32,7 @@ class Protocol(Settings):
     window: Size | None = None
     stride: Size | None = None
     flip: bool = False
-    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
 
     @model_validator(mode="after")
     def _possible(self) -> "Protocol":

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,6 +26,7 @@ from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker, default_device
 
+EXAMPLE = "Example: python -m threestage.local demo --set data.root=data/demo --out runs/demo"
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 
@@ -56,8 +57,13 @@ def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Gener
     yield from predict_files(load_model(model)[0].to(device), task, files, device)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_failed(f"{message} (see {self.prog} --help)", 2))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m threestage.local", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m threestage.local", description=__doc__.splitlines()[0], epilog=EXAMPLE)
     parser.add_argument("config", help="a preset or a YAML file")
     parser.add_argument("--out", required=True, help="folder of the run; the same folder continues it")
     parser.add_argument("--seed", type=int)

@@ -191,6 +191,8 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     if not storage.exists(uri):
         raise InputError(f"{run}: no {CONFIG_NAME} there: it is no run, or one that has not begun to train")
     settings = storage.read_json(uri)
+    if not isinstance(settings, dict):
+        raise InputError(f"{uri}: holds no settings of a run: bring it back from a copy, or give another run")
     with lease.held(out, warn):
         sender = Sender(open_registry(registry_of(settings, tracking_uri)), out, settings)
         sender.send()

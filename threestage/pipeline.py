@@ -37,7 +37,7 @@ from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_poo
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
-from threestage.data.split import Split, make_split
+from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.lineage import DataSet, Images, Lineage, PseudoMaskSet, Teacher
 from threestage.preflight import check_pool, check_run
@@ -229,13 +229,14 @@ def _read_or_make_split(config: Config, out: str, elsewhere: str | None, manifes
     uri = elsewhere or storage.join(out, "split.json")
     if not storage.exists(uri):
         if elsewhere is not None:
-            raise InputError(f"{elsewhere} is not there: the run that this one reuses parts of is gone, or is none")
+            raise InputError(
+                f"{elsewhere} is not there: the run that this one reuses parts of is gone, or is none: mend --reuse"
+            )
         return make_split(config.data.root, manifest, config.data)
-    saved = storage.read_json(uri)
-    split = Split.model_validate(saved["split"])
+    split, before = saved_split(uri)
     now = _split_record(config, split)["settings"]
     place = uri.removesuffix("/split.json")
-    _refuse_difference(place, "split.json", flatten({"data": saved["settings"]}), flatten({"data": now}))
+    _refuse_difference(place, "split.json", flatten({"data": before}), flatten({"data": now}))
     return split
 
 

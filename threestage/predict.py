@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -23,7 +22,7 @@ from threestage.data.pool import rows_of
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError, StageFailure
 from threestage.inference import Protocol, check_protocol
-from threestage.models.export import CARD, WEIGHTS, ModelCard, load_model
+from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network
 from threestage.pool_prediction import predict_files
 from threestage.prediction_output import PARTS_FOLDER, Format, Predictions, PredictionTask, part_uri
@@ -84,19 +83,22 @@ def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
 
 
 def _files_of(folder: str) -> ModelFiles:
-    return {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
+    if not storage.exists(storage.join(folder, WEIGHTS)):
+        raise InputError(f"{folder}: has {CARD} and no {WEIGHTS}: {RESTORE}")
+    files = {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
+    parse_card(files[CARD], folder)
+    parse_weights(files[WEIGHTS], folder)
+    return files
 
 
-def network_of(files: ModelFiles) -> tuple[Network, ModelCard]:
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            Path(folder, name).write_bytes(content)
-        return load_model(folder)
+def network_of(files: ModelFiles, where: str = "the model") -> tuple[Network, ModelCard]:
+    """The network in eval mode, and its card. `where`: the model's name in an InputError."""
+    return model_of(parse_card(files[CARD], where), parse_weights(files[WEIGHTS], where), where)
 
 
 def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCard]:
     """The network of `read_model` in eval mode, and its card."""
-    return network_of(read_model(model, registry))
+    return network_of(read_model(model, registry), model)
 
 
 def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:

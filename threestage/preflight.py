@@ -56,7 +56,9 @@ def _check_batch(config: Config, key: str, size: int, available: int, what: str)
     needed = size if shared or what == "labelled" else size * workers
     if needed > available:
         together = "" if needed == size else f" on each of cluster.workers={workers}"
-        raise InputError(f"{key}={size}{together} is more than the {available} {what} images that there are")
+        raise InputError(
+            f"{key}={size}{together} is more than the {available} {what} images that there are: lower it, or add images"
+        )
 
 
 def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:

@@ -12,7 +12,7 @@ from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
-from threestage.data.split import Split
+from threestage.data.split import saved_split
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError, StageFailure
 from threestage.evaluation import BATCH
@@ -49,6 +49,8 @@ def run(
     """
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
+    if storage.exists(storage.join(out, "sweep.json")):
+        raise InputError(f"--out {out}: holds a sweep: give another folder")
     with lease.held(out, warn) as held:
         results, registered = _run(config, out, local, show, warn, watch, reuse, held)
     return results | {"registered": [asdict(version) for version in registered]}
@@ -136,20 +138,22 @@ def _write_page(out: str, warn: pipeline.Warn) -> None:
 
 def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
     """Make the demo's scenes and data set below `out`, unless they are there; returns the demo's configuration."""
+    data = storage.join(out, "data")
+    config = load("demo", [f"data.root={data}", f"seed={seed}", *overrides])
     check_writable(out)
-    data, scenes = storage.join(out, "data"), storage.join(out, "scenes")
+    scenes = storage.join(out, "scenes")
     if not storage.exists(storage.join(data, MANIFEST_NAME)):
         write_scenes(scenes, DEMO_SCENES, seed)
         ingest(
             scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo")
         )
-    return load("demo", [f"data.root={data}", f"seed={seed}", *overrides])
+    return config
 
 
 def write_pictures(config: Config, out: str) -> None:
     """`pictures.png`: image | truth | stage 1 | stage 2 | stage 3 for some validation images."""
     manifest = load_manifest(config.data.root)
-    split = Split.model_validate(storage.read_json(storage.join(out, "split.json"))["split"])
+    split = saved_split(storage.join(out, "split.json"))[0]
     samples = validation_set(config.data.root, manifest, split, config.data.downscale)
     spacing = max(1, len(samples) // PICTURES)
     chosen = [samples.decoded(i) for i in range(0, len(samples), spacing)][:PICTURES]

@@ -3,6 +3,7 @@
 import unicodedata
 from typing import Any
 
+import rich.markup
 from rich.console import Console
 from rich.text import Text
 
@@ -18,6 +19,11 @@ def visible(text: str) -> str:
         char.encode("unicode_escape").decode() if char not in KEPT and unicodedata.category(char) in INVISIBLE else char
         for char in text
     )
+
+
+def escape(text: str) -> str:
+    """The text in one line, in which brackets are no markup."""
+    return rich.markup.escape(" ".join(text.split()))
 
 
 class Terminal(Console):

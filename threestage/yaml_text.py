@@ -9,6 +9,22 @@ from threestage.errors import InputError
 
 MAX_CHARACTERS = 2**20
 MAX_VALUES = 200_000
+MAX_DEPTH = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what is nested deeply before Python's own recursion ends."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"is nested too deeply, more than {MAX_DEPTH} levels: write it flatter")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
@@ -16,7 +32,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{where}: has {len(text)} characters, more than {MAX_CHARACTERS}: give a smaller file")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -25,9 +41,13 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise InputError(f"{where}: is nested too deeply: write it flatter") from None
+        raise InputError(f"{where}: not YAML: {_why(error)}: mend it there") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return " ".join(str(error).replace('in "<byte string>", ', "").split())
 
 
 def _refuse_bomb(node: yaml.Node, where: str) -> None:

@@ -19,8 +19,8 @@ from tests.conftest import tiny_config
 from threestage.checks.lines import Found, Line
 from threestage.config import Config, changed
 from threestage.errors import InputError
-from threestage.on_ray import check as entry
-from threestage.on_ray import check_job, check_nodes, check_room
+from threestage.on_ray import check, check_job, check_nodes, check_room
+from threestage.on_ray import entrance as entry
 from threestage.on_ray.sweep_room import Growth
 
 
@@ -85,11 +85,11 @@ def test_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert entry.address_of(config.cluster) is None
+    assert check.address_of(config.cluster) is None
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert entry.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
+    assert check.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
     named = with_cluster(config, address="other:6379").cluster
-    assert entry.address_of(named) == ("cluster.address", "other:6379")
+    assert check.address_of(named) == ("cluster.address", "other:6379")
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
@@ -144,10 +144,10 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
     def refuse(cluster: Any) -> Any:
         raise RuntimeError("no raylet\nhere")
 
-    monkeypatch.setattr(entry, "lets_in", lambda name, address: Found("fine"))
-    monkeypatch.setattr(entry, "connected", refuse)
+    monkeypatch.setattr(check, "lets_in", lambda name, address: Found("fine"))
+    monkeypatch.setattr(check, "connected", refuse)
     with contextlib.ExitStack() as connection:
-        found = problem(lambda: entry.connect("RAY_ADDRESS", "head:6379", config.cluster, connection))
+        found = problem(lambda: check.connect("RAY_ADDRESS", "head:6379", config.cluster, connection))
     assert "cannot take part in the cluster (no raylet here): try it on one of its nodes" in found
 
 
@@ -180,12 +180,12 @@ def test_a_node_with_another_folder_of_that_name(config: Config, tmp_path: Path)
 
 def test_nodes_that_lack_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in ("one", "two", "three")]
-    old = check_nodes.View(versions=entry.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",))
-    fine = check_nodes.View(versions=entry.versions())
+    old = check_nodes.View(versions=check.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",))
+    fine = check_nodes.View(versions=check.versions())
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(check_nodes, "_views", lambda *given: {"one": old, "two": old, "three": fine})
     assert problem(lambda: check_nodes.nodes_reach(config, "s3://bucket/run")) == (
-        f"node one and 1 more: it has threestage 0.0.1, here is {entry.versions()['threestage']}: install the same; "
+        f"node one and 1 more: it has threestage 0.0.1, here is {check.versions()['threestage']}: install the same; "
         "node one and 1 more: data.root: not there"
     )
 
@@ -264,7 +264,7 @@ def test_a_job_that_says_nothing(follow: Callable[[Any], list[Line]], monkeypatc
 
 
 def test_the_image_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = entry.versions()
+    here = check.versions()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: here["torch"])
     assert "renew the image" in str(check_job._code(here).doubt)
 

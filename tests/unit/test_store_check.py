@@ -135,10 +135,10 @@ def test_nothing_there() -> None:
         assert "s3://bucket/data/manifest.json: no data set there" in problem_of(
             store_check.data_set("data.root", "s3://bucket/data")
         )
-        assert "network.weights=s3://bucket/w.pth: no file there" in problem_of(
+        assert "s3://bucket/w.pth: no file there; mend network.weights" in problem_of(
             store_check.file("network.weights", "s3://bucket/w.pth")
         )
-        assert "data.unlabelled=s3://bucket/photos: no image below it" in problem_of(
+        assert "s3://bucket/photos: no image below it" in problem_of(
             store_check.images("data.unlabelled", "s3://bucket/photos")
         )
 

@@ -11,7 +11,7 @@ from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.records import Manifest, SplitName, decode_mask, files_with_masks, load_manifest, pool_files
 from threestage.data.samples import Sample
-from threestage.data.split import Split, make_split
+from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError
 from threestage.models.network import check_settings
 from threestage.preflight import check_batches, pixels_by_id
@@ -23,7 +23,7 @@ def read_split(config: Config, manifest: Manifest, out: str | None) -> Split:
     """That of the run in `out`, where there is one; else the one that a run would make."""
     saved = None if out is None else storage.join(out, "split.json")
     if saved is not None and storage.exists(saved):
-        return Split.model_validate(storage.read_json(saved)["split"])
+        return saved_split(saved)[0]
     return make_split(config.data.root, manifest, config.data)
 
 

@@ -84,6 +84,8 @@ def shipped_class_map(name: str) -> ClassMap:
 
 
 def _validated(uri: str, raw: object) -> ClassMap:
+    if not isinstance(raw, dict):
+        raise InputError(f"{uri}: a class map is a mapping with classes: and ignore:; mend the class map")
     try:
         return ClassMap.model_validate(raw)
     except ValidationError as error:

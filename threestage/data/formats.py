@@ -57,6 +57,11 @@ class IngestSettings(Settings):
 
     @model_validator(mode="after")
     def _has_masks(self) -> Self:
+        if self.masks is not None and self.format != "folders":
+            own = "has none" if self.format == "images" else "finds its own"
+            raise ValueError(
+                f"masks={self.masks}: format {self.format} {own}: leave --masks out, or give --format folders"
+            )
         if self.labelled_only and self.format == "images":
             raise ValueError("labelled_only leaves nothing of format images, which has no masks: drop one of the two")
         return self
@@ -84,8 +89,6 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
 
     Raises InputError, naming the folder and what is expected in it, when a folder is absent or holds no image.
     """
-    if settings.masks is not None and settings.format != "folders":
-        raise InputError(f"masks is {settings.masks}, but format {settings.format} finds its own; leave masks out")
     stamps: Stamps = {}
     readers: dict[str, Callable[[str, Paths, IngestSettings], list[SourceItem]]] = {
         "folders": partial(_folders, stamps),
@@ -156,7 +159,9 @@ def _images(source: str, paths: Paths, settings: IngestSettings) -> list[SourceI
 
 def _folders(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     if settings.masks is None:
-        raise InputError("masks is not given: format folders needs the folder of the masks (or use format images)")
+        raise InputError(
+            "masks is not given: format folders needs --masks FOLDER; images without masks are of --format images"
+        )
     mask_paths = _listing(settings.masks, "masks named like the images", stamps)
     masks = {stem: mask_paths[path] for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES)}
     inside = set(mask_paths.values())

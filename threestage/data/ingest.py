@@ -115,7 +115,8 @@ def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:
         return shipped_class_map(settings.format), settings.format
     if settings.format == "folders":
         raise InputError(
-            "class_map is not given: format folders needs a YAML that says which id or colour is which class"
+            "class_map is not given: format folders needs --class-map FILE, a YAML that says which id or colour is which "
+            "class; images without masks are of --format images"
         )
     return None, ""
 

@@ -156,9 +156,9 @@ def load_manifest(root: str, version: int | None = None) -> Manifest:
     try:
         raw = storage.read_json(uri)
     except FileNotFoundError:
-        raise InputError(f"{uri}: no data set there; make one with `threestage ingest`, or mend data.root") from None
+        raise InputError(f"{uri}: no data set there; make one with `threestage ingest`, or mend the path") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
-        raise InputError(f"{uri}: not a manifest of a threestage data set; mend data.root")
+        raise InputError(f"{uri}: not a manifest of a threestage data set; mend the path")
     if raw["format"] > MANIFEST_FORMAT:
         raise InputError(
             f"{uri}: format {raw['format']} is newer than this threestage reads ({MANIFEST_FORMAT}); upgrade threestage"
@@ -167,7 +167,7 @@ def load_manifest(root: str, version: int | None = None) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"{uri}: not a manifest of a threestage data set ({reason}); mend data.root") from None
+        raise InputError(f"{uri}: not a manifest of a threestage data set ({reason}); mend the path") from None
 
 
 def version_uri(root: str, version: int) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import posixpath
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from threestage.data import storage
 from threestage.data.records import DataSettings, Manifest, labelled_ids
@@ -19,6 +19,15 @@ class Split(Settings):
     labelled: tuple[str, ...]
     validation: tuple[str, ...]
     validation_split: Literal["carved", "val"]
+
+
+def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
+    """The split of a run's split.json, and the settings that it was made with. Raises InputError for another file."""
+    saved = storage.read_json(uri)
+    try:
+        return Split.model_validate(saved["split"]), dict(saved.get("settings", {}))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{uri}: is no split of a run: bring it back from a copy, or give another folder") from None
 
 
 def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:

@@ -9,6 +9,7 @@ How s3:// is reached is said once, in the settings or in the usual AWS variables
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -21,6 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 S3_SCHEME = "s3://"
@@ -92,13 +94,17 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system of a URI and the path in it ("bucket/key" on S3, an absolute path locally).
 
     It may be pickled: it holds no credentials, and in another process it is made anew with the same endpoint. Raises
-    FileNotFoundError for a name on S3 that leads out of its folder.
+    InputError for what is neither a path nor s3://bucket/key, and FileNotFoundError for a name on S3 that leads out of its
+    folder.
     """
     if not is_s3(uri):
+        _refuse_other_schemes(uri)
         return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix(FILE_SCHEME))
     path = uri.removeprefix(S3_SCHEME).strip("/")
     if not {".", ".."}.isdisjoint(path.split("/")):  # the client would ask for another object
         raise FileNotFoundError(f"{uri}: a name with . or .. between slashes cannot be asked for: rename it")
+    if not path or uri.startswith(f"{S3_SCHEME}/"):
+        raise InputError(f"{uri}: names no bucket: write s3://bucket/prefix")
     variables = environment(StorageSettings())
     chosen = _S3(
         variables.get("AWS_ENDPOINT_URL_S3"),
@@ -107,6 +113,16 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         ANONYMOUS_VARIABLE in variables,
     )
     return s3_filesystem(chosen), path
+
+
+def _refuse_other_schemes(uri: str) -> None:
+    """s3:/bucket would be a folder of this machine, and gs://bucket too."""
+    if not uri:
+        raise InputError("an empty text is no place: give a path or s3://bucket/prefix")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", uri) and not uri.startswith(f"{FILE_SCHEME}/"):
+        raise InputError(
+            f"{uri}: is neither a path nor on S3: write s3://bucket/prefix, or ./{uri} for a path of that name"
+        )
 
 
 def is_s3(uri: str) -> bool:
@@ -203,7 +219,12 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_json(uri: str) -> Any:
-    return json.loads(read_bytes(uri))
+    """Raises InputError for a file that is no JSON, and as `read_bytes`."""
+    content = read_bytes(uri)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{uri}: is damaged, it is no JSON ({error}): bring it back from a copy") from None
 
 
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:

@@ -150,13 +150,13 @@ def _read_manifest(name: str, uri: str, place: _Place) -> None:
 def _find_image(name: str, uri: str, place: _Place) -> None:
     _reach(place, place.path)
     if _read(place.files, storage.join(place.path, MANIFEST_NAME)) is None and first_image(uri) is None:
-        raise InputError(f"{name}={uri}: no image below it, and it is no data set either")
+        raise InputError(f"{uri}: no image below it, and it is no data set either; mend {name}")
 
 
 def _read_byte(name: str, uri: str, place: _Place) -> None:
     _reach(place, os.path.dirname(place.path))
     if _read(place.files, place.path, 1) is None:
-        raise InputError(f"{name}={uri}: no file there; mend it")
+        raise InputError(f"{uri}: no file there; mend {name}")
 
 
 def _write_read_delete(name: str, uri: str, place: _Place) -> None:

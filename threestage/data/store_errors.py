@@ -210,6 +210,10 @@ def _uri_in(message: str) -> str | None:
 
 
 def _of_this_machine(uri: str | None, error: BaseException, message: str) -> str:
+    if found := re.search(r"'([^']+)' is a directory", message):  # pyarrow's
+        return f"{uri or found[1]}: is a folder: name a file"
+    if found := re.search(r"file '([^']+)'.*\[errno (\d+)\]", message):  # pyarrow's, which sets no errno
+        error = OSError(int(found[2]), os.strerror(int(found[2])), found[1])
     number: Any = getattr(error, "errno", None)
     if not isinstance(error, OSError) or not isinstance(number, int) or not error.strerror:
         return f"{uri}: {message}" if uri and uri not in message else message

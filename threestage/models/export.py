@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Literal
 
+import safetensors
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from threestage.data import storage
@@ -18,6 +20,7 @@ from threestage.settings import Settings
 
 MODEL, BEST_MODEL = "model", "best_model"  # folders of a stage: the weights of its last step, of its best evaluation
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "model.json", "program.pt2"
+RESTORE = "bring the folder back from a copy, or give another model"
 EXPORTED_SIDES, EXPORTED_IMAGES = (33, 16384), (1, 4096)  # the least and the most that an exported program takes
 
 
@@ -47,23 +50,60 @@ def save_weights(uri: str, state: Mapping[str, Tensor], card: ModelCard) -> str:
 
 def load_model(uri: str) -> tuple[Network, ModelCard]:
     """The network in eval mode and its card. InputError where the folder holds no model."""
-    card = load_card(uri)
+    return model_of(load_card(uri), read_weights(uri), uri)
+
+
+def model_of(card: ModelCard, weights: Mapping[str, Tensor], where: str) -> tuple[Network, ModelCard]:
+    """The network in eval mode and its card. InputError, which begins with `where`, when they do not fit each other."""
     settings = card.network.model_copy(update={"weights": None, "pretrained": False})
     network = build_network(settings, len(card.classes))
-    network.load_state_dict(read_weights(uri))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{where}: {WEIGHTS} does not fit the network of {CARD} ({' '.join(str(error).split())[:200]}…): {RESTORE}"
+        ) from None
     return network.eval(), card
 
 
 def read_weights(uri: str) -> dict[str, Tensor]:
     """The main network's state in a model folder."""
-    return safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS)))
+    return parse_weights(_content(uri, WEIGHTS), uri)
+
+
+def parse_weights(content: bytes, uri: str) -> dict[str, Tensor]:
+    """From the bytes of a model folder's file. Raises InputError, which begins with the folder's URI."""
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{uri}: {WEIGHTS} is damaged ({error}): {RESTORE}") from None
 
 
 def load_card(uri: str) -> ModelCard:
-    path = storage.join(uri, CARD)
-    if not storage.exists(path):
-        raise InputError(f"{uri} holds no {CARD}: give a stage's model folder (…/stage3/model) or models:/NAME@stage3")
-    return ModelCard.model_validate(storage.read_json(path))
+    return parse_card(_content(uri, CARD), uri)
+
+
+def parse_card(content: bytes, uri: str) -> ModelCard:
+    """From the bytes of a model folder's file. Raises InputError, which begins with the folder's URI."""
+    try:
+        return ModelCard.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("format",):
+            raise InputError(
+                f"{uri}: {CARD} has format {first['input']}, this threestage reads 1: upgrade threestage"
+            ) from None
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise InputError(f"{uri}: {CARD} is damaged ({place}: {first['msg']}): {RESTORE}") from None
+
+
+def _content(uri: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(uri, name))
+    except FileNotFoundError:
+        raise InputError(
+            f"{uri} holds no {name}: give a stage's model folder (…/stage3/model) or models:/NAME@stage3"
+        ) from None
 
 
 def start_from(network: Network, uri: str) -> None:

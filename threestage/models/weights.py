@@ -1,7 +1,6 @@
 """Encoder weights from a file: read without pickle, compared name by name with the encoder, then copied into it."""
 
 import io
-import pickle
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from threestage.data.storage import read_bytes
 from threestage.errors import InputError
 
 _SHOWN = 3
+STATE_DICT = "save its state dict alone with torch.save or safetensors"
 
 
 def read_weights(uri: str) -> dict[str, Tensor]:
@@ -72,19 +72,21 @@ def _from_safetensors(uri: str, data: bytes) -> dict[str, Any]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise InputError(f"network.weights: {uri} is not a safetensors file ({_first_line(error)})") from error
+        raise InputError(
+            f"network.weights: {uri} is not a safetensors file ({_first_line(error)}); {STATE_DICT}"
+        ) from error
 
 
 def _from_torch(uri: str, data: bytes) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # bytes of strangers end torch's reader in many ways
         raise InputError(
-            f"network.weights: {uri} cannot be read as plain tensors ({_first_line(error)}); "
-            "save its state dict alone with torch.save or safetensors"
+            f"network.weights: {uri} cannot be read as plain tensors ({type(error).__name__}): it is no file of torch.save, or "
+            f"holds other objects, which could run code; {STATE_DICT}"
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f"network.weights: {uri} holds a {type(content).__name__}, not a state dict")
+        raise InputError(f"network.weights: {uri} holds a {type(content).__name__}, not a state dict; {STATE_DICT}")
     return content
 
 

@@ -24,7 +24,8 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.store_errors import without_secrets
 from threestage.errors import InputError, reason_of
-from threestage.on_ray.check import OPEN, versions
+from threestage.on_ray.check import versions
+from threestage.on_ray.entrance import OPEN
 from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect
 from threestage.settings import Settings
 

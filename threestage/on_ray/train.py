@@ -23,6 +23,7 @@ from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_options, unlabelled_stream
+from threestage.on_ray.entrance import lets_in
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
 from threestage.on_ray.patience import Membership, Patience, await_resources
 from threestage.on_ray.predict import predict_pool
@@ -90,7 +91,7 @@ def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine with room for so many runs at once;
-    an existing one is kept."""
+    an existing one is kept. Raises InputError when the cluster does not let this process in."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     quiet_ray_data()
@@ -98,6 +99,8 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        lets_in("cluster.address" if cluster.address else "RAY_ADDRESS", address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the same variables

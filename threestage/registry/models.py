@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from threestage.errors import InputError
+from threestage.errors import InputError, did_you_mean
 from threestage.lineage import Lineage
 from threestage.registry.records import StageRecord
 from threestage.tracking import TRANSFER_S, clean_tags, quoted, redact, redact_tree, talking_to
@@ -120,8 +120,10 @@ class Models:
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
+            names = {model.name for model in _pages(self._client.search_registered_models)} - {wanted["name"]}
             raise InputError(
                 f"{model_uri} is not in {redact(self.uri)}: `threestage models list` shows what is"
+                + did_you_mean(wanted["name"], names)
             ) from error
 
     def _by_alias(self, name: str, alias: str) -> Any:

@@ -1,11 +1,10 @@
 """What is wrong with a space for a configuration, before anything is trained."""
 
-import difflib
 from collections.abc import Collection
 from typing import Any, get_args
 
 from threestage.config import STAGES, Config, Section, changed, flatten
-from threestage.errors import InputError
+from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
 from threestage.sweeps.space import Asha, Space, counts, most_steps, paths, stage_name, with_own_value, with_parents
 
@@ -56,9 +55,8 @@ def _check_known(where: str, key: str, known: Collection[str]) -> None:
         return
     if inside := sorted(other for other in known if other.startswith(f"{key}.")):
         raise InputError(f"{where}.{key}: is a section; name one of its keys, e.g. {inside[0]}")
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean {near[0]}?" if near else "keys are written as for --set, e.g. consistency.weight"
-    raise InputError(f"{where}.{key}: unknown key; {hint}")
+    hint = did_you_mean(key, known) or "; keys are written as for --set, e.g. consistency.weight"
+    raise InputError(f"{where}.{key}: unknown key{hint}")
 
 
 def _check_values(space: Space, base: Config, key: str) -> None:

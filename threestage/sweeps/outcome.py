@@ -7,7 +7,7 @@ from threestage import runs
 from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.records import load_manifest
-from threestage.data.split import Split, make_split
+from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.sweeps import results
 from threestage.sweeps.plots import write_plots
@@ -51,7 +51,7 @@ def _split(asked: Sweep) -> Split:
     """The one that the trials share."""
     config, saved = asked.config, storage.join(shared_folder(asked.out, asked.config.seed), "split.json")
     if storage.exists(saved):
-        return Split.model_validate(storage.read_json(saved)["split"])
+        return saved_split(saved)[0]
     return make_split(config.data.root, load_manifest(config.data.root), config.data)
 
 

@@ -97,6 +97,8 @@ def known(asked: Sweep) -> str | None:
     Raises InputError where that is another one, or --resume was not asked for.
     """
     uri = storage.join(asked.out, "sweep.json")
+    if storage.exists(storage.join(asked.out, "split.json")):
+        raise InputError(f"--out {asked.out}: holds a run: give another folder")
     if not storage.exists(uri):
         return None
     if not asked.resume:

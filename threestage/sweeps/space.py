@@ -4,7 +4,6 @@ Stages before the first searched one are computed once and shared by all trials.
 such as a learning rate, is set for the searched stages and those after them alone (`stageN.changes`).
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 import threestage
 from threestage.config import STAGES, Config, Section, StageName, changed, flatten, stage_keys, validated
-from threestage.errors import InputError
+from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
 from threestage.sweeps.parameters import Parameter, label
 from threestage.yaml_text import read_yaml
@@ -119,8 +118,7 @@ def load_space(source: str) -> Space:
     shipped = _shipped()
     file = shipped.get(source, Path(source))
     if not file.is_file():
-        near = difflib.get_close_matches(source, shipped, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(source, shipped)
         raise InputError(f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}")
     tree = read_yaml(file.read_bytes(), source)
     if not isinstance(tree, dict):

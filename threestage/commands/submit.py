@@ -26,7 +26,7 @@ Exit code: 0 succeeded, 1 or 2 as the command itself, 143 the job was stopped, 1
 
 HELP = "\n\n".join(" ".join(paragraph.split()) for paragraph in TEXT.split("\n\n"))
 
-submit_app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 Address = Annotated[
     str | None,
@@ -92,5 +92,13 @@ def _say(text: str) -> None:
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-for _name in ("run", "sweep", "ingest", "predict", "evaluate"):
-    submit_app.command(_name, context_settings=PASSED_ON, help=f"Submit `threestage {_name}`.\n\n{HELP}")(_submit)
+EXAMPLES = {
+    "run": "run camvid --set data.root=s3://bucket/data --out s3://bucket/run",
+    "sweep": "sweep thresholds mine.yaml --out s3://bucket/sweep",
+    "ingest": "ingest s3://bucket/photos s3://bucket/data --format images",
+    "predict": "predict models:/camvid@champion s3://bucket/photos s3://bucket/masks",
+    "evaluate": "evaluate models:/camvid@champion s3://bucket/data --split test",
+}
+for _name, _example in EXAMPLES.items():
+    _text = f"Submit `threestage {_name}`.\n\n{HELP}\n\nExample: threestage submit {_example}"
+    app.command(_name, context_settings=PASSED_ON, help=_text)(_submit)
