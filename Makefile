@@ -11,7 +11,7 @@ SIZE ?= cpu
 SEEDS ?= 0 1 2
 JOBS ?= 2
 
-.PHONY: demo cluster results bench test test-slow lint types docs audit unit integration clean
+.PHONY: demo cluster results bench guard test test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -22,7 +22,7 @@ cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until C
 results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 SET="a.b=c …"]
 	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET))
 
-test: lint types docs audit unit integration  ## everything that CI runs
+test: lint types docs audit unit guard integration  ## everything that CI runs
 
 test-slow: .venv/installed  ## faults and other long tests
 	$(BIN)/python -m pytest -q -m slow
@@ -37,10 +37,17 @@ types: .venv/installed
 docs: .venv/installed  ## the site, in runs/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-bench: .venv/installed  ## what a step and its views cost beside bare compute and PIL; JSON in runs/
+bench: .venv/installed  ## what a step, its views, the teacher, evaluation, pseudo-masks and a start cost beside plain ways; JSON in runs/
 	mkdir -p runs
 	$(BIN)/python -m tests.benchmarks.bench_step --json runs/bench_step.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_augment --json runs/bench_augment.json
+	$(BIN)/python -m tests.benchmarks.bench_ema --json runs/bench_ema.json
+	$(BIN)/python -m tests.benchmarks.bench_evaluation --json runs/bench_evaluation.json
+	$(BIN)/python -m tests.benchmarks.bench_pseudo_masks --json runs/bench_pseudo_masks.json
+	$(BIN)/python -m tests.benchmarks.bench_start --json runs/bench_start.json
+
+guard: .venv/installed  ## the ratios of a few of these against tests/benchmarks/recorded.json
+	$(BIN)/python -W ignore -m tests.benchmarks.guard
 
 audit: .venv/installed  ## known holes in what is installed, where their database can be reached
 	$(BIN)/python -m tests.audit
