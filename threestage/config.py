@@ -78,7 +78,7 @@ class ConsistencySettings(Settings):
 
 
 class Stage1Settings(Settings):
-    steps: int = Field(20_000, ge=1)
+    steps: int = Field(20_000, ge=1, description="optimiser steps")
     labelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     strong_view: bool = Field(
         False, description="learn the strong view beside the weak one (the control of the method)"
@@ -89,7 +89,7 @@ class Stage1Settings(Settings):
 
 
 class SelfTrainingSettings(Settings):
-    steps: int = Field(60_000, ge=1)
+    steps: int = Field(60_000, ge=1, description="optimiser steps")
     labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch)")
     unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
@@ -101,8 +101,12 @@ class SelfTrainingSettings(Settings):
 class Config(Settings):
     """Everything that a run depends on."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = 0
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="of runs/NAME and, unless registry.model_name says otherwise, of the registered model",
+    )
+    seed: int = Field(0, description="of networks, batches and augmentation")
     stages: Annotated[int, Field(ge=1, le=3)] = Field(3, description="run this many of the three")
     data: DataSettings
     network: NetworkSettings = NetworkSettings()

@@ -75,11 +75,16 @@ class DataSettings(Settings):
     `max_image_pixels`: a larger image is not decoded (a decompression bomb).
     """
 
-    root: str
+    root: str = Field(description="the data set that `threestage ingest` made: a path or s3://bucket/prefix")
     unlabelled: str | None = None
     labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | LabelledIds = "all"
-    split_seed: int = 0
-    validation: float = Field(default=0.2, ge=0, lt=1)
+    split_seed: int = Field(0, description="decides which labels a count or fraction takes")
+    validation: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="share of the labels set aside to validate on, where the data set has no val split",
+    )
     downscale: int = Field(default=1, ge=1)
     fixed_void: float | None = Field(default=None, gt=0, le=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)

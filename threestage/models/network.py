@@ -32,6 +32,7 @@ class NetworkSettings(Settings):
     output_stride: Literal[8, 16, 32] = 8
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
     head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
+    """Of the logits: the paper's, a newer one, or one 1×1 convolution (for a ViT)."""
     dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
     """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
     head_width: PositiveInt = 256
@@ -39,6 +40,7 @@ class NetworkSettings(Settings):
     batch_norm: Literal["frozen", "live"] = "frozen"
     """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """As `std`."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """What the encoder's weights expect of RGB in [0,1]."""
     align_corners: bool = True

@@ -12,8 +12,8 @@ class ClusterSettings(Settings):
     workers: int | tuple[int, int] = Field(
         1, description="training processes; [least, most]: goes on with fewer when nodes are lost, takes new ones in"
     )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0, description="of a training worker, and of a predictor")
+    gpus_per_worker: float = Field(0, ge=0, description="the same; 0 trains on the CPU")
     resources_per_worker: dict[str, float] = Field({}, description="what else a worker takes, in Ray's names: memory …")
     accelerator: str | None = Field(None, description="type of the GPUs in Ray's names, e.g. H100 or A10G")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(

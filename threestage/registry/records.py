@@ -18,7 +18,7 @@ class RegistrySettings(Settings):
 
     tracking_uri: str | None = None
     """null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder, which `mlflow ui` there shows."""
-    experiment: str = "threestage"
+    experiment: str = Field("threestage", description="its name in MLflow")
     model_name: str | None = Field(default=None, pattern=r"^[^/:@]+$")
     """Of the registered model, one for a project; null: the run's name."""
 

@@ -40,7 +40,7 @@ class LoopSettings(Settings):
     accumulate: int = Field(1, ge=1, description="pieces that a worker computes its batch in, to need less memory")
     log_every: int = Field(50, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps")
-    checkpoints_kept: int = Field(2, ge=1)
+    checkpoints_kept: int = Field(2, ge=1, description="newest checkpoints of a stage that stay")
     evaluate_every: int = Field(1000, ge=1, description="steps; the last step is always evaluated")
     loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
 

@@ -13,8 +13,10 @@ class OptimiserSettings(Settings):
 
     learning_rate: float = Field(3e-5, gt=0, description="of new layers")
     encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "poly"] = "constant"
+    weight_decay: float = Field(0.0, ge=0, description="of Adam; 0 is faithful")
+    schedule: Literal["constant", "poly"] = Field(
+        "constant", description="of both learning rates: constant (faithful), or poly, (1 - t)^0.9"
+    )
     warm_up_steps: int = Field(0, ge=0, description="linear from 0")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
 
@@ -22,7 +24,9 @@ class OptimiserSettings(Settings):
 class EmaSettings(Settings):
     """Decay by step: pairs of (first step, decay), the first at step 0."""
 
-    decay: tuple[tuple[int, float], ...] = ((0, 0.99),)
+    decay: tuple[tuple[int, float], ...] = Field(
+        ((0, 0.99),), description="weight kept from the old teacher, from a step on"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
