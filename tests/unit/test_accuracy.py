@@ -59,4 +59,4 @@ def test_the_table_has_a_row_per_stage_that_a_method_trains() -> None:
     ).splitlines()
     assert text[2] == "| three stages (faithful) |  | 2 | 2 | 0.450 ± 0.071 | – | – | – | – |"
     assert text[3].startswith("| three stages (faithful) |  | 3 | 2 | 0.600 ± 0.141 |")
-    assert text[4].startswith("| control | `stages=1` `stage1.strong_view=true` | 1 | 1 | 0.250 |")
+    assert text[4].startswith("| control | `stages=1` `stage1.strong_view=true` ") and " | 1 | 1 | 0.250 |" in text[4]

@@ -69,7 +69,7 @@ def test_a_file_lies_over_its_base(tmp_path: Path) -> None:
     }  # fmt: skip
     for wrong in ("camvd", "[camvid]", str(file)):
         file.write_text(f"base: {wrong}\n")
-        with pytest.raises(InputError, match=r"mine\.yaml: base=.* is no preset; there are camvid, "):
+        with pytest.raises(InputError, match=r"mine\.yaml: base=.* is no preset; there are best, camvid, "):
             load(str(file))
 
 
