@@ -13,16 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import bench_augment, bench_ema, bench_evaluation
+from tests.benchmarks import bench_augment, bench_ema
 from tests.benchmarks.bench_step import make_scenes, measure_stages, quick_config
 from tests.benchmarks.measure import report
-from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import samples_of
 
 RECORD = Path(__file__).with_name("recorded.json")
 SLACK = 0.15
 SMALL = (
-    "network.head=deeplabv2", "augment.crop_size=[80, 112]", "stage1.labelled_batch=2",
+    "stages=2", "network.head=deeplabv2", "augment.crop_size=[80, 112]", "stage1.labelled_batch=2",
     *(f"stage{n}.{kind}_batch=2" for n in (2, 3) for kind in ("labelled", "unlabelled")),
 )  # fmt: skip
 
@@ -34,10 +32,6 @@ def ratios(data: str) -> dict[str, float]:
         found[f"{row['stage']}: bare / step"] = row["bare / step"]
         found[f"{row['stage']}: bare memory / memory"] = 1 / row["memory / bare"]
     found["EMA: loop / ours"] = bench_ema.measure("mobilenetv2_100", rounds=20)["loop / ours"]
-    manifest = load_manifest(data)
-    samples = samples_of(labelled_rows(data, manifest, "train").to_pydict())[:32]
-    evaluation = bench_evaluation.measure("test_resnet", samples, len(manifest.classes), rounds=5)
-    found["evaluation: of a plain loop"] = evaluation["of the plain loop"]
     views = bench_augment.images_per_second(bench_augment.strong_ways((160, 224), number=8), number=8, rounds=25)
     found["strong views: of plain PIL"] = views["ours"] / views["plain PIL"]
     return found

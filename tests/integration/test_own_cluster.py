@@ -27,6 +27,7 @@ with connected(ClusterSettings()):
 """
 
 
+@pytest.mark.slow
 def test_what_listens(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "RAY_AUTH_MODE": None, "RAY_ADDRESS": None, "RAY_AUTH_TOKEN_PATH": None}
     environment = {name: value for name, value in {**os.environ, **home}.items() if value is not None}

@@ -58,6 +58,7 @@ def examples(number: int) -> Iterator[Example]:
         )
 
 
+@pytest.mark.slow
 def test_two_hundred_images_load_in_two_seconds(chromium: Browser, run: Path, tmp_path: Path) -> None:
     stages = read_run(str(run)).stages
     pictures = of_images.images(stages, examples(IMAGES), CLASSES, COLOURS, "")

@@ -171,7 +171,7 @@ def test_pieces_give_the_gradients_of_the_whole_batch(tmp_path: Path, accumulate
     torch.testing.assert_close(parameters(pieces), parameters(whole), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_learns(tmp_path: Path, precision: str) -> None:
     state = train(new_state(precision=precision), worker(tmp_path), precision=precision)
     assert state.history[-1]["supervised_loss"] < state.history[0]["supervised_loss"]
