@@ -117,7 +117,8 @@ def main() -> None:
             jobs = [_job(options, name, seed) for name in methods for seed in options.seeds]
             for job, figures in zip(jobs, pool.map(measure, jobs), strict=True):
                 found.setdefault(job.method, []).append(figures)
-    print(table(found))
+    print(table(found, ACCURACY))
+    print(f"\nOf each stage's model on the pool (entropy in nats):\n\n{table(found, tuple(ON_POOL))}")
     if options.json:
         facts = {"preset": PRESETS[options.size], "seeds": options.seeds, "set": options.set}
         options.json.write_text(json.dumps({**facts, "methods": found}, indent=1) + "\n")
@@ -191,9 +192,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _stage_figures(job: Job, config: Config, results: Mapping[str, Any], stage: str) -> dict[str, float]:
-    """Mean IoU by what it is of: last, best, student and windows on the validation images; the test images' if asked for."""
+    """Mean IoU by what it is of: last, best, student and windows on the validation images; the test images' if asked for.
+    Then what the stage's model says of the pool."""
     values = results["stages"][stage]
-    figures = {name: values[key] for name, key in COLUMNS.items() if key in values}
+    figures = {name: values[key] for name, key in (SCORES | ON_POOL).items() if key in values}
     network, card = load_model(str(Path(results["reused"].get(stage, Path(job.folder, stage)), "model")))
     windows = Protocol(window=config.augment.crop_size)
     figures["windows"] = evaluate_model(network, card, config.data.root, "val", windows)["mean_iou"]
@@ -202,12 +204,16 @@ def _stage_figures(job: Job, config: Config, results: Mapping[str, Any], stage: 
     return figures
 
 
-COLUMNS = {"last": "mean_iou", "best": "best_mean_iou", "student": "student_mean_iou"}
+SCORES = {"last": "mean_iou", "best": "best_mean_iou", "student": "student_mean_iou"}
+ON_POOL = {
+    "confidence": "mean_confidence", "entropy": "mean_entropy", "share above 0.9": "share_above_0.9",
+    "mean IoU of its pseudo-masks": "pseudo_mask_mean_iou",
+}  # fmt: skip
+ACCURACY = (*SCORES, "windows", "test")
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def table(found: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> str:
     """Markdown: a row for each stage that a method itself trains, mean ± sample standard deviation over its seeds."""
-    columns = [*COLUMNS, "windows", "test"]
     lines = ["| method | changes | stage | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
     for method, runs in found.items():
         stages = list(runs[0]["stages"])

@@ -45,9 +45,10 @@ def test_the_figures_of_a_method(scenes: Path, tmp_path: Path) -> None:
         found[method] = [first]
     assert not Path(tmp_path, "cpu", "CutMix", "3", "stage1").exists(), "it is that of the others"
     assert load_card(str(tmp_path / "cpu" / "CutMix" / "3" / "stage2" / "model")).stage == "stage2"
-    lines = table(found).splitlines()
+    lines = table(found, accuracy.ACCURACY).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| stage 1", "| CutMix", "| control"]
     assert "`consistency.cutmix=0.5`" in lines[3] and "–" not in lines[3], "last, best, student, windows, test"
+    assert "–" not in table(found, tuple(accuracy.ON_POOL)).splitlines()[3]
 
 
 def test_the_table_has_a_row_per_stage_that_a_method_trains() -> None:
@@ -55,7 +56,8 @@ def test_the_table_has_a_row_per_stage_that_a_method_trains() -> None:
         return {"seed": 0, "stages": {f"stage{n}": {"last": value} for n, value in enumerate(values, 1)}}
 
     text = table(
-        {"three stages (faithful)": [run(0.3, 0.4, 0.5), run(0.3, 0.5, 0.7)], "control": [run(0.25)]}
+        {"three stages (faithful)": [run(0.3, 0.4, 0.5), run(0.3, 0.5, 0.7)], "control": [run(0.25)]},
+        accuracy.ACCURACY,
     ).splitlines()
     assert text[2] == "| three stages (faithful) |  | 2 | 2 | 0.450 ± 0.071 | – | – | – | – |"
     assert text[3].startswith("| three stages (faithful) |  | 3 | 2 | 0.600 ± 0.141 |")
