@@ -119,12 +119,6 @@ class Network(nn.Module):
         """The state without the auxiliary head; fits `Network(settings, num_classes, "none")` strictly."""
         return without_auxiliary(self.state_dict())
 
-    def drop_auxiliary(self) -> "Network":
-        """Remove the auxiliary head, in place, and return the network that ships."""
-        self.auxiliary_stage = None
-        self.auxiliary_head = None
-        return self
-
     def _normalise_and_pad(self, image: Tensor) -> Tensor:
         image = (image - self.mean) / self.std
         multiple = self.encoder.size_multiple
