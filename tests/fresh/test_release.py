@@ -35,5 +35,6 @@ def test_the_demo_from_sdist_and_wheel(tmp_path: Path) -> None:
         assert {"threestage/presets/best.yaml", "threestage/_shipped/constraints.txt"} <= set(archive.namelist())
 
     command_of(empty / "bin/pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), env={})
-    command_of(empty / "bin/threestage", "demo", "--out", str(run), *SHORT, env={"HOME": str(tmp_path)})
+    elsewhere = {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    command_of(empty / "bin/threestage", "demo", "--out", str(run), *SHORT, env=elsewhere)
     assert list(json.loads((run / "results.json").read_text())["stages"]) == ["stage1", "stage2", "stage3"]
