@@ -26,8 +26,8 @@ def test_a_scene_is_a_function_of_seed_index_and_settings() -> None:
 def test_shapes_types_and_ids() -> None:
     for size in (32, 64, 96):
         image, mask = scene(0, 1, SceneSettings(size=size))
-        assert (image.shape, image.dtype) == ((size, size, 3), np.uint8)
-        assert (mask.shape, mask.dtype) == ((size, size), np.uint8)
+        assert (image.shape, image.dtype) == ((size, size, 3), np.dtype(np.uint8))
+        assert (mask.shape, mask.dtype) == ((size, size), np.dtype(np.uint8))
         assert mask.max() < len(CLASSES)
 
 
