@@ -40,7 +40,9 @@ def test_a_measurement_stays_in_the_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert first.startswith("before\n") and first.endswith("\nafter\n") and "many cores" in first
 
 
-def test_without_a_measurement_the_page_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_measurement_the_page_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["scaling_model"])
     model.main()
     assert "not measured yet, taken as 0" in capsys.readouterr().out
