@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.s3 import s3_server, variables
 from threestage.config import Config
@@ -51,6 +53,16 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         for name, value in variables(endpoint).items():
             monkeypatch.setenv(name, value)
         yield "s3://bucket/some/folder"
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """Noise of 48×40 pixels with masks of two classes, in images/ and masks/."""
+    random = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for i in range(count):
+        Image.fromarray(random.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"images/{i}.jpg")
+        Image.fromarray(random.integers(0, 2, (40, 48), dtype=np.uint8)).save(folder / f"masks/{i}.png")
 
 
 def tiny_config(root: Path, **changes: object) -> Config:

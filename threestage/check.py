@@ -72,9 +72,9 @@ def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[Line]:
 
 
 def _check_cluster(config: Config, out: str, manifest: Manifest | None) -> Iterator[Line]:
-    from threestage.on_ray import check, check_room
+    from threestage.on_ray import check, check_room, entrance
 
-    address = check.address_of(config.cluster)
+    address = entrance.address_of(config.cluster)
     if address is None:
         room = tried("cluster", "", lambda: check_room.room_here(config))
         yield room

@@ -20,6 +20,7 @@ import torch
 from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
 from threestage import pipeline
+from threestage.allocator import keep_freed_memory
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import SceneSettings, write_scenes
@@ -80,6 +81,7 @@ def main() -> None:
     if not inside_cluster(nodes=1, cpus=4):
         return
     torch.set_num_threads(1)
+    keep_freed_memory()  # as Ray's worker does, and run_local
     quiet_ray_data()
     folder = Path(tempfile.mkdtemp())
     write_scenes(str(folder / "scenes"), {"train": 200, "val": 8, "test": 4}, 1, SceneSettings(size=128))

@@ -47,7 +47,7 @@ def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
 def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, unless a test is of the cluster: no cluster, and no step is measured."""
     if "ray_cluster" not in request.fixturenames:
-        monkeypatch.setattr("threestage.on_ray.check.address_of", lambda cluster: None)
+        monkeypatch.setattr("threestage.on_ray.entrance.address_of", lambda cluster: None)
         monkeypatch.setattr("threestage.check.measure_here", lambda specification: iter(()))
 
 

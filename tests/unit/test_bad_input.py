@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 import threestage
+from tests.conftest import write_photos
 from threestage import local
 from threestage.cli import main
 from threestage.data.records import MANIFEST_NAME
@@ -268,12 +269,7 @@ def place(scenes: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _images(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / name).mkdir()
-    for i in range(5):
-        Image.fromarray(random.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"images/{i}.jpg")
-        Image.fromarray(random.integers(0, 2, (40, 48), dtype=np.uint8)).save(folder / f"masks/{i}.png")
+    write_photos(folder, 5)
     shutil.copytree(folder / "images", folder / "cut-images")
     (folder / "cut-images/3.jpg").write_bytes((folder / "images/3.jpg").read_bytes()[:-200])
     for name, mask in (("small-masks", np.zeros((40, 40), np.uint8)), ("other-ids", np.full((40, 48), 7, np.uint8))):

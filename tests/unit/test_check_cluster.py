@@ -85,11 +85,11 @@ def test_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert check.address_of(config.cluster) is None
+    assert entry.address_of(config.cluster) is None
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert check.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
+    assert entry.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
     named = with_cluster(config, address="other:6379").cluster
-    assert check.address_of(named) == ("cluster.address", "other:6379")
+    assert entry.address_of(named) == ("cluster.address", "other:6379")
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])

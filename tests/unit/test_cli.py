@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.conftest import write_photos
 from threestage.cli import main
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import NetworkSettings, build_network
@@ -42,12 +43,7 @@ def threestage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Ten good images with masks, in images/ and masks/, and a class map."""
-    random = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
-    for i in range(10):
-        Image.fromarray(random.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(tmp_path / f"images/{i}.jpg")
-        Image.fromarray(random.integers(0, 2, (40, 48), dtype=np.uint8)).save(tmp_path / f"masks/{i}.png")
+    write_photos(tmp_path, 10)
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASS_MAP))
     return tmp_path
 

@@ -155,9 +155,8 @@ def test_cutouts_hide_pixels_and_keep_their_labels() -> None:
     assert hidden.unique(dim=0).shape[0] == 8  # every sample is cut elsewhere
 
 
-def drawn(*names: str, level: int = 5) -> views._Drawn:
-    operation = torch.tensor([[views.OPERATIONS.index(name) for name in names]])
-    return views._Drawn(operation, torch.full(operation.shape, level / 10), torch.ones(operation.shape))
+def drawn(*names: str, level: int = 5) -> list[views.Plan]:
+    return [[(name, level / 10, 1.0) for name in names]]
 
 
 def test_geometric_operations_act_in_the_order_drawn() -> None:

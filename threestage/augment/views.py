@@ -180,9 +180,9 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     mid-range, but only the latter lose `valid`.
     """
     count, size = len(view.image), _size(view.image)
-    drawn = _draw_operations(count, settings, draws)
+    plans = _draw_operations(count, settings, draws)
     corners = _draw_cutouts(count, size, settings, draws)
-    theta = _drawn_theta(drawn, size)
+    theta = _drawn_theta(plans, size)
     moved = [sample for sample, matrix in enumerate(theta) if not torch.equal(matrix, torch.eye(2, 3))]
     move, valid = geometry.Move(), view.valid
     if moved:
@@ -191,35 +191,24 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
         within = geometry.gather_pixels(torch.stack([valid[sample] for sample in moved]), index) & inside
         valid = torch.stack(geometry.replaced(valid, moved, within))
     shown = valid.byte() & ~_squares(_to(corners, valid), settings.cutout_size, size)
-    image = geometry.filled(move(_apply_photometry(view, drawn)), shown, FILL)
+    image = geometry.filled(move(_apply_photometry(view, plans)), shown, FILL)
     return View(image, valid, _to(theta, image), move)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What each of N images drew in each of K slots, on the host; an operation not applied is written as identity."""
-
-    operation: Tensor
-    """(N,K) int64, an index into OPERATIONS"""
-    magnitude: Tensor
-    """(N,K) float32, level / 10"""
-    sign: Tensor
-    """(N,K) float32, -1 or 1"""
-
-    def of_each(self) -> list[list[tuple[str, float, float]]]:
-        """Per image, the (name, magnitude, sign) of what it applies, in order."""
-        rows = zip(self.operation.tolist(), self.magnitude.tolist(), self.sign.tolist(), strict=True)
-        named = [[(OPERATIONS[code], m, sign) for code, m, sign in zip(*row, strict=True)] for row in rows]
-        return [[step for step in plan if step[0] != "identity"] for plan in named]
+Plan = list[tuple[str, float, float]]
+"""What an image applies, in order: name, magnitude (level / 10), sign (-1 or 1)."""
 
 
-def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> _Drawn:
+def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> list[Plan]:
     shape = (count, settings.operations)
     operation = draws.integers(0, len(OPERATIONS), *shape)
     applied = draws.uniform(*shape) < settings.probability
     level = draws.integers(settings.levels[0], settings.levels[1] + 1, *shape)
     sign = draws.integers(0, 2, *shape) * 2 - 1
-    return _Drawn(torch.where(applied, operation, OPERATIONS.index("identity")), level / 10, sign.float())
+    operation = torch.where(applied, operation, OPERATIONS.index("identity"))
+    rows = zip(operation.tolist(), (level / 10).tolist(), sign.float().tolist(), strict=True)
+    plans = [[(OPERATIONS[code], m, side) for code, m, side in zip(*row, strict=True)] for row in rows]
+    return [[step for step in plan if step[0] != "identity"] for plan in plans]
 
 
 def _draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, draws: Draws) -> Tensor:
@@ -239,25 +228,23 @@ def _squares(corners: Tensor, side: int, size: geometry.Size) -> Tensor:
     return hidden
 
 
-def _drawn_theta(drawn: _Drawn, size: geometry.Size) -> Tensor:
+def _drawn_theta(plans: list[Plan], size: geometry.Size) -> Tensor:
     """(N,2,3) on the host: the geometric operations of all slots as one transform, the first drawn acting first."""
-    plans = [
-        [GEOMETRIC[name](m * sign, size) for name, m, sign in plan if name in GEOMETRIC] for plan in drawn.of_each()
-    ]
-    return torch.tensor([geometry.chain(plan) for plan in plans])
+    moves = [[GEOMETRIC[name](m * sign, size) for name, m, sign in plan if name in GEOMETRIC] for plan in plans]
+    return torch.tensor([geometry.chain(steps) for steps in moves])
 
 
-def _apply_photometry(view: View, drawn: _Drawn) -> list[Tensor]:
+def _apply_photometry(view: View, plans: list[Plan]) -> list[Tensor]:
     """The levels (3,h,w) of each sample after its photometric operations in their order; others are untouched."""
     images = list(view.image)
-    plans = [[(name, m) for name, m, _ in plan if name in PHOTOMETRIC] for plan in drawn.of_each()]
-    touched = [sample for sample, plan in enumerate(plans) if plan]
+    steps = [[(name, m) for name, m, _ in plan if name in PHOTOMETRIC] for plan in plans]
+    touched = [sample for sample, of_sample in enumerate(steps) if of_sample]
     if not touched:
         return images
     low, span = photometry.level_range(view.image, view.valid)
     tables = list(photometry.stretch(low, span))
     for sample in touched:
-        for name, m in plans[sample]:
+        for name, m in steps[sample]:
             image, table = images[sample], tables[sample]
             images[sample], tables[sample] = _operate(name, m, image, view.valid[sample], table)
     last = photometry.unstretch(low, span, torch.stack(tables))

@@ -1,7 +1,8 @@
 """Data sets and models on images: ingest, evaluate, predict."""
 
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -21,6 +22,9 @@ from threestage.commands.options import (
     warn,
 )
 from threestage.terminal import escape
+
+if TYPE_CHECKING:
+    from threestage.data.rejects import Reject
 
 
 class SplitChoice(StrEnum):
@@ -84,10 +88,7 @@ def ingest(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    for reject in report.rejected:
-        console.print(
-            f"[yellow]left out[/] {escape(reject.source)}: {escape(reject.reason)}", highlight=False, soft_wrap=True
-        )
+    _show_left_out(report.rejected)
     if report.bad:
         console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, markup=False, soft_wrap=True)
     table = Table("split", "images", "labelled", title=escape(f"{out} version {report.manifest.version}"))
@@ -197,13 +198,17 @@ def predict(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    for reject in report.rejected:
-        console.print(
-            f"[yellow]left out[/] {escape(reject.source)}: {escape(reject.reason)}", highlight=False, soft_wrap=True
-        )
+    _show_left_out(report.rejected)
     kept = f" ({report.kept} of them before)" if report.kept else ""
     console.print(
         f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _show_left_out(rejected: Iterable["Reject"]) -> None:
+    for reject in rejected:
+        console.print(
+            f"[yellow]left out[/] {escape(reject.source)}: {escape(reject.reason)}", highlight=False, soft_wrap=True
+        )

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 
 import ray
@@ -13,15 +12,6 @@ from threestage.errors import InputError
 from threestage.on_ray.entrance import lets_in
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.train import connected
-
-
-def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
-    """What names the cluster that a run connects to, and its address; None where a run starts Ray on its machine."""
-    if ray.is_initialized():
-        return "cluster.address", ray.get_runtime_context().gcs_address
-    if cluster.address is not None:
-        return "cluster.address", cluster.address
-    return ("RAY_ADDRESS", os.environ["RAY_ADDRESS"]) if os.environ.get("RAY_ADDRESS") else None
 
 
 def connect(name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack) -> Found:

@@ -1,6 +1,7 @@
-"""Whether a Ray cluster lets this process in, asked before `ray.init`, which tries a wrong address for minutes."""
+"""Which Ray cluster a run connects to, and whether it lets this process in: `ray.init` tries a wrong address for minutes."""
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 
@@ -13,15 +14,32 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from threestage.checks.lines import Found
 from threestage.errors import InputError
+from threestage.on_ray.settings import ClusterSettings
 
 ANSWER_S = 5.0
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
 OPEN = "it asks for no token: whoever reaches it can run programs there; start it with RAY_AUTH_MODE=token"
 
 
+def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
+    """What names the cluster that a run connects to, and its address; None where a run starts Ray on its machine."""
+    if ray.is_initialized():
+        return "cluster.address", ray.get_runtime_context().gcs_address
+    if cluster.address is not None:
+        return "cluster.address", cluster.address
+    return ("RAY_ADDRESS", os.environ["RAY_ADDRESS"]) if os.environ.get("RAY_ADDRESS") else None
+
+
 def lets_in(name: str, address: str) -> Found:
-    """Raises InputError within seconds where `ray.init` would try for minutes: nobody listens, the token is wrong, the
-    versions differ."""
+    """What `threestage check` says of the cluster. Raises as `admitted`."""
+    address, there = admitted(name, address)
+    value = f"{address}: Ray {there['ray_version']} and Python {there['python_version']} there and here"
+    return Found(f"{value}; it takes our token") if _wants_token(address) else Found(value, f"{address}: {OPEN}")
+
+
+def admitted(name: str, address: str) -> tuple[str, dict[str, str]]:
+    """The cluster's HOST:PORT and versions. Raises InputError within seconds where `ray.init` would try for minutes: nobody
+    listens, the token is wrong, the versions differ."""
     if "://" in address:
         raise InputError(
             f"{name}={address}: a run connects to HOST:PORT of the cluster's head, from one of its nodes; from elsewhere, "
@@ -34,8 +52,7 @@ def lets_in(name: str, address: str) -> Found:
             raise InputError(f"{name}={address}: no Ray runs on this machine: start it, or give HOST:PORT") from None
     there = _versions_there(name, address)
     _refuse_other_versions(name, address, there)
-    value = f"{address}: Ray {there['ray_version']} and Python {there['python_version']} there and here"
-    return Found(f"{value}; it takes our token") if _wants_token(address) else Found(value, f"{address}: {OPEN}")
+    return address, there
 
 
 def _versions_there(name: str, address: str) -> dict[str, str]:

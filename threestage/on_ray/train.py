@@ -23,7 +23,7 @@ from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_options, unlabelled_stream
-from threestage.on_ray.entrance import lets_in
+from threestage.on_ray.entrance import address_of, admitted
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
 from threestage.on_ray.patience import Membership, Patience, await_resources
 from threestage.on_ray.predict import predict_pool
@@ -98,19 +98,18 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        lets_in("cluster.address" if cluster.address else "RAY_ADDRESS", address)
+    named = address_of(cluster)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None:
+    if named is not None:
+        admitted(*named)
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the same variables
         options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
         options["_temp_dir"] = private_folder()
-    with contextlib.nullcontext() if address else closed_to_others():
-        ray.init(address=address or "local", **options)
+    with contextlib.nullcontext() if named else closed_to_others():
+        ray.init(address=named[1] if named else "local", **options)
         try:
             yield
         finally:
