@@ -19,8 +19,8 @@ demo: .venv/installed  ## three stages on synthetic scenes: table, results.json,
 cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
 	$(BIN)/python cluster/local.py --nodes $(NODES)
 
-results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 SET="a.b=c …"]
-	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET))
+results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 TEST="DATASET …" SET="a.b=c …"]
+	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET)) $(if $(TEST),--test $(TEST))
 
 test: lint types docs audit unit guard integration  ## everything that CI runs
 

@@ -1,10 +1,11 @@
 """Every method on the same labels and seeds: `make results`. Needs torch, timm, pyarrow and pydantic only.
 
     python -m tests.benchmarks.accuracy --data DATASET --weights FILE [--size cpu|gpu] [--seeds 0 1 2] [--jobs 2]
-                                        [--methods NAME …] [--test] [--out FOLDER] [--json FILE]
+                                        [--methods NAME …] [--test DATASET …] [--out FOLDER] [--json FILE]
 
 A method is a preset with a few settings changed (METHODS). What is finished is not run again, what was killed goes on, and
-methods share their first stages. --test evaluates the test split too: once, after everything is frozen.
+methods share their first stages. --test scores the test splits of these data sets too (the whole one; a part of it, ingested
+by itself, gives a column of its own): once, after everything is frozen.
 """
 
 import argparse
@@ -105,7 +106,7 @@ class Job(NamedTuple):
     config: dict[str, Any]
     folder: str
     reuse: str | None
-    test: bool
+    test: list[str]
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def main() -> None:
             jobs = [_job(options, name, seed) for name in methods for seed in options.seeds]
             for job, figures in zip(jobs, pool.map(measure, jobs), strict=True):
                 found.setdefault(job.method, []).append(figures)
-    print(table(found, ACCURACY))
+    print(table(found, (*ACCURACY, *map(test_column, options.test))))
     print(f"\nOf each stage's model on the pool (entropy in nats):\n\n{table(found, tuple(ON_POOL))}")
     if options.json:
         facts = {"preset": PRESETS[options.size], "seeds": options.seeds, "set": options.set}
@@ -144,7 +145,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="of every method")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread where there is no GPU")
-    parser.add_argument("--test", action="store_true", help="score the last models on the test split too")
+    parser.add_argument(
+        "--test", nargs="+", default=[], metavar="DATASET", help="whose test splits the models are scored on"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -199,8 +202,8 @@ def _stage_figures(job: Job, config: Config, results: Mapping[str, Any], stage: 
     network, card = load_model(str(Path(results["reused"].get(stage, Path(job.folder, stage)), "model")))
     windows = Protocol(window=config.augment.crop_size)
     figures["windows"] = evaluate_model(network, card, config.data.root, "val", windows)["mean_iou"]
-    if job.test:
-        figures["test"] = evaluate_model(network, card, config.data.root, "test")["mean_iou"]
+    for dataset in job.test:
+        figures[test_column(dataset)] = evaluate_model(network, card, dataset, "test")["mean_iou"]
     return figures
 
 
@@ -209,7 +212,12 @@ ON_POOL = {
     "confidence": "mean_confidence", "entropy": "mean_entropy", "share above 0.9": "share_above_0.9",
     "mean IoU of its pseudo-masks": "pseudo_mask_mean_iou",
 }  # fmt: skip
-ACCURACY = (*SCORES, "windows", "test")
+ACCURACY = (*SCORES, "windows")
+
+
+def test_column(dataset: str) -> str:
+    """Of the test split of a data set."""
+    return f"test of {Path(dataset).name}"
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> str:

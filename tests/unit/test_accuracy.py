@@ -35,7 +35,9 @@ def test_a_method_loads_and_shares_its_first_stage(preset: str, method: str) -> 
 
 
 def test_the_figures_of_a_method(scenes: Path, tmp_path: Path) -> None:
-    options = argparse.Namespace(data=str(scenes), weights=None, size="cpu", set=list(TINY), test=True, out=tmp_path)
+    options = argparse.Namespace(
+        data=str(scenes), weights=None, size="cpu", set=list(TINY), test=[str(scenes)], out=tmp_path
+    )
     found: dict[str, list[dict[str, object]]] = {}
     for method in (BASE, "CutMix", "control"):
         job = accuracy._job(options, method, 3)
@@ -45,7 +47,7 @@ def test_the_figures_of_a_method(scenes: Path, tmp_path: Path) -> None:
         found[method] = [first]
     assert not Path(tmp_path, "cpu", "CutMix", "3", "stage1").exists(), "it is that of the others"
     assert load_card(str(tmp_path / "cpu" / "CutMix" / "3" / "stage2" / "model")).stage == "stage2"
-    lines = table(found, accuracy.ACCURACY).splitlines()
+    lines = table(found, (*accuracy.ACCURACY, accuracy.test_column(str(scenes)))).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| stage 1", "| CutMix", "| control"]
     assert "`consistency.cutmix=0.5`" in lines[3] and "–" not in lines[3], "last, best, student, windows, test"
     assert "–" not in table(found, tuple(accuracy.ON_POOL)).splitlines()[3]
@@ -59,6 +61,6 @@ def test_the_table_has_a_row_per_stage_that_a_method_trains() -> None:
         {"three stages (faithful)": [run(0.3, 0.4, 0.5), run(0.3, 0.5, 0.7)], "control": [run(0.25)]},
         accuracy.ACCURACY,
     ).splitlines()
-    assert text[2] == "| three stages (faithful) |  | 2 | 2 | 0.450 ± 0.071 | – | – | – | – |"
+    assert text[2] == "| three stages (faithful) |  | 2 | 2 | 0.450 ± 0.071 | – | – | – |"
     assert text[3].startswith("| three stages (faithful) |  | 3 | 2 | 0.600 ± 0.141 |")
     assert text[4].startswith("| control | `stages=1` `stage1.strong_view=true` ") and " | 1 | 1 | 0.250 |" in text[4]
