@@ -1,0 +1,27 @@
+"""Shared by the tests that register models."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from threestage.registry import packing
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once() -> Iterator[None]:
+    """Exporting a program takes three seconds: the same model is exported once for all tests of a process."""
+    programs: dict[str, bytes] = {}
+    export = packing.export_program
+
+    def remembered(uri: str) -> bytes:
+        files = (Path(uri, name).read_bytes() for name in ("model.json", "model.safetensors"))
+        key = hashlib.sha256(b"".join(files)).hexdigest()
+        if key not in programs:
+            programs[key] = export(uri)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "export_program", remembered)
+        yield
