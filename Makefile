@@ -11,7 +11,7 @@ SIZE ?= cpu
 SEEDS ?= 0 1 2
 JOBS ?= 2
 
-.PHONY: demo cluster results bench guard test test-slow lint types docs audit unit integration clean
+.PHONY: demo cluster results bench guard mutants test test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -49,6 +49,11 @@ bench: .venv/installed  ## what a step, its views, the teacher, evaluation, pseu
 guard: .venv/installed  ## the ratios of a few of these against tests/benchmarks/recorded.json
 	$(BIN)/python -W ignore -m tests.benchmarks.guard
 
+mutants: .venv/installed  ## which changes of losses, metrics, pseudo-masks, geometry and storage does no test see? (half an hour; mutants/)
+	$(BIN)/python -m pip install -q -c constraints.txt mutmut==3.8.1
+	$(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 audit: .venv/installed  ## known holes in what is installed, where their database can be reached
 	$(BIN)/python -m tests.audit
 
@@ -60,8 +65,8 @@ integration: .venv/installed  ## with Ray, one after the other
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"  # what is imported is compiled then
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs mutants
