@@ -1,13 +1,22 @@
 """Each loss against numbers worked out by hand: a sign, a mean or a weight that slips is invisible in training curves."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from threestage.training.losses import cross_entropy_sum, keep_confident, supervised_loss, total_loss, valid_pixels
+from threestage.training.losses import (
+    consistency_loss,
+    cross_entropy_sum,
+    keep_confident,
+    pseudo_mask_loss,
+    supervised_loss,
+    total_loss,
+    valid_pixels,
+)
 from threestage.training.step import StepInputs, piece_sums, pieces
 
 
@@ -51,6 +60,11 @@ def test_threshold_keeps_what_reaches_it() -> None:
     assert keep_confident(class_ids, confidence, 0.7).tolist() == [[[255, 255, 1, 1]]]
     assert keep_confident(class_ids, confidence.float() / 255, 0.7).tolist() == [[[255, 255, 1, 1]]]
     assert keep_confident(class_ids, confidence, 0.0).tolist() == [[[1, 1, 1, 1]]]
+    assert keep_confident(class_ids, confidence, 1.0).tolist() == [[[255, 255, 255, 1]]], "what is certain reaches 1"
+    two = torch.tensor([[[0, 1, 1, 1]]], dtype=torch.uint8)
+    assert keep_confident(two, confidence, 0.7).tolist() == [[[255, 255, 1, 1]]], (
+        "of every class, unless a rule is given"
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -103,6 +117,22 @@ def test_a_pixel_counts_for_its_weight() -> None:
     torch.testing.assert_close(cross_entropy_sum(logits, target, whole), cross_entropy_sum(logits, target))
 
 
+@pytest.mark.parametrize("loss", [supervised_loss, consistency_loss, pseudo_mask_loss])
+def test_each_term_takes_weights(loss: Callable[..., Tensor]) -> None:
+    logits, target = logits_for([[0.5, 0.25], [0.5, 0.75]]), torch.tensor([[[0, 1]]])
+    weight = torch.tensor([[[51, 0]]], dtype=torch.uint8)
+    assert loss(logits, target, weight).item() == pytest.approx(-math.log(0.5) / 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_loss_is_computed_in_float32_at_least(given: torch.dtype, computed: torch.dtype) -> None:
+    logits = logits_for([[0.5], [0.5]]).to(given)
+    assert cross_entropy_sum(logits, torch.tensor([[[0]]])).dtype == computed
+
+
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_thresholds_follow_what_the_batch_shows(as_bytes: bool) -> None:
     """Class 0 has mean confidence 0.9, class 1 0.6, all pixels 0.75; what is 255 counts for nothing."""
@@ -112,6 +142,7 @@ def test_thresholds_follow_what_the_batch_shows(as_bytes: bool) -> None:
         confidence = (confidence * 255).round().to(torch.uint8)
     assert keep_confident(class_ids, confidence, 0.8, "fixed").tolist() == [[[0, 0, 255, 255, 255]]]
     assert keep_confident(class_ids, confidence, 0.8, "dynamic").tolist() == [[[0, 0, 1, 255, 255]]], "0.8 · 0.75 = 0.6"
+    assert keep_confident(class_ids, confidence, 0.95, "dynamic").tolist() == [[[0, 0, 255, 255, 255]]], "0.71"
     assert keep_confident(class_ids, confidence, 0.95, "per_class").tolist() == [[[0, 255, 1, 255, 255]]], (
         "0.95 for class 0, 0.95 · 0.6 / 0.9 = 0.63 for class 1"
     )

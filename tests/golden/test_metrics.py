@@ -19,6 +19,11 @@ def test_confusion_matrix_equals_torchmetrics() -> None:
     torch.testing.assert_close(per_class_iou(mine).float(), oracle)
 
 
+def test_a_class_that_does_not_occur_has_its_row() -> None:
+    ids = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    assert confusion_matrix(ids, ids, 3).tolist() == [[4, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_iou_by_hand() -> None:
     confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
     ious = per_class_iou(confusion).tolist()

@@ -34,12 +34,14 @@ from threestage.pseudo_masks import (
     PoolTask,
     Statistics,
     certainty,
+    check_guard,
     gather,
     measure,
     predict_images,
     quantise,
     set_digest,
     stored_report,
+    vanished_classes,
 )
 from threestage.training.metrics import confusion_matrix
 
@@ -417,6 +419,49 @@ def test_gather_sums_up_and_writes_the_index_and_the_rejects(tmp_path: Path) -> 
     assert listed == [*rejects(2, "a"), *rejects(1, "c")]
 
 
+def test_statistics_by_hand() -> None:
+    """Of 8 pixels, 3 of them above 0.9; the true mask of 4 is known."""
+    statistics = Statistics(
+        pixels=8, confidence_sum=6, entropy_sum=2, above=(8, 7, 3, 0), class_pixels=(4, 4), confusion=((1, 1), (0, 2))
+    )
+    figures = statistics.summary()
+    assert [figures[f"share_above_{share}"] for share in (0.5, 0.7, 0.9, 0.95)] == [1.0, 7 / 8, 3 / 8, 0.0]
+    assert figures["mean_confidence"] == 0.75 and figures["mean_entropy"] == 0.25
+    assert figures["pseudo_mask_mean_iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    one = Statistics(pixels=1, confidence_sum=0.5, above=(1, 0, 0, 0)).summary()
+    assert one["mean_confidence"] == 0.5 and "pseudo_mask_mean_iou" not in one
+    with pytest.raises(ValueError, match="zip"):
+        Statistics(above=(1,)).summary()
+
+
+def test_statistics_add_up_also_where_one_knows_no_classes() -> None:
+    known = Statistics(images=1, class_pixels=(1, 2), confusion=((1, 0), (0, 2)))
+    assert Statistics(images=2) + known == known + Statistics(images=2) == known.model_copy(update={"images": 3})
+    assert (known + known).class_pixels == (2, 4)
+
+
+def test_a_class_has_vanished_under_a_hundredth_of_its_share() -> None:
+    """Class b has half of the 400 labelled pixels: it vanishes below 1/200 of the pseudo-masks' 1,000 pixels."""
+    for found, vanished in ((5, []), (4, ["b"])):
+        statistics = Statistics(pixels=1000, class_pixels=(1000 - found, found, 0))
+        assert vanished_classes(statistics, [200, 200, 0], ["a", "b", "never labelled"]) == vanished
+    assert vanished_classes(Statistics(class_pixels=(0,)), [1], ["a"]) == ["a"], "nothing is predicted"
+    assert vanished_classes(Statistics(class_pixels=(0,)), [0], ["a"]) == [], "nothing is labelled"
+    with pytest.raises(ValueError, match="zip"):
+        vanished_classes(Statistics(class_pixels=(0, 0)), [1], ["a"])
+
+
+def test_a_guard_warns_stops_or_says_nothing() -> None:
+    said: list[str] = []
+    check_guard("ignore", "it fell", said.append)
+    assert said == []
+    check_guard("warn", "it fell", said.append)
+    assert said == ["it fell"]
+    with pytest.raises(StageFailure, match=r"^it fell; pseudo_mask\.guard=stop ends the run here, warn would go on$"):
+        check_guard("stop", "it fell", said.append)
+    assert said == ["it fell"]
+
+
 def test_gather_writes_the_lists_also_when_they_are_empty(tmp_path: Path) -> None:
     task = task_for(tmp_path)
     assert gather(task, [], iter(()), 0.0) == Statistics()
@@ -454,8 +499,8 @@ def test_too_many_bad_images_stop_the_job_at_once(tmp_path: Path) -> None:
 
 
 def test_a_report_that_comes_twice_counts_once(tmp_path: Path) -> None:
-    twice = [*reports_of([1, 1])(), *reports_of([1, 1])()]
-    assert gather(task_for(tmp_path), pool(2), twice, 0.05).unreadable == 2
+    b, a = reports_of([1, 1])()
+    assert gather(task_for(tmp_path), pool(2), [b, b, a, b], 0.05).unreadable == 2
 
 
 def test_many_rejects_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
