@@ -98,7 +98,8 @@ def _put_photos(folder: Path) -> None:
     (folder / "masks").mkdir()
     for source in sources[:30]:
         (mask,) = (SHARED / "camvid/train/masks").glob(f"{source.stem}.*")
-        ids = np.asarray(Image.open(mask))
+        with Image.open(mask) as picture:
+            ids = np.asarray(picture)
         own = np.select([ids == 3, ids == 4, ids == 8], [0, 7, 3], 255).astype(np.uint8)
         Image.fromarray(own).save(folder / f"masks/{source.stem}.png")
     for heading in ("Your own images, in five commands", "On S3"):
@@ -110,7 +111,8 @@ def _put_photos(folder: Path) -> None:
 def test_the_demo(files: Files) -> None:
     stages = storage.read_json(str(files.clone / "runs/demo-0/results.json"))["stages"]
     assert stages["stage3"]["mean_iou"] > stages["stage1"]["mean_iou"]
-    assert Image.open(files.clone / "runs/demo-0/pictures.png").width > 400
+    with Image.open(files.clone / "runs/demo-0/pictures.png") as pictures:
+        assert pictures.width > 400
 
 
 def test_own_images(files: Files) -> None:
