@@ -108,7 +108,7 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 180:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -124,10 +124,13 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def _cells(results: Mapping[str, Any]) -> list[list[str]]:
-    """The header, then one row a stage."""
-    rows = [["stage", *(title for title, _, _ in _COLUMNS)]]
+    """The header, then one row a stage; what was left out is shown if anything was: without it a terminal of 80 columns
+    holds the table."""
+    some_left_out = any(values.get("rejected") for values in results["stages"].values())
+    columns = [column for column in _COLUMNS if column[1] != "rejected" or some_left_out]
+    rows = [["stage", *(title for title, _, _ in columns)]]
     for stage, values in results["stages"].items():
-        rows.append([stage, *(_cell(values.get(key), form) for _, key, form in _COLUMNS)])
+        rows.append([stage, *(_cell(values.get(key), form) for _, key, form in columns)])
     return rows
 
 
@@ -158,7 +161,7 @@ def rich_table(results: Mapping[str, Any]) -> "Table":
     header, *rows = _cells(results)
     table = Table()
     for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i else "left")
+        table.add_column(title.replace(" ", "\n"), justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     return table

@@ -94,7 +94,7 @@ def test_the_table_prints_figures_and_dashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (179, "179 s"), (180, "3 min"), (7000, "117 min")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (179, "179 s"), (180, "3 min"), (5999, "100 min"), (6001, "1.7 h")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert report.results_table({"stages": {"s": {"seconds": seconds}}}).endswith(f" {text}")
@@ -108,6 +108,20 @@ def test_the_rich_table_holds_the_same_cells() -> None:
         console.print(report.rich_table(RESULTS))
     for cell in ("stage1", "0.407", "26 %", "150 s", "2.1 h", "–"):
         assert cell in capture.get()
+
+
+def test_a_terminal_of_80_columns_shows_all_of_a_run_that_left_nothing_out() -> None:
+    from rich.console import Console
+
+    figures = {
+        "mean_iou": 0.4, "best_mean_iou": 0.4, "student_mean_iou": 0.4, "pseudo_mask_mean_iou": 0.4,
+        "mean_confidence": 0.9, "share_above_0.9": 0.88, "rejected": 0, "seconds": 5900,
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as capture:
+        console.print(report.rich_table({"stages": {"stage1": figures}}))
+    assert "confidence" in capture.get() and "pseudo-mask" in capture.get() and "98 min" in capture.get()
+    assert "left" not in capture.get() and "…" not in capture.get()
 
 
 def test_the_module_imports_neither_rich_nor_torch() -> None:
