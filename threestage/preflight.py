@@ -3,7 +3,7 @@
 import numpy as np
 
 from threestage import IGNORE_INDEX
-from threestage.config import Config
+from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.listing import first_image
@@ -35,6 +35,7 @@ def check_pool(config: Config, images: int) -> None:
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
     for stage in config.stage_names:
         _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
+        _check_pooled(config.for_stage(stage), stage)
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
@@ -58,6 +59,23 @@ def _check_batch(config: Config, key: str, size: int, available: int, what: str)
         together = "" if needed == size else f" on each of cluster.workers={workers}"
         raise InputError(
             f"{key}={size}{together} is more than the {available} {what} images that there are: lower it, or add images"
+        )
+
+
+def _check_pooled(config: Config, stage: StageName) -> None:
+    """DeepLabV3+ normalises, over the images of a forward pass, one value that it pools from each of them."""
+    settings, workers = config.stage(stage), config.cluster.most_workers
+    if config.network.head != "deeplabv3plus" or (workers > 1 and config.cluster.synchronises(live=True)):
+        return
+    shared = workers if config.training.batch == "global" else 1
+    views = 1 + config.stage1.strong_view if stage == "stage1" else 1
+    images = settings.labelled_batch // shared * views
+    images += settings.unlabelled_batch // shared * config.consistency.strong_views
+    if images < 2 * min(images, config.training.accumulate):
+        together = f" of up to {workers} workers (cluster.workers)" if shared > 1 else ""
+        raise InputError(
+            f"{stage}.labelled_batch={settings.labelled_batch}: leaves one image to a forward pass{together}, of which "
+            "network.head=deeplabv3plus takes two at least: raise the batch, or lower cluster.workers or training.accumulate"
         )
 
 

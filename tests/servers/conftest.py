@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from threestage.models.export import export_program
 from threestage.registry import packing
 
 
@@ -13,13 +14,12 @@ from threestage.registry import packing
 def exported_once() -> Iterator[None]:
     """Exporting a program takes three seconds: the same model is exported once for all tests of a process."""
     programs: dict[str, bytes] = {}
-    export = packing.export_program
 
     def remembered(uri: str) -> bytes:
         files = (Path(uri, name).read_bytes() for name in ("model.json", "model.safetensors"))
         key = hashlib.sha256(b"".join(files)).hexdigest()
         if key not in programs:
-            programs[key] = export(uri)
+            programs[key] = export_program(uri)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:

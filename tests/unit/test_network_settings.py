@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from threestage.errors import InputError
 from threestage.models.encoders import create_timm
 from threestage.models.network import NetworkSettings, build_network, check_settings, crop_fits, size_multiple
+from threestage.on_ray.settings import ClusterSettings
 
 WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
 
@@ -183,3 +184,17 @@ def test_crop_sizes(encoder: str, output_stride: int, crop: tuple[int, int], fit
 
 def test_size_multiple_of_a_vit_without_patch_in_its_name_comes_from_timm() -> None:
     assert size_multiple(settings(encoder="test_vit")) == 16
+
+
+def test_batch_norm_of_deeplabv3plus_is_live_whatever_the_encoders_is() -> None:
+    settings = {head: NetworkSettings(head=head) for head in ("deeplabv2", "deeplabv3plus")}
+    assert {head: one.has_live_batch_norm for head, one in settings.items()} == {
+        "deeplabv2": False,
+        "deeplabv3plus": True,
+    }
+    assert NetworkSettings(batch_norm="live").has_live_batch_norm
+    on_gpus, on_cpus = ClusterSettings(gpus_per_worker=1), ClusterSettings()
+    assert (
+        on_gpus.synchronises(live=True) and not on_gpus.synchronises(live=False) and not on_cpus.synchronises(live=True)
+    )
+    assert not ClusterSettings(gpus_per_worker=1, sync_batch_norm=False).synchronises(live=True)

@@ -251,6 +251,9 @@ def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) ->
         run_local(config, str(tmp_path), quiet)
 
 
+POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -263,6 +266,15 @@ def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) ->
             r"stage1.labelled_batch=2 with training.batch=global is shared by up to 3 workers",
         ),
         ({"training__batch": "global", "stage1__labelled_batch": 9}, r"stage1.labelled_batch=9 is more than the 8 lab"),
+        (
+            POOLED | {"stage1__labelled_batch": 1},
+            r"stage1.labelled_batch=1: leaves one image to a forward pass, of which",
+        ),
+        (POOLED | {"training__accumulate": 2}, r"stage1.labelled_batch=2: leaves one image .* or training.accumulate"),
+        (
+            POOLED | {"training__batch": "global", "cluster__workers": [1, 2]},
+            r"stage1.labelled_batch=2: leaves one image to a forward pass of up to 2 workers \(cluster.workers\)",
+        ),
         ({"stage2__unlabelled_batch": 99}, r"stage2.unlabelled_batch=99 .* more than the 40 unlabelled"),
         ({"data__labelled": 99}, r"data.labelled is 99, but .* has 40 labelled train images"),
         ({"network__encoder": "test_resnt"}, r"network.encoder: timm knows no 'test_resnt'; did you mean test_resnet"),

@@ -94,7 +94,8 @@ def test_the_table_prints_figures_and_dashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (179, "179 s"), (180, "3 min"), (5999, "100 min"), (6001, "1.7 h")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (179, "179 s"), (180, "3 min"), (5999, "100 min"), (6001, "1.7 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert report.results_table({"stages": {"s": {"seconds": seconds}}}).endswith(f" {text}")

@@ -52,6 +52,11 @@ class NetworkSettings(Settings):
             raise ValueError("weights and pretrained exclude each other: drop one")
         return self
 
+    @property
+    def has_live_batch_norm(self) -> bool:
+        """Whether a training step depends on its batch's statistics: deeplabv3plus has batch norm of its own."""
+        return self.batch_norm == "live" or self.head == "deeplabv3plus"
+
 
 class Network(nn.Module):
     """`encoder`, `main_head` and the auxiliary head of a stage.

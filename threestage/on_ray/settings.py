@@ -21,7 +21,7 @@ class ClusterSettings(Settings):
     )
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
     sync_batch_norm: bool | None = Field(
-        None, description="batch norm over the images of all workers; null: on GPUs, where batch norm is live"
+        None, description="batch norm over the images of all workers; null: on GPUs, where some is live"
     )
     predictors: int | None = Field(
         None, ge=1, description="processes that predict pseudo-masks; null: as many as workers"
@@ -50,6 +50,10 @@ class ClusterSettings(Settings):
     @property
     def number_of_predictors(self) -> int:
         return self.predictors or self.most_workers
+
+    def synchronises(self, live: bool) -> bool:
+        """Whether batch norm is over the images of all workers, where a network has a `live` one."""
+        return live and (self.gpus_per_worker > 0 if self.sync_batch_norm is None else self.sync_batch_norm)
 
     @property
     def devices(self) -> float:

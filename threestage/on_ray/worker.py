@@ -61,14 +61,13 @@ class RayWorker:
         if self.world_size == 1:
             return network
         config = self._task.settings()
-        synchronised = config.cluster.sync_batch_norm
-        if synchronised is None:
-            synchronised = self.device.type == "cuda" and config.network.batch_norm == "live"
+        live = config.network.has_live_batch_norm
+        synchronised = config.cluster.synchronises(live)
         if synchronised:
             from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norm layers
 
             network = convert_sync_batchnorm(network)
-        self._averages_buffers = config.network.batch_norm == "live" and not synchronised
+        self._averages_buffers = live and not synchronised
         devices = None if self.device.type == "cpu" else [self.device]
         return DistributedDataParallel(
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
