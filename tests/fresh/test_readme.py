@@ -36,7 +36,7 @@ SHORT = """
 threestage() {
   short="--set stage1.steps=6 --set augment.crop_size=[64,64] --set data.downscale=4 --set pseudo_mask.guard=ignore"
   six="--set stage2.steps=6 --set stage3.steps=6"
-  many="--set stage2.steps=400 --set stage2.labelled_batch=1 --set stage2.unlabelled_batch=1 --trials 2"
+  many="--set stage2.steps=400 --set training.evaluate_every=100 --set stage2.labelled_batch=2 --set stage2.unlabelled_batch=2 --trials 2"
   case $1 in
     run|check|submit) command threestage "$@" $short $six ;;
     sweep) command threestage "$@" $short $many ;;
@@ -150,13 +150,18 @@ def test_on_a_cluster(files: Files) -> None:
     first, _, script = start.partition("\n")
     assert first.split()[:2] == ["make", "cluster"]
     with subprocess.Popen(
-        ["make", "cluster"], cwd=files.clone, env=files.environment, stdout=subprocess.PIPE, text=True
+        ["make", "cluster"],
+        cwd=files.clone,
+        env=files.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as cluster:
         try:
             assert cluster.stdout and any(line.startswith("Ready") for line in cluster.stdout), "it did not start"
             said = files.bash(f"{ACTIVATE}\n{script}\n{submit}")
         finally:
-            cluster.send_signal(signal.SIGINT)
+            os.killpg(cluster.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     assert said.count("stage3") > 1
 
 
