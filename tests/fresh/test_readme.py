@@ -36,10 +36,11 @@ SHORT = """
 threestage() {
   short="--set stage1.steps=6 --set augment.crop_size=[64,64] --set data.downscale=4 --set pseudo_mask.guard=ignore"
   six="--set stage2.steps=6 --set stage3.steps=6"
-  many="--set stage2.steps=400 --set training.evaluate_every=100 --set stage2.labelled_batch=2 --set stage2.unlabelled_batch=2 --trials 2"
+  many="--trials 2 --set stage2.steps=400 --set training.evaluate_every=100"
+  small="--set stage2.labelled_batch=2 --set stage2.unlabelled_batch=2"
   case $1 in
     run|check|submit) command threestage "$@" $short $six ;;
-    sweep) command threestage "$@" $short $many ;;
+    sweep) command threestage "$@" $short $many $small ;;
     *) command threestage "$@" ;;
   esac
 }
