@@ -71,8 +71,8 @@ def kept(decoded: Decoded) -> Bytes:
 
 
 def pixels(image: torch.Tensor) -> Bytes:
-    """(N,3,H,W) float in [0,1] → (N,H,W,3) uint8."""
-    return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    """(N,3,H,W) → (N,H,W,3) uint8."""
+    return image.permute(0, 2, 3, 1).numpy()
 
 
 def coloured(mask: Bytes) -> Bytes:

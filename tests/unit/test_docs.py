@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError
@@ -38,11 +38,14 @@ def test_the_configuration_reference_is_current() -> None:
     assert written["page"]() == (DOCS / "configuration.md").read_text(), "run python docs/make_configuration.py"
 
 
-def test_the_picture_of_the_views_can_be_drawn(tmp_path: Path) -> None:
+def test_the_picture_of_the_views_is_current(tmp_path: Path) -> None:
+    """On average within two levels: another machine may round otherwise."""
     drawn = runpy.run_path(str(DOCS / "make_pictures.py"))
     drawn["views"](str(tmp_path / "views.png"))
     with Image.open(tmp_path / "views.png") as new, Image.open(DOCS / "pictures/views.png") as shown:
         assert new.size == shown.size
+        difference = ImageChops.difference(new.convert("RGB"), shown.convert("RGB"))
+        assert max(ImageStat.Stat(difference).mean) < 2, "run python docs/make_pictures.py RUN, see there"
 
 
 def test_pictures_are_small() -> None:
