@@ -1,4 +1,4 @@
-# Every target sets itself up: the first one on a fresh machine makes .venv (about 3 minutes), later ones reuse it.
+# Every target sets itself up: the first one on a fresh machine makes .venv (about 4 minutes), later ones reuse it.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo-$(SEED)
