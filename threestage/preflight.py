@@ -5,11 +5,12 @@ import numpy as np
 from threestage import IGNORE_INDEX
 from threestage.config import Config, StageName
 from threestage.data import storage
-from threestage.data.batches import SampleSet
+from threestage.data.batches import SampleSet, share_of
 from threestage.data.listing import first_image
 from threestage.data.records import MANIFEST_NAME, Manifest, pool_files
 from threestage.errors import InputError
 from threestage.models.network import check_settings
+from threestage.training.step import pieces
 
 
 def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> list[int]:
@@ -67,12 +68,14 @@ def _check_pooled(config: Config, stage: StageName) -> None:
     settings, workers = config.stage(stage), config.cluster.most_workers
     if config.network.head != "deeplabv3plus" or (workers > 1 and config.cluster.synchronises(live=True)):
         return
-    shared = workers if config.training.batch == "global" else 1
+    labelled, unlabelled = (
+        share_of(size, config.training.batch, 0, workers).count  # no rank has fewer than rank 0
+        for size in (settings.labelled_batch, settings.unlabelled_batch)
+    )
     views = 1 + config.stage1.strong_view if stage == "stage1" else 1
-    images = settings.labelled_batch // shared * views
-    images += settings.unlabelled_batch // shared * config.consistency.strong_views
-    if images < 2 * min(images, config.training.accumulate):
-        together = f" of up to {workers} workers (cluster.workers)" if shared > 1 else ""
+    images = labelled * views + unlabelled * config.consistency.strong_views
+    if any(piece.stop - piece.start < 2 for piece in pieces(images, config.training.accumulate)):
+        together = f" of up to {workers} workers (cluster.workers)" if labelled < settings.labelled_batch else ""
         raise InputError(
             f"{stage}.labelled_batch={settings.labelled_batch}: leaves one image to a forward pass{together}, of which "
             "network.head=deeplabv3plus takes two at least: raise the batch, or lower cluster.workers or training.accumulate"

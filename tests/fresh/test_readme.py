@@ -10,16 +10,14 @@ import shutil
 import signal
 import subprocess
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import boto3
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.s3 import s3_server, variables
+from tests.s3 import variables
 from tests.unit.test_cluster_files import ROOT
 from threestage.data import storage
 
@@ -122,22 +120,13 @@ def test_own_images(files: Files) -> None:
 
 
 @pytest.fixture
-def endpoint(files: Files) -> Iterator[str]:
+def endpoint(files: Files, bucket: str) -> str:
     """An S3 endpoint with what the page's commands expect in its bucket."""
-    with s3_server() as endpoint:
-        names = variables(endpoint)
-        client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            aws_access_key_id=names["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=names["AWS_SECRET_ACCESS_KEY"],
-            region_name="us-east-1",
-        )
-        for name in ("photos", "masks", "more_photos", "new_photos"):
-            for file in (files.clone / name).iterdir():
-                client.upload_file(str(file), "bucket", f"{name}/{file.name}")
-        client.upload_file(str(files.clone / "mobilenetv2.pth"), "bucket", "mobilenetv2.pth")
-        yield endpoint
+    for name in ("photos", "masks", "more_photos", "new_photos"):
+        for file in (files.clone / name).iterdir():
+            storage.write_bytes(f"s3://bucket/{name}/{file.name}", file.read_bytes())
+    storage.write_bytes("s3://bucket/mobilenetv2.pth", (files.clone / "mobilenetv2.pth").read_bytes())
+    return os.environ["AWS_ENDPOINT_URL"]
 
 
 def test_on_s3(files: Files, endpoint: str) -> None:
