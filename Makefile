@@ -22,7 +22,11 @@ cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until C
 results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 TEST="DATASET …" SET="a.b=c …"]
 	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET)) $(if $(TEST),--test $(TEST))
 
-test: lint types docs audit unit guard integration  ## everything that CI runs
+test: .venv/installed  ## everything that CI runs
+	$(MAKE) --jobs=2 --output-sync lint types docs audit
+	$(MAKE) unit
+	$(MAKE) guard
+	$(MAKE) integration
 
 test-slow: .venv/installed  ## faults and other long tests
 	$(BIN)/python -m pytest -q -m slow
@@ -57,8 +61,8 @@ mutants: .venv/installed  ## which changes of losses, metrics, pseudo-masks, geo
 audit: .venv/installed  ## known holes in what is installed, where their database can be reached
 	$(BIN)/python -m tests.audit
 
-unit: .venv/installed  ## without Ray, two at a time
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not integration and not slow"
+unit: .venv/installed  ## without Ray, three at a time, since some wait
+	$(BIN)/python -m pytest -q -n 3 --dist loadscope -m "not integration and not slow"
 
 integration: .venv/installed  ## with Ray, one after the other
 	$(BIN)/python -m pytest -q -m "integration and not slow"

@@ -48,7 +48,7 @@ def test_everything_on_s3_with_two_workers(
     put_photos(f"{s3_root}/photos")
     registry = {"tracking_uri": tracking_uri}
     data = {"root": f"{s3_root}/data", "labelled": 8, "unlabelled": f"{s3_root}/photos", "max_bad_fraction": 0.1}
-    cluster = {"workers": 2, "predictors": 2}
+    cluster = {"workers": 2, "predictors": stages - 1}
     config = tiny_config(scenes, stages=stages, data=data, cluster=cluster, registry=registry)
     rows: list[tuple[str, Mapping[str, float]]] = []
     warnings: list[str] = []

@@ -3,8 +3,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray import cloudpickle
+from ray.data import DataContext
+
+from tests.conftest import tiny_config, write_photos
+from threestage.data.pool import PoolFile, write_pool
+from threestage.data.pseudo_mask_files import IndexRow, write_index
+from threestage.data.split import Split
+from threestage.on_ray.data import unlabelled_stream
+from threestage.stages import StageTask
+from threestage.training.checkpoint import Pointer
 
 BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "simplejpeg", "segmentation_models_pytorch")
 
@@ -15,10 +26,13 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subproces
     )
 
 
-def test_importing_the_stages_loads_neither_ray_nor_mlflow(tmp_path: Path) -> None:
+def test_the_core_loads_neither_ray_nor_mlflow(tmp_path: Path) -> None:
+    """The stages, the page of a run, and a sweep's space while it is read."""
     done = run_python(
-        "import sys, threestage.stages, threestage.pipeline, threestage.local\n"
-        "print([m for m in ('ray', 'mlflow', 'timm', 'typer') if m in sys.modules])",
+        "import sys, threestage.stages, threestage.pipeline, threestage.local, threestage.report_page\n"
+        "from threestage.sweeps import checks, proposals, space\n"
+        "space.load_space('thresholds')\n"
+        "print([m for m in ('ray', 'mlflow', 'timm', 'typer', 'rich', 'optuna') if m in sys.modules])",
         cwd=tmp_path,
     )
     assert done.stdout.strip() == "[]", done.stderr
@@ -32,17 +46,53 @@ def test_processes_that_do_not_train_load_no_torch(module: str) -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_local_mode_runs_with_torch_timm_pyarrow_and_pydantic_only(scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_what_a_stream_sends_to_its_readers_loads_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader, and the settings of the stream, which Ray sends along with every task."""
+    sent: list[Any] = []
+
+    class Items:
+        """Stands for Ray's data set, which would start a cluster."""
+
+        def map_batches(self, reader: object, batch_size: int) -> None:
+            sent.append(reader)
+
+    monkeypatch.setattr("ray.data.from_items", lambda items, override_num_blocks: Items())
+    pool, masks = f"{tmp_path}/pool.parquet", f"{tmp_path}/masks"
+    write_pool(pool, [PoolFile(uri="a.parquet", rows=9, digest="d")], None)
+    write_index(masks, [IndexRow("a.parquet", images=9, max_height=50, max_width=50, labelled_ids=())])
+    task = StageTask(
+        stage="stage2", config=tiny_config(tmp_path).model_dump(mode="json"), manifest_version=1, folder=str(tmp_path),
+        split=Split(labelled=("a",), validation=("b",), validation_split="val"),
+        pool=pool, pseudo_masks=masks, previous_model=None,
+    )  # fmt: skip
+    with DataContext.current(DataContext()):
+        unlabelled_stream(task, Pointer())
+        sent.append(DataContext.get_current())
+    (tmp_path / "sent").write_bytes(cloudpickle.dumps(sent))
+    code = (
+        "import pickle, sys; pickle.load(open('sent', 'rb')); print('torch' in sys.modules, 'ray.data' in sys.modules)"
+    )
+    done = run_python(code, cwd=tmp_path)
+    assert done.stdout.strip() == "False True", done.stderr
+
+
+def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(scenes: Path, tmp_path: Path) -> None:
     settings = {
         "data.root": scenes, "data.labelled": 8, "network.head": "deeplabv2", "stage1.steps": 2, "stage1.labelled_batch": 2,
         "stage2.steps": 2, "stage2.labelled_batch": 2, "stage2.unlabelled_batch": 2,
         "stage3.steps": 2, "stage3.labelled_batch": 2, "stage3.unlabelled_batch": 2,
     }  # fmt: skip
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    write_photos(tmp_path, 2)
     done = run_python(
         f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None\n"
-        "from threestage.local import main\nsys.exit(main(sys.argv[1:]))",
-        "demo", "--out", str(tmp_path / "run"), *overrides,
+        "from threestage.local import main\nassert main(sys.argv[1:]) == 0\n"
+        "from threestage.predict import PredictSettings, predict_input, read_model\n"
+        "from threestage.registry import RegistrySettings\n"
+        "report = predict_input(read_model('run/stage3', RegistrySettings()), 'images', 'out', PredictSettings())\n"
+        "assert report.images == 2",
+        "demo", "--out", "run", *overrides, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "results.json").is_file()
+    assert (tmp_path / "run/results.json").is_file() and (tmp_path / "out/masks/0.png").is_file()

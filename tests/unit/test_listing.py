@@ -376,7 +376,6 @@ def test_over_http_too_every_image_is_listed_once(endpoint: Bucket, tmp_path: Pa
     assert first_image(SOURCE) == "s3://bucket/pool/film_00000/frame_000000.jpg"
 
 
-@pytest.mark.integration
 def test_a_busy_store_is_waited_for(endpoint: Bucket) -> None:
     endpoint.failures = 2
     assert first_image(SOURCE) is not None

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unit.test_imports import BLOCKED, run_python
 from threestage.data import storage
 from threestage.data.palette import palette_png
 from threestage.data.pool import PoolRow
@@ -380,18 +379,3 @@ def test_a_part_that_changes_is_another(tmp_path: Path) -> None:
 
 def one_by_one(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     return map(function, items)
-
-
-def test_it_runs_without_ray_mlflow_and_the_command_line(tmp_path: Path) -> None:
-    make_model(tmp_path / "model")
-    photos(tmp_path / "in", 2)
-    code = (
-        f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None\n"
-        "from threestage.predict import PredictSettings, predict_input, read_model\n"
-        "from threestage.registry import RegistrySettings\n"
-        "report = predict_input(read_model('model', RegistrySettings()), 'in', 'out', PredictSettings())\n"
-        "assert report.images == 2"
-    )
-    done = run_python(code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/masks/0.png").is_file()

@@ -38,12 +38,10 @@ def test_local_round_trip(tmp_path: Path) -> None:
     round_trip(str(tmp_path / "root"))
 
 
-@pytest.mark.integration
 def test_s3_round_trip(bucket: str) -> None:
     round_trip(bucket)
 
 
-@pytest.mark.integration
 def test_a_data_set_from_s3_to_s3(bucket: str) -> None:
     for name, shade in (("train/a", 0), ("train/b", 9), ("val/c", 5)):
         stream = io.BytesIO()

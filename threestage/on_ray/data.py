@@ -2,7 +2,6 @@
 anywhere in the cluster, cut to canvases, dealt out to the workers, mixed there in a buffer."""
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import ray.data
 import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from threestage.data import storage
 from threestage.data.batches import Batch, share_of
 from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import read_index
 from threestage.data.sets import pool_canvas
+from threestage.on_ray.pace import Unhurried
 from threestage.on_ray.reading import BLOCK_BYTES, Arrays, FileReader
 from threestage.seeds import derive_seed
 from threestage.stages import StageTask
@@ -26,7 +25,6 @@ STREAM_BYTES = 512 * 2**20
 SHUFFLE_ROWS = 256
 SHUFFLE_BYTES = 512 * 2**20
 MAX_TASKS = 1024
-STEP_SECONDS = 0.1
 
 
 def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
@@ -48,7 +46,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
-    context.custom_execution_callback_classes = [_Unhurried]
+    context.custom_execution_callback_classes = [Unhurried]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
         task.pseudo_masks, storage.join(task.folder, "rejects"), (config.seed, task.stage), config.data,
@@ -80,18 +78,6 @@ def stream_options(workers: int) -> ExecutionOptions:
     cheaper than new. Blocks keep their order, so that a run can be repeated."""
     limits = ExecutionResources(object_store_memory=workers * STREAM_BYTES)
     return ExecutionOptions(resource_limits=limits, preserve_order=True)
-
-
-class _Unhurried(ExecutionCallback):
-    """Without it the loop that runs a stream (Ray 2.60) never pauses while it has nothing to do but to wait until the training
-    has taken what is there, and keeps a core busy."""
-
-    def __init__(self) -> None:
-        self._last_step = time.monotonic()
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(max(0.0, self._last_step + STEP_SECONDS - time.monotonic()))
-        self._last_step = time.monotonic()
 
 
 def stream_batches(shard: Any, batch_size: int, seed: int, rank: int) -> Iterator[Batch]:

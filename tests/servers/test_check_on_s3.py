@@ -1,0 +1,177 @@
+"""`threestage check` and the start of a run, against a store that works, and against one that is wrong in each way."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import tiny_config
+from tests.failing_s3 import ERRORS, black_hole, failing_s3, silent_server
+from tests.s3 import SECRET, free_port
+from threestage.check import check, check_store
+from threestage.config import Config
+from threestage.data import storage
+from threestage.errors import InputError
+
+KEY_ID = "AKIAKEYIDOFTHETEST"
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def config(bucket: str, scenes: Path, tmp_path: Path) -> Config:
+    """Data set, a prefix of images and weights, all on S3; MLflow in a file that is not there yet."""
+    for uri in storage.list_files(str(scenes)):
+        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{bucket}/data"), storage.read_bytes(uri))
+    storage.write_bytes(f"{bucket}/photos/a/1.jpg", b"not looked at")
+    data = {"root": f"{bucket}/data", "labelled": 8, "unlabelled": f"{bucket}/photos"}
+    return tiny_config(scenes, data=data, registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow/mlflow.db"})
+
+
+@pytest.fixture
+def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
+    """All keys of the bucket, with those that end in a slash."""
+    store = storage.s3fs_filesystem()
+    yield lambda: [entry["Key"] for entry in store.call_s3("list_objects_v2", Bucket="bucket").get("Contents", [])]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: no cluster, and no step is measured."""
+    monkeypatch.setattr("threestage.on_ray.entrance.address_of", lambda cluster: None)
+    monkeypatch.setattr("threestage.check.measure_here", lambda specification: iter(()))
+
+
+def command(config: Config, out: str, folder: Path, *more: str) -> list[str]:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    program = [sys.executable, "-c", "from threestage.cli import main; main()"]
+    return [*program, "check", "config.yaml", "--out", out, *more]
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    tree = config.model_dump(mode="json")
+    tree[section] |= values
+    return Config.model_validate(tree)
+
+
+def problems(config: Config, out: str) -> dict[str, str]:
+    """The lines that fail, by the names of the places; found in less than 15 seconds."""
+    start = time.monotonic()
+    found = {outcome.name: outcome.problem for outcome in check(config, out, False) if outcome.problem}
+    assert time.monotonic() - start < 15
+    return found
+
+
+def test_all_is_well_and_nothing_is_left_behind(
+    config: Config, bucket: str, keys: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    before = keys()
+    done = subprocess.run(
+        command(config, f"{bucket}/run", tmp_path, "--json"), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads(done.stdout)
+    assert [outcome["name"] for outcome in outcomes] == [
+        "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input", "classes", "cluster", "stage1", "stage2",
+        "stage3", "duration"
+    ]  # fmt: skip
+    assert all(outcome["problem"] is None for outcome in outcomes) and done.stderr == ""
+    assert keys() == before and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    check_store(config, f"{bucket}/run")
+    assert keys() == before
+
+
+def test_a_wrong_bucket_is_one_line_for_its_places(config: Config, bucket: str) -> None:
+    (line,) = problems(config, "s3://bukket/run").values()
+    endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+    assert line == f"s3://bukket: endpoint {endpoint} has no bucket bukket: make it, or mend the URI"
+    with pytest.raises(InputError, match=r"^data.root: s3://bukket: endpoint .* has no bucket bukket"):
+        check_store(changed(config, "data", root="s3://bukket/data"), f"{bucket}/run")
+
+
+def test_nothing_at_the_places(config: Config, bucket: str) -> None:
+    wrong = changed(config, "data", root=f"{bucket}/nothing", unlabelled=f"{bucket}/data/labels")
+    wrong = changed(wrong, "network", weights=f"{bucket}/w.safetensors")
+    found = problems(wrong, f"{bucket}/run")
+    assert found["data.root"].endswith("no data set there; make one with `threestage ingest`, or mend data.root")
+    assert "no image below it" in found["data.unlabelled"] and "no file there" in found["network.weights"]
+
+
+def test_input_that_does_not_fit_the_settings(config: Config, bucket: str) -> None:
+    found = problems(changed(config, "stage1", labelled_batch=9), f"{bucket}/run")
+    assert list(found) == ["input"] and "stage1.labelled_batch=9" in found["input"]
+
+
+def test_mlflow_that_is_not_there(config: Config, bucket: str, tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    found = problems(changed(config, "registry", tracking_uri=uri), f"{bucket}/run")
+    assert uri in found["registry.tracking_uri"] and "registry.tracking_uri (MLFLOW_TRACKING_URI)" in str(found)
+    names = [line.name for line in check(config, f"{bucket}/run", local=True)]
+    assert names == ["data.root", "data.unlabelled", "--out", "input", "classes", "duration"]
+    (tmp_path / "mlflow.db").write_text("no database")
+    wrong = changed(config, "registry", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert "not a database" in problems(wrong, f"{bucket}/run")["registry.tracking_uri"]
+
+
+@pytest.fixture
+def refused(config: Config, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The one line about another endpoint, which all three places share; found in less than 15 seconds."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+
+    def run(endpoint: str) -> str:
+        ((names, line),) = problems(changed(config, "storage", endpoint=endpoint), f"{bucket}/run").items()
+        assert names == "data.root, data.unlabelled, --out" and line.startswith("s3://bucket: ") and "\n" not in line
+        assert SECRET not in line and KEY_ID not in line
+        return line
+
+    return run
+
+
+def test_nobody_listens(refused: Refused) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    assert f"{endpoint} refuses the connection: start the store, or mend storage.endpoint" in refused(endpoint)
+
+
+def test_an_address_that_nobody_has(refused: Refused) -> None:
+    with black_hole() as endpoint:
+        assert f"{endpoint} does not answer: start the store, or mend storage.endpoint" in refused(endpoint)
+
+
+def test_a_server_that_never_answers(refused: Refused) -> None:
+    with silent_server() as endpoint:
+        assert f"{endpoint} does not answer" in refused(endpoint)
+
+
+@pytest.mark.parametrize("name", ["key id", "secret", "region", "busy"])
+def test_what_only_a_stub_can_refuse(refused: Refused, name: str) -> None:
+    words = {"key id": "AWS_ACCESS_KEY_ID", "secret": "the secret does not belong", "region": "which is eu-central-1",
+             "busy": "overloaded or down"}  # fmt: skip
+    with failing_s3(ERRORS[name]) as (endpoint, _):
+        assert words[name] in refused(endpoint)
+
+
+def test_the_command_ends_soon_with_exit_code_2(config: Config, bucket: str, tmp_path: Path) -> None:
+    """The whole process, less what Python takes to start and import here, as a refused connection shows it."""
+    seconds = []
+    with black_hole() as unreachable:
+        for endpoint in (f"http://127.0.0.1:{free_port()}", unreachable):
+            arguments = command(changed(config, "storage", endpoint=endpoint), f"{bucket}/run", tmp_path)
+            start = time.monotonic()
+            done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            seconds.append(time.monotonic() - start)
+            assert done.returncode == 2 and done.stderr == ""
+            failed, passed, *others = done.stdout.splitlines()
+            assert failed.startswith("✗ data.root, data.unlabelled, --out  s3://bucket: ") and endpoint in failed
+            assert passed.startswith("✓ registry.tracking_uri") and SECRET not in done.stdout
+            assert [line[:9] for line in others] == ["! input  ", "! classes", "✓ cluster", "! stage1,"]
+    assert seconds[1] - seconds[0] < 13, seconds
+
+
+def test_a_run_waits_for_a_store_that_is_busy(config: Config, bucket: str) -> None:
+    with failing_s3(ERRORS["busy"]) as (endpoint, _):
+        check_store(changed(config, "storage", endpoint=endpoint), f"{bucket}/run")
