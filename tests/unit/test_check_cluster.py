@@ -21,7 +21,7 @@ from threestage.config import Config, changed
 from threestage.errors import InputError
 from threestage.on_ray import check, check_job, check_nodes, check_room
 from threestage.on_ray import entrance as entry
-from threestage.on_ray.sweep_room import Growth
+from threestage.on_ray.room import Growth
 
 
 @pytest.fixture

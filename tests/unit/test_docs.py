@@ -149,6 +149,7 @@ def test_examples_from_training_to_a_pulled_model(
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_the_example_on_ray(
     example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ from threestage.config import Config
 from threestage.data.records import load_manifest
 from threestage.errors import InputError
 from threestage.models.network import build_network
-from threestage.on_ray.sweep_room import Growth, refuse_impossible
+from threestage.on_ray.room import Growth
+from threestage.on_ray.sweep_room import refuse_impossible
 from threestage.stages import StageTask, build_state
 from threestage.sweeps.plan import Plan, judged_at, make_plan, mean_pixels, network_bytes, plan_json
 from threestage.sweeps.plan_table import rich_plan

@@ -18,6 +18,7 @@ from threestage.config import Config
 from threestage.data import storage, store_check
 from threestage.data.store_check import PROBE_NAME
 from threestage.errors import InputError
+from threestage.on_ray.causes import last_line
 from threestage.on_ray.check import versions
 from threestage.on_ray.check_room import room_for_one
 from threestage.settings import Settings
@@ -100,13 +101,10 @@ def _view(reference: Any) -> View:
 
 
 def reason_of_ray(error: ray.exceptions.RayError) -> str:
-    """The last line of what went wrong there."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(cause).__name__
+    """What went wrong there, in a line."""
     if "No module named 'threestage'" in str(error):
         return "it has no threestage: install the version that is here"
-    return text[:300]
+    return last_line(error)[:300]
 
 
 def _look(settings: dict[str, Any], out: str, marker: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import ray.exceptions
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
+from threestage.on_ray.causes import cause_of, last_line
 from threestage.on_ray.patience import await_resources
 from threestage.on_ray.predict import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
@@ -90,12 +91,8 @@ def _open(model: str, task: dict[str, Any]) -> Predict:
     return lambda parts: predict_files(network, settings, list(map(Part.model_validate_json, parts)), device, product)
 
 
-def _explained(error: ray.exceptions.RayError) -> Exception:
-    """What an actor said, without Ray's trace of it."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, InputError):
+def _explained(error: ray.exceptions.RayError) -> BaseException:
+    """What an actor said."""
+    if isinstance(cause := cause_of(error), InputError):
         return cause
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return StageFailure(f"predict: {lines[-1] if lines else type(cause).__name__}; the same command goes on")
+    return StageFailure(f"predict: {last_line(error)}; the same command goes on")

@@ -12,6 +12,7 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from threestage.errors import InputError, StageFailure
+from threestage.on_ray.causes import cause_of, first_line
 
 MAX_TASKS = 4096
 LONGEST_WAIT_S = 30
@@ -33,11 +34,9 @@ def in_tasks(
         for row in done.iter_rows():
             yield pickle.loads(row["result"])
     except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        if isinstance(cause, InputError):
+        if isinstance(cause := cause_of(error), InputError):
             raise cause from error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise StageFailure(f"{reason}; the same command goes on") from error
+        raise StageFailure(f"{first_line(error)}; the same command goes on") from error
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
+from threestage.on_ray.causes import last_line
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
@@ -65,7 +66,7 @@ def run_on_ray(
         try:
             yield from predict_pool(model, task, files, config.cluster)
         except ray.exceptions.RayError as error:
-            raise StageFailure(f"pseudo-masks: {_root_cause(error)}; the same command goes on") from error
+            raise StageFailure(f"pseudo-masks: {last_line(error)}; the same command goes on") from error
 
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         if len(items) < 2:
@@ -129,7 +130,7 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: Tra
             _watch_fit(task, partial(show, task.stage), warn, function, driver)
             return
         except ray.train.TrainingFailedError as error:
-            raise StageFailure(f"{task.stage}: {_root_cause(error)}; the same command goes on") from error
+            raise StageFailure(f"{task.stage}: {last_line(error)}; the same command goes on") from error
         except ray.exceptions.RayActorError as error:
             failures += 1
             if 0 <= task.settings().cluster.max_failures < failures:
@@ -276,16 +277,6 @@ def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
             if time.monotonic() > deadline:
                 raise
             time.sleep(2)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of the innermost error: what the worker said, without Ray's trace of it."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        error = error.cause
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def quiet_ray_data() -> None:

@@ -56,7 +56,8 @@ def checked(asked: Sweep) -> Sweep:
 
 def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
     """The plan of what is left to do. Raises InputError where the cluster could never run it."""
-    from threestage.on_ray.sweep_room import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
+    from threestage.on_ray.room import cluster_growth, cluster_nodes
+    from threestage.on_ray.sweep_room import refuse_impossible, remote_step_time
 
     space, config = asked.space, asked.config
     trial = trial_config(space, config, {}, config.seed)

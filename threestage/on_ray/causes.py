@@ -1,0 +1,28 @@
+"""What went wrong in a task, an actor or a group of workers, without Ray's wrapping and trace of it."""
+
+import ray.exceptions
+
+from threestage.errors import InputError, StageFailure
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The outermost of our own errors in the chain, which says what to do; where there is none, the innermost error."""
+    while not isinstance(error, InputError | StageFailure):
+        inner = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error.__cause__
+        if inner is None:
+            break
+        error = inner
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    """Of its cause; errors of Ray Train begin with traces."""
+    cause = cause_of(error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Of its cause; Ray's own errors of tasks end with advice about Ray."""
+    cause = cause_of(error)
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
