@@ -1,9 +1,8 @@
 """Why: whoever pulls a model has mlflow, not this package; it must load there, and say what `threestage predict` says."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import tiny_config
+from tests.fresh.processes import command_of
 from tests.mlflow_server import mlflow_server
 from tests.postgres import needs_postgres, postgres
 from threestage.local import run_local
@@ -108,10 +108,3 @@ def requirements(tracking_uri: str, folder: Path) -> str:
     run_id = next(row["run_id"] for row in registry.models.versions() if "champion" in row["aliases"])
     uri = f"runs:/{run_id}/model/requirements.txt"
     return str(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder), tracking_uri=tracking_uri))
-
-
-def command_of(program: Path, *arguments: str, env: Mapping[str, str]) -> None:
-    """Fails with what the process printed. Nothing of this test's import path or object store reaches it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "AWS_", "MLFLOW_"))}
-    done = subprocess.run([program, *arguments], env={**kept, **env}, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.fresh.processes import environment
 from tests.s3 import variables
 from tests.unit.test_cluster_files import ROOT
 from threestage.data import storage
@@ -77,12 +78,10 @@ def blocks(heading: str, language: str = "") -> list[str]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The page's first block, done; then photos, masks and files as the page names them."""
     home = tmp_path_factory.mktemp("readme")
-    keep = ["PATH", "HOME", "LANG", *(name for name in os.environ if name.startswith(("PIP_", "SSL_", "HTTP")))]
-    environment = {name: os.environ[name] for name in keep if name in os.environ}
     (first,) = (block for block in blocks("Two commands") if "git clone" in block)
-    files = Files(home, environment)
+    files = Files(home, environment())
     files.bash(first.replace("git clone …", f"git clone --quiet {ROOT}"))
-    files = Files(home / "threestage", environment)
+    files = Files(home / "threestage", environment())
     _put_photos(files.clone)
     return files
 

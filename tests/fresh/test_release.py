@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fresh.test_pyfunc_anywhere import command_of
+from tests.fresh.processes import command_of
 from tests.unit.test_cluster_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
