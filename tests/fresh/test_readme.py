@@ -30,12 +30,12 @@ pytestmark = [
 ]
 README = (ROOT / "README.md").read_text()
 
-# Stages have 6 steps; stage 2 of a sweep, whose scheduler compares trials every 200, has 400 small ones.
+# Stages have 6 steps; stage 2 of a sweep, whose scheduler compares trials at step 200, has 300 small ones.
 SHORT = """
 threestage() {
   short="--set stage1.steps=6 --set augment.crop_size=[64,64] --set data.downscale=4 --set pseudo_mask.guard=ignore"
   six="--set stage2.steps=6 --set stage3.steps=6"
-  many="--trials 2 --set stage2.steps=400 --set training.evaluate_every=100"
+  many="--trials 2 --repeat 1 --set stage2.steps=300 --set training.evaluate_every=100"
   small="--set stage2.labelled_batch=2 --set stage2.unlabelled_batch=2"
   case $1 in
     run|check|submit) command threestage "$@" $short $six ;;
