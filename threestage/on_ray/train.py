@@ -1,6 +1,7 @@
 """The pipeline on a Ray cluster: every stage is a Ray Train run, every set of pseudo-masks a Ray Data job."""
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -114,7 +115,20 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            leave()
+
+
+def leave() -> None:
+    """ray.shutdown(). Ray (2.60) ends the whole process when a reference of its own is freed by another thread meanwhile, and
+    the garbage collector runs in any thread: so it runs before, and then not until Ray has shut down."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:
