@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.s3 import s3_server, variables
+from threestage.on_ray.train import leave
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def ray_cluster(s3_of_session: str) -> Iterator[None]:
     os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # so that a test need not wait for it
     ray.init("local", num_cpus=8, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
     yield
-    ray.shutdown()
+    leave()  # other threads serve S3 in this process
 
 
 @pytest.fixture(autouse=True)
