@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.s3 import s3_server, variables
 from threestage.config import Config
+from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
 from threestage.registry import RegistrySettings, open_registry
@@ -53,6 +54,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         for name, value in variables(endpoint).items():
             monkeypatch.setenv(name, value)
         yield "s3://bucket/some/folder"
+
+
+def copy_to(root: str, data: Path) -> None:
+    """The files of a data set below another root."""
+    for uri in storage.list_files(str(data)):
+        storage.write_bytes(uri.replace(storage.absolute(str(data)), root), storage.read_bytes(uri))
 
 
 def write_photos(folder: Path, count: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.ceph import Gateway, ceph_gateway, needs_ceph
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
 from threestage import local
@@ -46,8 +46,7 @@ def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def config(gateway: Gateway, bucket: str, scenes: Path) -> Config:
-    for uri in storage.list_files(str(scenes)):
-        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{bucket}/data"), storage.read_bytes(uri))
+    copy_to(f"{bucket}/data", scenes)
     data = {"root": f"{bucket}/data", "labelled": 8}
     return tiny_config(scenes, data=data, storage={"endpoint": gateway.endpoint})
 

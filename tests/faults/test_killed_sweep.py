@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cluster.local import Cluster, local_cluster
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from threestage.data import storage
 from threestage.sweeps.trials import Trial, load_trials
 
@@ -77,8 +77,7 @@ def test_the_driver_is_killed_in_the_middle(scenes: Path, tmp_path: Path) -> Non
 
 def write_files(scenes: Path, folder: Path) -> list[str]:
     """The data on S3, and the command."""
-    for uri in storage.list_files(str(scenes)):
-        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), "s3://bucket/data"), storage.read_bytes(uri))
+    copy_to("s3://bucket/data", scenes)
     config = tiny_config(
         scenes, data={"root": "s3://bucket/data", "labelled": 16}, stage1={"steps": 100, "labelled_batch": 4},
         stage2={"steps": 300, "warm_start": True, "labelled_batch": 4, "unlabelled_batch": 4},

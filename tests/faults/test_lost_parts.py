@@ -14,7 +14,7 @@ import pytest
 
 from cluster.local import Cluster, local_cluster, namespaces_allowed
 from tests.ceph import ceph_gateway, needs_ceph
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from tests.faults.looking_on import Run, assert_published_once, node_with_worker, processes_of
 from threestage.config import Config
 from threestage.data import storage
@@ -49,9 +49,7 @@ def put_scenes(scenes: Path, cluster: Cluster) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
-        for uri in storage.list_files(str(scenes)):
-            copy = uri.replace(storage.absolute(str(scenes)), "s3://bucket/data")
-            storage.write_bytes(copy, storage.read_bytes(uri))
+        copy_to("s3://bucket/data", scenes)
     return "s3://bucket/data"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from threestage.check import check
 from threestage.config import changed
 from threestage.data import storage
@@ -25,8 +25,7 @@ def test_a_cluster(
     """Its nodes, a step on one of its workers; then the same as a job, of which only MLflow in a file is wrong."""
     import ray
 
-    for uri in storage.list_files(str(scenes)):
-        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{s3_root}/data"), storage.read_bytes(uri))
+    copy_to(f"{s3_root}/data", scenes)
     config = tiny_config(
         scenes,
         data={"root": f"{s3_root}/data", "labelled": 8},

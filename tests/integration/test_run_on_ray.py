@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import SECRET
 from threestage import runs
@@ -43,8 +43,7 @@ def test_everything_on_s3_with_two_workers(
     """Data set, unlabelled prefix, checkpoints, pseudo-masks, models and MLflow's artifacts; a local disk sees scratch only."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    for uri in storage.list_files(str(scenes)):
-        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{s3_root}/data"), storage.read_bytes(uri))
+    copy_to(f"{s3_root}/data", scenes)
     put_photos(f"{s3_root}/photos")
     registry = {"tracking_uri": tracking_uri}
     data = {"root": f"{s3_root}/data", "labelled": 8, "unlabelled": f"{s3_root}/photos", "max_bad_fraction": 0.1}

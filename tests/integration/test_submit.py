@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from cluster.local import Cluster, local_cluster, members
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from tests.listening import listening
 from threestage.data import storage
 from threestage.on_ray.submit import DETACHED, STOPPED
@@ -144,8 +144,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, wheel: Path, scenes: Path) -
         for name, value in cluster.environment.items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
-        for uri in storage.list_files(str(scenes)):
-            storage.write_bytes(uri.replace(storage.absolute(str(scenes)), "s3://bucket/data"), storage.read_bytes(uri))
+        copy_to("s3://bucket/data", scenes)
         address = urlsplit(cluster.environment["RAY_API_SERVER_ADDRESS"])
         yield Place(cluster, folder, installed, wheel, Wire(str(address.hostname), int(address.port or 0)))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import tiny_config
+from tests.conftest import copy_to, tiny_config
 from tests.failing_s3 import ERRORS, black_hole, failing_s3, silent_server
 from tests.s3 import SECRET, free_port
 from threestage.check import check, check_store
@@ -26,8 +26,7 @@ Refused = Callable[..., str]
 @pytest.fixture
 def config(bucket: str, scenes: Path, tmp_path: Path) -> Config:
     """Data set, a prefix of images and weights, all on S3; MLflow in a file that is not there yet."""
-    for uri in storage.list_files(str(scenes)):
-        storage.write_bytes(uri.replace(storage.absolute(str(scenes)), f"{bucket}/data"), storage.read_bytes(uri))
+    copy_to(f"{bucket}/data", scenes)
     storage.write_bytes(f"{bucket}/photos/a/1.jpg", b"not looked at")
     data = {"root": f"{bucket}/data", "labelled": 8, "unlabelled": f"{bucket}/photos"}
     return tiny_config(scenes, data=data, registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow/mlflow.db"})
