@@ -12,7 +12,8 @@ import torch
 
 from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
-from threestage.augment.views import AugmentSettings, StrongSettings, strong_view, weak_view
+from threestage.augment.plans import StrongSettings
+from threestage.augment.views import AugmentSettings, strong_view, weak_view
 from threestage.data import storage
 from threestage.data.pool import load_pool, read_rows
 from threestage.data.records import decode_mask

@@ -30,16 +30,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from tests.benchmarks.measure import report
+from threestage.allocator import keep_freed_memory
 from threestage.augment.draws import Draws, generator
-from threestage.augment.views import (
-    OPERATIONS,
-    AugmentSettings,
-    StrongSettings,
-    View,
-    network_input,
-    strong_view,
-    weak_view,
-)
+from threestage.augment.plans import OPERATIONS, StrongSettings
+from threestage.augment.views import AugmentSettings, View, network_input, strong_view, weak_view
 
 SIZES = ((80, 112), (160, 224), (321, 321), (256, 512))
 GREY = (128, 128, 128)
@@ -139,12 +133,12 @@ def ours_weak(image: Tensor, labels: Tensor, size: tuple[int, int], step: int) -
 
 
 def scenes(size: tuple[int, int], number: int) -> tuple[list[np.ndarray], np.ndarray, Tensor, Tensor]:
-    """Images (H,W,3) and label maps (N,2,H,W), as arrays for PIL and as tensors."""
+    """Images (H,W,3) and label maps (N,2,H,W), as arrays for PIL and as tensors, laid out as a batch's."""
     noise = np.random.default_rng(0)
     small = noise.integers(0, 255, (number, 12, 16, 3), np.uint8)
     arrays = [np.asarray(Image.fromarray(one).resize(size[::-1])) for one in small]
     labels = noise.integers(0, 11, (number, 2, *size), np.uint8)
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return arrays, labels, pixels, torch.from_numpy(labels)
 
 
@@ -185,6 +179,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     for view, ways in (("strong", strong_ways), ("weak", weak_ways)):
         for size in SIZES:

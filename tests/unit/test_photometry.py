@@ -35,11 +35,11 @@ def by_pil(image: Tensor, operation: Callable[..., Image.Image], *amount: object
 
 
 def looked_up(table: Tensor, image: Tensor) -> Tensor:
-    return photometry.look_up([table.expand(3, -1).byte()], [image])[0]
+    return photometry.look_up(table.expand(3, -1).byte(), image)
 
 
 def histogram(image: Tensor, valid: Tensor = ALL) -> Tensor:
-    return photometry.histogram(image, valid, AS_IT_IS)
+    return photometry.histogram(image, valid)
 
 
 def assert_levels(ours: Tensor, theirs: Tensor, within: int) -> None:
@@ -89,7 +89,7 @@ def test_statistics_leave_out_pixels_that_are_not_valid() -> None:
         assert_levels(looked_up(photometry.equalize(counts), image)[:, valid], theirs[:, valid], within=0)
         theirs = by_pil(image, lambda picture: ImageOps.autocontrast(picture, mask=mask))
         assert_levels(looked_up(photometry.autocontrast(counts), image), theirs, within=1)
-        alone = photometry.histogram(image[..., :30], ALL[:, :30], AS_IT_IS)
+        alone = photometry.histogram(image[..., :30], ALL[:, :30])
         assert torch.equal(photometry.contrast(counts, 0.3), photometry.contrast(alone, 0.3))
 
 
@@ -113,13 +113,13 @@ def test_one_table_for_several_operations_is_the_operations_one_after_the_other(
     for step in steps:
         table, stepwise = photometry.compose(table, step), looked_up(step, stepwise)
         assert torch.equal(looked_up(table, image), stepwise)
-        assert torch.equal(photometry.histogram(image, ALL, table), histogram(stepwise))
+        assert torch.equal(photometry.relabelled(histogram(image), table), histogram(stepwise))
 
 
 def test_a_table_is_looked_up_as_torch_would_on_another_device() -> None:
     tables = torch.randint(256, (9, 3, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     gathered = tables.gather(2, torch.stack(IMAGES).flatten(2).long()).view(9, 3, *SIZE)
-    assert torch.equal(photometry.look_up(list(tables), IMAGES), gathered)
+    assert torch.equal(photometry.look_up_all(list(tables), IMAGES), gathered)
     for image in (IMAGES[0].mT, IMAGES[0].expand(3, *SIZE)[:, ::2, ::3]):  # planes that do not lie in one piece
         assert torch.equal(looked_up(photometry.solarize(99), image), torch.where(image < 99, image, 255 - image))
 
@@ -132,8 +132,8 @@ def test_the_stretch_spreads_the_valid_levels_and_is_undone() -> None:
     assert torch.equal(low.flatten().int(), shown.amin((0, 2)))
     assert torch.equal((low + span).flatten().int(), shown.amax((0, 2)))
     table = photometry.stretch(low, span)
-    stretched = photometry.look_up(list(table.byte()), list(image))
+    stretched = photometry.look_up_all(list(table.byte()), list(image))
     shown = stretched.movedim(1, 0)[:, valid].view(3, 9, -1)
     assert (shown.amin((0, 2)) == 0).all() and (shown.amax((0, 2)) == 255).all()
-    back = photometry.look_up(list(photometry.unstretch(low, span, table)), list(image))
+    back = photometry.look_up_all(list(photometry.unstretch(low, span, table)), list(image))
     assert torch.equal(back.movedim(1, 0)[:, valid], image.movedim(1, 0)[:, valid])

@@ -7,13 +7,22 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Generator, Tensor
 
-from threestage.augment import geometry, photometry, views
+from threestage.augment import geometry, photometry, plans, views
 from threestage.augment.draws import Draws
-from threestage.augment.views import AugmentSettings, StrongSettings, View, strong_view, weak_view
+from threestage.augment.plans import Plan, StrongSettings
+from threestage.augment.views import AugmentSettings, View, strong_view, weak_view
 
 CANVAS = (60, 80)
 CROP = (32, 48)
 PLAIN = StrongSettings(operations=0, cutouts=0)
+
+
+@pytest.fixture(params=["by Pillow", "on a device"], autouse=True)
+def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test is done both ways: as on a CPU, and with what a device does (here with CPU tensors)."""
+    if request.param == "on a device":
+        monkeypatch.setattr(views, "_by_pillow", lambda image: False)
+    return str(request.param)
 
 
 def generator(seed: int = 0) -> Generator:
@@ -113,7 +122,7 @@ def test_a_weak_view_moves_labels_as_it_moves_pixels() -> None:
 
 
 def test_a_strong_view_moves_labels_as_it_moves_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "PHOTOMETRIC", {})
+    monkeypatch.setattr(photometry, "PHOTOMETRIC", {})
     view = some_view(32)
     labels = torch.where(view.valid, levels(view)[:, 0].clamp(max=200), 255).byte()
     strong = strong_view(view, StrongSettings(cutouts=0), seeded())
@@ -155,7 +164,7 @@ def test_cutouts_hide_pixels_and_keep_their_labels() -> None:
     assert hidden.unique(dim=0).shape[0] == 8  # every sample is cut elsewhere
 
 
-def drawn(*names: str, level: int = 5) -> list[views.Plan]:
+def drawn(*names: str, level: int = 5) -> list[Plan]:
     return [[(name, level / 10, 1.0) for name in names]]
 
 
@@ -169,7 +178,7 @@ def test_geometric_operations_act_in_the_order_drawn() -> None:
     stayed = (expected > 0).any(0)  # PIL has lost what an operation moved out, though a later one moves it back
     names = ("rotate", "shear_x", "translate_y")
     for order, least, most in ((names, 0.95, 1.0), (names[::-1], 0.0, 0.9)):
-        theta = views._drawn_theta(drawn(*order), (60, 90))
+        theta = plans.drawn_theta(drawn(*order), (60, 90))
         ours = geometry.sample_image(image, theta, (60, 90), "nearest", 0.0)[0]
         assert least < (ours == expected).all(0)[stayed].float().mean() <= most
 
@@ -180,7 +189,12 @@ def whole_view(image: Tensor, valid: Tensor | None = None) -> View:
 
 
 def photometrically(view: View, *names: str, level: int = 5) -> Tensor:
-    return torch.stack(views._apply_photometry(view, drawn(*names, level=level)))
+    plan = drawn(*names, level=level)
+    if not views._by_pillow(view.image):
+        return torch.stack(views._apply_photometry(view, plan))
+    valid = None if view.valid.all() else view.valid[0].numpy()
+    pixels = np.ascontiguousarray(view.image[0].permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.array(views._after(plan[0], pixels, valid))).permute(2, 0, 1)[None]
 
 
 def test_photometric_operations_act_in_the_order_drawn() -> None:
@@ -196,7 +210,7 @@ def test_photometric_operations_act_in_the_order_drawn() -> None:
 
     assert not torch.equal(stepwise("solarize", "posterize"), stepwise("posterize", "solarize"))
     for names in (("solarize", "rotate", "posterize"), ("posterize", "identity", "solarize"), ("solarize", "color")):
-        expected = stepwise(*(name for name in names if name in views.PHOTOMETRIC))
+        expected = stepwise(*(name for name in names if name in photometry.PHOTOMETRIC))
         assert torch.equal(photometrically(whole_view(image), *names)[0], expected)
 
 
@@ -212,7 +226,7 @@ def test_the_stretch_is_undone_and_ignores_padding() -> None:
 
 def test_every_operation_changes_the_picture() -> None:
     view = some_view(1)
-    for name in views.PHOTOMETRIC:
+    for name in photometry.PHOTOMETRIC:
         done = photometrically(view, name, level=9)
         if name != "autocontrast":  # of a picture that is stretched already
             assert (done.int() - view.image.int()).abs().max() > 2, name
@@ -229,8 +243,8 @@ def test_the_index_that_a_view_keeps_is_that_of_its_theta() -> None:
     labels = noise(16)[:, 0].clamp(max=200)
     for view, source in ((weak, labels), (strong, weak.warp(labels))):
         assert torch.equal(view.warp(source), geometry.warp_labels(source, view.theta, CROP))
-    assert 0 < len(strong.move.rows) < 16  # the others are not moved
-    stayed = [sample for sample in range(16) if sample not in strong.move.rows]
+    stayed = [sample for sample in range(16) if torch.equal(strong.theta[sample], torch.eye(2, 3))]
+    assert 0 < len(stayed) < 16
     assert torch.equal(strong.warp(weak.warp(labels))[stayed], weak.warp(labels)[stayed])
 
 
@@ -264,9 +278,31 @@ def test_a_gpu_makes_the_same_views() -> None:
         strong_view(weak_view(noise(64).to(device), whole(64), settings, draws), settings.strong, draws)
         for device, draws in (("cpu", seeded()), ("cuda", seeded()))
     )
-    assert torch.equal(here.image, there.image.cpu())
-    labels = noise(64)[:, 0, : CROP[0], : CROP[1]].contiguous()
-    assert torch.equal(here.warp(labels), there.warp(labels.cuda()).cpu())
+    assert_same(here, there, noise(64)[:, 0, : CROP[0], : CROP[1]])
+
+
+def assert_same(here: View, there: View, labels: Tensor) -> None:
+    """The same pixels, moved alike; levels differ by one at most, where colours are blended."""
+    assert (here.image.int() - there.image.cpu().int()).abs().max() <= 1
+    assert torch.equal(here.valid, there.valid.cpu())
+    assert torch.equal(here.warp(labels), there.warp(labels.to(there.image.device)).cpu())
+
+
+def test_a_device_and_pillow_make_the_same_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = torch.stack((torch.arange(64) % 30 + 31, torch.arange(64) % 40 + 41), dim=1)
+    smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 6, 8, generator=generator()) * 200, CANVAS)
+    for settings in (AugmentSettings(crop_size=CROP), AugmentSettings(crop_size=CROP, scale=(0.5, 1.5))):
+        made = []
+        for by_pillow in (True, False):
+            monkeypatch.setattr(views, "_by_pillow", lambda image, here=by_pillow: here)
+            draws = seeded()
+            weak = weak_view(smooth.byte(), sizes, settings, draws)
+            made.append((weak, strong_view(weak, settings.strong, draws)))
+        labels = noise(64)[:, 0]
+        for (here, there), source in zip(
+            zip(*made, strict=True), (labels, labels[:, : CROP[0], : CROP[1]]), strict=True
+        ):
+            assert_same(here, there, source)
 
 
 @pytest.mark.parametrize("wrong", [{"crop_size": (0, 8)}, {"crop_size": (8, 8), "scale": (1.5, 0.5)}])

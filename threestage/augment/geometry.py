@@ -10,7 +10,7 @@ Conventions, for every function here:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,10 @@ Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 TIE = 2.0**-10
 """Pixels added before rounding: a point exactly between two pixels takes the right or lower one, whatever the rounding
-of float32 did to it, so every device and every label map picks the same one."""
+of float32 did to its theta."""
+
+FRACTION_BITS = 16
+"""Of a pixel, in `fixed_point`. It is also what Pillow counts in."""
 
 
 def identity(count: int, device: torch.device | str | None = None) -> Tensor:
@@ -84,6 +87,27 @@ def chain(steps: Iterable[Matrix]) -> Matrix:
     return whole
 
 
+def fixed_point(theta: Tensor, size: Size, source: Size) -> Tensor:
+    """theta in whole 2⁻¹⁶ths of a source pixel, (N,2,3) int64 (a, b, c): output pixel (column j, row i) shows the source's
+    column or row ⌊(a·j + b·i + c) / 2¹⁶⌋. In whole numbers, so that every device, every label map and Pillow pick the same."""
+    numbers = _in_pixels(theta.double(), size, source)
+    numbers[:, :, 2] += TIE
+    return numbers.mul_(2**FRACTION_BITS).round_().long()
+
+
+def _in_pixels(theta: Tensor, size: Size, source: Size) -> Tensor:
+    """What an output column and an output row add to the point (x, y) that is read, in pixels from the source's edge, and
+    the point of the first pixel's centre: (N,2,3)."""
+    (height, width), (rows, columns) = size, source
+    to_normal = torch.tensor(
+        [[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]], dtype=theta.dtype
+    )
+    half = torch.tensor([[columns / 2], [rows / 2]], dtype=theta.dtype).to(theta.device, non_blocking=True)
+    through = (theta[..., None] * to_normal.to(theta.device, non_blocking=True)).sum(2)  # no matmul: see `compose`
+    through[:, :, 2] += 1
+    return through * half
+
+
 def nearest_index(
     theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None, upright: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -94,34 +118,32 @@ def nearest_index(
     `upright` says that no theta turns or shears: columns and rows are then worked out apart.
     """
     rows, columns = source
-    width, height = (columns, rows) if valid_size is None else valid_size.int().flip(1)[:, :, None, None].unbind(1)
-    by_column, by_row = _source_pixels(theta, size, source)
-    by_column += TIE
-    if upright:
-        x = by_column[:, 0, None, :].floor().int()
-        y = (by_column[:, 1, :1, None] + by_row[:, 1, :, None]).floor_().int()
-    else:
-        x, y = (by_column[:, :, None, :] + by_row[:, :, :, None]).floor_().int().unbind(1)
-    inside = ((x | (width - 1 - x)) | (y | (height - 1 - y))) >= 0  # none of the four is negative
-    index = torch.add(x.clamp_(0, columns - 1), y.clamp_(0, rows - 1), alpha=columns)
-    return index.long(), inside
+    x, y = _source_pixels(theta, size, source, upright)
+    index = torch.add(x.clamp(0, columns - 1), y.clamp(0, rows - 1), alpha=columns)
+    return index, _within(x, y, source, valid_size)
 
 
-def _source_pixels(theta: Tensor, size: Size, source: Size) -> tuple[Tensor, Tensor]:
-    """The point that each output pixel's centre is read from, in pixels from the source's edge, as a sum: what the
-    output column (N,2,w) and what the output row (N,2,h) gives to x and y."""
-    height, width = size
-    length = torch.tensor((source[1], source[0])).to(theta, non_blocking=True)
-    along, down = theta[:, :, 0] * (length / width), theta[:, :, 1] * (length / height)
-    start = (theta[:, :, 2] - theta[:, :, 0] - theta[:, :, 1] + 1) * (length / 2) + (along + down) / 2
-    j = torch.arange(width, device=theta.device, dtype=theta.dtype)
-    i = torch.arange(height, device=theta.device, dtype=theta.dtype)
-    return (along[:, :, None] * j).add_(start[:, :, None]), down[:, :, None] * i
-
-
-def inside(theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None) -> Tensor:
+def inside(theta: Tensor, size: Size, source: Size, valid_size: Tensor | None = None, upright: bool = False) -> Tensor:
     """(N,h,w) bool: the output pixel comes from the first `valid_size` (N,2) rows and columns of the source."""
-    return nearest_index(theta, size, source, valid_size)[1]
+    return _within(*_source_pixels(theta, size, source, upright), source, valid_size)
+
+
+def _source_pixels(theta: Tensor, size: Size, source: Size, upright: bool) -> tuple[Tensor, Tensor]:
+    """Column and row of the source that each output pixel shows, int64: (N,h,w) both, or (N,1,w) and (N,h,1)."""
+    along, down, start = (part[..., None, None] for part in fixed_point(theta, size, source).unbind(2))
+    j = torch.arange(size[1], device=theta.device)
+    i = torch.arange(size[0], device=theta.device)[:, None]
+    if upright:
+        x, y = along[:, 0] * j + start[:, 0], down[:, 1] * i + start[:, 1]
+    else:
+        x, y = (along * j + (down * i + start)).unbind(1)
+    return x >> FRACTION_BITS, y >> FRACTION_BITS
+
+
+def _within(x: Tensor, y: Tensor, source: Size, valid_size: Tensor | None) -> Tensor:
+    rows, columns = source
+    width, height = (columns, rows) if valid_size is None else valid_size.flip(1)[:, :, None, None].unbind(1)
+    return ((x | (width - 1 - x)) >= 0) & ((y | (height - 1 - y)) >= 0)  # neither of the two is negative
 
 
 def gather_pixels(values: Tensor, index: Tensor) -> Tensor:
@@ -138,7 +160,7 @@ def gather_labels(labels: Tensor, index: Tensor, inside: Tensor) -> Tensor:
 
 def ignored(labels: Tensor, valid: Tensor) -> Tensor:
     """Class ids (N,h,w) or (N,K,h,w) uint8, 255 (IGNORE_INDEX) where not `valid` (N,h,w)."""
-    outside = valid.byte() - 1  # 0 or 255, which has all bits: `masked_fill` is slow on a CPU
+    outside = valid.view(torch.uint8) - 1  # 0 or 255, which has all bits: `masked_fill` is slow on a CPU
     return labels | (outside if labels.dim() == valid.dim() else outside[:, None])
 
 
@@ -155,6 +177,8 @@ class Move:
     rows: Sequence[int] = ()
     index: Tensor | None = None
     """(rows,h,w) int64, see `nearest_index`; None if nothing moves"""
+    ignores_all = False
+    """What comes from outside the source is the pixel of its edge: labels there are yet to be ignored."""
 
     def __call__(self, values: Tensor | Sequence[Tensor]) -> Tensor:
         """Pictures or maps (N,...,H,W) of any dtype → (N,...,h,w)."""
@@ -163,15 +187,12 @@ class Move:
         if isinstance(values, Tensor) and len(self.rows) == len(values):
             return gather_pixels(values, self.index)
         moved = gather_pixels(torch.stack([values[row] for row in self.rows]), self.index)
-        return torch.stack(replaced(values, self.rows, moved))
+        return torch.stack(replaced(values, dict(zip(self.rows, moved, strict=True))))
 
 
-def replaced(values: Iterable[Tensor], rows: Sequence[int], new: Tensor) -> list[Tensor]:
+def replaced(values: Iterable[Tensor], new: Mapping[int, Tensor]) -> list[Tensor]:
     """The rows of a batch, some of them replaced."""
-    mixed = list(values)
-    for row, one in zip(rows, new, strict=True):
-        mixed[row] = one
-    return mixed
+    return [new.get(row, value) for row, value in enumerate(values)]
 
 
 def warp_labels(labels: Tensor, theta: Tensor, size: Size) -> Tensor:
@@ -200,8 +221,10 @@ def sample_image(
 
 def _bilinear(image: Tensor, theta: Tensor, size: Size, valid_size: Tensor | None) -> Tensor:
     rows, columns = _size(image)
-    by_column, by_row = _source_pixels(theta, size, (rows, columns))
-    x, y = (by_column[:, :, None, :] + by_row[:, :, :, None]).unbind(1)
+    along, down, start = (part[..., None, None] for part in _in_pixels(theta, size, (rows, columns)).unbind(2))
+    j = torch.arange(size[1], device=theta.device, dtype=theta.dtype)
+    i = torch.arange(size[0], device=theta.device, dtype=theta.dtype)[:, None]
+    x, y = (along * j + (down * i + start)).unbind(1)
     if valid_size is not None:
         bottom, right = (valid_size[:, :, None, None] - 0.5).unbind(1)
         x, y = torch.minimum(x, right), torch.minimum(y, bottom)

@@ -3,15 +3,57 @@
 An image is (3,H,W) uint8 levels. Most operations give a level what it becomes whatever its place: these return a table,
 (3,256) or (256,) int64, so that any number of them in a row is one table (`compose`) and one pass over the pixels
 (`look_up`). What they have to know of the image is its `histogram`. Only colour and sharpness look at other channels or
-other pixels.
+other pixels. What is done to pixels is done here on a device; `pictures` does it on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 LEVELS = 256
+
+
+TABLES: dict[str, Callable[[float], Tensor]] = {
+    "solarize": lambda m: solarize(256 - 256 * m),
+    "brightness": lambda m: brightness(0.1 + 1.8 * m),
+    "posterize": lambda m: posterize(4 - int(4 * m)),
+}
+"""Name → table of levels, from m = level / 10; magnitudes of method.md, row A, here and below."""
+
+TABLES_OF_HISTOGRAM: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "autocontrast": lambda histogram, m: autocontrast(histogram),
+    "equalize": lambda histogram, m: equalize(histogram),
+    "contrast": lambda histogram, m: contrast(histogram, 0.1 + 1.8 * m),
+}
+"""Name → table of levels, from the histogram of each channel and m."""
+
+OF_PIXELS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "color": lambda image, m: color(image, 0.1 + 1.8 * m),
+    "sharpness": lambda image, m: sharpness(image, 0.1 + 1.8 * m),
+}
+"""Name → operation on levels (3,H,W)."""
+
+PHOTOMETRIC = frozenset((*TABLES, *TABLES_OF_HISTOGRAM, *OF_PIXELS))
+
+
+def operate(name: str, m: float, image: Tensor, valid: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """One operation more on an image (3,H,W) of which `table` (3,256) is yet to be looked up: both afterwards.
+
+    m: the magnitude, level / 10; valid: (H,W) bool, the pixels that statistics are of.
+    """
+    if name in TABLES:
+        return image, compose(table, _table(name, m, table.device))
+    if name in TABLES_OF_HISTOGRAM:
+        return image, compose(table, TABLES_OF_HISTOGRAM[name](relabelled(histogram(image, valid), table), m))
+    return OF_PIXELS[name](look_up(table, image), m), _levels(table.device).expand(3, -1)
+
+
+@cache
+def _table(name: str, m: float, device: torch.device) -> Tensor:
+    """One of the few tables that depend on no image, where it is needed."""
+    return TABLES[name](m).to(device)
 
 
 def to_levels(image: Tensor) -> Tensor:
@@ -24,23 +66,26 @@ def compose(first: Tensor, then: Tensor) -> Tensor:
     return then.expand(3, LEVELS).gather(1, first)
 
 
-def look_up(tables: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
-    """What each table (3,256) gives to the levels of its image (3,H,W), uint8 both: (N,3,H,W)."""
-    if images[0].device.type != "cpu":
-        levels = torch.stack(tuple(images))
-        return torch.stack(tuple(tables)).gather(2, levels.flatten(2).long()).view(levels.shape)
-    changed = bytearray()  # `translate` takes a byte for an index, of which torch wants eight
-    for table, image in zip(tables, images, strict=True):
-        for row, plane in zip(table.numpy(), image.numpy(), strict=True):
-            changed += bytearray(plane).translate(row.tobytes())
-    return torch.frombuffer(changed, dtype=torch.uint8).view(len(images), *images[0].shape)
+def look_up(table: Tensor, image: Tensor) -> Tensor:
+    """What a table (3,256) gives to the levels of an image (3,H,W), uint8."""
+    return look_up_all([table], [image])[0]
 
 
-def histogram(image: Tensor, valid: Tensor, table: Tensor) -> Tensor:
-    """(3,256) int32: how many of the `valid` (H,W) pixels of `image` have each level that `table` gives."""
-    counts = torch.zeros(3, LEVELS, dtype=torch.int32, device=image.device)
-    before = counts.scatter_add(1, image.flatten(1).long(), valid.flatten().int().expand(3, -1))
-    return counts.scatter_add_(1, table, before)
+def look_up_all(tables: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """What each table gives to its image, (N,3,H,W) uint8."""
+    levels = torch.stack(tuple(images))
+    return torch.stack(tuple(tables)).byte().gather(2, levels.flatten(2).long()).view(levels.shape)
+
+
+def histogram(image: Tensor, valid: Tensor) -> Tensor:
+    """(3,256) int64: how many of the `valid` (H,W) pixels of the image (3,H,W) have each level."""
+    counts = torch.zeros(3, LEVELS, dtype=torch.int64, device=image.device)
+    return counts.scatter_add_(1, image.flatten(1).long(), valid.flatten().long().expand(3, -1))
+
+
+def relabelled(histogram: Tensor, table: Tensor) -> Tensor:
+    """The histogram of what `table` (3,256) gives to the levels."""
+    return torch.zeros_like(histogram).scatter_add_(1, table, histogram)
 
 
 def level_range(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,72 +5,20 @@ reads a value back from the device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from threestage.augment import geometry, photometry
+from threestage.augment import geometry, photometry, pictures
 from threestage.augment.draws import Draws
+from threestage.augment.plans import GEOMETRIC, Plan, StrongSettings, draw_cutouts, draw_operations, drawn_theta
 from threestage.settings import Settings
 
 FILL = 128
 """The middle level of 256: what a pixel from outside the image, and a cut-out one, is set to."""
-
-OPERATIONS = (
-    "identity", "autocontrast", "equalize", "rotate", "solarize", "color", "contrast", "brightness", "sharpness",
-    "shear_x", "shear_y", "translate_x", "translate_y", "posterize",
-)  # fmt: skip
-"""The paper's fourteen; each slot draws one of them with equal chance."""
-
-GEOMETRIC: dict[str, Callable[[float, geometry.Size], geometry.Matrix]] = {
-    "rotate": lambda m, size: geometry.rotate(30 * m, size),
-    "shear_x": lambda m, size: geometry.shear(0.3 * m, 0, size),
-    "shear_y": lambda m, size: geometry.shear(0, 0.3 * m, size),
-    "translate_x": lambda m, size: geometry.translate(10 * m, 0, size),
-    "translate_y": lambda m, size: geometry.translate(0, 10 * m, size),
-}
-"""Name → matrix, from m = ±level / 10 and the size of the crop; magnitudes of method.md, row A, here and below."""
-
-TABLES: dict[str, Callable[[float], Tensor]] = {
-    "solarize": lambda m: photometry.solarize(256 - 256 * m),
-    "brightness": lambda m: photometry.brightness(0.1 + 1.8 * m),
-    "posterize": lambda m: photometry.posterize(4 - int(4 * m)),
-}
-"""Name → table of levels, from m = level / 10."""
-
-TABLES_OF_HISTOGRAM: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "autocontrast": lambda histogram, m: photometry.autocontrast(histogram),
-    "equalize": lambda histogram, m: photometry.equalize(histogram),
-    "contrast": lambda histogram, m: photometry.contrast(histogram, 0.1 + 1.8 * m),
-}
-"""Name → table of levels, from the histogram of each channel and m."""
-
-OF_PIXELS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "color": lambda image, m: photometry.color(image, 0.1 + 1.8 * m),
-    "sharpness": lambda image, m: photometry.sharpness(image, 0.1 + 1.8 * m),
-}
-"""Name → operation on levels (3,H,W)."""
-
-PHOTOMETRIC = frozenset((*TABLES, *TABLES_OF_HISTOGRAM, *OF_PIXELS))
-
-
-class StrongSettings(Settings):
-    """RandAugment and cutout as in method.md, row A; the defaults are the paper's."""
-
-    operations: int = Field(3, ge=0, description="operations drawn per image, with replacement")
-    probability: float = Field(0.5, ge=0, le=1, description="chance that a drawn operation is applied")
-    levels: tuple[int, int] = Field((1, 9), description="least and greatest level; the magnitude is level / 10")
-    cutouts: int = Field(3, ge=0, description="squares cut out per image; their pixels keep their labels")
-    cutout_size: int = Field(32, ge=0, description="side of a cutout in pixels")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "StrongSettings":
-        if not 0 <= self.levels[0] <= self.levels[1] <= 10:
-            raise ValueError(f"levels {self.levels} must be two ascending whole numbers from 0 to 10")
-        return self
 
 
 class AugmentSettings(Settings):
@@ -98,28 +46,39 @@ class AugmentSettings(Settings):
         return self
 
 
-@dataclass(frozen=True)
 class View:
     """A batch of pictures and where their pixels come from."""
 
-    image: Tensor
-    """(N,3,h,w) uint8; see `network_input`"""
-    valid: Tensor
-    """(N,h,w) bool: the pixel comes from inside the source image"""
-    theta: Tensor
-    """(N,2,3) float32, from this view to the tensor that it was made from"""
-    move: geometry.Move = field(default_factory=geometry.Move)
-    """theta as an index, worked out once; by default no picture moves"""
+    def __init__(
+        self,
+        image: Tensor,
+        valid: Tensor | Callable[[], Tensor],
+        theta: Tensor,
+        move: geometry.Move | pictures.Move | None = None,
+    ) -> None:
+        self.image = image
+        """(N,3,h,w) uint8, on a CPU with the channels last; see `network_input`"""
+        self.theta = theta
+        """(N,2,3) float32, from this view to the tensor that it was made from"""
+        self.move = move or geometry.Move()
+        """theta in pixels, worked out once; without, no picture moves"""
+        self._valid = valid
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(N,h,w) bool: the pixel comes from inside the source image"""
+        return self._valid if isinstance(self._valid, Tensor) else self._valid()
 
     def warp(self, labels: Tensor) -> Tensor:
         """Class ids uint8 (N,H,W) or (N,K,H,W) of the tensor that this view was made from → the same of this view
-        (W of method.md): nearest, through the very index that moved the image; 255 where not valid."""
-        return geometry.ignored(self.move(labels), self.valid)
+        (W of method.md): nearest, from the very pixels that the image is from; 255 where not valid."""
+        moved = self.move(labels)
+        return moved if self.move.ignores_all else geometry.ignored(moved, self.valid)
 
 
 def network_input(image: Tensor) -> Tensor:
     """Images uint8 → float32 in [0,1]: at the very end, as four times as many bytes are moved afterwards."""
-    return image.float().div_(255)
+    return torch.div(image, 255)
 
 
 def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws) -> View:
@@ -138,15 +97,56 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Dra
         geometry.horizontal_flip(_to(flipped, image)),
     )
     valid_size = size.to(image.device, non_blocking=True)
+    scaled = (scale != 1).nonzero().flatten().tolist()
+    resized: dict[int, Tensor] = {}
+    if scaled:
+        rows = _to(torch.tensor(scaled), image)
+        sampled = geometry.sample_image(image[rows].float(), theta[rows], crop, "bilinear", 0, valid_size[rows])
+        resized = dict(zip(scaled, photometry.to_levels(sampled), strict=True))
+    if _by_pillow(image):
+        return _weak_pictures(image, theta, crop, valid_size, resized)
     index, valid = geometry.nearest_index(theta, crop, _size(image), valid_size, upright=True)
     move = geometry.Move(range(count), index)
     shown = move(image)
-    scaled = (scale != 1).nonzero().flatten().tolist()
-    if scaled:
-        rows = _to(torch.tensor(scaled), image)
-        resized = geometry.sample_image(image[rows].float(), theta[rows], crop, "bilinear", 0, valid_size[rows])
-        shown = torch.stack(geometry.replaced(shown, scaled, photometry.to_levels(resized)))
+    if resized:
+        shown = torch.stack(geometry.replaced(shown, resized))
     return View(geometry.filled(shown, valid, FILL), valid, theta, move)
+
+
+def _weak_pictures(
+    image: Tensor, theta: Tensor, crop: geometry.Size, valid_size: Tensor, resized: dict[int, Tensor]
+) -> View:
+    """The weak view on a CPU; `resized` are those that are scaled, by row."""
+    source = _size(image)
+    coefficients = dict(enumerate(geometry.fixed_point(theta, crop, source).tolist()))
+    bounds = zip(coefficients.values(), valid_size.tolist(), strict=True)
+    whole = all(pictures.shows_only(numbers, crop, seen) for numbers, seen in bounds)
+    valid = torch.ones(len(image), *crop, dtype=torch.bool)
+    if not whole:
+        valid = geometry.inside(theta, crop, source, valid_size, upright=True)
+    shown = np.empty((len(image), *crop, 3), np.uint8)
+    for row, pixels in enumerate(_arrays(image)):
+        scaled = resized.get(row)
+        moved = (
+            pictures.moved(pixels, coefficients[row], crop, FILL) if scaled is None else scaled.movedim(0, 2).numpy()
+        )
+        shown[row] = moved
+    if not whole:
+        shown[~valid.numpy()] = FILL
+    return View(_from_arrays(shown), valid, theta, pictures.Move(coefficients, crop, whole))
+
+
+def _by_pillow(image: Tensor) -> bool:
+    return image.device.type == "cpu"
+
+
+def _arrays(image: Tensor) -> np.ndarray:
+    """(N,3,H,W) on a CPU as (N,H,W,3): the same memory."""
+    return image.movedim(1, 3).numpy()
+
+
+def _from_arrays(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).movedim(3, 1)
 
 
 def _draw_scale(count: int, settings: AugmentSettings, draws: Draws) -> Tensor:
@@ -180,41 +180,55 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     mid-range, but only the latter lose `valid`.
     """
     count, size = len(view.image), _size(view.image)
-    plans = _draw_operations(count, settings, draws)
-    corners = _draw_cutouts(count, size, settings, draws)
-    theta = _drawn_theta(plans, size)
-    moved = [sample for sample, matrix in enumerate(theta) if not torch.equal(matrix, torch.eye(2, 3))]
+    plans = draw_operations(count, settings, draws)
+    corners = draw_cutouts(count, size, settings, draws)
+    theta = drawn_theta(plans, size)
+    moved = [sample for sample, plan in enumerate(plans) if any(name in GEOMETRIC for name, _, _ in plan)]
+    if _by_pillow(view.image):
+        return _strong_pictures(view, plans, theta, moved, corners, settings.cutout_size)
     move, valid = geometry.Move(), view.valid
     if moved:
         index, inside = geometry.nearest_index(_to(theta[moved], valid), size, size)
         move = geometry.Move(moved, index)
         within = geometry.gather_pixels(torch.stack([valid[sample] for sample in moved]), index) & inside
-        valid = torch.stack(geometry.replaced(valid, moved, within))
+        valid = torch.stack(geometry.replaced(valid, dict(zip(moved, within, strict=True))))
     shown = valid.byte() & ~_squares(_to(corners, valid), settings.cutout_size, size)
     image = geometry.filled(move(_apply_photometry(view, plans)), shown, FILL)
     return View(image, valid, _to(theta, image), move)
 
 
-Plan = list[tuple[str, float, float]]
-"""What an image applies, in order: name, magnitude (level / 10), sign (-1 or 1)."""
+def _strong_pictures(
+    view: View, plans: list[Plan], theta: Tensor, moved: list[int], corners: Tensor, side: int
+) -> View:
+    """The strong view on a CPU; `corners` (N,K,2) are those of the cutouts of `side` pixels."""
+    size, inside = _size(view.image), view.valid.numpy()
+    whole = bool(inside.all())
+    numbers = dict(zip(moved, geometry.fixed_point(theta[moved], size, size).tolist(), strict=True))
+    move = pictures.Move(numbers, size, whole)
+    shown = np.empty((len(plans), *size, 3), np.uint8)
+    for row, (pixels, plan) in enumerate(zip(_arrays(view.image), plans, strict=True)):
+        changed = _after(plan, pixels, None if whole else inside[row])
+        shown[row] = pictures.moved(changed, numbers[row], size, FILL) if row in numbers else np.asarray(changed)
+    for row, squares in enumerate(corners.tolist()):
+        for top, left in squares:
+            shown[row, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = FILL
+    return View(_from_arrays(shown), lambda: move(view.valid.view(torch.uint8), 0).view(torch.bool), theta, move)
 
 
-def _draw_operations(count: int, settings: StrongSettings, draws: Draws) -> list[Plan]:
-    shape = (count, settings.operations)
-    operation = draws.integers(0, len(OPERATIONS), *shape)
-    applied = draws.uniform(*shape) < settings.probability
-    level = draws.integers(settings.levels[0], settings.levels[1] + 1, *shape)
-    sign = draws.integers(0, 2, *shape) * 2 - 1
-    operation = torch.where(applied, operation, OPERATIONS.index("identity"))
-    rows = zip(operation.tolist(), (level / 10).tolist(), sign.float().tolist(), strict=True)
-    plans = [[(OPERATIONS[code], m, side) for code, m, side in zip(*row, strict=True)] for row in rows]
-    return [[step for step in plan if step[0] != "identity"] for plan in plans]
+def _after(plan: Plan, pixels: np.ndarray, valid: np.ndarray | None) -> pictures.Pixels:
+    """An image (h,w,3) after the photometric operations of its plan; what is not `valid` (h,w) is mid-range again."""
+    steps = _photometric(plan)
+    if not steps:
+        return pixels
+    changed = pictures.after_operations(pixels, valid, steps)
+    if valid is not None:
+        changed = np.array(changed)
+        changed[~valid] = FILL
+    return changed
 
 
-def _draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, draws: Draws) -> Tensor:
-    """(N,cutouts,2) int64: the first row and column of each square, whose centre is any pixel of the crop."""
-    centre = torch.floor(draws.uniform(count, settings.cutouts, 2) * torch.tensor(size)).long()
-    return centre - settings.cutout_size // 2
+def _photometric(plan: Plan) -> list[tuple[str, float]]:
+    return [(name, m) for name, m, _ in plan if name in photometry.PHOTOMETRIC]
 
 
 def _squares(corners: Tensor, side: int, size: geometry.Size) -> Tensor:
@@ -228,16 +242,10 @@ def _squares(corners: Tensor, side: int, size: geometry.Size) -> Tensor:
     return hidden
 
 
-def _drawn_theta(plans: list[Plan], size: geometry.Size) -> Tensor:
-    """(N,2,3) on the host: the geometric operations of all slots as one transform, the first drawn acting first."""
-    moves = [[GEOMETRIC[name](m * sign, size) for name, m, sign in plan if name in GEOMETRIC] for plan in plans]
-    return torch.tensor([geometry.chain(steps) for steps in moves])
-
-
 def _apply_photometry(view: View, plans: list[Plan]) -> list[Tensor]:
     """The levels (3,h,w) of each sample after its photometric operations in their order; others are untouched."""
     images = list(view.image)
-    steps = [[(name, m) for name, m, _ in plan if name in PHOTOMETRIC] for plan in plans]
+    steps = [_photometric(plan) for plan in plans]
     touched = [sample for sample, of_sample in enumerate(steps) if of_sample]
     if not touched:
         return images
@@ -245,28 +253,12 @@ def _apply_photometry(view: View, plans: list[Plan]) -> list[Tensor]:
     tables = list(photometry.stretch(low, span))
     for sample in touched:
         for name, m in steps[sample]:
-            image, table = images[sample], tables[sample]
-            images[sample], tables[sample] = _operate(name, m, image, view.valid[sample], table)
+            images[sample], tables[sample] = photometry.operate(
+                name, m, images[sample], view.valid[sample], tables[sample]
+            )
     last = photometry.unstretch(low, span, torch.stack(tables))
-    done = photometry.look_up([last[sample] for sample in touched], [images[sample] for sample in touched])
-    return geometry.replaced(images, touched, done)
-
-
-def _operate(name: str, m: float, image: Tensor, valid: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels (3,h,w) and the table (3,256) that is yet to be looked up in them, after one more operation."""
-    if name in TABLES:
-        return image, photometry.compose(table, _table(name, m, image.device))
-    if name in TABLES_OF_HISTOGRAM:
-        histogram = photometry.histogram(image, valid, table)
-        return image, photometry.compose(table, TABLES_OF_HISTOGRAM[name](histogram, m))
-    (seen,) = photometry.look_up([table.byte()], [image])
-    return OF_PIXELS[name](seen, m), torch.arange(photometry.LEVELS, device=image.device).expand(3, -1)
-
-
-@cache
-def _table(name: str, m: float, device: torch.device) -> Tensor:
-    """One of the few tables that depend on no image, where it is needed."""
-    return TABLES[name](m).to(device)
+    done = photometry.look_up_all([last[sample] for sample in touched], [images[sample] for sample in touched])
+    return geometry.replaced(images, dict(zip(touched, done, strict=True)))
 
 
 def _to(host: Tensor, like: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ BatchMode = Literal["per_worker", "global"]
 
 @dataclass(frozen=True)
 class Batch:
-    """N canvases: image (N,3,H,W) uint8, size (N,2) valid height and width, maps (N,H,W) uint8 by name."""
+    """N canvases: image (N,3,H,W) uint8, in memory the channels last as decoders give them; size (N,2) valid height and
+    width; maps (N,H,W) uint8 by name."""
 
     image: Tensor
     size: Tensor
@@ -72,7 +73,7 @@ def stack(
         place(decoded, canvas, rng, class_id)
         for (_, decoded), rng, class_id in zip(samples, randoms, classes, strict=True)
     ]
-    image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2).contiguous()
+    image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2)
     maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
     return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))
 

@@ -194,7 +194,8 @@ def compiled(network: nn.Module, loop: LoopSettings) -> nn.Module:
 
 def laid_out(image: Tensor, loop: LoopSettings) -> Tensor:
     """The views in the memory format of the networks."""
-    return image.contiguous(memory_format=torch.channels_last) if loop.channels_last else image
+    layout = torch.channels_last if loop.channels_last else torch.contiguous_format
+    return image.contiguous(memory_format=layout)
 
 
 def rate_factor(loop: LoopSettings, world_size: int) -> float:
