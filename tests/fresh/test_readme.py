@@ -1,7 +1,7 @@
 """README.md, done as it says: its blocks of commands in their order, in a fresh clone, with real photos.
 
 What differs from the page: `git clone` takes this checkout, the S3 endpoint's address is another, and all runs but the
-demo's have fewer steps and smaller crops (SHORT). It takes three quarters of an hour.
+demo's have fewer steps and smaller crops (SHORT), and weights that are not timm's. It takes three quarters of an hour.
 """
 
 import os

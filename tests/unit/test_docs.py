@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from threestage.config import load
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError
+from threestage.models.network import check_settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -31,6 +33,17 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert file.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_configurations_of_the_readme_take_timms_weights(tmp_path: Path) -> None:
+    written = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    texts = [text for text in written if "\nbase:" in text]
+    assert len(texts) == 2
+    for text in texts:
+        (tmp_path / "one.yaml").write_text(text)
+        network = load(str(tmp_path / "one.yaml")).network
+        assert network.weights is not None
+        check_settings(network.model_copy(update={"weights": None, "pretrained": True}))
 
 
 def test_the_configuration_reference_is_current() -> None:

@@ -136,12 +136,21 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
             {"encoder": "resnet18", "pretrained": True, "std": (1 / 255,) * 3},
             r"network.std=.* timm's weights of resnet18 take mean \[0.485, .* set network.mean and network.std to these",
         ),
+        (
+            {"encoder": "resnet18", "pretrained": True, "mean": (0.5,) * 3},
+            r"network.mean=\[0.5, .* timm's weights of resnet18 take mean \[0.485, .* set network.mean and network.std to these",
+        ),
         ({"encoder": "test_vit", "head": "deeplabv3plus"}, "network.head: deeplabv3plus takes a map at stride 4"),
     ],
 )
 def test_unsuited_settings_are_refused_in_words(values: dict[str, Any], line: str) -> None:
     with pytest.raises(InputError, match=line):
         check_settings(settings(**values))
+
+
+def test_timms_weights_take_what_they_expect() -> None:
+    check_settings(settings(encoder="resnet18", pretrained=True, mean=(0.48, 0.46, 0.41), std=(0.23, 0.22, 0.22)))
+    check_settings(settings(encoder="test_resnet", pretrained=True, mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
 def test_an_unreachable_hub_asks_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:

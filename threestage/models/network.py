@@ -17,6 +17,8 @@ from threestage.models.heads import make_head
 from threestage.models.weights import check_fit, copy_weights, read_weights, rename_weights
 from threestage.settings import Settings
 
+NORMALISATION_TOLERANCE = 0.01  # of RGB in [0,1]
+
 Auxiliary = Literal["none", "branch", "shared"]
 
 
@@ -181,18 +183,22 @@ def check_settings(settings: NetworkSettings) -> None:
     with torch.device("meta"):
         make_head(settings, _make_encoder(settings.model_copy(update={"pretrained": False})), num_classes=2)
     if settings.pretrained:
-        _check_scale(settings)
+        _check_normalisation(settings)
 
 
-def _check_scale(settings: NetworkSettings) -> None:
-    """Raise InputError where timm's weights take RGB in another range than `std` makes of it: 0 to 255 in place of 0 to 1."""
+def _check_normalisation(settings: NetworkSettings) -> None:
+    """Raise InputError where `mean` or `std` is not what timm's weights expect."""
     import timm
 
     config = timm.get_pretrained_cfg(settings.encoder, allow_unregistered=True)
-    if config is not None and not 0.1 < config.std[0] / settings.std[0] < 10:
+    if config is None:
+        return
+    given, expected = (*settings.mean, *settings.std), (*config.mean, *config.std)
+    if max(abs(one - other) for one, other in zip(given, expected, strict=True)) > NORMALISATION_TOLERANCE:
         raise InputError(
-            f"network.std={list(settings.std)}: timm's weights of {settings.encoder} take mean {list(config.mean)} and std "
-            f"{list(config.std)}: set network.mean and network.std to these, or give network.weights in place of pretrained"
+            f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
+            f"mean {list(config.mean)} and std {list(config.std)}: set network.mean and network.std to these, or give "
+            "network.weights in place of pretrained"
         )
 
 
