@@ -456,6 +456,7 @@ def test_overlays_differ_where_they_should() -> None:
 
 def test_every_setting_of_the_job_is_one() -> None:
     from threestage.config import load as load_config
+    from threestage.models.network import check_settings
 
     words = select(manifests("overlays/job"), {"kind": "RayJob", "name": "threestage-run"})["spec"][
         "entrypoint"
@@ -463,6 +464,7 @@ def test_every_setting_of_the_job_is_one() -> None:
     assert words[:3] == ["threestage", "run", "camvid"]
     settings = [value for flag, value in pairwise(words) if flag == "--set"]
     config = load_config("camvid", settings)
+    check_settings(config.network)
     assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 4
     limits = next(containers(next(clusters())[1]["workerGroupSpecs"][1]))["resources"]["limits"]
     assert config.cluster.cpus_per_worker <= int(limits["cpu"])

@@ -6,6 +6,7 @@ import pty
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import typer
 
 from threestage import local
 from threestage.cli import app, main
+from threestage.config import load
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 PROGRAM = "from threestage.cli import main; main()"
@@ -59,6 +61,13 @@ def test_the_help_of_a_command_has_an_example_that_can_be_typed(
     assert ended([*name.split(), "--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
     assert example in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("name", ["run", "submit run"])
+def test_the_example_of_a_run_names_its_weights(name: str) -> None:
+    words = shlex.split(example_of(COMMANDS[name]).partition(f"{name} ")[2])
+    network = load(words[0], [value for flag, value in pairwise(words) if flag == "--set"]).network
+    assert network.weights is not None or network.pretrained or network.batch_norm == "live"
 
 
 def test_the_help_of_the_program_without_a_command_line(capsys: pytest.CaptureFixture[str]) -> None:

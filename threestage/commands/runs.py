@@ -63,7 +63,7 @@ def run(
 ) -> None:
     """Run the three stages. What is finished is skipped and what is half done goes on: rerun the same command after a kill.
 
-    Example: threestage run camvid --set data.root=data/camvid --out runs/camvid
+    Example: threestage run camvid --set data.root=data/camvid --set network.weights=MOBILENETV2_100.pth --out runs/camvid
     """
     from threestage.config import load
 

@@ -93,7 +93,7 @@ def _say(text: str) -> None:
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXAMPLES = {
-    "run": "run camvid --set data.root=s3://bucket/data --out s3://bucket/run",
+    "run": "run camvid --set data.root=s3://bucket/data --set network.weights=s3://bucket/mobilenetv2_100.pth --out s3://bucket/run",
     "sweep": "sweep thresholds mine.yaml --out s3://bucket/sweep",
     "ingest": "ingest s3://bucket/photos s3://bucket/data --format images",
     "predict": "predict models:/camvid@champion s3://bucket/photos s3://bucket/masks",
