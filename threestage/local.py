@@ -2,7 +2,7 @@
 
     python -m threestage.local PRESET_OR_YAML --out FOLDER [--seed N] [--set a.b=c …]
 
-needs torch, timm, pyarrow and pydantic only.
+needs torch, timm, pyarrow and pydantic only, and segmentation-models-pytorch for network.head=deeplabv3plus.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Why: a wrong encoder, crop or weights file must cost one line before training starts, and the right one must load."""
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,13 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
 def test_unsuited_settings_are_refused_in_words(values: dict[str, Any], line: str) -> None:
     with pytest.raises(InputError, match=line):
         check_settings(settings(**values))
+
+
+def test_a_head_whose_package_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.deeplabv3.decoder", None)
+    with pytest.raises(InputError, match=r"network\.head=deeplabv3plus needs segmentation-models-pytorch .*deeplabv2"):
+        check_settings(settings(head="deeplabv3plus", encoder="mobilenetv2_100"))
+    check_settings(settings())
 
 
 def test_timms_weights_take_what_they_expect() -> None:

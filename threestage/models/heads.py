@@ -44,13 +44,18 @@ class DeepLabV3PlusHead(nn.Module):
 
     low (N,L,H/4,W/4), deep (N,D,h,w) → logits (N,C,H/4,W/4), any image size. Dilations 12, 24, 36. No dropout, so a
     step can be replayed. Its batch norm is live and sees one value per image: a training batch needs two images, which
-    preflight.py makes sure of.
+    preflight.py makes sure of. InputError where that package is not installed.
     """
 
     def __init__(self, low_channels: int, channels: int, num_classes: int, width: int) -> None:
         super().__init__()
-        from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
-
+        try:
+            from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+        except ImportError as error:
+            raise InputError(
+                f"network.head=deeplabv3plus needs segmentation-models-pytorch ({error}): pip install it, or set network.head to "
+                "deeplabv2 or linear"
+            ) from None
         decoder = DeepLabV3PlusDecoder(
             encoder_channels=(0, 0, low_channels, channels),
             encoder_depth=3,
