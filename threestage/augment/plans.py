@@ -51,11 +51,15 @@ def draw_operations(count: int, settings: StrongSettings, draws: Draws) -> list[
     operation = draws.integers(0, len(OPERATIONS), *shape)
     applied = draws.uniform(*shape) < settings.probability
     level = draws.integers(settings.levels[0], settings.levels[1] + 1, *shape)
-    sign = draws.integers(0, 2, *shape) * 2 - 1
-    operation = torch.where(applied, operation, OPERATIONS.index("identity"))
-    rows = zip(operation.tolist(), (level / 10).tolist(), sign.float().tolist(), strict=True)
-    plans = [[(OPERATIONS[code], m, side) for code, m, side in zip(*row, strict=True)] for row in rows]
-    return [[step for step in plan if step[0] != "identity"] for plan in plans]
+    positive = draws.integers(0, 2, *shape)
+    rows = zip(*(drawn.tolist() for drawn in (operation, applied, level, positive)), strict=True)
+    return [[step for slot in zip(*row, strict=True) if (step := _step(*slot)) is not None] for row in rows]
+
+
+def _step(operation: int, applied: bool, level: int, positive: int) -> tuple[str, float, float] | None:
+    if not applied or OPERATIONS[operation] == "identity":
+        return None
+    return OPERATIONS[operation], level / 10, 1.0 if positive else -1.0
 
 
 def draw_cutouts(count: int, size: geometry.Size, settings: StrongSettings, draws: Draws) -> Tensor:
