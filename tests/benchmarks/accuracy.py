@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from threestage.config import Config, changed, load
+from threestage.config import STAGES, Config, changed, load
 from threestage.evaluation import evaluate_model
 from threestage.inference import Protocol
 from threestage.local import run_local
@@ -38,10 +38,13 @@ THRESHOLDS = ("consistency.confidence_threshold=0.95", "pseudo_mask.confidence_t
 
 @dataclass(frozen=True)
 class Method:
-    """What is changed of the preset. A control has as many steps as all its stages together."""
+    """What is changed of the preset."""
 
     changes: tuple[str, ...] = ()
-    control: bool = False
+    control_of: int = 0
+    """A control's: it has as many steps as so many of the preset's stages together."""
+    half: bool = False
+    """Stages 2 and 3 have half of the preset's steps."""
 
 
 def _rates(share: float) -> tuple[str, str]:
@@ -66,9 +69,11 @@ TWO_VIEWS = ("consistency.strong_views=2", "consistency.feature_dropout=0.5")
 METHODS: Mapping[str, Method] = {
     BASE: Method((ONE_STAGE,)),
     "three stages (faithful)": Method(),
-    "control": Method((*CONTROL, *_rates(1 / 2)), control=True),
-    "control, whole rates": Method(CONTROL, control=True),
-    "control, a quarter of the rates": Method((*CONTROL, *_rates(1 / 4)), control=True),
+    "control": Method((*CONTROL, *_rates(1 / 2)), control_of=2),
+    "control of three stages": Method((*CONTROL, *_rates(1 / 2)), control_of=3),
+    "control, whole rates": Method(CONTROL, control_of=2),
+    "control, a quarter of the rates": Method((*CONTROL, *_rates(1 / 4)), control_of=2),
+    "three stages, half the steps": Method(half=True),
     "plain self-training": Method(
         (TWO_STAGES, "consistency.weight=0", "pseudo_mask.weight=0.5", "pseudo_mask.head=main")
     ),
@@ -93,8 +98,8 @@ METHODS: Mapping[str, Method] = {
     "class-balanced crops": Method((TWO_STAGES, "stage2.changes={augment: {class_balance: 0.5}}")),
     "ramp-up": Method((TWO_STAGES, "consistency.ramp_up=0.3")),
     "warm start": Method((TWO_STAGES, "stage2.warm_start=true")),
-    "best": Method(BEST),
-    "best, two strong views": Method((*BEST, *TWO_VIEWS)),
+    "best": Method(BEST, half=True),
+    "best, two strong views": Method((*BEST, *TWO_VIEWS), half=True),
 }
 
 
@@ -157,7 +162,7 @@ def _job(options: argparse.Namespace, method: str, seed: int) -> Job:
     folder = Path(options.out) / options.size
     config = configuration(PRESETS[options.size], options.set, method, seed)
     places = {"data.root": options.data, "network.weights": options.weights}
-    reuse = None if method == BASE or METHODS[method].control else str(folder / _file_name(BASE) / str(seed))
+    reuse = None if method == BASE or METHODS[method].control_of else str(folder / _file_name(BASE) / str(seed))
     own = str(folder / _file_name(method) / str(seed))
     return Job(method, seed, changed(config, places).model_dump(mode="json"), own, reuse, options.test)
 
@@ -168,10 +173,13 @@ def _file_name(method: str) -> str:
 
 def configuration(preset: str, common: Sequence[str], method: str, seed: int) -> Config:
     """The preset with the changes of a method."""
-    config = load(preset, [*common, f"seed={seed}", "name=results"])
-    steps = sum(config.stage(stage).steps for stage in config.stage_names)
-    control = [f"stage1.steps={steps}"] if METHODS[method].control else []
-    return load(preset, [*common, f"seed={seed}", "name=results", *control, *METHODS[method].changes])
+    chosen, own = METHODS[method], [f"seed={seed}", "name=results"]
+    steps = {stage: load(preset, [*common, *own]).stage(stage).steps for stage in STAGES}
+    if chosen.control_of:
+        own.append(f"stage1.steps={sum(list(steps.values())[: chosen.control_of])}")
+    if chosen.half:
+        own += [f"{stage}.steps={steps[stage] // 2}" for stage in STAGES[1:]]
+    return load(preset, [*common, *own, *chosen.changes])
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[st
     lines = ["| method | changes | stage | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
     for method, runs in found.items():
         stages = list(runs[0]["stages"])
-        for stage in stages if method == BASE or METHODS[method].control else stages[1:]:
+        for stage in stages if method == BASE or METHODS[method].control_of else stages[1:]:
             cells = [_cell([run["stages"][stage].get(column) for run in runs]) for column in columns]
             changes = " ".join(f"`{change}`" for change in METHODS[method].changes)
             lines.append(f"| {method} | {changes} | {stage[-1]} | {len(runs)} | " + " | ".join(cells) + " |")

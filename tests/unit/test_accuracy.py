@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks import accuracy
 from tests.benchmarks.accuracy import BASE, METHODS, configuration, measure, table
-from threestage.config import stage_keys
+from threestage.config import STAGES, load, stage_keys
 from threestage.models.export import load_card
 
 TINY = (
@@ -23,15 +23,21 @@ TINY = (
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_loads_and_shares_its_first_stage(preset: str, method: str) -> None:
     base, config = configuration(preset, (), BASE, 7), configuration(preset, (), method, 7)
-    if METHODS[method].control:
-        whole = configuration(preset, (), "three stages (faithful)", 7)
-        assert config.stage1.steps == whole.stage1.steps + whole.stage2.steps + whole.stage3.steps
+    faithful = configuration(preset, (), "three stages (faithful)", 7)
+    if METHODS[method].control_of:
+        steps = [faithful.stage1.steps, faithful.stage2.steps, faithful.stage3.steps]
+        assert config.stage1.steps == sum(steps[: METHODS[method].control_of])
         assert config.stages == 1 and config.stage1.strong_view
     else:
         assert stage_keys(config, "stage1") == stage_keys(base, "stage1")
         if method not in (BASE, "three stages (faithful)"):
-            faithful = configuration(preset, (), "three stages (faithful)", 7)
             assert stage_keys(config, "stage2") != stage_keys(faithful, "stage2")
+
+
+def test_best_is_the_preset_of_that_name() -> None:
+    ours, theirs = configuration("camvid", (), "best", 7), load("best", ["seed=7"])
+    for stage in STAGES:
+        assert stage_keys(ours, stage) == stage_keys(theirs, stage)
 
 
 def test_the_figures_of_a_method(scenes: Path, tmp_path: Path) -> None:
