@@ -115,7 +115,7 @@ def evaluate(
 ) -> None:
     """Score a model on a data set: IoU, boundaries, calibration. Whole images at one scale, unless you say otherwise.
 
-    Example: threestage evaluate runs/demo data/camvid --split test --flip --scales 0.75,1,1.25
+    Example: threestage evaluate runs/camvid data/camvid --split test --flip --scales 0.75,1,1.25
     """
     from threestage.evaluation import evaluate_model
     from threestage.predict import open_model
