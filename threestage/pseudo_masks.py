@@ -94,7 +94,7 @@ class Statistics(Settings):
         return Statistics(**merged)
 
     def summary(self) -> dict[str, float]:
-        """The figures of method.md, "What to measure beside mIoU"; pseudo_mask_mean_iou only where masks are known."""
+        """Mean confidence and entropy (nats), shares above confidences; pseudo_mask_mean_iou only where masks are known."""
         pixels = max(1, self.pixels)
         result = {"mean_confidence": self.confidence_sum / pixels, "mean_entropy": self.entropy_sum / pixels}
         result |= {f"share_above_{t}": n / pixels for t, n in zip(CONFIDENCE_SHARES, self.above, strict=True)}

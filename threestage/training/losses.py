@@ -1,7 +1,7 @@
 """The three losses of one step, as sums and counts so that any number of workers and pieces gives the same mean.
 
-Stage 1:     L = L_sup                                               (method.md, "Stage 1")
-Stage 2, 3:  L = w_sup · L_sup + w_con · L_con + w_pm · L_pm          (method.md, "Stage 2")
+Stage 1:     L = L_sup
+Stage 2, 3:  L = w_sup · L_sup + w_con · L_con + w_pm · L_pm          (method.md, "The method, as implemented")
 """
 
 from collections.abc import Mapping

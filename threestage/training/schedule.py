@@ -9,11 +9,11 @@ from threestage.settings import Settings
 
 
 class OptimiserSettings(Settings):
-    """Adam (method.md, "The paper's schedule")."""
+    """AdamW. Without weight decay, as is faithful, it is Adam."""
 
     learning_rate: float = Field(3e-5, gt=0, description="of new layers")
     encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
-    weight_decay: float = Field(0.0, ge=0, description="of Adam; 0 is faithful")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW); 0 is faithful")
     schedule: Literal["constant", "poly"] = Field(
         "constant", description="of both learning rates: constant (faithful), or poly, (1 - t)^0.9"
     )
@@ -52,7 +52,7 @@ def ema_decay(step: int, settings: EmaSettings) -> float:
 
 
 def ramp_up(step: int, ramp_up_steps: float) -> float:
-    """exp(-5 (1 - t)²) with t = step / ramp_up_steps, then 1; 0 steps mean no ramp (method.md, "Short schedules")."""
+    """exp(-5 (1 - t)²) with t = step / ramp_up_steps, then 1; 0 steps mean no ramp (Laine & Aila 2017)."""
     if step >= ramp_up_steps:
         return 1.0
     return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
