@@ -1,9 +1,11 @@
-"""Predictions as a Ray Data job: a row is one file of images (of the pool: its pseudo-masks), predicted by one of some
+"""Predictions as a Ray Data job: a row is some files of images (of the pool: its pseudo-masks), predicted by one of some
 actors."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,21 +44,19 @@ def reports_of(
     """
     if not files:
         return
-    rows = ray.data.from_items(
-        [{"file": file.model_dump_json()} for file in files], override_num_blocks=number_of_tasks(len(files), cluster)
-    )
+    tasks = number_of_tasks(len(files), cluster)
+    starts = [len(files) * task // tasks for task in range(tasks + 1)]
+    parts = [[file.model_dump_json() for file in files[start:end]] for start, end in pairwise(starts)]
+    rows = ray.data.from_items([{"files": json.dumps(part)} for part in parts], override_num_blocks=tasks)
     rows.context.target_max_block_size = 1  # a report leaves the actor alone, not with those of the files that follow
     reports = rows.map_batches(
         _Predictor,
-        batch_size=None,
+        batch_size=1,  # one row a task; with GPUs Ray wants a number
         fn_constructor_args=(open_predictor, cluster.cpus_per_worker),
         compute=ray.data.ActorPoolStrategy(
             size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
         ),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker,
-        resources=cluster.resources_per_worker,
-        accelerator_type=cluster.accelerator,
+        **cluster.task_options,
     )
     blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
     with closing(iter(blocks)) as found:
@@ -81,7 +81,7 @@ class _Predictor:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
         """Predict the files of a task; their reports."""
-        for report in self._predict([str(file) for file in rows["file"]]):
+        for report in self._predict([file for row in rows["files"] for file in json.loads(str(row))]):
             yield {"report": [report.model_dump_json()]}
 
 

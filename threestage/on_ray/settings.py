@@ -68,7 +68,7 @@ class ClusterSettings(Settings):
 
     @property
     def task_options(self) -> dict[str, Any]:
-        """What one worker takes, as options of a task, of which Ray wants memory apart from the others."""
+        """What one worker takes, as options of a task or an actor, of which Ray wants memory apart from the others."""
         others = dict(self.resources_per_worker)
         return {
             "num_cpus": self.cpus_per_worker,
