@@ -9,7 +9,10 @@ class InputError(ValueError):
 
 
 class StageFailure(RuntimeError):
-    """A stage went wrong in a way that a rerun would repeat (diverged, guard said stop). The CLI exits with 1."""
+    """The work could not be done: a stage diverged, a guard said stop, a process or a cluster was lost. The CLI exits with 1.
+
+    The line says what to change, or that the same command goes on.
+    """
 
 
 class NoRoom(StageFailure):

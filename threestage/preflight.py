@@ -12,6 +12,8 @@ from threestage.errors import InputError
 from threestage.models.network import check_settings
 from threestage.training.step import pieces
 
+NOTHING_TO_VALIDATE = "no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
+
 
 def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> list[int]:
     """Raises InputError when the run could not go well; returns the labels' pixel count per class."""
@@ -19,11 +21,12 @@ def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validatio
     check_batches(config, manifest, labelled, validation)
     counts = _count_pixels(manifest, labelled)
     if sum(counts) == 0:
-        raise InputError(f"{config.data.root}: every pixel of the {len(labelled)} labelled masks is ignored (255)")
-    if sum(_count_pixels(manifest, validation)) == 0:
         raise InputError(
-            f"{config.data.root}: no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
+            f"{config.data.root}: every pixel of the {len(labelled)} labelled masks is ignored (255): mend the class map and "
+            "ingest again"
         )
+    if sum(_count_pixels(manifest, validation)) == 0:
+        raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}")
     return counts
 
 
@@ -44,7 +47,9 @@ def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, valid
         not storage.exists(storage.join(config.data.unlabelled, MANIFEST_NAME))
         and first_image(config.data.unlabelled) is None
     ):
-        raise InputError(f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either")
+        raise InputError(
+            f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either: mend the path"
+        )
 
 
 def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:
@@ -52,8 +57,8 @@ def _check_batch(config: Config, key: str, size: int, available: int, what: str)
     shared = config.training.batch == "global"
     if shared and 0 < size < workers:
         raise InputError(
-            f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers): at least one "
-            "image for each"
+            f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers), at least one "
+            "image for each: raise it, or lower cluster.workers"
         )
     needed = size if shared or what == "labelled" else size * workers
     if needed > available:

@@ -279,7 +279,9 @@ def gather(
             f"{complaint}; raise data.max_bad_fraction to go on, or mend the images and delete {task.destination}"
         )
     if files and not statistics.images:
-        raise StageFailure(f"no image of the pool could be used; all are listed in {listed}")
+        raise StageFailure(
+            f"no image of the pool could be used; all are listed in {listed}: mend them and delete {task.destination}"
+        )
     write_index(task.destination, [index[file.name] for file in files])
     return statistics
 

@@ -14,7 +14,7 @@ from threestage.data.samples import Sample
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError
 from threestage.models.network import check_settings
-from threestage.preflight import check_batches, pixels_by_id
+from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, pixels_by_id
 
 SAMPLE = 64  # masks
 
@@ -52,12 +52,12 @@ def classes_fit(config: Config, out: str | None) -> Found:
     split = read_split(config, manifest, out)
     counts = _count_pixels(root, manifest, "train", split.labelled)
     if not counts.any():
-        raise InputError(f"{root}: every pixel of the labelled masks is ignored ({IGNORE_INDEX}): mend the class map")
+        raise InputError(
+            f"{root}: every pixel of the labelled masks is ignored ({IGNORE_INDEX}): mend the class map and ingest again"
+        )
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     if not _count_pixels(root, manifest, validating, split.validation).any():
-        raise InputError(
-            f"{root}: no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
-        )
+        raise InputError(f"{root}: {NOTHING_TO_VALIDATE}")
     looked_at = f"{min(SAMPLE, len(split.labelled))} of {len(split.labelled)} labelled masks"
     absent = [name for name, pixels in zip(manifest.classes, counts, strict=True) if not pixels]
     doubt = (

@@ -268,7 +268,10 @@ def publish(root: str, current: Manifest | None, manifest: Manifest | None) -> M
     """
     if manifest is None:
         if current is None:
-            raise InputError(f"{root}: no good image was found for it, so no data set was made")
+            listed = storage.join(root, "rejected")
+            raise InputError(
+                f"{root}: no good image was found for it, so no data set was made: mend those that {listed} lists"
+            )
         return current
     if _version_now(root) != (current.version if current else 0):
         raise InputError(f"{root}: another ingest has changed it meanwhile; run this one again")

@@ -142,7 +142,8 @@ class Registry:
         digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if digest != record.lineage["model_digest"]:
             raise InputError(
-                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with"
+                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with: "
+                "put them back, or run again with another --out"
             )
         name = self._model_name or model_name_of(record.run_name)
         with talking_to(self.uri):

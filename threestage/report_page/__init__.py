@@ -73,7 +73,10 @@ def _look(run: Run, data: str | None, images: int, measure: int | None, show: Sh
     validation = Validation(run, root)
     measured = validation.measure(measure or validation.affordable(images), show)
     if measured[-1].pixels == 0:
-        raise InputError(f"{root}: every pixel of the measured validation images is ignored")
+        raise InputError(
+            f"{root}: every pixel of the measured validation images is ignored: give more of them with --measure, or another "
+            "data set with --data"
+        )
     said = _measured_on(run, validation, measured)
     examples = validation.examples(choose(measured[-1].image_iou, images), measured)
     manifest = validation.manifest

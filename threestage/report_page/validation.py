@@ -160,7 +160,10 @@ class Validation:
 def _manifest(root: str, classes: tuple[str, ...]) -> Manifest:
     manifest = load_manifest(root)
     if manifest.classes != classes:
-        raise InputError(f"{root} has the classes {list(manifest.classes)}, the run's models know {list(classes)}")
+        raise InputError(
+            f"{root} has the classes {list(manifest.classes)}, the run's models know {list(classes)}: give the run's data set "
+            "with --data"
+        )
     return manifest
 
 

@@ -82,7 +82,8 @@ class TrainState:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved["format"] not in (FORMAT, WITHOUT_BEST):
             raise StageFailure(
-                f"the checkpoint has format {saved['format']}, this version reads {WITHOUT_BEST} and {FORMAT}"
+                f"the checkpoint has format {saved['format']}, this version reads {WITHOUT_BEST} and {FORMAT}: "
+                "go on with the version that wrote it, or give another --out"
             )
         self.student.load_state_dict(saved["student"])
         if self.teacher is not None:
