@@ -56,3 +56,8 @@ class Lineage(Settings):
     learnt_from: PseudoMaskSet | None
     confidence_threshold: float | None
     made: PseudoMaskSet | None
+
+
+def short_digest(digest: str) -> str:
+    """As people read it."""
+    return digest[:12]

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from threestage.lineage import short_digest
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
@@ -26,7 +28,7 @@ def lineage_tree(node: Node) -> "Tree":
 
 def _title(node: Node) -> str:
     if "version" not in node:
-        return f"{node['stage']}, model {_short(node['model_digest'])}, not registered here ({escape(node['model'])})"
+        return f"{node['stage']}, model {short_digest(node['model_digest'])}, not registered here ({escape(node['model'])})"
     aliases = f" @{', @'.join(node['aliases'])}" if node["aliases"] else ""
     score = "" if node["mean_iou"] is None else f", mean IoU {node['mean_iou']:.3f} on {node['validation']}"
     return f"[bold]{escape(node['name'])} version {node['version']}[/]{aliases} ({node['stage']}{escape(score)})"
@@ -42,11 +44,13 @@ def _add_origin(tree: "Tree", node: Node) -> None:
         f"run [bold]{escape(str(node['run']))}[/] {node['run_id']}, threestage {found['code_version']}, {escape(found['run'])}"
     )
     tree.add(
-        f"data set {escape(data['name'])} version {data['version']}, {_short(data['digest'])}, {escape(data['root'])}"
+        f"data set {escape(data['name'])} version {data['version']}, {short_digest(data['digest'])}, {escape(data['root'])}"
     )
-    tree.add(f"labelled {labelled['images']} images, {_short(labelled['digest'])}, split seed {found['split_seed']}")
     tree.add(
-        f"validated on {validation['images']} images of {escape(validation['name'])}, {_short(validation['digest'])}"
+        f"labelled {labelled['images']} images, {short_digest(labelled['digest'])}, split seed {found['split_seed']}"
+    )
+    tree.add(
+        f"validated on {validation['images']} images of {escape(validation['name'])}, {short_digest(validation['digest'])}"
     )
     masks, teacher = found["learnt_from"], node.get("teacher")
     if masks is not None:
@@ -59,14 +63,10 @@ def _masks(masks: Mapping[str, Any]) -> str:
     confidence = masks["statistics"].get("mean_confidence")
     sure = "" if confidence is None else f", mean confidence {confidence:.3f}"
     left_out = f" ({masks['rejected']} left out)" if masks["rejected"] else ""
-    return f"{_short(masks['digest'])}: {masks['images']} images{left_out}{sure}, {escape(masks['uri'])}"
+    return f"{short_digest(masks['digest'])}: {masks['images']} images{left_out}{sure}, {escape(masks['uri'])}"
 
 
 def _add_pupil(tree: "Tree", pupil: Node) -> None:
     branch = tree.add(_title(pupil))
     for next_one in pupil["pupils"]:
         _add_pupil(branch, next_one)
-
-
-def _short(digest: str) -> str:
-    return digest[:12]

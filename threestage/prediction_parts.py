@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from threestage.data import folders, storage
+from threestage.data.known import id_hash
 from threestage.data.listing import Each, first_image, list_images
 from threestage.data.pool import FETCH_THREADS, PoolFile, PoolRow, listed_pool, read_rows
 from threestage.data.records import MANIFEST_NAME, MAX_IMAGE_BYTES, load_manifest
@@ -220,11 +221,6 @@ def _id_hashes(uri: str) -> npt.NDArray[np.uint64]:
             return np.empty(0, np.uint64)
         ids = _ids(parquet.read(columns=["image_id"]).column("image_id"))
     return np.array([id_hash(image_id) for image_id in ids if image_id is not None], np.uint64)
-
-
-def id_hash(image_id: str) -> int:
-    """The first 8 bytes of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")
 
 
 def output_name(row: PoolRow, source: str, kind: Kind, repeated: Collection[int]) -> str:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from threestage.data import storage
+from threestage.data.known import id_hash
 from threestage.data.palette import palette_png
 from threestage.data.pool import PoolRow
 from threestage.data.records import decode_image, downscale_image
@@ -32,7 +33,7 @@ from threestage.predict import (
     read_model,
 )
 from threestage.prediction_output import PredictionTask
-from threestage.prediction_parts import Part, id_hash, kind_of, output_name, plan, safe_name
+from threestage.prediction_parts import Part, kind_of, output_name, plan, safe_name
 from threestage.pseudo_masks import FileReport, predict_images
 from threestage.registry import RegistrySettings
 from threestage.report import overlay

@@ -48,7 +48,7 @@ def look_up(folder: str | None, ids: Sequence[str]) -> dict[str, Known]:
     if folder is None or not ids:
         return {}
     bits = _bits(folder)
-    keys = np.array([_key(image_id) for image_id in ids], np.uint64)
+    keys = np.array([id_hash(image_id) for image_id in ids], np.uint64)
     parts = keys >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)
     found: dict[str, Known] = {}
     for number in np.unique(parts):
@@ -79,7 +79,7 @@ def _entries(root: str, file: DataFile) -> Entries:
     nothing = bytes(16)
     return np.array(
         [
-            (_key(image_id), split, mask is not None, bytes.fromhex(image), bytes.fromhex(mask) if mask else nothing)
+            (id_hash(image_id), split, mask is not None, bytes.fromhex(image), bytes.fromhex(mask) if mask else nothing)
             for image_id, image, mask in row_digests(root, file)
         ],
         ENTRY,
@@ -91,7 +91,8 @@ def _known(entry: np.void) -> Known:
     return Known(SPLITS[entry["split"]], bytes(entry["image"]).hex(), mask)
 
 
-def _key(image_id: str) -> int:
+def id_hash(image_id: str) -> int:
+    """The first 8 bytes of its SHA-256."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")
 
 

@@ -26,7 +26,7 @@ from threestage.data.store_errors import without_secrets
 from threestage.errors import InputError, reason_of
 from threestage.on_ray.check import versions
 from threestage.on_ray.entrance import OPEN
-from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect
+from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect, one_line
 from threestage.settings import Settings
 
 MARK = "threestage-check "
@@ -97,7 +97,7 @@ def _run(client: Client, specification: Specification) -> Iterator[Line]:
                 metadata={"threestage.command": "check"},
             )
         except (requests.RequestException, AuthenticationError, RuntimeError) as error:
-            yield Line("the job", "", problem=f"it cannot be submitted: {_short(error)}")
+            yield Line("the job", "", problem=f"it cannot be submitted: {one_line(error)}")
             return
     try:
         yield from _follow(client, job)
@@ -129,10 +129,6 @@ def _follow(client: Client, job: str) -> Iterator[Line]:
             return
         time.sleep(POLL_S)
     yield Line("the job", job, problem=f"no word of it for {SILENCE_S:.0f} s: has the cluster room for it? {mend}")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # ---- On the cluster

@@ -22,6 +22,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from threestage.errors import InputError, StageFailure
+from threestage.on_ray.entrance import TOKEN
 from threestage.submission import LIMIT_BYTES, Job, mebibytes
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -65,7 +66,7 @@ def connect(address: str | None) -> Client:
         return Client(url)
     except (requests.RequestException, ConnectionError) as error:
         raise InputError(
-            f"--address {url}: no answer: start the cluster or its port-forward, or mend the address ({_short(error)})"
+            f"--address {url}: no answer: start the cluster or its port-forward, or mend the address ({one_line(error)})"
         ) from None
     except (AuthenticationError, RuntimeError, ValueError) as error:
         raise _explained(url, error) from None
@@ -74,18 +75,18 @@ def connect(address: str | None) -> Client:
 def _explained(url: str, error: Exception) -> Exception:
     """What the job API refuses, as one line with its mend."""
     text = str(error)
-    mend = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
     if isinstance(error, AuthenticationError) and "Authentication failed" in text:
-        return InputError(f"{url} refuses the token: {mend}")
+        return InputError(f"{url} refuses the token: {TOKEN}")
     if isinstance(error, AuthenticationError) or "RAY_AUTH_TOKEN" in text:
-        return InputError(f"{url} wants a token and none was found: {mend}")
+        return InputError(f"{url} wants a token and none was found: {TOKEN}")
     if "404" in text or "ersion" in text:
-        return InputError(f"{url} answers, but not as Ray's job API: mend the address ({_short(error)})")
-    return StageFailure(f"{url}: {_short(error)}")
+        return InputError(f"{url} answers, but not as Ray's job API: mend the address ({one_line(error)})")
+    return StageFailure(f"{url}: {one_line(error)}")
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def one_line(text: object) -> str:
+    """What Ray says, for the end of a line."""
+    return " ".join(str(text).split())[:300]
 
 
 def working_files(folder: str) -> dict[str, int]:
@@ -116,7 +117,7 @@ def unpacked(wheel: str) -> Iterator[str]:
             with zipfile.ZipFile(wheel) as archive:
                 _unpack(archive, wheel, folder)
         except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"--wheel {wheel}: {_short(error)}: give a .whl file that `pip wheel` made") from None
+            raise InputError(f"--wheel {wheel}: {one_line(error)}: give a .whl file that `pip wheel` made") from None
         yield str(Path(folder, "threestage"))
 
 
@@ -209,7 +210,7 @@ def _exit_code(ended: JobDetails, say: Say) -> int:
         say(f"{ended.submission_id} was stopped; the same command goes on with it")
         return STOPPED
     if ended.driver_exit_code is None:
-        say(f"{ended.submission_id} failed: {_short(Exception(ended.message))}")
+        say(f"{ended.submission_id} failed: {one_line(ended.message)}")
     return ended.driver_exit_code if ended.driver_exit_code in (1, 2) else 1
 
 
@@ -237,7 +238,7 @@ class _Log:
                 await self._print_rest()
                 return details
             if details.status == JobStatus.PENDING:
-                self._say(f"{self._id} waits: {_short(Exception(details.message))}")
+                self._say(f"{self._id} waits: {one_line(details.message)}")
             if problem is not None:
                 await self._pause(problem)
         return None
@@ -276,7 +277,7 @@ class _Log:
 
     async def _pause(self, error: Exception) -> None:
         if self._failures == 0:
-            self._say(f"the connection is lost, {self._id} goes on; connecting again ({_short(error)})")
+            self._say(f"the connection is lost, {self._id} goes on; connecting again ({one_line(error)})")
         pause = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
         self._failures += 1
         await asyncio.sleep(pause)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from threestage.lineage import Lineage, PseudoMaskSet
+from threestage.lineage import Lineage, PseudoMaskSet, short_digest
 from threestage.models.export import ModelCard
 from threestage.registry.records import StageRecord
 from threestage.tracking import redact
@@ -48,12 +48,12 @@ def _data(lineage: Lineage) -> str:
     lines = [
         "## Data",
         "",
-        f"- data set: {data.name}, version {data.version}, digest {_short(data.digest)} ({data.root})",
-        f"- labelled: {labelled.images} images, digest {_short(labelled.digest)}, split seed {lineage.split_seed}",
-        f"- validation: {validation.images} images of {validation.name}, digest {_short(validation.digest)}",
+        f"- data set: {data.name}, version {data.version}, digest {short_digest(data.digest)} ({data.root})",
+        f"- labelled: {labelled.images} images, digest {short_digest(labelled.digest)}, split seed {lineage.split_seed}",
+        f"- validation: {validation.images} images of {validation.name}, digest {short_digest(validation.digest)}",
     ]
     if lineage.learnt_from is not None and lineage.teacher is not None:
-        made_by = f"made by {lineage.teacher.stage}, model {_short(lineage.teacher.model_digest)}"
+        made_by = f"made by {lineage.teacher.stage}, model {short_digest(lineage.teacher.model_digest)}"
         threshold = f"kept from confidence {lineage.confidence_threshold:g}"
         lines.append(f"- pseudo-masks: {_set_in_words(lineage.learnt_from)}, {made_by}, {threshold}")
     return "\n".join(lines)
@@ -62,7 +62,7 @@ def _data(lineage: Lineage) -> str:
 def _set_in_words(found: PseudoMaskSet) -> str:
     confidence = found.statistics.get("mean_confidence", float("nan"))
     left_out = f" ({found.rejected} left out)" if found.rejected else ""
-    return f"{found.images} images{left_out}, mean confidence {confidence:.3f}, digest {_short(found.digest)}"
+    return f"{found.images} images{left_out}, mean confidence {confidence:.3f}, digest {short_digest(found.digest)}"
 
 
 def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
@@ -117,7 +117,3 @@ def _limits(card: ModelCard, lineage: Lineage) -> str:
             f"- It was trained, and looks, at 1/{card.downscale} of an image's size; masks are enlarged again."
         )
     return "\n".join(lines)
-
-
-def _short(digest: str) -> str:
-    return digest[:12]
