@@ -42,12 +42,12 @@ def redact_tree(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as dotted keys and printable values: lists stay whole, secrets in URIs are stripped."""
+def params_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """MLflow's params of a nested config: dotted keys and printable values; lists stay whole, secrets in URIs are stripped."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= params_of(value, f"{prefix}{key}.")
         else:
             plain = redact_tree(value)
             text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)

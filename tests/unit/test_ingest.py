@@ -16,7 +16,7 @@ from threestage.data.listing import Each, list_images
 from threestage.data.publish import Known, digest_of, next_manifest
 from threestage.data.records import Manifest, decode_mask, labelled_rows, load_manifest, pool_files
 from threestage.data.rejects import read_rejects
-from threestage.data.shards import Job, in_threads
+from threestage.data.shards import Job, few_at_once
 from threestage.errors import InputError
 
 CLASS_MAP = """
@@ -46,7 +46,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(source: Path, each: Each = in_threads, **settings: object) -> IngestReport:
+def run(source: Path, each: Each = few_at_once, **settings: object) -> IngestReport:
     given = {"format": "folders", "masks": f"{source}/masks", "class_map": f"{source}/map.yaml", "rows_per_file": 4}
     return ingest(f"{source}/images", f"{source}/ds", IngestSettings.model_validate({**given, **settings}), each=each)
 

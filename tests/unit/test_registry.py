@@ -13,9 +13,9 @@ from threestage.registry import RegistrySettings, open_registry
 from threestage.tracking import (
     MAX_PARAM,
     clean_tags,
-    flatten,
     metric_points,
     model_name_of,
+    params_of,
     redact,
     resolve_uri,
     talking_to,
@@ -54,7 +54,7 @@ def test_a_config_becomes_dotted_params_within_limits() -> None:
         "optimiser": {"lr": 3e-5, "frozen": True, "decay": None, "empty": {}},
         "class (odd)": "x" * 10_000,
     }
-    flat = flatten(config)
+    flat = params_of(config)
     assert flat["data.root"] == "s3://bucket/set"
     assert flat["data.labelled"] == "all"
     assert flat["data.extra"] == '["s3://c", 1]'

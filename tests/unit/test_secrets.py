@@ -19,7 +19,7 @@ from threestage.data.storage import StorageSettings
 from threestage.data.store_errors import explain, without_secrets
 from threestage.errors import InputError
 from threestage.stages import StageTask
-from threestage.tracking import flatten, redact
+from threestage.tracking import params_of, redact
 
 KEY_ID, TOKEN, PASSWORD = "AKIAKEYIDOFTHETEST", "TokenThatMustAppearNowhere", "PasswordThatMustAppearNowhere"
 SECRETS = (SECRET, KEY_ID, TOKEN, PASSWORD)
@@ -62,7 +62,7 @@ def test_the_variables_that_travel_are_not_credentials() -> None:
 def test_a_task_and_a_configuration_hold_none() -> None:
     config = config_on_s3("http://127.0.0.1:9")
     holds_no_secret(config.model_dump_json())
-    holds_no_secret(flatten(config.model_dump(mode="json")))
+    holds_no_secret(params_of(config.model_dump(mode="json")))
     split = Split(labelled=("a",), validation=("b",), validation_split="val")
     task = StageTask(stage="stage1", config=config.model_dump(mode="json"), manifest_version=1, split=split, folder="f",
                      pool=None, pseudo_masks=None, previous_model=None)  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_query_s_secrets_are_cut(uri: str, kept: str) -> None:
     for cut in (redact, without_secrets):
         holds_no_secret(cut(f"cannot read {uri} now"))
         assert kept in cut(uri)
-    assert flatten({"uri": uri})["uri"] == redact(uri)
+    assert params_of({"uri": uri})["uri"] == redact(uri)
 
 
 def test_the_command_line_prints_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

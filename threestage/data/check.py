@@ -26,12 +26,11 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """`data` are the file's own bytes unless `converted`: turned by EXIF, or RGB from CMYK, palette or opaque alpha."""
+    """`data` are the file's own bytes, unless it had to be turned by EXIF, or made RGB of CMYK, palette or opaque alpha."""
 
     data: bytes
     height: int
     width: int
-    converted: bool
 
 
 def check_image(data: bytes) -> CheckedImage:
@@ -46,9 +45,9 @@ def check_image(data: bytes) -> CheckedImage:
     if image.mode not in ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
         raise BadFile(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
     if not is_turned(image) and image.mode in ("L", "RGB"):
-        return CheckedImage(data, image.height, image.width, converted=False)
+        return CheckedImage(data, image.height, image.width)
     upright = ImageOps.exif_transpose(image).convert("L" if image.mode == "L" else "RGB")
-    return CheckedImage(_encoded(upright, image.format), upright.height, upright.width, converted=True)
+    return CheckedImage(_encoded(upright, image.format), upright.height, upright.width)
 
 
 def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) -> npt.NDArray[np.uint8]:

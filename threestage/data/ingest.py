@@ -34,7 +34,7 @@ from threestage.data.listing import Each, list_images
 from threestage.data.publish import Additions, ShardReport, next_manifest, publish
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
-from threestage.data.shards import Job, Shard, finished, in_threads, report_uri, shard_digest, write_shard
+from threestage.data.shards import Job, Shard, few_at_once, finished, report_uri, shard_digest, write_shard
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -63,7 +63,7 @@ class IngestReport(Settings):
 
 
 def ingest(
-    source: str, root: str, settings: IngestSettings, progress: Progress | None = None, each: Each = in_threads
+    source: str, root: str, settings: IngestSettings, progress: Progress | None = None, each: Each = few_at_once
 ) -> IngestReport:
     """Check the images and masks of `source` and add what is new to the data set at `root`, as a new version of it.
 

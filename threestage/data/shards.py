@@ -60,7 +60,7 @@ def shard_digest(job: Job, split: SplitName, content: Sequence[SourceItem] | str
     return hashlib.sha256(json.dumps([REPORT_FORMAT, split, classes, images]).encode()).hexdigest()
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def few_at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """map() over shards in this process, few at a time."""
     return ahead(function, items, SHARDS_AT_ONCE)
 

@@ -39,10 +39,10 @@ from threestage.tracking import (
     TRANSFER_S,
     MetricPoint,
     clean_tags,
-    flatten,
     key_of,
     metric_points,
     model_name_of,
+    params_of,
     quietly,
     quoted,
     redact,
@@ -268,7 +268,7 @@ class Registry:
         """A param cannot change: one that an earlier call logged keeps its value (config.yaml has the present one)."""
         from mlflow.entities import Param
 
-        params = [Param(key, value) for key, value in flatten(config).items() if key not in run.data.params]
+        params = [Param(key, value) for key, value in params_of(config).items() if key not in run.data.params]
         for start in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
 
