@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from threestage.errors import InputError
 from threestage.models.encoders import create_timm
+from threestage.models.heads import DeepLabV3PlusHead
 from threestage.models.network import NetworkSettings, build_network, check_settings, crop_fits, size_multiple
 from threestage.on_ray.settings import ClusterSettings
 
@@ -147,6 +148,15 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
 def test_unsuited_settings_are_refused_in_words(values: dict[str, Any], line: str) -> None:
     with pytest.raises(InputError, match=line):
         check_settings(settings(**values))
+
+
+def test_the_head_is_as_wide_as_it_is_set() -> None:
+    network = build_network(settings(head="deeplabv3plus", head_width=24), 3, "branch")
+    for head in (network.main_head, network.auxiliary_head):
+        assert isinstance(head, DeepLabV3PlusHead)
+        assert (head.classifier.in_channels, head.classifier.out_channels) == (24, 3)
+    images = torch.rand(2, 3, 64, 64)
+    assert [one.shape for one in network(images, with_auxiliary=True)] == [(2, 3, 64, 64)] * 2
 
 
 def test_a_head_whose_package_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,18 @@
 """Why: a killed write must leave the old file or the new one, and both kinds of URI must answer alike."""
 
+import contextlib
 import io
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tests.s3 import variables
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import labelled_rows
@@ -40,6 +45,44 @@ def test_local_round_trip(tmp_path: Path) -> None:
 
 def test_s3_round_trip(bucket: str) -> None:
     round_trip(bucket)
+
+
+@contextlib.contextmanager
+def public_store() -> Iterator[tuple[str, list[bool]]]:
+    """An endpoint that gives "abc" to everybody, and for each request whether it was signed."""
+    signed: list[bool] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            signed.append("Authorization" in self.headers)
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(b"abc")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", signed
+        server.shutdown()
+
+
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_an_anonymous_reader_sends_no_credentials(monkeypatch: pytest.MonkeyPatch, anonymous: bool) -> None:
+    monkeypatch.delenv(storage.ANONYMOUS_VARIABLE, raising=False)
+    with public_store() as (endpoint, signed):
+        told = storage.environment(storage.StorageSettings(anonymous=anonymous))
+        for name, value in (told | variables(endpoint)).items():
+            monkeypatch.setenv(name, value)
+        assert storage.read_bytes("s3://bucket/a") == b"abc"
+        assert signed and set(signed) == {not anonymous}
+        assert storage.s3fs_filesystem().anon is anonymous
 
 
 def test_a_data_set_from_s3_to_s3(bucket: str) -> None:
