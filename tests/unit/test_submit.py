@@ -219,10 +219,18 @@ def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "1 file, 0.0 MiB; code: the image's threestage" in shown.err
 
 
-def test_an_address_that_is_no_job_api() -> None:
-    for wrong in (None, "127.0.0.1:6379", "ray://host:1"):
-        with pytest.raises(InputError, match=r"--address .*: give the URL"):
+def test_an_address_that_is_no_job_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in submit.ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for wrong in ("127.0.0.1:6379", "ray://host:1"):
+        with pytest.raises(InputError, match=f"--address {wrong}: give the URL"):
             submit.connect(wrong)
+    with pytest.raises(InputError, match="--address is not given: give the URL"):
+        submit.connect(None)
+    for name in reversed(submit.ADDRESS_VARIABLES):  # the first has the last word
+        monkeypatch.setenv(name, "127.0.0.1:6379")
+        with pytest.raises(InputError, match=f"^{name}=127.0.0.1:6379: give the URL .* with --address"):
+            submit.connect(None)
     with s3_server() as other, pytest.raises(InputError, match=f"{other} answers, but not as Ray's job API"):
         submit.connect(other)
 

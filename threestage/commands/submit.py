@@ -30,7 +30,11 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 Address = Annotated[
     str | None,
-    typer.Option("--address", metavar="URL", help="Of the cluster's dashboard; RAY_API_SERVER_ADDRESS if not given."),
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="Of the cluster's dashboard; RAY_API_SERVER_ADDRESS, or a URL in RAY_ADDRESS, if not given.",
+    ),
 ]
 WorkingDir = Annotated[str, typer.Option("--working-dir", metavar="DIR", help="What travels with the job.")]
 Wheel = Annotated[

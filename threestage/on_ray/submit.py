@@ -38,6 +38,8 @@ STOPPED, DETACHED, LOST = (
 NOISY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
 NO_CONNECTION = (requests.RequestException, aiohttp.ClientError, OSError, RuntimeError)  # the last: an answer of 5xx
 
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
 Say = Callable[[str], None]
 
 
@@ -49,15 +51,15 @@ class Client(JobSubmissionClient):
 
 
 def connect(address: str | None) -> Client:
-    """A client of the job API at a URL; without one, at RAY_API_SERVER_ADDRESS.
+    """A client of the job API at a URL; without one, at that of RAY_API_SERVER_ADDRESS, or else RAY_ADDRESS.
 
-    Raises InputError within seconds when nobody answers there, and when the token is missing or wrong.
+    Raises InputError within seconds when it is no URL, when nobody answers there, and when the token is missing or wrong.
     """
-    url = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "").rstrip("/")
+    named, url = _address(address)
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise InputError(
-            f"--address {url or 'is not given'}: give the URL of the cluster's dashboard, e.g. http://127.0.0.1:8265 (on "
-            "Kubernetes: kubectl port-forward service/NAME-head-svc 8265)"
+            f"{named}: give the URL of the cluster's dashboard with --address, e.g. http://127.0.0.1:8265 (on Kubernetes: "
+            "kubectl port-forward service/NAME-head-svc 8265)"
         )
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray puts it above what it is given
     for name in NOISY_LOGGERS:
@@ -66,10 +68,18 @@ def connect(address: str | None) -> Client:
         return Client(url)
     except (requests.RequestException, ConnectionError) as error:
         raise InputError(
-            f"--address {url}: no answer: start the cluster or its port-forward, or mend the address ({one_line(error)})"
+            f"{named}: no answer: start the cluster or its port-forward, or mend the address ({one_line(error)})"
         ) from None
     except (AuthenticationError, RuntimeError, ValueError) as error:
         raise _explained(url, error) from None
+
+
+def _address(option: str | None) -> tuple[str, str]:
+    """What an error says of the address, and the address. RAY_ADDRESS is HOST:PORT of a head where a run needs one."""
+    given = {"--address ": option} | {f"{name}=": os.environ.get(name) for name in ADDRESS_VARIABLES}
+    name, address = next(((name, value) for name, value in given.items() if value), ("--address is not given", ""))
+    url = address.rstrip("/")
+    return f"{name}{url}", url
 
 
 def _explained(url: str, error: Exception) -> Exception:
