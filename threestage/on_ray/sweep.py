@@ -213,44 +213,55 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
     config = trial_config(the_space, Config.model_validate(base), trial.params, trial.seed)
     storage.configure(config.storage)
     folder, shared = run_folder(out, trial.number), shared_folder(out, trial.seed) if the_space.shared_stages else None
-    last = steps_before(config, the_space.stages)
-    said, lock = set[int](), threading.Lock()
-    trained: set[str] = set(trial.trained)
-
-    def tell(result: dict[str, Any]) -> None:
-        with lock:  # the pool is looked for in a thread of its own
-            tune.report(result)
-
-    def say(**result: Any) -> None:
-        tell({"trained": sorted(trained), "reused": sorted(parts_elsewhere(folder)), **result})
-
-    def score(step: int, value: float) -> None:
-        if step not in said:
-            said.add(step)
-            judged = {} if trial.own or step == last else {JUDGED: value}
-            say(**{TIME: step, METRIC: value}, finished=step == last, **judged)
-
-    def show(stage: str, row: Mapping[str, float]) -> None:
-        trained.add(stage)
-        if METRIC in row and int(stage[-1]) in the_space.stages:
-            step = steps_before(config, the_space.stages, stage) + int(row["step"])
-            if step < last:  # the last one counts when the stage's model is there
-                score(step, row[METRIC])
-
-    def warn(text: str) -> None:
-        tell({"warning": text})
-
+    news = _News(trial, config, the_space, folder)
     for step, value in trial.curve:
-        score(step, value)
+        news.score(step, value)
     try:
-        run_on_ray(config, folder, show, warn, reuse=shared)
+        run_on_ray(config, folder, news.show, news.warn, reuse=shared)
     except (NoRoom, OSError) as error:
-        say(failure=_words(error), state="waiting")
+        news.say(failure=_words(error), state="waiting")
     except (InputError, StageFailure, ray.exceptions.RayError) as error:
-        say(failure=_words(error), state="failed")
+        news.say(failure=_words(error), state="failed")
     else:
         for step, value in curve_of(folder, the_space.stages, config):
-            score(step, value)
+            news.score(step, value)
+
+
+class _News:
+    """What a trial's process tells Ray Tune. Scores are of steps over all searched stages, each told once."""
+
+    def __init__(self, trial: Trial, config: Config, space: Space, folder: str) -> None:
+        self._trial, self._config, self._stages, self._folder = trial, config, space.stages, folder
+        self._last = steps_before(config, space.stages)
+        self._trained = set(trial.trained)
+        self._told = set[int]()
+        self._lock = threading.Lock()
+
+    def say(self, **result: Any) -> None:
+        """A report with the stages that were trained and reused so far."""
+        self._tell({"trained": sorted(self._trained), "reused": sorted(parts_elsewhere(self._folder)), **result})
+
+    def score(self, step: int, value: float) -> None:
+        if step in self._told:
+            return
+        self._told.add(step)
+        judged = {} if self._trial.own or step == self._last else {JUDGED: value}
+        self.say(**{TIME: step, METRIC: value}, finished=step == self._last, **judged)
+
+    def show(self, stage: str, row: Mapping[str, float]) -> None:
+        """A row of metrics of the run. The last score counts when the stage's model is there."""
+        self._trained.add(stage)
+        if METRIC in row and int(stage[-1]) in self._stages:
+            step = steps_before(self._config, self._stages, stage) + int(row["step"])
+            if step < self._last:
+                self.score(step, row[METRIC])
+
+    def warn(self, text: str) -> None:
+        self._tell({"warning": text})
+
+    def _tell(self, result: dict[str, Any]) -> None:
+        with self._lock:  # the pool is looked for in a thread of its own
+            tune.report(result)
 
 
 def _words(error: Exception) -> str:
