@@ -72,18 +72,11 @@ def fit(
     while state.step < steps:
         torch.manual_seed(derive_seed(*seed_place, "torch", state.step, worker.rank))
         _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, steps, optimiser))
-        worker.doing(state.step, "data")
-        with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
-            inputs = source.draw(state.step)
-        worker.doing(state.step, "step")
+        inputs = _draw(source, state.step, worker, dtype)
         pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
         counts, noticed = notices.agree(pixels)
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
-        _optimise(state, optimiser.clip_norm)
-        worker.share_buffers(state.student)
-        if state.teacher is not None:
-            update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
-        state.step += 1
+        _update(state, worker, optimiser.clip_norm, ema)
         state.labelled_images += images_per_step[0]
         state.unlabelled_images += images_per_step[1]
         window.add(inputs, sums, pixels, counts)
@@ -93,20 +86,24 @@ def fit(
         if evaluating or saving or state.step % loop.log_every == 0:
             row = window.close(state, source.waited)
             if evaluating:
-                worker.doing(state.step, "evaluation")
-                row |= evaluate(state.shipped)
-                if worker.rank == 0:
-                    state.keep_best(row.get("mean_iou", math.nan))
+                row |= _evaluated(state, worker, evaluate)
                 wrapped.train()
             state.history.append(row)
             worker.log(row)
         if saving:
-            worker.doing(state.step, "checkpoint")
             _save(state, worker)
         if noticed:
             _wait_for_checkpoint(state.step, worker)
         if evaluating or saving:
             window.restart(state)
+
+
+def _draw(source: StepSource, step: int, worker: Worker, dtype: torch.dtype) -> StepInputs:
+    worker.doing(step, "data")
+    with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
+        inputs = source.draw(step)
+    worker.doing(step, "step")
+    return inputs
 
 
 def _backward(
@@ -133,6 +130,15 @@ def _backward(
     return sums
 
 
+def _update(state: TrainState, worker: Worker, clip_norm: float | None, ema: EmaSettings) -> None:
+    """The student from its gradients, then the teacher; the step is done."""
+    _optimise(state, clip_norm)
+    worker.share_buffers(state.student)
+    if state.teacher is not None:
+        update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
+    state.step += 1
+
+
 def _optimise(state: TrainState, clip_norm: float | None) -> None:
     if clip_norm is not None:
         state.scaler.unscale_(state.optimiser)
@@ -142,8 +148,18 @@ def _optimise(state: TrainState, clip_norm: float | None) -> None:
     state.optimiser.zero_grad(set_to_none=True)
 
 
+def _evaluated(state: TrainState, worker: Worker, evaluate: Callable[[nn.Module], Row]) -> Row:
+    """What the shipped network scores; rank 0 keeps the best weights."""
+    worker.doing(state.step, "evaluation")
+    row = evaluate(state.shipped)
+    if worker.rank == 0:
+        state.keep_best(row.get("mean_iou", math.nan))
+    return row
+
+
 def _save(state: TrainState, worker: Worker) -> None:
     """A checkpoint that can be gone on from: weights that are not finite are not saved (on all workers alike)."""
+    worker.doing(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
             f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}"
