@@ -113,7 +113,7 @@ def load_data(task: StageTask, config: Config) -> StageData:
 
 
 def build_state(task: StageTask, config: Config, num_classes: int, device: torch.device) -> TrainState:
-    """A fresh network, its teacher (stages 2 and 3) and Adam with two learning rates."""
+    """A fresh network, its teacher (stages 2 and 3) and AdamW with two learning rates."""
     seed = derive_seed(config.seed, task.stage, "network")
     student = build_network(config.network, num_classes, auxiliary(task.stage, config), seed).to(device)
     if config.stage(task.stage).warm_start and task.previous_model is not None:

@@ -28,7 +28,7 @@ from threestage.data.pool import PoolFile, data_set_files, read_rows, rows_of
 from threestage.data.records import decode_image, encode_mask, load_manifest
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import Network, NetworkSettings, build_network
-from threestage.on_ray.predict import predict_pool
+from threestage.on_ray.predict_pool import predict_pool
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.train import quiet_ray_data
 from threestage.pool_prediction import predict_files

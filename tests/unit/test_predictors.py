@@ -10,7 +10,7 @@ import pytest
 import ray.data
 
 from threestage.data.pool import PoolFile
-from threestage.on_ray import predict
+from threestage.on_ray import predict_pool as predict
 from threestage.on_ray.settings import ClusterSettings
 
 

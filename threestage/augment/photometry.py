@@ -20,7 +20,7 @@ TABLES: dict[str, Callable[[float], Tensor]] = {
     "brightness": lambda m: brightness(0.1 + 1.8 * m),
     "posterize": lambda m: posterize(4 - int(4 * m)),
 }
-"""Name → table of levels, from m = level / 10; magnitudes of method.md, row A, here and below."""
+"""Name → table of levels, from m = level / 10; the magnitudes are the paper's, here and below."""
 
 TABLES_OF_HISTOGRAM: dict[str, Callable[[Tensor, float], Tensor]] = {
     "autocontrast": lambda histogram, m: autocontrast(histogram),

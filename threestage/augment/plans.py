@@ -1,4 +1,4 @@
-"""What the strong views of a batch apply: drawn on the host as plain numbers, the same for every device (method.md, row A)."""
+"""What the strong views of a batch apply: drawn on the host as plain numbers, the same for every device."""
 
 from collections.abc import Callable
 
@@ -23,11 +23,11 @@ GEOMETRIC: dict[str, Callable[[float, geometry.Size], geometry.Matrix]] = {
     "translate_x": lambda m, size: geometry.translate(10 * m, 0, size),
     "translate_y": lambda m, size: geometry.translate(0, 10 * m, size),
 }
-"""Name → matrix, from m = ±level / 10 and the size of the crop; magnitudes of method.md, row A, as those of photometry.py."""
+"""Name → matrix, from m = ±level / 10 and the size of the crop; the magnitudes are the paper's."""
 
 
 class StrongSettings(Settings):
-    """RandAugment and cutout as in method.md, row A; the defaults are the paper's."""
+    """RandAugment and cutout; the defaults are the paper's."""
 
     operations: int = Field(3, ge=0, description="operations drawn per image, with replacement")
     probability: float = Field(0.5, ge=0, le=1, description="chance that a drawn operation is applied")

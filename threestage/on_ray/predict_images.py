@@ -13,7 +13,7 @@ from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
 from threestage.on_ray.causes import cause_of, last_line
 from threestage.on_ray.patience import await_resources
-from threestage.on_ray.predict import Predict, reports_of
+from threestage.on_ray.predict_pool import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.train import connected

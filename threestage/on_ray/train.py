@@ -28,7 +28,7 @@ from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
 from threestage.on_ray.patience import Membership, Patience, await_resources
-from threestage.on_ray.predict import predict_pool
+from threestage.on_ray.predict_pool import predict_pool
 from threestage.on_ray.pulse import News, start_monitor
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
