@@ -44,6 +44,8 @@ LATER_KEYS: dict[str, Any] = {
     "pseudo_mask.threshold_rule": "fixed",
     "pseudo_mask.weight_by_confidence": False,
     "pseudo_mask.head": "auxiliary",
+    "stage2.reliable_share": 1.0,
+    "stage3.reliable_share": 1.0,
 }
 """Keys that the first runs did not have, and the value that they go on with."""
 TRAINING_KEYS = {"precision", "batch", "learning_rate_rule", "accumulate"}
@@ -84,6 +86,7 @@ class Stage1Settings(Settings):
         False, description="learn the strong view beside the weak one (the control of the method)"
     )
     warm_start: ClassVar[bool] = False
+    reliable_share: ClassVar[float] = 1.0
     unlabelled_batch: ClassVar[int] = 0
     changes: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -93,6 +96,13 @@ class SelfTrainingSettings(Settings):
     labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch)")
     unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
     warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
+    reliable_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learn from this share of the pool: the images on which the stage before agreed most with its own weights of "
+        "half-way (ST++); 1, all, is faithful",
+    )
     changes: dict[Section, dict[str, Any]] = Field(
         {}, description="settings that this stage alone has, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
     )

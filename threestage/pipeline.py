@@ -40,6 +40,7 @@ from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.lineage import DataSet, Images, Lineage, PseudoMaskSet, Teacher
+from threestage.models.export import HALFWAY_MODEL
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
 from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
@@ -217,6 +218,11 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
     return files
 
 
+def _digest_of(marker: str) -> str | None:
+    """Of the finished set of pseudo-masks that a marker stands for."""
+    return str(storage.read_json(marker)["digest"]) if storage.exists(marker) else None
+
+
 def _begun(folder: str) -> bool:
     """Whether a stage has trained so far that other inputs would be mixed with what it has learnt."""
     return (
@@ -376,9 +382,13 @@ class _Run:
             excluded_ids=frozenset(self.split.validation),
             fixed_void=self.fixed_void,
         )
-        digest = set_digest(task, files)
-        marker = storage.join(folder, "done.json")
-        if not (storage.exists(marker) and storage.read_json(marker)["digest"] == digest):
+        marker, compared = storage.join(folder, "done.json"), self._compared(task, stage, number)
+        task = compared or task
+        digest, found = set_digest(task, files), _digest_of(marker)
+        with_agreement = set_digest(task.model_copy(update={"halfway_model": ""}), files)
+        if found == with_agreement:  # made for a run that compares, they serve one that does not
+            digest = with_agreement
+        if found != digest:
             self._refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
             watched = self._watched(f"pseudo-masks {number}", reports, rows_of(files))
@@ -393,6 +403,19 @@ class _Run:
             rejected=statistics.unreadable,
             statistics=statistics.summary(),
         )
+
+    def _compared(self, task: PoolTask, stage: StageName, number: int) -> PoolTask | None:
+        """The task with the weights by which the next stage chooses its images, if it does."""
+        following = self.config.stage_names[number : number + 1]
+        if not following or self.config.stage(following[0]).reliable_share == 1:
+            return None
+        halfway = storage.join(self.folder(stage), HALFWAY_MODEL)
+        if not storage.exists(storage.join(halfway, "model.json")):
+            raise InputError(
+                f"{following[0]}.reliable_share={self.config.stage(following[0]).reliable_share}: {halfway} is not there, "
+                f"{stage} was trained by an older threestage: set it to 1, or delete {self.folder(stage)} and what follows it"
+            )
+        return task.model_copy(update={"halfway_model": halfway})
 
     def _refuse_new_targets(self, following: str, digest: str) -> None:
         """A stage that has trained with other pseudo-masks keeps them: they are not predicted over."""

@@ -30,16 +30,19 @@ from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.fixed_void import unpacked
 from threestage.data.pool import PoolFile, PoolRow, read_rows
-from threestage.data.pseudo_mask_files import PSEUDO_MASK_SCHEMA, pseudo_mask_uri
+from threestage.data.pseudo_mask_files import AGREEMENT, PSEUDO_MASK_SCHEMA, pseudo_mask_uri
 from threestage.data.records import DECODER_ERRORS, BadImage, decoder_complaint
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
+from threestage.models.export import load_model
 from threestage.pseudo_masks import (
     DIGEST_KEY,
     REPORT_KEY,
     FileReport,
     PoolTask,
     Statistics,
+    agreement,
+    agreement_counts,
     file_digest,
     measure,
     predict,
@@ -57,7 +60,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_UP_FILTER = 2
 
 Item = TypeVar("Item")
-Encoded = tuple[bytes | str | None, ...]  # a row's columns after its id
+Encoded = tuple[bytes | str | int | None, ...]  # a row's columns after its id
 
 
 class Product:
@@ -80,12 +83,32 @@ class Product:
         """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
         return predict(network, pixels)
 
+    def agreement(self, pixels: Tensor, class_ids: Tensor) -> Tensor | None:
+        """(N,) uint8, the last column of the schema, where there is something to compare the predictions with."""
+        return None
+
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted."""
         return encode_class_ids(class_ids), confidence.tobytes()
 
 
-PSEUDO_MASKS = Product()
+class Compared(Product):
+    """Pseudo-masks, and how much each agrees with that of another network."""
+
+    schema = PSEUDO_MASK_SCHEMA.append(AGREEMENT)
+
+    def __init__(self, other: nn.Module, num_classes: int) -> None:
+        self._other, self._num_classes = other, num_classes
+
+    def agreement(self, pixels: Tensor, class_ids: Tensor) -> Tensor:
+        return agreement(class_ids, predict(self._other, pixels)[0], self._num_classes)
+
+
+def pseudo_masks_of(task: PoolTask, device: torch.device) -> Product:
+    """What a task makes of the pool."""
+    if task.halfway_model is None:
+        return Product()
+    return Compared(load_model(task.halfway_model)[0].to(device), task.num_classes)
 
 
 def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:
@@ -99,13 +122,14 @@ def predict_files(
     task: PoolTask,
     files: Sequence[PoolFile],
     device: torch.device,
-    product: Product = PSEUDO_MASKS,
+    product: Product | None = None,
 ) -> Iterator[FileReport]:
     """Predict files; yields their reports, in their order, each once the file's pseudo-masks are published, atomically.
 
     A file that was predicted with the same model and settings is kept, and its stored report given. An image that
     cannot be used is a reject and a null row. Raises OSError when the store fails.
     """
+    product = product or pseudo_masks_of(task, device)
     threads = max(2, torch.get_num_threads())
     with ExitStack() as stack:
         workers, writer, publishers = (
@@ -237,17 +261,20 @@ def _oldest(waiting: dict[tuple[int, ...], list[_Image]]) -> list[_Image]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a batch gave, on the CPU as soon as `ready`: class ids and confidence (N,H,W) uint8, sums as `measure`'s."""
+    """What a batch gave, on the CPU as soon as `ready`: class ids and confidence (N,H,W) uint8, agreement (N,) uint8, sums as
+    `Statistics.of` takes them."""
 
     class_ids: Tensor
     confidence: Tensor
+    agreement: Tensor | None
     sums: Tensor
     ready: torch.cuda.Event | None
 
     def encoded(self, product: Product, index: int, image: _Image) -> Encoded:
         self._wait()
         class_ids, confidence = self.class_ids[index].numpy(), self.confidence[index].numpy()
-        return product.encode(image.row, image.pixels, class_ids, confidence)
+        agreed = () if self.agreement is None else (int(self.agreement[index]),)
+        return *product.encode(image.row, image.pixels, class_ids, confidence), *agreed
 
     def total(self) -> np.ndarray:
         self._wait()
@@ -320,15 +347,19 @@ class _Predictor:
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            class_ids, confidence, entropy = self._product.predict(self._network, pixels.permute(0, 3, 1, 2))
+            pixels = pixels.permute(0, 3, 1, 2)
+            class_ids, confidence, entropy = self._product.predict(self._network, pixels)
+            agreed = self._product.agreement(pixels, class_ids)
         masks = [image.mask for image in batch]
         sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
+        if agreed is not None:
+            sums, agreed = torch.cat([sums, agreement_counts(agreed)]), agreed.to("cpu", non_blocking=True)
         if self._void is not None and self._void.shape == class_ids.shape[1:]:
             class_ids = class_ids.masked_fill(self._void, IGNORE_INDEX)
         class_ids, confidence, sums = (
             tensor.to("cpu", non_blocking=True) for tensor in (class_ids, quantise(confidence), sums)
         )
-        return _Outcome(class_ids, confidence, sums, _recorded_event(self._device))
+        return _Outcome(class_ids, confidence, agreed, sums, _recorded_event(self._device))
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:

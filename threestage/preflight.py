@@ -33,7 +33,9 @@ def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validatio
 def check_pool(config: Config, images: int) -> None:
     """Raises InputError when the pool has fewer images than a step of all workers takes."""
     for stage in config.stage_names:
-        _check_batch(config, f"{stage}.unlabelled_batch", config.stage(stage).unlabelled_batch, images, "unlabelled")
+        settings = config.stage(stage)
+        reliable = int(images * settings.reliable_share)
+        _check_batch(config, f"{stage}.unlabelled_batch", settings.unlabelled_batch, reliable, "unlabelled")
 
 
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:

@@ -67,14 +67,17 @@ class Statistics(Settings):
     above: tuple[int, ...] = (0,) * len(CONFIDENCE_SHARES)
     class_pixels: tuple[int, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()  # on images whose mask is known but was not used for training
+    agreement: tuple[
+        int, ...
+    ] = ()  # images of each agreement with the weights of half-way, in 255ths; () if not measured
 
     @classmethod
     def of(cls, images: int, unreadable: int, sums: Sequence[np.ndarray], num_classes: int) -> Self:
-        """From the vectors that `measure` gave."""
+        """From the vectors that `measure` gave, each followed by that of `agreement_counts` or not."""
         lengths = (2, len(CONFIDENCE_SHARES), num_classes, num_classes**2)
-        total = np.sum([np.zeros(sum(lengths)), *sums], axis=0)
-        moments, above, class_pixels, confusion = np.split(total, np.cumsum(lengths)[:-1])
-        above, class_pixels, confusion = (counts.astype(np.int64) for counts in (above, class_pixels, confusion))
+        total = np.sum(sums, axis=0) if sums else np.zeros(sum(lengths))
+        moments, *counts = np.split(total, np.cumsum(lengths))
+        above, class_pixels, confusion, agreement = (part.astype(np.int64) for part in counts)
         return cls(
             images=images,
             unreadable=unreadable,
@@ -84,6 +87,7 @@ class Statistics(Settings):
             above=tuple(above.tolist()),
             class_pixels=tuple(class_pixels.tolist()),
             confusion=tuple(map(tuple, confusion.reshape(num_classes, num_classes).tolist())),
+            agreement=tuple(agreement.tolist()),
         )
 
     def __add__(self, other: Self) -> "Statistics":
@@ -100,6 +104,8 @@ class Statistics(Settings):
         result |= {f"share_above_{t}": n / pixels for t, n in zip(CONFIDENCE_SHARES, self.above, strict=True)}
         if np.sum(self.confusion) > 0:
             result["pseudo_mask_mean_iou"] = mean_iou(torch.tensor(self.confusion))
+        if sum(self.agreement) > 0:
+            result["mean_agreement"] = float(np.average(np.arange(256) / 255, weights=self.agreement))
         return result
 
 
@@ -188,6 +194,24 @@ def measure(
     return torch.cat([moments, above.double(), _counts(class_ids, num_classes), confusion])
 
 
+def agreement(class_ids: Tensor, others: Tensor, num_classes: int) -> Tensor:
+    """How much two predictions (N,H,W) of the same images are alike, (N,) uint8, 255 = the same: the mean IoU over the classes
+    that either shows (ST++, eq. 5, of two checkpoints)."""
+    images, classes = len(class_ids), num_classes
+    place = torch.arange(images, device=class_ids.device)[:, None, None]
+    pairs = (place * classes + class_ids.long()) * classes + others.long()
+    counts = _counts(pairs, images * classes**2).view(images, classes, classes)
+    same, rows, columns = counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)
+    union = rows + columns - same
+    seen = union > 0
+    return quantise((same / union.clamp(min=1)).sum(1) / seen.sum(1).clamp(min=1))
+
+
+def agreement_counts(agreement: Tensor) -> Tensor:
+    """(256,) float64: how many images (N,) have each agreement."""
+    return _counts(agreement, 256)
+
+
 def _counts(values: Tensor, length: int) -> Tensor:
     """How often each of 0..length-1 occurs, (length,) float64."""
     if values.device.type == "cpu":
@@ -207,12 +231,14 @@ class PoolTask(Settings):
     used_ids: frozenset[str]  # labelled images: their masks were trained on, so they are left out of the mIoU
     excluded_ids: frozenset[str]  # validation images: not in the pool
     fixed_void: str | None = None  # pixels that are void in every image of their size; see data/fixed_void.py
+    halfway_model: str | None = None  # folder of the weights with which each image's agreement is measured
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
         parts = [self.model_digest, str(self.downscale), str(self.max_image_pixels)]
         parts += ["used", *sorted(self.used_ids), "excluded", *sorted(self.excluded_ids)]
         parts += [] if self.fixed_void is None else ["fixed void", self.fixed_void]
+        parts += [] if self.halfway_model is None else ["agreement"]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
@@ -287,8 +313,8 @@ def gather(
 
 
 def _index_row(report: FileReport) -> IndexRow:
-    images = report.statistics.images
-    return IndexRow(report.file, images, report.max_height, report.max_width, report.labelled_ids)
+    statistics, size = report.statistics, (report.max_height, report.max_width)
+    return IndexRow(report.file, statistics.images, *size, report.labelled_ids, statistics.agreement)
 
 
 def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classes: Sequence[str]) -> list[str]:

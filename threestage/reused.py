@@ -31,7 +31,7 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
     pseudo_masks = None
     for number, stage in enumerate(config.stage_names, 1):
         folder, masks = storage.join(other, stage), storage.join(other, f"pseudo_masks{number}")
-        if not all(storage.exists(storage.join(done, "done.json")) for done in (folder, masks)):
+        if not all(storage.exists(storage.join(made, "done.json")) for made in (folder, masks)):
             difference: str | None = f"{stage} is not finished there"
         else:
             saved = storage.read_json(storage.join(folder, "inputs.json"))
@@ -39,11 +39,20 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
             difference = _difference(saved, wanted, stage_keys(config, stage))
         if difference is not None:
             break
-        parts |= {stage: folder, f"pseudo_masks{number}": masks}
-        pseudo_masks = storage.read_json(storage.join(masks, "done.json"))["digest"]
+        done = storage.read_json(storage.join(masks, "done.json"))
+        parts[stage] = folder
+        if _compares(config, number) and not done["statistics"].get("agreement"):
+            break
+        parts[f"pseudo_masks{number}"] = masks
+        pseudo_masks = done["digest"]
     if not parts:
         raise InputError(f"--reuse {other}: nothing of it can be used, {difference}: give another run, or none")
     return parts | {name: storage.join(other, name) for name in ("pool.parquet", "split.json")}
+
+
+def _compares(config: Config, number: int) -> bool:
+    """Whether the stage after that one chooses its images by their agreement."""
+    return any(config.stage(following).reliable_share < 1 for following in config.stage_names[number : number + 1])
 
 
 def _difference(saved: Mapping[str, object], wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:

@@ -13,13 +13,13 @@ from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import load_pool
-from threestage.data.pseudo_mask_files import read_index
+from threestage.data.pseudo_mask_files import least_agreement, read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
 from threestage.data.split import Split
 from threestage.evaluation import evaluate, summarise
-from threestage.models.export import BEST_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
+from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, Network, build_network
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
@@ -72,12 +72,16 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     resume(state, worker)
     source = make_source(task, config, state, data, worker)
     images_per_step = partial(_images_per_step, config, worker.world_size)
-    confusion = torch.zeros(0)
+    confusion, card = torch.zeros(0), _card(task, config, data.manifest)
 
     def score(network: nn.Module) -> Tensor:
         worker.doing(state.step, "evaluation")
         classes = len(data.manifest.classes)
         return evaluate(network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum)
+
+    def at_half() -> None:
+        if task.stage != config.stage_names[-1]:
+            _keep_halfway(task, state, card, worker)
 
     def validate(network: nn.Module) -> Row:
         nonlocal confusion
@@ -87,14 +91,32 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     fit(
         state, worker, source, validate, steps=stage.steps,
         images_per_step=(images_per_step(stage.labelled_batch), images_per_step(stage.unlabelled_batch)),
-        seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema,
+        seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema, at_half=at_half,
     )  # fmt: skip
     if not len(confusion):  # the last checkpoint already held the last step
         validate(state.shipped)
     student = None if state.teacher is None else score(state.student)
     if worker.rank == 0:
         worker.checkpoints.wait()
-        publish(task, config, state, data.manifest, confusion, student)
+        publish(task, state, card, confusion, student)
+
+
+def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
+    return ModelCard(
+        network=config.network,
+        classes=manifest.classes,
+        colours=manifest.colours,
+        downscale=config.data.downscale,
+        stage=task.stage,
+    )
+
+
+def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker) -> None:
+    """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`)."""
+    try:
+        save_model(storage.join(task.folder, HALFWAY_MODEL), state.shipped, card)  # type: ignore[arg-type]
+    except OSError as error:
+        worker.warn(f"the weights of half-way could not be written, {task.stage} goes on without: {error}")
 
 
 def _images_per_step(config: Config, world_size: int, batch_size: int) -> int:
@@ -134,25 +156,11 @@ def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=config.optimiser.weight_decay)
 
 
-def publish(
-    task: StageTask,
-    config: Config,
-    state: TrainState,
-    manifest: Manifest,
-    confusion: Tensor,
-    student: Tensor | None,
-) -> None:
+def publish(task: StageTask, state: TrainState, card: ModelCard, confusion: Tensor, student: Tensor | None) -> None:
     """Write `model/`, `best_model/` where an earlier step scored higher, and, last, result.json.
 
     confusion, student: matrices (C,C) of the shipped network and of the student at the last step.
     """
-    card = ModelCard(
-        network=config.network,
-        classes=manifest.classes,
-        colours=manifest.colours,
-        downscale=config.data.downscale,
-        stage=task.stage,
-    )
     digest = save_model(storage.join(task.folder, MODEL), state.shipped, card)  # type: ignore[arg-type]
     last = {"step": state.step, "mean_iou": mean_iou(confusion)}
     best = {**last, "model": MODEL}
@@ -160,7 +168,7 @@ def publish(
         save_weights(storage.join(task.folder, BEST_MODEL), state.best.weights, card)
         best = {"step": state.best.step, "mean_iou": state.best.mean_iou, "model": BEST_MODEL}
     result = {
-        **summarise(confusion, manifest.classes),
+        **summarise(confusion, card.classes),
         "last": last,
         "best": best,
         **({} if student is None else {"student": {"mean_iou": mean_iou(student)}}),
@@ -196,10 +204,12 @@ def local_unlabelled(task: StageTask) -> Callable[[Share, int], Iterator[Batch]]
     def source(share: Share, first_image: int) -> Iterator[Batch]:
         assert task.pool is not None and task.pseudo_masks is not None
         rejects: list[Reject] = []
-        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append)
+        index = read_index(task.pseudo_masks)
+        least = least_agreement(index, config.stage(task.stage).reliable_share)
+        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append, least)
         if rejects:
             RejectList(rejects).write(storage.join(task.folder, "rejects", "pool.parquet"))
-        canvas = pool_canvas(read_index(task.pseudo_masks), config.augment)
+        canvas = pool_canvas(index, config.augment)
         return batches(pool, share, canvas, (config.seed, task.stage, "unlabelled"), first_image)
 
     return source

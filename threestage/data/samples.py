@@ -34,8 +34,11 @@ class Decoded:
     maps: dict[str, np.ndarray]  # (H,W) uint8 each
 
 
-def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Iterator[list[Sample]]:
-    """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool.
+def pool_samples(
+    file: PoolFile, pseudo_masks: str, rejected: OnReject, least_agreement: int = 0
+) -> Iterator[list[Sample]]:
+    """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool, and those
+    whose agreement is less than `least_agreement` (255ths) are left out.
 
     An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
     not hold the same rows in the same order.
@@ -49,7 +52,7 @@ def pool_samples(file: PoolFile, pseudo_masks: str, rejected: OnReject) -> Itera
                 raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
             if row.problem is not None and target["pseudo_mask"] is not None:
                 rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
-            elif target["pseudo_mask"] is not None:
+            elif target["pseudo_mask"] is not None and target.pop("agreement", 255) >= least_agreement:
                 found.append(Sample(image=row.image, source=row.source, **target))
         yield found
 

@@ -29,9 +29,11 @@ def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) 
     return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
 
 
-def pool_set(files: Sequence[PoolFile], pseudo_masks: str, data: DataSettings, rejected: OnReject) -> SampleSet:
+def pool_set(
+    files: Sequence[PoolFile], pseudo_masks: str, data: DataSettings, rejected: OnReject, least_agreement: int = 0
+) -> SampleSet:
     """The whole pool in memory, still encoded: for `--local` only."""
-    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected))
+    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected, least_agreement))
     return SampleSet([sample for chunk in parts for sample in chunk], data.downscale, data.max_image_pixels)
 
 

@@ -18,7 +18,8 @@ from threestage.models.encoders import replace_pooling
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.settings import Settings
 
-MODEL, BEST_MODEL = "model", "best_model"  # folders of a stage: the weights of its last step, of its best evaluation
+MODEL, BEST_MODEL, HALFWAY_MODEL = "model", "best_model", "halfway_model"
+"""Folders of a stage: the weights of its last step, of its best evaluation, of half of its steps."""
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "model.json", "program.pt2"
 RESTORE = "bring the folder back from a copy, or give another model"
 EXPORTED_SIDES, EXPORTED_IMAGES = (33, 16384), (1, 4096)  # the least and the most that an exported program takes

@@ -13,7 +13,7 @@ from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 from threestage.data import storage
 from threestage.data.batches import Batch, share_of
 from threestage.data.pool import load_pool
-from threestage.data.pseudo_mask_files import read_index
+from threestage.data.pseudo_mask_files import least_agreement, read_index
 from threestage.data.sets import pool_canvas
 from threestage.on_ray.pace import Unhurried
 from threestage.on_ray.reading import BLOCK_BYTES, Arrays, FileReader
@@ -41,7 +41,8 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     per_step = share_of(stage.unlabelled_batch, config.training.batch, 0, workers).total + workers  # shares rounded up
     lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile; the rest of a batch per worker
     needed = begin.unlabelled_images + math.ceil((stage.steps - begin.step + 4) * per_step / (1 - lost))
-    rows = [entry.images for entry in index]
+    least = least_agreement(index, stage.reliable_share)
+    rows = [entry.images_of(least) for entry in index]
     order = file_order(rows, (config.seed, task.stage), begin.unlabelled_images, needed)
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
     context = DataContext.get_current()
@@ -50,7 +51,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
         task.pseudo_masks, storage.join(task.folder, "rejects"), (config.seed, task.stage), config.data,
-        pool_canvas(index, config.augment),
+        pool_canvas(index, config.augment), least,
     )  # fmt: skip
     return source.map_batches(reader, batch_size=1)
 

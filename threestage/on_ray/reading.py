@@ -24,10 +24,17 @@ class FileReader:
     """Reads one image file with its pseudo-mask file; every pass cuts canvases of its own."""
 
     def __init__(
-        self, pseudo_masks: str, rejects: str, place: tuple[int | str, ...], data: DataSettings, canvas: tuple[int, int]
+        self,
+        pseudo_masks: str,
+        rejects: str,
+        place: tuple[int | str, ...],
+        data: DataSettings,
+        canvas: tuple[int, int],
+        least_agreement: int = 0,
     ) -> None:
         """rejects: folder of the lists of images that have become bad. place: of the random draws."""
         self._pseudo_masks, self._rejects, self._place = pseudo_masks, rejects, place
+        self._least_agreement = least_agreement
         self._data, self._canvas = data, canvas
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
@@ -35,7 +42,8 @@ class FileReader:
         pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
         rejects: list[Reject] = []
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
-        samples = (sample for chunk in pool_samples(file, self._pseudo_masks, rejects.append) for sample in chunk)
+        chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement)
+        samples = (sample for chunk in chunks for sample in chunk)
         yield from blocks(self._placed(samples, rejects, rng), self._canvas)
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))

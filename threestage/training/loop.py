@@ -57,11 +57,12 @@ def fit(
     loop: LoopSettings,
     optimiser: OptimiserSettings,
     ema: EmaSettings,
+    at_half: Callable[[], None] = lambda: None,
 ) -> None:
     """Train from the state's step to `steps`. Metrics since the last checkpoint are published with the next one.
 
-    images_per_step: labelled and unlabelled ones of all workers. StageFailure, on all workers alike, when the loss is not
-    finite or above the limit.
+    images_per_step: labelled and unlabelled ones of all workers. at_half: rank 0 calls it after half of the steps.
+    StageFailure, on all workers alike, when the loss is not finite or above the limit.
     """
     wrapped = worker.wrap(state.student).train()
     network = compiled(wrapped, loop)
@@ -77,6 +78,8 @@ def fit(
         counts, noticed = notices.agree(pixels)
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _update(state, worker, optimiser.clip_norm, ema)
+        if state.step == steps // 2 and worker.rank == 0:
+            at_half()
         state.labelled_images += images_per_step[0]
         state.unlabelled_images += images_per_step[1]
         window.add(inputs, sums, pixels, counts)

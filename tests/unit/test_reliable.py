@@ -1,0 +1,118 @@
+"""Why: the next stage learns from the images on which a stage agrees with itself, all of them counted, on Ray as here; and a run
+that does not ask for it is what it was."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.pool import load_pool
+from threestage.data.pseudo_mask_files import IndexRow, least_agreement, read_index
+from threestage.data.records import decode_image, decode_mask
+from threestage.data.sets import pool_set
+from threestage.errors import InputError
+from threestage.local import run_local
+from threestage.models.export import HALFWAY_MODEL, load_model
+from threestage.pseudo_masks import agreement
+
+
+def quiet(stage: str, row: Mapping[str, float]) -> None:
+    pass
+
+
+def reliable(scenes: Path, share: float, **changes: object) -> Config:
+    rates = {"optimiser__learning_rate": 5e-3, "optimiser__encoder_learning_rate": 5e-3}
+    return tiny_config(scenes, stage2__reliable_share=share, stages=2, stage1__steps=40, **rates, **changes)
+
+
+def run(config: Config, out: Path, reuse: Path | None = None) -> None:
+    run_local(config, str(out), quiet, lambda text: None, reuse=None if reuse is None else str(reuse))
+
+
+@pytest.fixture(scope="module")
+def half(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("half")
+    run(reliable(scenes, 0.5), out)
+    return out
+
+
+def test_agreement_is_the_mean_iou_of_the_classes_that_either_shows() -> None:
+    one = torch.tensor([[[0, 0, 1, 1]], [[2, 2, 2, 2]], [[0, 1, 0, 1]]], dtype=torch.uint8)
+    other = torch.tensor([[[0, 1, 1, 1]], [[2, 2, 2, 2]], [[1, 0, 1, 0]]], dtype=torch.uint8)
+    assert agreement(one, other, 3).tolist() == [round(255 * (1 / 2 + 2 / 3) / 2), 255, 0]
+
+
+@pytest.mark.parametrize(("share", "least"), [(1.0, 0), (0.9, 7), (0.5, 7), (0.4, 9), (0.1, 9), (0.05, 200)])
+def test_the_least_agreement_lets_in_the_share_at_least(share: float, least: int) -> None:
+    def row(counts: dict[int, int]) -> IndexRow:
+        return IndexRow("a", sum(counts.values()), 1, 1, (), tuple(counts.get(value, 0) for value in range(256)))
+
+    index = [row({3: 1, 7: 10}), row({9: 8, 200: 1})]
+    assert least_agreement(index, share) == least
+    kept = sum(entry.images_of(least) for entry in index)
+    assert kept >= share * 20 and kept == {0: 20, 7: 19, 9: 9, 200: 1}[least]
+
+
+def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
+    pool, index = load_pool(str(half / "pool.parquet")), read_index(str(half / "pseudo_masks1"))
+    network, card = load_model(str(half / "stage1" / "model"))
+    other, _ = load_model(str(half / "stage1" / HALFWAY_MODEL))
+    values = {}
+    for file in pool:
+        images = storage.read_table(file.uri, ["image_id", "image"]).to_pylist()
+        rows = pq.read_table(half / "pseudo_masks1" / file.name).to_pylist()
+        for image, row in zip(images, rows, strict=True):
+            pixels = torch.from_numpy(np.array(decode_image(image["image"]))).permute(2, 0, 1)[None].float() / 255
+            with torch.no_grad():
+                found, before = (model(pixels)[0].argmax(1).byte() for model in (network, other))
+            assert np.array_equal(decode_mask(row["pseudo_mask"]), found[0])
+            values[row["image_id"]] = row["agreement"]
+            assert row["agreement"] == int(agreement(found, before, len(card.classes)))
+    least = least_agreement(index, 0.5)
+    assert least > 0 and len({*values.values()}) > 3
+    reliable_ids = {image_id for image_id, value in values.items() if value >= least}
+    assert len(values) / 2 <= len(reliable_ids) < len(values)
+    config = reliable(half, 0.5)
+    samples = pool_set(pool, str(half / "pseudo_masks1"), config.data, lambda reject: None, least).samples
+    assert {sample.image_id for sample in samples} == reliable_ids
+    assert sum(entry.images_of(least) for entry in index) == len(reliable_ids), "what a stream on Ray counts on"
+    figures = json.loads((half / "results.json").read_text())["stages"]
+    assert figures["stage1"]["mean_agreement"] == pytest.approx(np.mean(list(values.values())) / 255)
+    assert "mean_agreement" not in figures["stage2"] and not (half / "stage2" / HALFWAY_MODEL).exists()
+
+
+def test_a_run_without_it_is_as_before_and_takes_pseudo_masks_with_it(scenes: Path, half: Path, tmp_path: Path) -> None:
+    run(reliable(scenes, 1.0), tmp_path / "alone")
+    shutil.copytree(half, tmp_path / "half")
+    run(reliable(scenes, 1.0), tmp_path / "reusing", tmp_path / "half")
+    models = [(tmp_path / out / "stage2/model/model.safetensors").read_bytes() for out in ("alone", "reusing")]
+    assert models[0] == models[1] != (half / "stage2/model/model.safetensors").read_bytes()
+    assert not (tmp_path / "reusing" / "pseudo_masks1").exists()
+    (file, *_) = (tmp_path / "alone" / "pseudo_masks1").glob("train-*.parquet")
+    assert "agreement" not in pq.read_schema(file).names
+
+
+def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half: Path, tmp_path: Path) -> None:
+    alone = reliable(scenes, 1.0).model_copy(update={"stages": 1})
+    run(alone, tmp_path / "plain")  # the only stage of its run keeps no weights of half-way
+    with pytest.raises(InputError, match=r"stage2.reliable_share=0.5: .*stage1/halfway_model is not there"):
+        run(reliable(scenes, 0.5), tmp_path / "a", tmp_path / "plain")
+    run(reliable(scenes, 1.0), tmp_path / "all")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")}
+    run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")} == before
+    model = Path("stage2/model/model.safetensors")
+    assert (tmp_path / "b" / model).read_bytes() == (half / model).read_bytes()
+
+
+def test_a_share_that_leaves_less_than_a_step_is_refused(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"stage2.unlabelled_batch=30 is more than the 20 unlabelled images"):
+        run(reliable(scenes, 0.5, stage2__unlabelled_batch=30), tmp_path)
