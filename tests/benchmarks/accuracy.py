@@ -96,6 +96,7 @@ METHODS: Mapping[str, Method] = {
         (TWO_STAGES, "consistency.weight_by_confidence=true", "pseudo_mask.weight_by_confidence=true")
     ),
     "class-balanced crops": Method((TWO_STAGES, "stage2.changes={augment: {class_balance: 0.5}}")),
+    "reliable half first": Method((TWO_STAGES, "stage2.reliable_share=0.5")),
     "ramp-up": Method((TWO_STAGES, "consistency.ramp_up=0.3")),
     "warm start": Method((TWO_STAGES, "stage2.warm_start=true")),
     "best": Method(BEST, half=True),

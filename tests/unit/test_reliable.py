@@ -21,6 +21,7 @@ from threestage.data.sets import pool_set
 from threestage.errors import InputError
 from threestage.local import run_local
 from threestage.models.export import HALFWAY_MODEL, load_model
+from threestage.on_ray.reading import FileReader
 from threestage.pseudo_masks import agreement
 
 
@@ -84,6 +85,11 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     samples = pool_set(pool, str(half / "pseudo_masks1"), config.data, lambda reject: None, least).samples
     assert {sample.image_id for sample in samples} == reliable_ids
     assert sum(entry.images_of(least) for entry in index) == len(reliable_ids), "what a stream on Ray counts on"
+    masks, rejects = str(half / "pseudo_masks1"), str(half / "rejects")
+    reader = FileReader(masks, rejects, (0, "stage2"), config.data, (64, 64), least)
+    batches = [{"pass": np.array([0]), "file": np.array([file.model_dump_json()])} for file in pool]
+    read = [image_id for batch in batches for block in reader(batch) for image_id in block["image_id"].tolist()]
+    assert sorted(read) == sorted(reliable_ids), "and what its readers read"
     figures = json.loads((half / "results.json").read_text())["stages"]
     assert figures["stage1"]["mean_agreement"] == pytest.approx(np.mean(list(values.values())) / 255)
     assert "mean_agreement" not in figures["stage2"] and not (half / "stage2" / HALFWAY_MODEL).exists()
