@@ -8,6 +8,7 @@ Everything lies under one folder:
     stage1/checkpoints …          the stage's own, while it trains
     stage1/model/                 model.safetensors, model.json: the weights of the last step
     stage1/best_model/            the same of the best evaluation, where that is an earlier step
+    stage1/halfway_model/         of half of its steps; by these the next stage may choose its images (reliable_share)
     stage1/result.json            metrics and history
     stage1/done.json              the marker, written last
     listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
