@@ -11,7 +11,7 @@ SIZE ?= cpu
 SEEDS ?= 0 1 2
 JOBS ?= 2
 
-.PHONY: demo cluster results bench guard mutants test test-slow lint types docs audit unit integration clean
+.PHONY: demo cluster results bench coverage guard mutants test test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -57,6 +57,11 @@ mutants: .venv/installed  ## which changes of losses, metrics, pseudo-masks, geo
 	$(BIN)/python -m pip install -q -c constraints.txt mutmut==3.8.1
 	$(BIN)/mutmut run --max-children 2
 	$(BIN)/mutmut results
+
+coverage: .venv/installed  ## which branches of the package do the tests without Ray take? (a quarter of an hour; a figure to look at)
+	$(BIN)/python -m pip install -q -c constraints.txt coverage==7.17.5
+	$(BIN)/python -m coverage run --branch --source threestage --data-file runs/coverage -m pytest -q -m "not integration and not slow"
+	$(BIN)/python -m coverage report --data-file runs/coverage --skip-covered --sort cover
 
 audit: .venv/installed  ## known holes in what is installed, where their database can be reached
 	$(BIN)/python -m tests.audit
