@@ -1,11 +1,19 @@
-"""The confusion matrix against torchmetrics, the IoU against numbers worked out by hand."""
+"""The confusion matrix against torchmetrics, IoU and calibration against numbers worked out by hand."""
 
 import math
 
+import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
-from threestage.training.metrics import confusion_matrix, mean_iou, per_class_iou, pixel_accuracy
+from threestage.training.metrics import (
+    confusion_matrix,
+    expected_calibration_error,
+    mean_iou,
+    per_class_iou,
+    pixel_accuracy,
+    reliability_counts,
+)
 
 
 def test_confusion_matrix_equals_torchmetrics() -> None:
@@ -30,3 +38,12 @@ def test_iou_by_hand() -> None:
     assert ious[:2] == [3 / 6, 4 / 7] and math.isnan(ious[2])
     assert mean_iou(confusion) == (3 / 6 + 4 / 7) / 2
     assert pixel_accuracy(confusion) == 7 / 10
+
+
+def test_reliability_by_hand() -> None:
+    confidence = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.99, 1.0])
+    correct = torch.tensor([False, True, True, False, True, True])
+    counts = reliability_counts(confidence, correct, bins=4)
+    expected = [[2, 0.24, 1], [1, 0.25, 1], [1, 0.5, 0], [2, 1.99, 2]]
+    torch.testing.assert_close(counts, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert expected_calibration_error(counts) == pytest.approx((0.76 + 0.75 + 0.5 + 0.01) / 6)
