@@ -47,3 +47,4 @@ def test_reliability_by_hand() -> None:
     expected = [[2, 0.24, 1], [1, 0.25, 1], [1, 0.5, 0], [2, 1.99, 2]]
     torch.testing.assert_close(counts, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
     assert expected_calibration_error(counts) == pytest.approx((0.76 + 0.75 + 0.5 + 0.01) / 6)
+    assert reliability_counts(confidence[:2], correct[:2], bins=4).shape == (4, 3)
