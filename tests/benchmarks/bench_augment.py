@@ -5,7 +5,8 @@
 Each way begins with decoded images and two label maps (pseudo-mask, teacher's classes) of 8 bits and ends with the images
 as one float32 tensor in [0,1] and the maps moved.
 
-Strong views: three operations drawn of the paper's fourteen, each applied with chance ½, then three cutouts of 32 pixels.
+Strong views: three operations drawn of the paper's fourteen, each applied with chance ½, those of levels on the image stretched
+over 0..255 (undone afterwards) as in the paper, then three cutouts of 32 pixels.
 ours: `strong_view` and `View.warp`. plain PIL: every operation by PIL, on image and maps. published way: the same, and
 pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.RandAugment of one image after the other, with
 its own operations, no maps and no floats.
@@ -32,6 +33,7 @@ from torchvision.transforms import v2
 from tests.benchmarks.measure import report
 from threestage.allocator import keep_freed_memory
 from threestage.augment.draws import Draws, generator
+from threestage.augment.photometry import PHOTOMETRIC
 from threestage.augment.plans import OPERATIONS, StrongSettings
 from threestage.augment.views import AugmentSettings, View, network_input, strong_view, weak_view
 
@@ -76,9 +78,16 @@ def by_pil(images: Iterable[np.ndarray], labels: Iterable[np.ndarray], step: int
     done, rng = [], random.Random(step)
     for array, maps in zip(images, labels, strict=True):
         picture, moved = Image.fromarray(array), [Image.fromarray(one) for one in maps]
-        for name in rng.choices(OPERATIONS, k=3):
-            if rng.random() < 0.5:
-                picture, moved = operate(name, rng.randint(1, 9) / 10, picture, moved)
+        drawn = [(name, rng.random() < 0.5, rng.randint(1, 9) / 10) for name in rng.choices(OPERATIONS, k=3)]
+        plan = [(name, m) for name, applied, m in drawn if applied]
+        low, high = int(array.min()), int(array.max())
+        stretched = high > low and any(name in PHOTOMETRIC for name, _ in plan)
+        if stretched:
+            picture = picture.point([round((level - low) * 255 / (high - low)) for level in range(256)] * 3)
+        for name, m in plan:
+            picture, moved = operate(name, m, picture, moved)
+        if stretched:
+            picture = picture.point([round(level * (high - low) / 255 + low) for level in range(256)] * 3)
         draw = ImageDraw.Draw(picture)
         for _ in range(3):
             x, y = rng.randrange(picture.width) - 16, rng.randrange(picture.height) - 16
