@@ -12,6 +12,7 @@ Conventions, for every function here:
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -98,14 +99,19 @@ def fixed_point(theta: Tensor, size: Size, source: Size) -> Tensor:
 def _in_pixels(theta: Tensor, size: Size, source: Size) -> Tensor:
     """What an output column and an output row add to the point (x, y) that is read, in pixels from the source's edge, and
     the point of the first pixel's centre: (N,2,3)."""
-    (height, width), (rows, columns) = size, source
-    to_normal = torch.tensor(
-        [[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]], dtype=theta.dtype
-    )
-    half = torch.tensor([[columns / 2], [rows / 2]], dtype=theta.dtype).to(theta.device, non_blocking=True)
-    through = (theta[..., None] * to_normal.to(theta.device, non_blocking=True)).sum(2)  # no matmul: see `compose`
+    to_normal, half = _scales(size, source, theta.dtype, theta.device)
+    through = (theta[..., None] * to_normal).sum(2)  # no matmul: see `compose`
     through[:, :, 2] += 1
     return through * half
+
+
+@lru_cache(64)
+def _scales(size: Size, source: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """From output pixels to normalised coordinates, (3,3); from these, 1 added, to pixels of the source, (2,1)."""
+    (height, width), (rows, columns) = size, source
+    to_normal = ((2 / width, 0, 1 / width - 1), (0, 2 / height, 1 / height - 1), (0, 0, 1))
+    half = ((columns / 2,), (rows / 2,))
+    return torch.tensor(to_normal, dtype=dtype).to(device), torch.tensor(half, dtype=dtype).to(device)
 
 
 def nearest_index(

@@ -57,15 +57,17 @@ def moved(pixels: Pixels, coefficients: Sequence[Sequence[int]], size: Size, out
 
 def _shifted(pixels: np.ndarray, coefficients: Sequence[Sequence[int]], size: Size, outside: int) -> np.ndarray:
     """`moved`, of a picture that keeps its scale, mirrored or not."""
-    left, right, top, bottom = _reach(coefficients, size)
-    seen = pixels[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
-    mirrored = coefficients[0][0] < 0
+    (step, _, first), (_, _, top) = coefficients
+    first, top = first >> FRACTION_BITS, top >> FRACTION_BITS
+    mirrored, height, width = step < 0, *size
+    left = first - width + 1 if mirrored else first
+    seen = pixels[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     if mirrored:
         seen = seen[:, ::-1]
     if seen.shape[:2] == size:
         return seen
     shown = np.full((*size, *pixels.shape[2:]), outside, np.uint8)
-    row, column = max(-top, 0), max(right + 1 - pixels.shape[1] if mirrored else -left, 0)
+    row, column = max(-top, 0), max(left + width - pixels.shape[1] if mirrored else -left, 0)
     shown[row : row + seen.shape[0], column : column + seen.shape[1]] = seen
     return shown
 

@@ -92,10 +92,10 @@ def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Dra
     scale = _draw_scale(count, settings, draws)
     place = draws.uniform(count, 2)
     flipped = draws.uniform(count) < settings.flip_probability
-    theta = geometry.compose(
-        _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image)).to(image.device, non_blocking=True),
-        geometry.horizontal_flip(_to(flipped, image)),
+    theta = _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image)).to(
+        image.device, non_blocking=True
     )
+    theta[:, 0, 0] *= _to(1 - 2 * flipped.float(), image)  # a flip before it: nothing is turned or sheared
     valid_size = size.to(image.device, non_blocking=True)
     scaled = (scale != 1).nonzero().flatten().tolist()
     resized: dict[int, Tensor] = {}
