@@ -1,6 +1,6 @@
 """Views of whole batches against the same operations image by image: images a second of one core, label maps moved too.
 
-    python -m tests.benchmarks.bench_augment [--images 8] [--rounds 15] [--json FILE]
+    python -m tests.benchmarks.bench_augment [--images 8] [--draws 8] [--repeats 5] [--json FILE]
 
 Each way begins with decoded images and two label maps (pseudo-mask, teacher's classes) of 8 bits and ends with the images
 as one float32 tensor in [0,1] and the maps moved.
@@ -12,16 +12,14 @@ pixels pass through `Image.getdata`, as in the authors' code. torchvision: v2.Ra
 its own operations, no maps and no floats.
 
 Weak views: a crop of an image a quarter larger on each side, and a flip with chance ½; `weak_view` against PIL's crop and
-transpose. CPU seconds, in turns within one run, other operations and crops
-in every round; medians.
+transpose. CPU seconds of the fastest of some repeats, in turns within one run, for each of some draws of operations or crops.
 """
 
 import argparse
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from itertools import count
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,6 +39,7 @@ SIZES = ((80, 112), (160, 224), (321, 321), (256, 512))
 GREY = (128, 128, 128)
 AFFINE = Image.Transform.AFFINE
 Picture = Image.Image
+Way = Callable[[int], object]  # of a step, which says what is drawn
 
 ENHANCERS: dict[str, Any] = {
     "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness,
@@ -151,40 +150,47 @@ def scenes(size: tuple[int, int], number: int) -> tuple[list[np.ndarray], np.nda
     return arrays, labels, pixels, torch.from_numpy(labels)
 
 
-def strong_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], object]]:
+def strong_ways(size: tuple[int, int], number: int) -> dict[str, Way]:
     arrays, labels, pixels, maps = scenes(size, number)
-    steps, other = count(), v2.RandAugment(num_ops=3)
+    other = v2.RandAugment(num_ops=3)
     return {
-        "ours": lambda: ours(pixels, maps, next(steps)),
-        "plain PIL": lambda: by_pil(arrays, labels, next(steps), through_lists=False),
-        "published way": lambda: by_pil(arrays, labels, next(steps), through_lists=True),
-        "torchvision": lambda: [other(one) for one in pixels],
+        "ours": lambda step: ours(pixels, maps, step),
+        "plain PIL": lambda step: by_pil(arrays, labels, step, through_lists=False),
+        "published way": lambda step: by_pil(arrays, labels, step, through_lists=True),
+        "torchvision": lambda step: torch_vision(other, pixels, step),
     }
 
 
-def weak_ways(size: tuple[int, int], number: int) -> dict[str, Callable[[], object]]:
+def weak_ways(size: tuple[int, int], number: int) -> dict[str, Way]:
     arrays, labels, pixels, maps = scenes((size[0] * 5 // 4, size[1] * 5 // 4), number)
-    steps = count()
     return {
-        "ours": lambda: ours_weak(pixels, maps, size, next(steps)),
-        "plain PIL": lambda: weakly_by_pil(arrays, labels, size, next(steps)),
+        "ours": lambda step: ours_weak(pixels, maps, size, step),
+        "plain PIL": lambda step: weakly_by_pil(arrays, labels, size, step),
     }
 
 
-def images_per_second(ways: dict[str, Callable[[], object]], number: int, rounds: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, act in ways.items():
-            began = time.process_time()
-            act()
-            seconds[name].append(time.process_time() - began)
-    return {name: number / median(taken[1:]) for name, taken in seconds.items()}
+def torch_vision(operations: v2.RandAugment, pixels: Tensor, step: int) -> list[Tensor]:
+    torch.manual_seed(step)
+    return [operations(one) for one in pixels]
+
+
+def images_per_second(ways: dict[str, Way], number: int, draws: int, repeats: int) -> dict[str, float]:
+    """Of each way: `number` images a call, each of the draws in the least CPU seconds that it took."""
+    seconds = {name: [math.inf] * draws for name in ways}
+    for _ in range(repeats):
+        for draw in range(draws):
+            for name, act in ways.items():
+                began = time.process_time()
+                act(draw)
+                seconds[name][draw] = min(seconds[name][draw], time.process_time() - began)
+    return {name: number * draws / sum(taken) for name, taken in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="of a batch")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,7 +198,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for view, ways in (("strong", strong_ways), ("weak", weak_ways)):
         for size in SIZES:
-            found = images_per_second(ways(size, options.images), options.images, options.rounds)
+            found = images_per_second(ways(size, options.images), options.images, options.draws, options.repeats)
             row: dict[str, Any] = {"view": view, "crop": f"{size[0]}×{size[1]}", "ours": found.pop("ours")}
             for name, theirs in found.items():
                 row |= {name: theirs, f"of {name}": row["ours"] / theirs}

@@ -187,13 +187,12 @@ def measure(task: StageTask, steps: int) -> dict[str, Any]:
     worker.checkpoints.wait()
     # The first turn warms up; the second holds the step whose memory was measured.
     step, bare = (median(turns.seconds[name][2:]) for name in ("step", "bare"))
-    pairs = zip(turns.seconds["bare"][3:], turns.seconds["step"][2:], strict=False)
     shares = {f"{name}, share": median(turns.seconds[name][2:] or [0.0]) / step for name in SHARES}
     return {
         "stage": task.stage,
         "step, ms": 1000 * step,
         "bare, ms": 1000 * bare,
-        "bare / step": median(b / s for b, s in pairs),
+        "bare / step": bare / step,
         **shares,
         "checkpoint, share": stall / (step * config.training.checkpoint_every),
         "memory, MiB": turns.bytes["step"] / 2**20,

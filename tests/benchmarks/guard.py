@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.guard [--record]
 
-Synthetic scenes, one torch thread, CPU seconds of this process: what else runs on the machine counts little. A ratio that is more
-than SLACK below its record fails; what it means is told in the benchmark that it comes from. --record writes a new record:
-after a change that is meant to have an effect, on a machine that has nothing else to do.
+Synthetic scenes, one torch thread, CPU seconds of this process. A ratio fails that is below its record by more than its slack in
+each of TRIES measurements (a second and a third are made only then): noise passes, a change for the worse does not. What a
+ratio means is told in the benchmark that it comes from. --record writes a new record: after a change that is meant to have
+an effect, on a machine that has nothing else to do.
 """
 
 import argparse
@@ -18,7 +19,11 @@ from tests.benchmarks.bench_step import make_scenes, measure_stages, quick_confi
 from tests.benchmarks.measure import report
 
 RECORD = Path(__file__).with_name("recorded.json")
+TRIES = 3
 SLACK = 0.2
+OTHER_SLACK = {
+    "strong views: of plain PIL": 0.4
+}  # between libraries it is the processor's too: 0.84 to 1.57 on machines seen
 SMALL = (
     "stages=2", "network.head=deeplabv2", "augment.crop_size=[80, 112]", "stage1.labelled_batch=2",
     *(f"stage{n}.{kind}_batch=2" for n in (2, 3) for kind in ("labelled", "unlabelled")),
@@ -28,13 +33,20 @@ SMALL = (
 def ratios(data: str) -> dict[str, float]:
     """What is compared; more is better."""
     found = {}
-    for row in measure_stages(quick_config("camvid", data, SMALL), steps=20):
+    for row in measure_stages(quick_config("camvid", data, SMALL), steps=40):
         found[f"{row['stage']}: bare / step"] = row["bare / step"]
         found[f"{row['stage']}: bare memory / memory"] = 1 / row["memory / bare"]
     found["EMA: loop / ours"] = bench_ema.measure("mobilenetv2_100", rounds=20)["loop / ours"]
-    views = bench_augment.images_per_second(bench_augment.strong_ways((160, 224), number=8), number=8, rounds=25)
+    ways = bench_augment.strong_ways((160, 224), number=8)
+    pair = {name: ways[name] for name in ("ours", "plain PIL")}
+    views = bench_augment.images_per_second(pair, number=8, draws=8, repeats=15)
     found["strong views: of plain PIL"] = views["ours"] / views["plain PIL"]
     return found
+
+
+def below(found: dict[str, float], recorded: dict[str, float]) -> list[str]:
+    """The ratios that fell by more than their slack."""
+    return [name for name, value in found.items() if value < recorded[name] * (1 - OTHER_SLACK.get(name, SLACK))]
 
 
 def main() -> int:
@@ -42,18 +54,20 @@ def main() -> int:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = ratios(make_scenes(Path(folder)))
-    if options.record:
-        RECORD.write_text(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=1) + "\n")
-    recorded = json.loads(RECORD.read_text())
-    rows = [
-        {"ratio": name, "now": value, "recorded": recorded[name], "fell": value < recorded[name] * (1 - SLACK)}
-        for name, value in found.items()
-    ]
+        data = make_scenes(Path(folder))
+        found = ratios(data)
+        if options.record:
+            RECORD.write_text(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=1) + "\n")
+        recorded = json.loads(RECORD.read_text())
+        for _ in range(TRIES - 1):
+            if below(found, recorded):
+                again = ratios(data)
+                found = {name: max(value, again[name]) for name, value in found.items()}
+    fallen = below(found, recorded)
+    rows = [{"ratio": name, "now": found[name], "recorded": recorded[name], "fell": name in fallen} for name in found]
     report("speed and memory against the record", rows, None)
-    fallen = [row["ratio"] for row in rows if row["fell"]]
     if fallen:
-        print(f"more than {SLACK:.0%} below {RECORD.name}: {', '.join(map(str, fallen))}", file=sys.stderr)
+        print(f"too far below {RECORD.name} in each of {TRIES} measurements: {', '.join(fallen)}", file=sys.stderr)
     return 1 if fallen else 0
 
 
