@@ -196,6 +196,11 @@ class Config(Settings):
     def stage_names(self) -> tuple[StageName, ...]:
         return STAGES[: self.stages]
 
+    def choosing_after(self, stage: StageName) -> StageName | None:
+        """The next stage, if it chooses its images by what this one's weights agree on (`reliable_share`)."""
+        following = self.stage_names[self.stage_names.index(stage) + 1 :][:1]
+        return next((name for name in following if self.stage(name).reliable_share < 1), None)
+
 
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""

@@ -383,7 +383,7 @@ class _Run:
             excluded_ids=frozenset(self.split.validation),
             fixed_void=self.fixed_void,
         )
-        marker, compared = storage.join(folder, "done.json"), self._compared(task, stage, number)
+        marker, compared = storage.join(folder, "done.json"), self._compared(task, stage)
         task = compared or task
         digest, found = set_digest(task, files), _digest_of(marker)
         with_agreement = set_digest(task.model_copy(update={"halfway_model": ""}), files)
@@ -405,15 +405,15 @@ class _Run:
             statistics=statistics.summary(),
         )
 
-    def _compared(self, task: PoolTask, stage: StageName, number: int) -> PoolTask | None:
+    def _compared(self, task: PoolTask, stage: StageName) -> PoolTask | None:
         """The task with the weights by which the next stage chooses its images, if it does."""
-        following = self.config.stage_names[number : number + 1]
-        if not following or self.config.stage(following[0]).reliable_share == 1:
+        chooser = self.config.choosing_after(stage)
+        if chooser is None:
             return None
         halfway = storage.join(self.folder(stage), HALFWAY_MODEL)
         if not storage.exists(storage.join(halfway, "model.json")):
             raise InputError(
-                f"{following[0]}.reliable_share={self.config.stage(following[0]).reliable_share}: {halfway} is not there, "
+                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is not there, "
                 f"{stage} was trained by an older threestage: set it to 1, or delete {self.folder(stage)} and what follows it"
             )
         return task.model_copy(update={"halfway_model": halfway})

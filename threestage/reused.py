@@ -41,18 +41,13 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
             break
         done = storage.read_json(storage.join(masks, "done.json"))
         parts[stage] = folder
-        if _compares(config, number) and not done["statistics"].get("agreement"):
+        if config.choosing_after(stage) and not done["statistics"].get("agreement"):
             break
         parts[f"pseudo_masks{number}"] = masks
         pseudo_masks = done["digest"]
     if not parts:
         raise InputError(f"--reuse {other}: nothing of it can be used, {difference}: give another run, or none")
     return parts | {name: storage.join(other, name) for name in ("pool.parquet", "split.json")}
-
-
-def _compares(config: Config, number: int) -> bool:
-    """Whether the stage after that one chooses its images by their agreement."""
-    return any(config.stage(following).reliable_share < 1 for following in config.stage_names[number : number + 1])
 
 
 def _difference(saved: Mapping[str, object], wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:

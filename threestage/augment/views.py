@@ -78,7 +78,7 @@ class View:
 
 def network_input(image: Tensor) -> Tensor:
     """Images uint8 → float32 in [0,1]: at the very end, as four times as many bytes are moved afterwards."""
-    return torch.div(image, 255)
+    return image.float().div_(255)
 
 
 def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws) -> View:
