@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from threestage.config import Config, StageName
+from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
 from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
 from threestage.data.pool import load_pool
@@ -80,7 +80,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
         return evaluate(network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum)
 
     def at_half() -> None:
-        if task.stage != config.stage_names[-1]:
+        if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
             _keep_halfway(task, state, card, worker)
 
     def validate(network: nn.Module) -> Row:

@@ -24,6 +24,8 @@ from threestage.models.export import HALFWAY_MODEL, load_model
 from threestage.on_ray.reading import FileReader
 from threestage.pseudo_masks import agreement
 
+MODEL = Path("stage2/model/model.safetensors")
+
 
 def quiet(stage: str, row: Mapping[str, float]) -> None:
     pass
@@ -92,7 +94,7 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     assert sorted(read) == sorted(reliable_ids), "and what its readers read"
     figures = json.loads((half / "results.json").read_text())["stages"]
     assert figures["stage1"]["mean_agreement"] == pytest.approx(np.mean(list(values.values())) / 255)
-    assert "mean_agreement" not in figures["stage2"] and not (half / "stage2" / HALFWAY_MODEL).exists()
+    assert "mean_agreement" not in figures["stage2"]
 
 
 def test_a_run_without_it_is_as_before_and_takes_pseudo_masks_with_it(scenes: Path, half: Path, tmp_path: Path) -> None:
@@ -106,17 +108,24 @@ def test_a_run_without_it_is_as_before_and_takes_pseudo_masks_with_it(scenes: Pa
     assert "agreement" not in pq.read_schema(file).names
 
 
+def test_a_stage_that_was_the_only_one_of_its_run_serves_one_that_chooses(
+    scenes: Path, half: Path, tmp_path: Path
+) -> None:
+    run(reliable(scenes, 1.0).model_copy(update={"stages": 1}), tmp_path / "first")
+    run(reliable(scenes, 0.5), tmp_path / "second", tmp_path / "first")
+    assert (tmp_path / "second" / MODEL).read_bytes() == (half / MODEL).read_bytes()
+    assert not (tmp_path / "second" / "stage1").exists()
+
+
 def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half: Path, tmp_path: Path) -> None:
-    alone = reliable(scenes, 1.0).model_copy(update={"stages": 1})
-    run(alone, tmp_path / "plain")  # the only stage of its run keeps no weights of half-way
-    with pytest.raises(InputError, match=r"stage2.reliable_share=0.5: .*stage1/halfway_model is not there"):
-        run(reliable(scenes, 0.5), tmp_path / "a", tmp_path / "plain")
     run(reliable(scenes, 1.0), tmp_path / "all")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")}
-    run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
+    run(reliable(scenes, 0.5), tmp_path / "a", tmp_path / "all")
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")} == before
-    model = Path("stage2/model/model.safetensors")
-    assert (tmp_path / "b" / model).read_bytes() == (half / model).read_bytes()
+    assert (tmp_path / "a" / MODEL).read_bytes() == (half / MODEL).read_bytes()
+    shutil.rmtree(tmp_path / "all" / "stage1" / HALFWAY_MODEL)  # as before there were any
+    with pytest.raises(InputError, match=r"stage2.reliable_share=0.5: .*stage1/halfway_model is not there"):
+        run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
 
 
 def test_a_share_that_leaves_less_than_a_step_is_refused(scenes: Path, tmp_path: Path) -> None:
