@@ -33,7 +33,7 @@ SMALL = (
 def ratios(data: str) -> dict[str, float]:
     """What is compared; more is better."""
     found = {}
-    for row in measure_stages(quick_config("camvid", data, SMALL), steps=40):
+    for row in measure_stages(quick_config("camvid", data, SMALL), steps=30):
         found[f"{row['stage']}: bare / step"] = row["bare / step"]
         found[f"{row['stage']}: bare memory / memory"] = 1 / row["memory / bare"]
     found["EMA: loop / ours"] = bench_ema.measure("mobilenetv2_100", rounds=20)["loop / ours"]
