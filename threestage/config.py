@@ -198,8 +198,8 @@ class Config(Settings):
 
     def choosing_after(self, stage: StageName) -> StageName | None:
         """The next stage, if it chooses its images by what this one's weights agree on (`reliable_share`)."""
-        following = self.stage_names[self.stage_names.index(stage) + 1 :][:1]
-        return next((name for name in following if self.stage(name).reliable_share < 1), None)
+        later = self.stage_names[self.stage_names.index(stage) + 1 :]
+        return later[0] if later and self.stage(later[0]).reliable_share < 1 else None
 
 
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:

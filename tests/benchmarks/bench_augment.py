@@ -121,6 +121,11 @@ def from_lists(picture: Picture) -> np.ndarray:
     return np.array(list(picture.getdata()), np.uint8).reshape(shape)
 
 
+def by_torchvision(operations: v2.RandAugment, pixels: Tensor, step: int) -> list[Tensor]:
+    torch.manual_seed(step)
+    return [operations(one) for one in pixels]
+
+
 def ours(image: Tensor, labels: Tensor, step: int) -> Tensor:
     """Images (N,3,H,W) and label maps (N,K,H,W) uint8 → images (N,3,H,W) float."""
     number, _, height, width = image.shape
@@ -157,7 +162,7 @@ def strong_ways(size: tuple[int, int], number: int) -> dict[str, Way]:
         "ours": lambda step: ours(pixels, maps, step),
         "plain PIL": lambda step: by_pil(arrays, labels, step, through_lists=False),
         "published way": lambda step: by_pil(arrays, labels, step, through_lists=True),
-        "torchvision": lambda step: torch_vision(other, pixels, step),
+        "torchvision": lambda step: by_torchvision(other, pixels, step),
     }
 
 
@@ -167,11 +172,6 @@ def weak_ways(size: tuple[int, int], number: int) -> dict[str, Way]:
         "ours": lambda step: ours_weak(pixels, maps, size, step),
         "plain PIL": lambda step: weakly_by_pil(arrays, labels, size, step),
     }
-
-
-def torch_vision(operations: v2.RandAugment, pixels: Tensor, step: int) -> list[Tensor]:
-    torch.manual_seed(step)
-    return [operations(one) for one in pixels]
 
 
 def images_per_second(ways: dict[str, Way], number: int, draws: int, repeats: int) -> dict[str, float]:

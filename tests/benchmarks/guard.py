@@ -21,9 +21,8 @@ from tests.benchmarks.measure import report
 RECORD = Path(__file__).with_name("recorded.json")
 TRIES = 3
 SLACK = 0.2
-OTHER_SLACK = {
-    "strong views: of plain PIL": 0.4
-}  # between libraries it is the processor's too: 0.84 to 1.57 on machines seen
+# A ratio between libraries is the processor's too: 0.84 to 1.57 was seen.
+OTHER_SLACK = {"strong views: of plain PIL": 0.4}
 SMALL = (
     "stages=2", "network.head=deeplabv2", "augment.crop_size=[80, 112]", "stage1.labelled_batch=2",
     *(f"stage{n}.{kind}_batch=2" for n in (2, 3) for kind in ("labelled", "unlabelled")),
