@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.s3 import s3_server, variables
+from tests.s3 import empty, s3_server, variables
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
@@ -47,13 +47,20 @@ def unchanged_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A folder in an empty bucket of a real S3 endpoint, which this process's environment names."""
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Of a real S3 server, which takes seconds to start."""
     with s3_server() as endpoint:
-        for name, value in variables(endpoint).items():
-            monkeypatch.setenv(name, value)
-        yield "s3://bucket/some/folder"
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in an empty bucket, whose endpoint this process's environment names."""
+    empty(s3_endpoint)
+    for name, value in variables(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return "s3://bucket/some/folder"
 
 
 def copy_to(root: str, data: Path) -> None:

@@ -30,25 +30,36 @@ def variables(endpoint: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def s3_server(bucket: str = "bucket", port: int | None = None) -> Iterator[str]:
+def s3_server() -> Iterator[str]:
     """The URL of an endpoint that holds one empty bucket; it forgets all at the end."""
-    port = port or free_port()
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_and_make_bucket(f"{endpoint}/{bucket}")
+        _wait_for(endpoint)
+        empty(endpoint)
         yield endpoint
     finally:
         server.terminate()
         server.wait()
 
 
-def _wait_and_make_bucket(url: str) -> None:
-    for _ in range(300):
+def empty(endpoint: str) -> None:
+    """Forget all that the endpoint holds; then it has one empty bucket."""
+    _send("POST", f"{endpoint}/moto-api/reset")
+    _send("PUT", f"{endpoint}/bucket")
+
+
+def _wait_for(endpoint: str) -> None:
+    for _ in range(600):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="PUT")):
-                return
+            _send("GET", endpoint)
+            return
         except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(f"{url}: the S3 endpoint did not start within 60 s")
+            time.sleep(0.1)
+    raise TimeoutError(f"{endpoint}: the S3 endpoint did not start within 60 s")
+
+
+def _send(method: str, url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(url, method=method)).close()

@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3 import s3_server, variables
+from tests.s3 import variables
 from threestage.on_ray.train import leave
 
 
 @pytest.fixture(scope="session")
-def s3_of_session() -> Iterator[str]:
-    """An S3 endpoint in the environment of this process and of the cluster's, which are started after it."""
-    with pytest.MonkeyPatch.context() as patch, s3_server() as endpoint:
-        for name, value in variables(endpoint).items():
+def s3_of_session(s3_endpoint: str) -> Iterator[None]:
+    """The S3 endpoint in the environment of this process and of the cluster's, which are started after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(s3_endpoint).items():
             patch.setenv(name, value)
-        yield endpoint
+        yield
 
 
 @pytest.fixture
-def s3_root(s3_of_session: str, ray_cluster: None) -> str:
+def s3_root(s3_of_session: None, ray_cluster: None) -> str:
     """A folder of its own, empty, in the session's bucket, which the cluster's processes reach too."""
     return f"s3://bucket/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_of_session: str) -> Iterator[None]:
+def ray_cluster(s3_of_session: None) -> Iterator[None]:
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
