@@ -461,10 +461,11 @@ def test_every_setting_of_the_job_is_one() -> None:
     words = select(manifests("overlays/job"), {"kind": "RayJob", "name": "threestage-run"})["spec"][
         "entrypoint"
     ].split()
-    assert words[:3] == ["threestage", "run", "camvid"]
+    assert words[:3] == ["threestage", "run", "own_images"]
     settings = [value for flag, value in pairwise(words) if flag == "--set"]
-    config = load_config("camvid", settings)
+    config = load_config("own_images", settings)
     check_settings(config.network)
+    assert config.data.labelled == "all" and config.data.downscale == 1
     assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 4
     limits = next(containers(next(clusters())[1]["workerGroupSpecs"][1]))["resources"]["limits"]
     assert config.cluster.cpus_per_worker <= int(limits["cpu"])
