@@ -4,6 +4,7 @@ workers; of a finished model everything, under any protocol."""
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from threestage.training.metrics import (
 )
 from threestage.training.worker import default_device
 
+CHUNK = 8  # images that are decoded together, and given to one worker
 BATCH = 8  # images per forward pass, of one size
 
 
@@ -44,17 +46,33 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    batch_size: int = BATCH,
 ) -> Tensor:
     """Confusion matrix (C,C) int64 on the CPU over all samples, each counted once.
 
-    Batches are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
+    Chunks are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
     """
     network.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for images, masks in _batches(samples, rank, world_size):
-        logits, _ = network(images.to(device).float() / 255)
-        confusion += confusion_matrix(masks.to(device), best_class(logits), num_classes)
+
+    def class_ids(images: Tensor) -> tuple[Tensor]:
+        return (best_class(network(images.float() / 255)[0]),)
+
+    for images, masks in _batches(samples, batch_size, rank, world_size):
+        (found,) = _fitting(class_ids, images.to(device))
+        confusion += confusion_matrix(masks.to(device), found, num_classes)
     return sum_over_workers(confusion).cpu()
+
+
+def _fitting(ask: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> tuple[Tensor, ...]:
+    """What `ask` says of a batch, image by image where the batch does not fit into the device's memory."""
+    try:
+        return ask(images)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    parts = [ask(image) for image in images.split(1)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
@@ -95,20 +113,23 @@ def evaluate_model(
     device = default_device()
     network.to(device).eval()
     scores, multiple = Scores(card.classes, device), size_multiple(card.network)
-    for images, masks in _batches(samples):
-        class_ids, confidence, _ = predict(network, images.to(device), protocol, multiple)
+    for images, masks in _batches(samples, BATCH):
+        ask = partial(predict, network, protocol=protocol, multiple=multiple)
+        class_ids, confidence, _ = _fitting(ask, images.to(device))
         scores.add(masks.to(device), class_ids, confidence)
         show(scores.images, len(samples))
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
 
 
-def _batches(samples: SampleSet, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    samples: SampleSet, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """A worker's images (N,3,H,W) and masks (N,H,W) uint8, those of one size together, the next ones decoded in a thread."""
-    starts = range(rank * BATCH, len(samples), world_size * BATCH)
-    chunks = ([samples.decoded(i) for i in range(start, min(start + BATCH, len(samples)))] for start in starts)
+    starts = range(rank * CHUNK, len(samples), world_size * CHUNK)
+    chunks = ([samples.decoded(i) for i in range(start, min(start + CHUNK, len(samples)))] for start in starts)
     with closing(ahead(chunks)) as decoded:
         for chunk in decoded:
-            for chosen, images in batches_by_size([one.image for one in chunk], BATCH):
+            for chosen, images in batches_by_size([one.image for one in chunk], batch_size):
                 yield images, torch.from_numpy(np.stack([chunk[i].maps["mask"] for i in chosen]))
 
 

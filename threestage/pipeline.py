@@ -189,6 +189,11 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
     """
     uri = part(out, "pool.parquet")
     if uri != storage.join(out, "pool.parquet"):
+        if (unlabelled := pool_source(uri)) != config.data.unlabelled:
+            raise InputError(
+                f"{uri}, which this run reuses, was made with data.unlabelled={unlabelled}, this run has "
+                f"{config.data.unlabelled}: set it to that, or leave --reuse out and give another --out"
+            )
         files = load_pool(uri)
         check_pool(config, rows_of(files))
         return files
@@ -390,6 +395,11 @@ class _Run:
         if found == with_agreement:  # made for a run that compares, they serve one that does not
             digest = with_agreement
         if found != digest:
+            if f"pseudo_masks{number}" in self.elsewhere:
+                raise InputError(
+                    f"{folder}, which {storage.join(self.out, REUSED)} names, is gone or of other settings "
+                    "(data.max_image_pixels): give another --out"
+                )
             self._refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
             watched = self._watched(f"pseudo-masks {number}", reports, rows_of(files))
@@ -414,7 +424,8 @@ class _Run:
         if not storage.exists(storage.join(halfway, "model.json")):
             raise InputError(
                 f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is not there, "
-                f"{stage} was trained by an older threestage: set it to 1, or delete {self.folder(stage)} and what follows it"
+                f"{stage} could not write it, or was trained by an older threestage: set it to 1, or delete "
+                f"{self.folder(stage)} and what follows it"
             )
         return task.model_copy(update={"halfway_model": halfway})
 

@@ -36,6 +36,7 @@ from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.models.export import load_model
 from threestage.pseudo_masks import (
+    BATCH_PIXELS,
     DIGEST_KEY,
     REPORT_KEY,
     FileReport,
@@ -51,7 +52,6 @@ from threestage.pseudo_masks import (
 )
 from threestage.training.loop import autocast_dtype
 
-BATCH_PIXELS = 2**24
 WAITING_BYTES = 256 * 2**20
 WAITING_ROWS = 256
 BATCHES_IN_FLIGHT = 2

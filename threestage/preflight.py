@@ -41,6 +41,8 @@ def check_pool(config: Config, images: int) -> None:
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
     for stage in config.stage_names:
         _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
+        _check_mixed(config.for_stage(stage), stage)
+        _check_pieces(config.for_stage(stage), stage)
         _check_pooled(config.for_stage(stage), stage)
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
@@ -70,17 +72,48 @@ def _check_batch(config: Config, key: str, size: int, available: int, what: str)
         )
 
 
+def _check_mixed(config: Config, stage: StageName) -> None:
+    """CutMix mixes the images of one worker."""
+    size, workers = config.stage(stage).unlabelled_batch, config.cluster.most_workers
+    if config.consistency.cutmix > 0 and size > 0 and share_of(size, config.training.batch, 0, workers).count < 2:
+        raise InputError(
+            f"{stage}.unlabelled_batch={size} leaves one image to each of up to {workers} workers (cluster.workers), and "
+            f"consistency.cutmix={config.consistency.cutmix} mixes the images of one: raise it, or set cutmix to 0"
+        )
+
+
+def _check_pieces(config: Config, stage: StageName) -> None:
+    """Where batch norm is over the images of all workers, they wait for each other in every forward pass."""
+    workers = config.cluster.most_workers
+    if workers == 1 or not config.cluster.synchronises(config.network.batch_norm == "live"):
+        return
+    least, most = (_images_of(config, stage, rank) for rank in (0, workers - 1))
+    if least < config.training.accumulate and least < most:
+        raise InputError(
+            f"training.accumulate={config.training.accumulate}: in {stage} the worker with the fewest images has {least}, "
+            "and batch norm over all workers needs the same number of forward passes on each: lower it, raise the batches, "
+            "or set cluster.sync_batch_norm to false"
+        )
+
+
+def _images_of(config: Config, stage: StageName, rank: int) -> int:
+    """Images of a step's forward passes on a rank of the largest group; no rank has fewer than 0, none more than the last."""
+    settings, workers = config.stage(stage), config.cluster.most_workers
+    labelled, unlabelled = (
+        share_of(size, config.training.batch, rank, workers).count
+        for size in (settings.labelled_batch, settings.unlabelled_batch)
+    )
+    views = 1 + config.stage1.strong_view if stage == "stage1" else 1
+    return labelled * views + unlabelled * config.consistency.strong_views
+
+
 def _check_pooled(config: Config, stage: StageName) -> None:
     """DeepLabV3+ normalises, over the images of a forward pass, one value that it pools from each of them."""
     settings, workers = config.stage(stage), config.cluster.most_workers
     if config.network.head != "deeplabv3plus" or (workers > 1 and config.cluster.synchronises(live=True)):
         return
-    labelled, unlabelled = (
-        share_of(size, config.training.batch, 0, workers).count  # no rank has fewer than rank 0
-        for size in (settings.labelled_batch, settings.unlabelled_batch)
-    )
-    views = 1 + config.stage1.strong_view if stage == "stage1" else 1
-    images = labelled * views + unlabelled * config.consistency.strong_views
+    images = _images_of(config, stage, 0)
+    labelled = share_of(settings.labelled_batch, config.training.batch, 0, workers).count
     if any(piece.stop - piece.start < 2 for piece in pieces(images, config.training.accumulate)):
         together = f" of up to {workers} workers (cluster.workers)" if labelled < settings.labelled_batch else ""
         raise InputError(

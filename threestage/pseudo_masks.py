@@ -32,6 +32,7 @@ DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
 VANISHED_SHARE = 0.01
 TILE_PIXELS = 8192
+BATCH_PIXELS = 2**24  # of the images of a forward pass, at most, where it is more than one
 
 
 class PseudoMaskSettings(Settings):
@@ -160,13 +161,15 @@ def predict_images(
 
 
 def batches_by_size(images: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of images (H,W,3) uint8 of one size: their indices, and their pixels (N,3,H,W) uint8 on the CPU."""
+    """Batches of images (H,W,3) uint8 of one size, at most `batch_size` of them and BATCH_PIXELS pixels: their indices, and
+    their pixels (N,3,H,W) uint8 on the CPU."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
-    for members in by_size.values():
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
+    for size, members in by_size.items():
+        most = max(1, min(batch_size, BATCH_PIXELS // (size[0] * size[1])))
+        for start in range(0, len(members), most):
+            chosen = members[start : start + most]
             yield chosen, torch.from_numpy(np.stack([images[i] for i in chosen])).permute(0, 3, 1, 2)
 
 

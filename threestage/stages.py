@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
-from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, prefetch, share_of
+from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, most_of, prefetch, share_of
 from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import least_agreement, read_index
 from threestage.data.records import Manifest, load_manifest
@@ -71,13 +70,15 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     resume(state, worker)
     source = make_source(task, config, state, data, worker)
-    images_per_step = partial(_images_per_step, config, worker.world_size)
     confusion, card = torch.zeros(0), _card(task, config, data.manifest)
 
     def score(network: nn.Module) -> Tensor:
         worker.doing(state.step, "evaluation")
         classes = len(data.manifest.classes)
-        return evaluate(network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum)
+        size = config.pseudo_mask.batch_size
+        return evaluate(
+            network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum, size
+        )
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
@@ -90,7 +91,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
 
     fit(
         state, worker, source, validate, steps=stage.steps,
-        images_per_step=(images_per_step(stage.labelled_batch), images_per_step(stage.unlabelled_batch)),
+        images_per_step=images_per_step(config, task.stage, worker.world_size),
         seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema, at_half=at_half,
     )  # fmt: skip
     if not len(confusion):  # the last checkpoint already held the last step
@@ -119,8 +120,13 @@ def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: W
         worker.warn(f"the weights of half-way could not be written, {task.stage} goes on without: {error}")
 
 
-def _images_per_step(config: Config, world_size: int, batch_size: int) -> int:
-    return share_of(batch_size, config.training.batch, 0, world_size).total
+def images_per_step(config: Config, stage: StageName, world_size: int) -> tuple[int, int]:
+    """Labelled images of all workers, and those that the stream gives them, of which some may pass over one."""
+    labelled, unlabelled = (
+        share_of(size, config.training.batch, 0, world_size).total
+        for size in (config.stage(stage).labelled_batch, config.stage(stage).unlabelled_batch)
+    )
+    return labelled, most_of(unlabelled, world_size) * world_size
 
 
 def load_data(task: StageTask, config: Config) -> StageData:

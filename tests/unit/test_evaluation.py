@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from threestage import IGNORE_INDEX
 from threestage.data.batches import SampleSet
@@ -61,6 +62,34 @@ def test_the_report_is_of_every_image_once(scenes: Path) -> None:
     gaps = [abs((confidence_of - correct)[place == b].sum()) for b in range(len(scores["reliability"]))]
     assert scores["expected_calibration_error"] == pytest.approx(sum(gaps) / len(correct), abs=1e-5)
     assert sum(row["pixels"] for row in scores["reliability"]) == len(correct)
+
+
+class SmallDevice(nn.Module):
+    """A network on a device that takes few images at a time."""
+
+    def __init__(self, network: Network, room: int) -> None:
+        super().__init__()
+        self.network, self.room, self.batches = network, room, list[int]()
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.batches.append(len(image))
+        if len(image) > self.room:
+            raise torch.OutOfMemoryError("as a GPU says it")
+        found: tuple[torch.Tensor, torch.Tensor | None] = self.network(image)
+        return found
+
+
+def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_apart(scenes: Path) -> None:
+    network, card = model_for(scenes)
+    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict())[:11], 1)
+    expected = evaluate(network, samples, len(card.classes), CPU)
+    few, small, none = SmallDevice(network, 99), SmallDevice(network, 2), SmallDevice(network, 0)
+    assert torch.equal(evaluate(few, samples, len(card.classes), CPU, batch_size=3), expected)
+    assert few.batches == [3, 3, 2, 3]
+    assert torch.equal(evaluate(small, samples, len(card.classes), CPU), expected)
+    assert small.batches == [8, *[1] * 8, 3, *[1] * 3]
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(none, samples, len(card.classes), CPU)
 
 
 def test_another_protocol_scores_another_prediction(scenes: Path) -> None:

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from threestage.config import load
 from threestage.data.batches import SampleSet
 from threestage.data.pool import PoolFile, data_set_files
 from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 from threestage.data.storage import read_table
-from threestage.evaluation import BATCH, evaluate
+from threestage.evaluation import CHUNK, evaluate
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import PoolTask
+from threestage.stages import images_per_step
 
 CPU = torch.device("cpu")
 
@@ -32,10 +34,10 @@ def network(classes: int) -> Network:
 
 @pytest.mark.parametrize("workers", [2, 3, 7])
 def test_confusion_matrices_are_equal(scenes: Path, network: Network, classes: int, workers: int) -> None:
-    """27 images are four batches: of seven workers three have none."""
+    """27 images are four chunks: of seven workers three have none."""
     samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()), 1)
     samples = SampleSet(samples.samples[:27], 1)
-    assert 3 * BATCH < len(samples) < 4 * BATCH
+    assert 3 * CHUNK < len(samples) < 4 * CHUNK
     one = evaluate(network, samples, classes, CPU)
     parts = [evaluate(network, samples, classes, CPU, rank, workers) for rank in range(workers)]
     assert torch.equal(torch.stack(parts).sum(0), one)
@@ -56,3 +58,11 @@ def test_pseudo_masks_are_equal(scenes: Path, network: Network, classes: int, tm
         return [read_table(pseudo_mask_uri(task.destination, file)).to_pylist() for file in files]
 
     assert predicted("one", [files]) == predicted("many", [[file] for file in reversed(files)])
+
+
+def test_a_stream_goes_on_after_the_images_that_it_gave() -> None:
+    """It gives three workers two images each of a batch of four: six have gone by."""
+    config = load("demo", ["training.batch=global", "stage2.labelled_batch=5", "stage2.unlabelled_batch=4"])
+    assert [images_per_step(config, "stage2", workers) for workers in (1, 2, 3)] == [(5, 4), (5, 4), (5, 6)]
+    one_each = load("demo", ["stage2.labelled_batch=5", "stage2.unlabelled_batch=4"])
+    assert images_per_step(one_each, "stage2", 3) == (15, 12)

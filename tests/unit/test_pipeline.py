@@ -275,6 +275,19 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
             POOLED | {"training__batch": "global", "cluster__workers": [1, 2]},
             r"stage1.labelled_batch=2: leaves one image to a forward pass of up to 2 workers \(cluster.workers\)",
         ),
+        (
+            {"training__batch": "global", "cluster__workers": 2, "consistency__cutmix": 0.5},
+            r"stage2.unlabelled_batch=2 leaves one image to each of up to 2 workers .* set cutmix to 0",
+        ),
+        (
+            {
+                "network__batch_norm": "live",
+                "training": {"batch": "global", "accumulate": 4},
+                "cluster": {"workers": 3, "gpus_per_worker": 1},
+                "stage1__labelled_batch": 4,
+            },
+            r"training.accumulate=4: in stage1 the worker with the fewest images has 1, and batch norm over all workers",
+        ),
         ({"stage2__unlabelled_batch": 99}, r"stage2.unlabelled_batch=99 .* more than the 40 unlabelled"),
         ({"data__labelled": 99}, r"data.labelled is 99, but .* has 40 labelled train images"),
         ({"network__encoder": "test_resnt"}, r"network.encoder: timm knows no 'test_resnt'; did you mean test_resnet"),

@@ -58,7 +58,7 @@ def test_the_least_agreement_lets_in_the_share_at_least(share: float, least: int
     def row(counts: dict[int, int]) -> IndexRow:
         return IndexRow("a", sum(counts.values()), 1, 1, (), tuple(counts.get(value, 0) for value in range(256)))
 
-    index = [row({3: 1, 7: 10}), row({9: 8, 200: 1})]
+    index = [row({3: 1, 7: 10}), IndexRow("no usable image", 0, 1, 1, (), ()), row({9: 8, 200: 1})]
     assert least_agreement(index, share) == least
     kept = sum(entry.images_of(least) for entry in index)
     assert kept >= share * 20 and kept == {0: 20, 7: 19, 9: 9, 200: 1}[least]

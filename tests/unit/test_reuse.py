@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, write_photos
 from threestage.config import Config, changed, load, stage_keys
 from threestage.errors import InputError
 from threestage.local import run_local
@@ -64,6 +64,20 @@ def test_a_run_does_not_train_into_one_that_is_gone(scenes: Path, shared: Path, 
     shutil.rmtree(other / "stage1")
     with pytest.raises(InputError, match="which is gone: give another --out"):
         stages_shown(config, tmp_path / "a")
+
+
+def test_what_lies_elsewhere_is_not_written_over(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shared, other)
+    before = modified(other)
+    with pytest.raises(InputError, match=r"pseudo_masks1, which .*reused.json names, is gone or of other settings"):
+        stages_shown(tiny_config(scenes, stages=2, data__max_image_pixels=10**6), tmp_path / "a", other)
+    unlabelled = tmp_path / "photos"
+    unlabelled.mkdir()
+    write_photos(unlabelled, 3)
+    with pytest.raises(InputError, match=r"pool.parquet, which this run reuses, was made with data.unlabelled=None"):
+        stages_shown(tiny_config(scenes, stages=2, data__unlabelled=str(unlabelled / "images")), tmp_path / "b", other)
+    assert modified(other) == before
 
 
 def test_changes_belong_to_their_stage_alone() -> None:

@@ -100,6 +100,13 @@ def test_a_data_set_from_s3_to_s3(bucket: str) -> None:
     assert rows[0]["source"] == f"{bucket}/camvid/train/images/a.png"
 
 
+def test_row_groups_come_one_by_one(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.parquet"
+    storage.write_table(uri, pa.table({"image": [b"x"] * 150, "row": range(150)}))
+    assert [len(group) for group in storage.read_groups(uri)] == [64, 64, 22]
+    assert storage.read_table(uri, ["row"]) == pa.concat_tables(storage.read_groups(uri, ["row"]))
+
+
 def test_join() -> None:
     assert storage.join("s3://b/a/", "c", "d.json") == "s3://b/a/c/d.json"
     assert storage.join("a", "/b/") == "a/b"

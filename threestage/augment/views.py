@@ -32,7 +32,7 @@ class AugmentSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
+        description="labelled crops are cut near a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
         "every image in turn, cut anywhere",
     )
     strong: StrongSettings = StrongSettings()

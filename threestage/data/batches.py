@@ -167,6 +167,11 @@ def share_of(batch_size: int, batch: BatchMode, rank: int, world_size: int) -> S
     return Share(first, end - first, batch_size)
 
 
+def most_of(total: int, world_size: int) -> int:
+    """The images that the largest share of a global batch has."""
+    return -(-total // world_size)
+
+
 def batches(
     samples: SampleSet,
     share: Share,

@@ -86,29 +86,26 @@ def load_pool(uri: str) -> list[PoolFile]:
     return [PoolFile(**row) for row in storage.read_table(uri).to_pylist()]
 
 
-def read_rows(file: PoolFile, masks: bool = True, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[list[PoolRow]]:
-    """All rows of a file in its order, `chunk` at a time; with `masks` those of the run's own data set bring theirs.
+def read_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
+    """All rows of a file in its order, storage.ROW_GROUP_ROWS at a time; with `masks` those of the run's own data set bring
+    theirs.
 
     An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
     OSError. By reference, the next chunk is fetched while the caller works on this one.
     """
     if file.by_reference:
-        yield from _read_references(storage.read_table(file.uri), chunk)
+        yield from _read_references(storage.read_table(file.uri))
         return
     columns = ["image_id", "source", "image", *(["mask"] if masks and file.own else [])]
-    for part in chunks(storage.read_table(file.uri, columns), chunk):
+    for part in storage.read_groups(file.uri, columns):
         yield [PoolRow(**row) for row in part.to_pylist()]
 
 
-def chunks(table: pa.Table, chunk: int = storage.ROW_GROUP_ROWS) -> Iterator[pa.Table]:
-    """The table cut into pieces of `chunk` rows."""
-    return (table.slice(start, chunk) for start in range(0, len(table), chunk))
-
-
-def _read_references(table: pa.Table, chunk: int) -> Iterator[list[PoolRow]]:
+def _read_references(table: pa.Table) -> Iterator[list[PoolRow]]:
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         waiting: list[Future[PoolRow]] = []
-        for part in chunks(table, chunk):
+        for start in range(0, len(table), storage.ROW_GROUP_ROWS):
+            part = table.slice(start, storage.ROW_GROUP_ROWS)
             following = [threads.submit(_fetch, row) for row in part.to_pylist()]
             if waiting:
                 yield [future.result() for future in waiting]

@@ -45,7 +45,8 @@ def least_agreement(index: Sequence[IndexRow], share: float) -> int:
     """The agreement, in 255ths, that at least this share of the images have; 0 lets in all."""
     if share == 1:
         return 0
-    counts = [sum(values) for values in zip(*(row.agreement for row in index), strict=True)]
+    measured = (row.agreement for row in index if row.agreement)  # a file without a usable image has none
+    counts = [sum(values) for values in zip(*measured, strict=True)]
     wanted, found, least = share * sum(counts), 0, len(counts)
     while found < wanted:
         least -= 1

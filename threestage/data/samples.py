@@ -8,7 +8,7 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.data.pool import PoolFile, chunks, read_rows
+from threestage.data.pool import PoolFile, read_rows
 from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
 from threestage.data.rejects import Reject
@@ -43,9 +43,9 @@ def pool_samples(
     An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
     not hold the same rows in the same order.
     """
-    predicted = storage.read_table(pseudo_mask_uri(pseudo_masks, file))
+    predicted = storage.read_groups(pseudo_mask_uri(pseudo_masks, file))
     rows = read_rows(file, masks=False)
-    for images, masks in zip(rows, chunks(predicted), strict=True):
+    for images, masks in zip(rows, predicted, strict=True):
         found = []
         for row, target in zip(images, masks.to_pylist(), strict=True):
             if row.image_id != target["image_id"]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -287,6 +287,14 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     files, path = filesystem(uri)
     with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
         return parquet.read(columns=None if columns is None else list(columns))
+
+
+def read_groups(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The row groups of a Parquet file, or some of their columns, one in memory at a time."""
+    files, path = filesystem(uri)
+    with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
+        for group in range(parquet.num_row_groups):
+            yield parquet.read_row_group(group, columns=None if columns is None else list(columns))
 
 
 def read_rows(uri: str, key: str, values: Collection[str]) -> pa.Table:

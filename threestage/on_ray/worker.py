@@ -1,7 +1,6 @@
 """The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from threestage.allocator import keep_freed_memory
-from threestage.data.batches import Batch, Share
+from threestage.data.batches import Batch, Share, most_of
 from threestage.errors import StageFailure
 from threestage.on_ray.data import stream_batches
 from threestage.on_ray.pulse import Pulse
@@ -101,7 +100,7 @@ class RayWorker:
     def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
         """From Ray's stream, which was made to begin at that image. It gives all workers the same number of images, so
         one whose share is smaller passes over the rest."""
-        size = math.ceil(share.total / self.world_size)
+        size = most_of(share.total, self.world_size)
         for batch in stream_batches(
             ray.train.get_dataset_shard("unlabelled"), size, self._task.settings().seed, self.rank
         ):

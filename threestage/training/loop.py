@@ -78,7 +78,7 @@ def fit(
         counts, noticed = notices.agree(pixels)
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _update(state, worker, optimiser.clip_norm, ema)
-        if state.step == steps // 2 and worker.rank == 0:
+        if state.step == max(1, steps // 2) and worker.rank == 0:
             at_half()
         state.labelled_images += images_per_step[0]
         state.unlabelled_images += images_per_step[1]
@@ -196,7 +196,7 @@ def resume(state: TrainState, worker: Worker) -> None:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """float32 means no autocast."""
     if precision == "auto":
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if capable else torch.float32
     return getattr(torch, precision)
 
