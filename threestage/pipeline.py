@@ -319,7 +319,9 @@ class _Run:
             self.run_stage(
                 StageTask(
                     stage=stage,
-                    config=self.config.for_stage(stage).model_dump(mode="json"),
+                    config=self.config.for_stage(stage).model_dump(
+                        mode="json", exclude={"registry"}
+                    ),  # its URI may hold a password
                     manifest_version=self.manifest.version,
                     split=self.split,
                     folder=folder,

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import tiny_config
 from tests.failing_s3 import ERRORS, failing_s3
 from tests.s3 import SECRET
+from threestage import pipeline
 from threestage.check import check, check_store
 from threestage.cli import main
 from threestage.config import Config, load
@@ -68,6 +69,20 @@ def test_a_task_and_a_configuration_hold_none() -> None:
                      pool=None, pseudo_masks=None, previous_model=None)  # fmt: skip
     holds_no_secret(task.model_dump_json())
     holds_no_secret(pickle.dumps(task))
+
+
+def test_workers_are_not_told_where_mlflow_is(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes, registry={"tracking_uri": f"http://user:{PASSWORD}@host"})
+    tasks: list[StageTask] = []
+
+    def train(task: StageTask) -> None:
+        tasks.append(task)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, str(tmp_path), train, lambda model, task, files: pytest.fail(model), lambda outcome: None)
+    holds_no_secret(tasks[0].model_dump_json())
+    assert tasks[0].settings().network == config.network
 
 
 def test_no_setting_takes_a_credential() -> None:
