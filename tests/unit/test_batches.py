@@ -60,7 +60,7 @@ def test_workers_share_the_global_batch(labelled: SampleSet, size: int, batch: B
 def test_small_images_are_padded_and_large_ones_cut() -> None:
     image = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
     mask = image[..., 0] % 5
-    placed, maps, size = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
+    placed, maps, size, _ = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
     assert placed.shape == (6, 8, 3) and size == (4, 8)
     assert (maps["mask"][4:] == 255).all()
     left = int(np.flatnonzero(image[0, :, 0] == placed[0, 0, 0])[0])

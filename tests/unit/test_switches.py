@@ -164,8 +164,8 @@ def test_a_class_is_drawn_by_its_rarity_and_lies_in_its_crop() -> None:
 
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        _, maps, size = place(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
-        assert size == (8, 30) and (maps["mask"] == 1).any()
+        placed = place(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
+        assert placed.size == (8, 30) and placed.pixel is not None and placed.maps["mask"][placed.pixel] == 1
 
 
 def test_plain_self_training_learns_no_pseudo_mask_of_a_labelled_image() -> None:

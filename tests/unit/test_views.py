@@ -109,6 +109,22 @@ def test_enlarging_never_blends_with_the_padding() -> None:
     assert (view.image[view.valid[:, None].expand_as(view.image)] == 10).all()
 
 
+def test_a_weak_view_holds_the_pixel_that_is_asked_for_anywhere_in_it() -> None:
+    count, size = 300, torch.tensor([[40, 50]] * 300)
+    pixel = torch.stack([torch.arange(count) % 36 + 2, torch.arange(count) % 46 + 2], 1)
+    label = torch.zeros(count, 48, 64, dtype=torch.uint8)
+    for one, (row, column) in zip(label, pixel.tolist(), strict=True):
+        one[row - 2 : row + 3, column - 2 : column + 3] = 1
+    settings = AugmentSettings(crop_size=(16, 20), scale=(0.5, 1.5))
+    with_it = weak_view(noise(count)[:, :, :48, :64], size, settings, seeded(), pixel)
+    shown = with_it.warp(label) == 1
+    assert shown.any((1, 2)).all()
+    rows, columns = shown.any(2).float().mean(0), shown.any(1).float().mean(0)
+    assert rows.min() > 0.05 and columns.min() > 0.05, "not in the middle alone"
+    without = weak_view(noise(count)[:, :, :48, :64], size, settings, seeded())
+    assert not (without.warp(label) == 1).any((1, 2)).all()
+
+
 def test_a_weak_view_moves_labels_as_it_moves_pixels() -> None:
     image = noise(8)
     sizes = whole(8) - torch.arange(8)[:, None]  # the canvas is padded, and the padding's labels must not be read

@@ -32,7 +32,7 @@ class AugmentSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="labelled crops are cut near a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
+        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
         "every image in turn, cut anywhere",
     )
     strong: StrongSettings = StrongSettings()
@@ -81,18 +81,21 @@ def network_input(image: Tensor) -> Tensor:
     return image.float().div_(255)
 
 
-def weak_view(image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws) -> View:
+def weak_view(
+    image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws, pixel: Tensor | None = None
+) -> View:
     """Random scale, crop and flip of canvases `image` uint8 (N,3,H,W), each padded below and right of its `size`.
 
     `size` (N,2) int64 holds the valid height and width, on any device. An image that is scaled to less than the crop
     is placed at random inside it; the rest is not valid and mid-range. Scaling is bilinear (no anti-aliasing below 0.5)
-    to whole pixels and to the nearest of 256 levels; an unscaled image keeps its exact pixels.
+    to whole pixels and to the nearest of 256 levels; an unscaled image keeps its exact pixels. `pixel` (N,2) int64, row and
+    column, on the device of `size`: what each crop has to hold.
     """
     count, crop = len(image), settings.crop_size
     scale = _draw_scale(count, settings, draws)
     place = draws.uniform(count, 2)
     flipped = draws.uniform(count) < settings.flip_probability
-    theta = _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image)).to(
+    theta = _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image), pixel).to(
         image.device, non_blocking=True
     )
     theta[:, 0, 0] *= _to(1 - 2 * flipped.float(), image)  # a flip before it: nothing is turned or sheared
@@ -159,11 +162,19 @@ def _draw_scale(count: int, settings: AugmentSettings, draws: Draws) -> Tensor:
     return torch.round(least + settings.scale_step * drawn.double(), decimals=6).float()
 
 
-def _crop_theta(scale: Tensor, size: Tensor, place: Tensor, crop: geometry.Size, source: geometry.Size) -> Tensor:
-    """Theta of a window of `crop` pixels in the image scaled to whole pixels; `place` (N,2) in [0,1) says where."""
+def _crop_theta(
+    scale: Tensor, size: Tensor, place: Tensor, crop: geometry.Size, source: geometry.Size, pixel: Tensor | None
+) -> Tensor:
+    """Theta of a window of `crop` pixels in the image scaled to whole pixels; `place` (N,2) in [0,1) says where, among the
+    windows that hold `pixel`."""
     scaled = torch.round(size * scale[:, None]).clamp(min=1)
     room = scaled - torch.tensor(crop).to(size.device, non_blocking=True)  # below 0: the image is placed in the crop
-    offset = torch.floor(place * (room.abs() + 1)).minimum(room.abs()) * room.sign()
+    least, most = torch.zeros_like(room), room.abs()
+    if pixel is not None:
+        there = torch.floor((pixel + 0.5) * scaled / size)
+        least = torch.where(room > 0, (there - (scaled - room) + 1).clamp(min=0), least)
+        most = torch.where(room > 0, there.minimum(room), most)
+    offset = (least + torch.floor(place * (most - least + 1))).minimum(most) * room.sign()
     factor = size / scaled
     top, left = (offset * factor).unbind(1)
     return geometry.window(top, left, crop[0] * factor[:, 0], crop[1] * factor[:, 1], source)

@@ -33,12 +33,13 @@ BatchMode = Literal["per_worker", "global"]
 @dataclass(frozen=True)
 class Batch:
     """N canvases: image (N,3,H,W) uint8, in memory the channels last as decoders give them; size (N,2) valid height and
-    width; maps (N,H,W) uint8 by name."""
+    width; maps (N,H,W) uint8 by name; pixel (N,2) row and column that the crop of each has to hold."""
 
     image: Tensor
     size: Tensor
     maps: dict[str, Tensor]
     image_ids: tuple[str, ...]
+    pixel: Tensor | None = None
 
     def first(self, count: int) -> "Batch":
         maps = {name: value[:count] for name, value in self.maps.items()}
@@ -48,7 +49,8 @@ class Batch:
         if device.type == "cpu":
             return self
         maps = {name: _send(value, device) for name, value in self.maps.items()}
-        return Batch(_send(self.image, device), _send(self.size, device), maps, self.image_ids)
+        pixel = None if self.pixel is None else _send(self.pixel, device)
+        return Batch(_send(self.image, device), _send(self.size, device), maps, self.image_ids, pixel)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -65,17 +67,24 @@ def stack(
     samples: Sequence[tuple[str, Decoded]],
     canvas: tuple[int, int],
     randoms: Sequence[np.random.Generator],
-    around: Sequence[int | None] | None = None,
+    class_ids: Sequence[int | None],
 ) -> Batch:
-    """One batch of the samples, in their order, each placed with a generator of its own; `around`: see `place`."""
-    classes = around or [None] * len(samples)
+    """One batch of the samples, in their order, each placed with a generator of its own; `class_ids`: see `place`, of all
+    samples or of none."""
     placed = [
         place(decoded, canvas, rng, class_id)
-        for (_, decoded), rng, class_id in zip(samples, randoms, classes, strict=True)
+        for (_, decoded), rng, class_id in zip(samples, randoms, class_ids, strict=True)
     ]
-    image = torch.from_numpy(np.stack([image for image, _, _ in placed])).permute(0, 3, 1, 2)
-    maps = {name: torch.from_numpy(np.stack([maps[name] for _, maps, _ in placed])) for name in placed[0][1]}
-    return Batch(image, torch.tensor([size for _, _, size in placed]), maps, tuple(name for name, _ in samples))
+    image = torch.from_numpy(np.stack([one.image for one in placed])).permute(0, 3, 1, 2)
+    maps = {name: torch.from_numpy(np.stack([one.maps[name] for one in placed])) for name in placed[0].maps}
+    pixels = [one.pixel for one in placed if one.pixel is not None]
+    return Batch(
+        image,
+        torch.tensor([one.size for one in placed]),
+        maps,
+        tuple(name for name, _ in samples),
+        torch.tensor(pixels) if pixels else None,
+    )
 
 
 class SampleSet:
@@ -189,11 +198,11 @@ def batches(
     with ThreadPoolExecutor(2) as pool:
         for start in count(first_image + share.first, share.total):
             places = range(start, start + share.count)
-            chosen, around = zip(*(order(place) for place in places), strict=True)
+            chosen, class_ids = zip(*(order(place) for place in places), strict=True)
             randoms = [np.random.default_rng(derive_seed(*seed_place, "canvas", place)) for place in places]
             decoded = pool.map(samples.decoded, chosen)
             named = [(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)]
-            yield stack(named, canvas, randoms, around)
+            yield stack(named, canvas, randoms, class_ids)
 
 
 def _order(

@@ -3,6 +3,7 @@ Without torch: a process that only reads has no use for it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,17 +79,24 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
     return Decoded(image, maps)
 
 
-def place(
-    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, around: int | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray], tuple[int, int]]:
-    """Cut a random window of the canvas's size, padding what is missing; returns image, maps and the valid size.
+class Placed(NamedTuple):
+    """On a canvas, padded at the bottom and the right. `pixel`: row and column of the one that its crop has to hold."""
 
-    `around`: a class of the mask, one of whose pixels, drawn at random, the window has to hold.
+    image: np.ndarray
+    maps: dict[str, np.ndarray]
+    size: tuple[int, int]
+    pixel: tuple[int, int] | None
+
+
+def place(decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, class_id: int | None = None) -> Placed:
+    """Cut a random window of the canvas's size, padding what is missing.
+
+    `class_id`: of the mask; one of its pixels, drawn at random, is one that the window, and its crop, have to hold.
     """
     height, width = decoded.image.shape[:2]
     wanted: tuple[int, int] | None = None
-    if around is not None:
-        pixels = np.flatnonzero(decoded.maps["mask"] == around)
+    if class_id is not None:
+        pixels = np.flatnonzero(decoded.maps["mask"] == class_id)
         wanted = divmod(int(pixels[rng.integers(len(pixels))]), width)
     top, left = (
         _first_pixel(side, room, rng, None if wanted is None else wanted[axis])
@@ -98,11 +106,12 @@ def place(
     image = decoded.image[window]
     maps = {name: value[window] for name, value in decoded.maps.items()}
     size = (image.shape[0], image.shape[1])
+    pixel = None if wanted is None else (wanted[0] - top, wanted[1] - left)
     if size == canvas:
-        return image, maps, size
+        return Placed(image, maps, size, pixel)
     padding = ((0, canvas[0] - size[0]), (0, canvas[1] - size[1]))
     maps = {name: np.pad(value, padding, constant_values=IGNORE_INDEX) for name, value in maps.items()}
-    return np.pad(image, (*padding, (0, 0))), maps, size
+    return Placed(np.pad(image, (*padding, (0, 0))), maps, size, pixel)
 
 
 def _first_pixel(side: int, room: int, rng: np.random.Generator, wanted: int | None) -> int:
