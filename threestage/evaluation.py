@@ -47,8 +47,9 @@ def evaluate(
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     batch_size: int = BATCH,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Confusion matrix (C,C) int64 on the CPU over all samples, each counted once.
+    """Confusion matrix (C,C) int64 on the CPU over all samples, each counted once; `dtype`: that of autocast.
 
     Chunks are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
     """
@@ -56,7 +57,8 @@ def evaluate(
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def class_ids(images: Tensor) -> tuple[Tensor]:
-        return (best_class(network(images.float() / 255)[0]),)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return (best_class(network(images.float() / 255)[0]),)
 
     for images, masks in _batches(samples, batch_size, rank, world_size):
         (found,) = _fitting(class_ids, images.to(device))

@@ -25,7 +25,7 @@ from threestage.settings import Settings
 from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import compiled, fit, make_scaler, resume
+from threestage.training.loop import autocast_dtype, compiled, fit, make_scaler, resume
 from threestage.training.metrics import mean_iou
 from threestage.training.step import StepSource
 from threestage.training.worker import Worker
@@ -75,10 +75,10 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     def score(network: nn.Module) -> Tensor:
         worker.doing(state.step, "evaluation")
         classes = len(data.manifest.classes)
-        size = config.pseudo_mask.batch_size
         return evaluate(
-            network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum, size
-        )
+            network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum,
+            config.pseudo_mask.batch_size, autocast_dtype(config.training.precision, worker.device),
+        )  # fmt: skip
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it

@@ -88,6 +88,8 @@ def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_a
     assert few.batches == [3, 3, 2, 3]
     assert torch.equal(evaluate(small, samples, len(card.classes), CPU), expected)
     assert small.batches == [8, *[1] * 8, 3, *[1] * 3]
+    low = evaluate(network, samples, len(card.classes), CPU, dtype=torch.bfloat16)
+    assert low.sum() == expected.sum() and low.diag().sum() == pytest.approx(int(expected.diag().sum()), rel=0.05)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(none, samples, len(card.classes), CPU)
 
