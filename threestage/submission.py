@@ -190,10 +190,17 @@ def _yaml(source: str) -> tuple[str, ...]:
     return (source,) if Path(source).is_file() else ()
 
 
+def _code_that_travels(folder: str, sizes: Mapping[str, int]) -> list[str]:
+    """The modules of a checkout, which replaces the image's threestage."""
+    if "threestage/__init__.py" not in sizes:
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder, "threestage").rglob("*.py"))
+
+
 def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -> None:
     """Raises InputError when what would travel (path below the folder → bytes) is too much for Ray, or lacks a file that
-    the job reads."""
-    for file in files:
+    the job reads, or a part of the code where that travels."""
+    for file in (*files, *_code_that_travels(folder, sizes)):
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(
                 f"{file} is not named from within the working directory {folder}, which is all that travels: copy it there "
@@ -201,7 +208,8 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
             )
         if str(Path(file)) not in sizes:
             raise InputError(
-                f"{file} is kept from travelling by a .gitignore or .rayignore in {folder}: take it out there"
+                f"{file} is kept from travelling by a .gitignore or .rayignore in {folder}: take it out there (a pattern that "
+                "begins with / is of that folder alone)"
             )
     total = sum(sizes.values())
     if total > LIMIT_BYTES:

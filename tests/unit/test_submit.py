@@ -115,6 +115,18 @@ def test_a_configuration_must_travel(project: Path) -> None:
         submission.read_job("run", RUN, "nowhere")
 
 
+def test_a_checkout_travels_whole(project: Path) -> None:
+    for module in ("threestage/__init__.py", "threestage/data/pool.py", "data/pool.parquet"):
+        (project / module).parent.mkdir(parents=True, exist_ok=True)
+        (project / module).touch()
+    (project / ".rayignore").write_text("/data\n")
+    check_files(read("run", *RUN))
+    assert set(submit.working_files(".")) >= {"threestage/__init__.py", "threestage/data/pool.py"}
+    (project / ".rayignore").write_text("data\n")
+    with pytest.raises(InputError, match=r"^threestage/data/pool.py is kept from travelling .* begins with / "):
+        check_files(read("run", *RUN))
+
+
 def test_what_travels_is_counted_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission, "LIMIT_BYTES", 2**20)
     for name, size in {"runs/old.pt": 3 * 2**20, "photos/1.jpg": 2**20, "a.py": 5, ".venv/x": 2**21}.items():
