@@ -40,7 +40,7 @@ def test_killed_three_times_and_run_again(scenes: Path, tmp_path: Path) -> None:
         steps = [row["step"] for row in history]
         assert steps == sorted(set(steps)) and steps[-1] == 60, f"{stage}: no step is done twice in the record"
     versions = subprocess.run(
-        [*command[:3], "models", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [*command[:3], "models", "list", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
     aliases = sorted(alias for model in json.loads(versions) for alias in model["aliases"])
-    assert aliases == ["stage1", "stage2", "stage3"] and len(json.loads(versions)) == 3
+    assert aliases == ["champion", "stage1", "stage2", "stage3"] and len(json.loads(versions)) == 3
