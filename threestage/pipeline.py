@@ -319,9 +319,8 @@ class _Run:
             self.run_stage(
                 StageTask(
                     stage=stage,
-                    config=self.config.for_stage(stage).model_dump(
-                        mode="json", exclude={"registry"}
-                    ),  # its URI may hold a password
+                    # without registry, whose URI may hold a password
+                    config=self.config.for_stage(stage).model_dump(mode="json", exclude={"registry"}),
                     manifest_version=self.manifest.version,
                     split=self.split,
                     folder=folder,

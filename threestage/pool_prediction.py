@@ -36,7 +36,6 @@ from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.models.export import load_model
 from threestage.pseudo_masks import (
-    BATCH_PIXELS,
     DIGEST_KEY,
     REPORT_KEY,
     FileReport,
@@ -45,6 +44,7 @@ from threestage.pseudo_masks import (
     agreement,
     agreement_counts,
     file_digest,
+    images_at_once,
     measure,
     predict,
     quantise,
@@ -235,7 +235,7 @@ def _finished(entry: tuple["_Job", "Future[_Image] | None"]) -> tuple["_Job", _I
 
 
 def one_size_batches(images: Iterable[_Image], batch_size: int) -> Iterator[list[_Image]]:
-    """Batches of images of one size, at most `batch_size` of them and BATCH_PIXELS pixels.
+    """Batches of images of one size, at most as many as `images_at_once` says.
 
     An image waits for others of its size until WAITING_ROWS more rows have come, WAITING_BYTES wait, or the file ends.
     """
@@ -245,7 +245,7 @@ def one_size_batches(images: Iterable[_Image], batch_size: int) -> Iterator[list
         size = image.pixels.shape
         waiting.setdefault(size, []).append(image)
         held += image.pixels.nbytes
-        if len(waiting[size]) >= min(batch_size, BATCH_PIXELS // (size[0] * size[1])):
+        if len(waiting[size]) >= images_at_once(size, batch_size):
             held -= len(waiting[size]) * image.pixels.nbytes
             yield waiting.pop(size)
         while waiting and (held > WAITING_BYTES or image.position - _oldest(waiting)[0].position >= WAITING_ROWS):

@@ -41,9 +41,10 @@ def check_pool(config: Config, images: int) -> None:
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
     for stage in config.stage_names:
         _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
-        _check_mixed(config.for_stage(stage), stage)
-        _check_pieces(config.for_stage(stage), stage)
-        _check_pooled(config.for_stage(stage), stage)
+        own = config.for_stage(stage)
+        _check_mixed(own, stage)
+        _check_pieces(own, stage)
+        _check_pooled(own, stage)
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)

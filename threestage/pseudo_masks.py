@@ -160,6 +160,11 @@ def predict_images(
         yield from zip(chosen, *predicted, strict=True)
 
 
+def images_at_once(size: tuple[int, ...], batch_size: int) -> int:
+    """How many images of a size (H,W,…) a forward pass takes: `batch_size`, of large ones as many as have BATCH_PIXELS."""
+    return max(1, min(batch_size, BATCH_PIXELS // (size[0] * size[1])))
+
+
 def batches_by_size(images: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of images (H,W,3) uint8 of one size, at most `batch_size` of them and BATCH_PIXELS pixels: their indices, and
     their pixels (N,3,H,W) uint8 on the CPU."""
@@ -167,7 +172,7 @@ def batches_by_size(images: Sequence[np.ndarray], batch_size: int) -> Iterator[t
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
     for size, members in by_size.items():
-        most = max(1, min(batch_size, BATCH_PIXELS // (size[0] * size[1])))
+        most = images_at_once(size, batch_size)
         for start in range(0, len(members), most):
             chosen = members[start : start + most]
             yield chosen, torch.from_numpy(np.stack([images[i] for i in chosen])).permute(0, 3, 1, 2)

@@ -278,7 +278,7 @@ def test_rare_sizes_wait_for_each_other_but_not_for_ever(tmp_path: Path, monkeyp
 
 
 def test_a_batch_of_large_images_is_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_prediction, "BATCH_PIXELS", 200)
+    monkeypatch.setattr("threestage.pseudo_masks.BATCH_PIXELS", 200)
     network = Colours()
     file = by_value(tmp_path, [picture(0, (10, 10))] * 4 + [picture(0, (20, 20))] * 2)
     predict_file(network, task_for(tmp_path), file, CPU)
