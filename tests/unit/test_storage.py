@@ -3,19 +3,23 @@
 import contextlib
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.failing_s3 import ERRORS, failing_s3
 from tests.s3 import variables
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import labelled_rows
+from threestage.errors import InputError
 
 
 def round_trip(root: str) -> None:
@@ -110,6 +114,7 @@ def test_row_groups_come_one_by_one(tmp_path: Path) -> None:
 def test_join() -> None:
     assert storage.join("s3://b/a/", "c", "d.json") == "s3://b/a/c/d.json"
     assert storage.join("a", "/b/") == "a/b"
+    assert storage.join("X/X/", "/X/X/") == "X/X/X/X"
     assert storage.join("/", "b") == "/b"
 
 
@@ -118,6 +123,177 @@ def test_a_relative_path_and_a_file_uri_are_local(tmp_path: Path, monkeypatch: p
     storage.write_bytes("folder/a.txt", b"a")
     assert storage.read_bytes(f"file://{tmp_path}/folder/a.txt") == b"a"
     assert storage.list_files("folder") == [f"{storage.absolute('folder/')}/a.txt"]
+
+
+def test_what_is_no_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri in ("gs://bucket/a", "s3:/bucket/a", "S3://bucket/a", "a+b-c.9:/d", "file:/a"):
+        with pytest.raises(
+            InputError, match=re.escape(f"{uri}: is neither a path nor on S3: write s3://bucket/prefix")
+        ):
+            storage.write_bytes(uri, b"")
+    with pytest.raises(InputError, match="an empty text is no place: give a path or s3://bucket/prefix"):
+        storage.exists("")
+    with pytest.raises(InputError, match=r"s3://: names no bucket: write s3://bucket/prefix"):
+        storage.exists("s3://")
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/a/../b: a name with \. or \.\. between slashes"):
+        storage.exists("s3://bucket/a/../b")
+    storage.write_bytes("9a:b/c:d", b"a name with a colon")
+    assert storage.list_files(".") == [str(tmp_path / "9a:b" / "c:d")]
+
+
+CHECKSUMS = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+OURS = {"AWS_ENDPOINT_URL_S3": "http://a", "MLFLOW_S3_ENDPOINT_URL": "http://a"}
+REGION = {"AWS_REGION": "here", "AWS_DEFAULT_REGION": "here"}
+PATH_STYLE = {storage.STYLE_VARIABLE: "path", "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "now", "told"),
+    [
+        ({}, {}, {}),
+        (
+            {"endpoint": "http://a"},
+            {"AWS_ENDPOINT_URL": "http://b", "AWS_ENDPOINT_URL_S3": "http://c"},
+            OURS | CHECKSUMS,
+        ),
+        ({}, {"AWS_ENDPOINT_URL": "http://b", "AWS_ENDPOINT_URL_S3": "http://a"}, OURS | CHECKSUMS),
+        ({}, {"AWS_ENDPOINT_URL": "http://a"}, OURS | CHECKSUMS),
+        (
+            {"endpoint": "http://a"},
+            {"MLFLOW_S3_ENDPOINT_URL": "http://b", **dict.fromkeys(CHECKSUMS, "when_supported")},
+            OURS | {"MLFLOW_S3_ENDPOINT_URL": "http://b"} | dict.fromkeys(CHECKSUMS, "when_supported"),
+        ),
+        ({"region": "here"}, {"AWS_REGION": "there", "AWS_DEFAULT_REGION": "elsewhere"}, REGION),
+        ({}, {"AWS_REGION": "here", "AWS_DEFAULT_REGION": "there"}, REGION),
+        ({}, {"AWS_DEFAULT_REGION": "here"}, REGION),
+        ({"addressing_style": "path"}, {storage.STYLE_VARIABLE: "virtual"}, PATH_STYLE),
+        ({"addressing_style": "auto"}, {storage.STYLE_VARIABLE: "path"}, PATH_STYLE),
+        ({"anonymous": True}, {}, {storage.ANONYMOUS_VARIABLE: "1"}),
+        ({"anonymous": False}, {storage.ANONYMOUS_VARIABLE: "1"}, {storage.ANONYMOUS_VARIABLE: "1"}),
+        ({}, {"AWS_SECRET_ACCESS_KEY": "x", "AWS_ACCESS_KEY_ID": "x"}, {}),
+    ],
+)
+def test_what_the_settings_leave_open_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], now: dict[str, str], told: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", now)
+    assert storage.environment(storage.StorageSettings.model_validate(settings)) == told
+
+
+@pytest.mark.parametrize("style", ["path", "virtual", None])
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", None])
+def test_s3fs_reaches_the_same_store(monkeypatch: pytest.MonkeyPatch, endpoint: str | None, style: str | None) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", storage.STYLE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    told = storage.environment(
+        storage.StorageSettings.model_validate(
+            {"endpoint": endpoint, "addressing_style": style or "auto", "region": "eu-central-1"}
+        )
+    )
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    files = storage.s3fs_filesystem()
+    assert files.endpoint_url == endpoint and files.client_kwargs == {"region_name": "eu-central-1"}
+    assert files.config_kwargs["s3"] == {"addressing_style": style or ("path" if endpoint else "auto")}
+    assert files.config_kwargs["retries"] == {"max_attempts": storage.S3_ATTEMPTS, "mode": "standard"}
+    assert not files.dircache.use_listings_cache, "a listing of before would hide what was written since"
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert storage.s3fs_filesystem().client_kwargs == {}
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_what_may_not_be_read_is_a_permission_error(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    with failing_s3({method: ERRORS["denied"]}) as (endpoint, _):
+        for name, value in variables(endpoint).items():
+            monkeypatch.setenv(name, value)
+        storage.write_bytes("s3://bucket/a", bytes(1000))
+        with pytest.raises(PermissionError, match="AWS Error ACCESS_DENIED during "):
+            storage.read_bytes("s3://bucket/a")
+
+
+def test_an_object_in_an_archive_may_not_be_read(bucket: str) -> None:
+    files = storage.s3fs_filesystem()
+    files.pipe_file(f"{bucket}/a", bytes(1000), StorageClass="GLACIER")
+    with pytest.raises(PermissionError, match="not valid for the object's storage class"):
+        storage.read_bytes(f"{bucket}/a")
+
+
+def test_a_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(InputError, match=r"a\.json: is damaged, it is no JSON \(.*\): bring it back from a copy"):
+        storage.read_json(str(tmp_path / "a.json"))
+
+
+def test_a_json_can_be_read_by_people(tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/a.json", {"name": "Straße"})
+    assert (tmp_path / "a.json").read_text() == '{\n "name": "Straße"\n}\n'
+
+
+def test_an_unfinished_write_lies_beside_its_target_and_is_on_the_disk_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename from another folder may be from another disk, and one of bytes not yet on the disk may leave an empty file."""
+    events: list[str] = []
+    replace, synchronise = os.replace, os.fsync
+
+    def watched(source: str, target: str) -> None:
+        events.append("replace")
+        assert Path(source).parent == Path(target).parent and Path(source).read_bytes() == b"new"
+        assert not storage.list_files(str(tmp_path)), "an unfinished write is listed"
+        replace(source, target)
+
+    def synchronised(descriptor: int) -> None:
+        events.append("fsync")
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "fsync", synchronised)
+    storage.write_bytes(f"{tmp_path}/folder/a", b"new")
+    assert events == ["fsync", "replace"]
+
+
+def test_a_write_whose_rest_is_gone_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(source: str, destination: str) -> None:
+        os.remove(source)
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(os, "replace", lose)
+    with pytest.raises(OSError, match="disk is gone"):
+        storage.write_bytes(f"{tmp_path}/a", b"new")
+
+
+def test_images_are_stored_as_they_are_and_the_rest_is_compressed(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.parquet"
+    storage.write_table(
+        uri, pa.table({"image_id": ["a"] * 3, "image": [b"x" * 999] * 3, "confidence": [b"y" * 999] * 3})
+    )
+    group = pq.read_metadata(uri).row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    assert [column.compression for column in columns] == ["ZSTD", "UNCOMPRESSED", "ZSTD"]
+    assert not any("DICTIONARY" in str(column.encodings) or column.is_stats_set for column in columns)
+
+
+def test_only_the_wanted_rows_come(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.parquet"
+    table = pa.table({"image_id": [f"{row:03}" for row in range(150)], "row": range(150)})
+    storage.write_table(uri, table)
+    assert storage.read_rows(uri, "image_id", {"149", "002", "absent", "001"}).to_pydict() == {
+        "image_id": ["001", "002", "149"],
+        "row": [1, 2, 149],
+    }
+    nothing = storage.read_rows(uri, "image_id", {"absent"})
+    assert nothing.num_rows == 0 and nothing.schema == table.schema
+
+
+def test_metadata_comes_without_rows(tmp_path: Path) -> None:
+    table = pa.table({"row": [1]})
+    storage.write_table(f"{tmp_path}/a.parquet", table.replace_schema_metadata({"key": "value"}))
+    storage.write_table(f"{tmp_path}/b.parquet", table)
+    assert storage.read_metadata(f"{tmp_path}/a.parquet") == {b"key": b"value"}
+    assert storage.read_metadata(f"{tmp_path}/b.parquet") == {}
+    assert storage.read_metadata(f"{tmp_path}/absent.parquet") is None
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +313,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monk
 def test_what_a_killed_write_left_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".part.parquet.1a2b3c4d.tmp").write_bytes(b"half")
     assert storage.list_files(str(tmp_path)) == []
+    (tmp_path / ".hidden.png").write_bytes(b"somebody's")
+    (tmp_path / "a.tmp").write_bytes(b"somebody's")
+    assert storage.list_files(str(tmp_path)) == [f"{tmp_path}/.hidden.png", f"{tmp_path}/a.tmp"]

@@ -30,7 +30,8 @@ FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
 ROW_GROUP_ROWS = 64
 S3_ATTEMPTS = 12
-DENIED = ("ACCESS_DENIED", "AccessDenied", "InvalidObjectState")
+DENIED = ("ACCESS_DENIED", "AccessDenied", "The operation is not valid for the object's")
+"""In pyarrow's errors. The last is of S3's InvalidObjectState, an object in an archive: pyarrow has no name for the code."""
 STYLE_VARIABLE = "THREESTAGE_S3_ADDRESSING_STYLE"
 ANONYMOUS_VARIABLE = "THREESTAGE_S3_ANONYMOUS"
 
