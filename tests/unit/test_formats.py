@@ -1,16 +1,17 @@
 """Why: a data set read with masks or splits mixed up trains without complaint; and what is refused must be named."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
 from threestage.data.formats import IngestSettings, SourceItem, discover
-from threestage.data.records import decode_image
+from threestage.data.records import BadImage, decode_image
 from threestage.errors import InputError
 
 
@@ -311,6 +312,56 @@ def test_exif_turns_the_image() -> None:
     turned = np.rot90(np.asarray(Image.open(io.BytesIO(data))), -1)
     assert np.abs(decode_image(checked.data).astype(int) - turned).mean() < 4
     assert np.array_equal(decode_image(data), turned)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_an_image_is_turned_once(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(), format, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(decode_image(data), expected)
+    checked = check_image(data)
+    assert (checked.height, checked.width) == expected.shape[:2]
+    assert np.abs(decode_image(checked.data).astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(("tag", "value"), [(0x011A, "72"), (0x0128, "2"), (0x0100, "60"), (0x0106, "2")])
+def test_an_odd_entry_beside_the_turn_does_no_harm(tag: int, value: str) -> None:
+    """As cameras and editors write them: Pillow cannot write these anew, and need not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(photo(), "JPEG", exif=exif)
+    entry = struct.pack(">HHI4s", tag, 2, 2, value.encode()[:1])  # an ASCII entry with one character
+    head, body = exif.tobytes(), struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    odd = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + b"".join(sorted([entry, body])) + bytes(4)
+    data = plain.replace(struct.pack(">H", len(head) + 2) + head, struct.pack(">H", len(odd) + 2) + odd)
+    assert data != plain
+    assert np.array_equal(decode_image(data), decode_image(plain))
+    assert check_image(data).data == check_image(plain).data
+
+
+@pytest.mark.filterwarnings("default:Corrupt EXIF data")
+def test_a_tiff_whose_next_page_is_nowhere_is_one_image() -> None:
+    data = encoded(photo(), "TIFF")
+    [directory] = struct.unpack_from("<I", data, 4)
+    [entries] = struct.unpack_from("<H", data, directory)
+    place = directory + 2 + 12 * entries
+    for nowhere in (8, len(data) + 5, 11):
+        broken = data[:place] + struct.pack("<I", nowhere) + data[place + 4 :]
+        assert check_image(broken).data == broken
+        assert np.array_equal(decode_image(broken), decode_image(data))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_not_whitened(dtype: type) -> None:
+    data = encoded(Image.fromarray(np.arange(12, dtype=dtype).reshape(3, 4)), "TIFF")
+    with pytest.raises(BadImage, match="16 bits per channel: convert it to 8"):
+        decode_image(data)
+    with pytest.raises(BadFile, match="16 bits per channel: convert it to 8"):
+        check_image(data)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])

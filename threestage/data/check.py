@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.records import (
     DECODER_ERRORS,
+    SIXTEEN_BITS,
     BadImage,
     decoder_complaint,
     is_turned,
     open_image,
+    upright,
 )
 
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -36,8 +38,15 @@ class CheckedImage:
 def check_image(data: bytes) -> CheckedImage:
     """Decode an image whole. Raises BadFile when it is broken, cut short, of 16 bits, animated or transparent."""
     image = _decoded(data)
+    try:
+        return _converted(image, data)
+    except DECODER_ERRORS as error:
+        raise BadFile(decoder_complaint(error)) from None
+
+
+def _converted(image: Image.Image, data: bytes) -> CheckedImage:
     if _bits(data, image) == 16:
-        raise BadFile("has 16 bits per channel: convert it to 8, the range is not known here")
+        raise BadFile(SIXTEEN_BITS)
     if _has_frames(data):
         raise BadFile("holds more than one frame: give one file per image")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
@@ -46,8 +55,8 @@ def check_image(data: bytes) -> CheckedImage:
         raise BadFile(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
     if not is_turned(image) and image.mode in ("L", "RGB"):
         return CheckedImage(data, image.height, image.width)
-    upright = ImageOps.exif_transpose(image).convert("L" if image.mode == "L" else "RGB")
-    return CheckedImage(_encoded(upright, image.format), upright.height, upright.width)
+    turned = upright(image).convert("L" if image.mode == "L" else "RGB")
+    return CheckedImage(_encoded(turned, image.format), turned.height, turned.width)
 
 
 def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) -> npt.NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import AfterValidator, Field, ValidationError
 
 from threestage.data import storage
@@ -32,15 +32,29 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow knows others that run
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF
 PILLOWS_LIMIT = 178_956_970
 EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
+    TypeError,  # a TIFF whose second page has no size
+    LookupError,
+    ArithmeticError,
+    AttributeError,
     struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+SIXTEEN_BITS = "has 16 bits per channel: convert it to 8, the range is not known here"
 
 SplitName = Literal["train", "val", "test"]
 Bytes = npt.NDArray[np.uint8]
@@ -233,13 +247,16 @@ class BadImage(ValueError):
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says.
 
-    Raises BadImage when it cannot be decoded or, without decoding it, when it has more than `max_pixels`.
+    Raises BadImage when it cannot be decoded, is grey of 16 bits or of floats, or, without decoding it, when it has more
+    than `max_pixels`.
     """
     try:
         with open_image(data, max_pixels) as image:
             if image.format == "JPEG" and image.mode in ("L", "RGB") and not is_turned(image):
                 return _decode_jpeg(data, image)
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            if image.mode.startswith("I") or image.mode == "F":
+                raise BadImage(SIXTEEN_BITS)  # a conversion would make it white
+            return np.array(upright(image).convert("RGB"))
     except BadImage:
         raise
     except DECODER_ERRORS as error:
@@ -248,7 +265,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
 
 def is_turned(image: Image.Image) -> bool:
     """Whether EXIF says that the image is to be shown turned or mirrored."""
-    return image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+    return image.getexif().get(EXIF_ORIENTATION) in TURNS
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image, turned as its EXIF says. (PIL's own function writes the EXIF anew, and stops at an odd entry of it.)"""
+    image.load()  # a TIFF is turned by that
+    turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {}  # or its EXIF would be saved with it
+    return turned
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> Bytes:
