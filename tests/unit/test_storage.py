@@ -51,6 +51,33 @@ def test_s3_round_trip(bucket: str) -> None:
     round_trip(bucket)
 
 
+def test_what_is_deleted_is_a_name_not_a_pattern(bucket: str) -> None:
+    others = [f"{bucket}/runs/{name}" for name in ("a1/b", "a[1]c/b", "abc/b")]
+    for uri in (*others, *(f"{bucket}/runs/a[1]/{number}" for number in range(3)), f"{bucket}/runs/a*/b"):
+        storage.write_bytes(uri, b"x")
+    files = storage.s3fs_filesystem()
+    files.pipe_file(f"{bucket}/runs/a[1]/folder/", b"")  # as consoles make folders
+    storage.delete(f"{bucket}/runs/a[1]")
+    storage.delete(f"{bucket}/runs/a*/b")
+    assert storage.list_files(bucket) == others
+    answer = files.call_s3("list_objects_v2", Bucket="bucket", Prefix="some/folder/runs/")
+    assert [f"s3://bucket/{entry['Key']}" for entry in answer["Contents"]] == others
+
+
+def test_more_than_a_page_is_deleted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = storage.s3fs_filesystem()
+    for number in range(5):
+        storage.write_bytes(f"{bucket}/a/{number}", b"x")
+
+    class SmallPages:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            return files.call_s3(method, **arguments, **({"MaxKeys": 2} if method == "list_objects_v2" else {}))
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", SmallPages)
+    storage.delete(f"{bucket}/a")
+    assert not storage.exists(f"{bucket}/a")
+
+
 @contextlib.contextmanager
 def public_store() -> Iterator[tuple[str, list[bool]]]:
     """An endpoint that gives "abc" to everybody, and for each request whether it was signed."""

@@ -271,7 +271,7 @@ def is_turned(image: Image.Image) -> bool:
 def upright(image: Image.Image) -> Image.Image:
     """The image, turned as its EXIF says. (PIL's own function writes the EXIF anew, and stops at an odd entry of it.)"""
     image.load()  # a TIFF is turned by that
-    turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION))
+    turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     if turn is None:
         return image
     turned = image.transpose(turn)

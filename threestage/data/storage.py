@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
 ROW_GROUP_ROWS = 64
 S3_ATTEMPTS = 12
+DELETES_AT_ONCE = 16
 DENIED = ("ACCESS_DENIED", "AccessDenied", "The operation is not valid for the object's")
 """In pyarrow's errors. The last is of S3's InvalidObjectState, an object in an archive: pyarrow has no name for the code."""
 STYLE_VARIABLE = "THREESTAGE_S3_ADDRESSING_STYLE"
@@ -276,11 +278,26 @@ def delete(uri: str) -> None:
     files, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         if is_s3(uri):
-            s3fs_filesystem().rm(path, recursive=True)  # pyarrow would leave an empty object in the folder's place
+            _delete_on_s3(path)
         elif os.path.isdir(path):
             files.delete_dir(path)
         else:
             files.delete_file(path)
+
+
+def _delete_on_s3(path: str) -> None:
+    """One request an object: stores differ about a bulk delete (some want an MD5 that the SDK no longer sends), s3fs takes
+    names for patterns, and pyarrow leaves an empty object in a folder's place."""
+    bucket, _, name = path.partition("/")
+    request = s3fs_filesystem().call_s3
+    request("delete_object", Bucket=bucket, Key=name)
+    page: dict[str, Any] = {"IsTruncated": True}
+    with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
+        while page.get("IsTruncated"):
+            place = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
+            page = request("list_objects_v2", Bucket=bucket, Prefix=f"{name}/", **place)
+            keys = [entry["Key"] for entry in page.get("Contents", ())]
+            list(threads.map(lambda key: request("delete_object", Bucket=bucket, Key=key), keys))
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
