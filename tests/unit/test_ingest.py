@@ -11,7 +11,7 @@ from PIL import Image
 
 from threestage.data import storage
 from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder, ingest
-from threestage.data.known import build_index, look_up
+from threestage.data.known import _bits, build_index, look_up
 from threestage.data.listing import Each, list_images
 from threestage.data.publish import Known, digest_of, next_manifest
 from threestage.data.records import Manifest, decode_mask, labelled_rows, load_manifest, pool_files
@@ -291,6 +291,29 @@ def test_a_report_counts_only_for_the_set_it_was_compared_with(source: Path) -> 
     report = run(source)
     assert (report.added_images, report.added_labels) == (0, 4)
     assert len(rows_of(source / "ds")) == 10
+
+
+def test_an_ingest_that_another_overtook_goes_on_where_it_was(source: Path, reads: list[str]) -> None:
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    (source / "few").mkdir()
+    draw(source, "few", 7)
+    (source / "images" / "few.png").rename(source / "few" / "few.png")
+    list_images(f"{source}/images", listing_of(source), 4)
+    with pytest.raises(OSError, match="503"):
+        run(source, each=fail_after(2), **images)
+    finished = list(reads)
+    ingest(f"{source}/few", f"{source}/ds", IngestSettings(format="images"))
+    reads.clear()
+    report = run(source, **images)
+    assert report.added_images == 10 and len(rows_of(source / "ds")) == 11
+    assert len(finished) >= 6 and sorted(finished + reads) == [f"{i:02d}.png" for i in range(10)]
+
+
+def test_an_ingest_whose_index_another_deleted_says_so(source: Path) -> None:
+    run(source)
+    _bits.cache_clear()
+    with pytest.raises(InputError, match="another ingest has changed the data set meanwhile; run this one again"):
+        look_up(f"{source}/ds/index/gone", ["a"])
 
 
 def test_two_files_of_one_id_and_an_absurdly_large_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ listing/<digest>/       the listing of a source of format images. It is extended
 shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose files are in the
                         manifest counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
-index/                  what the data set holds (`threestage.data.known`), while an ingest extends it
+index/                  what the data set holds (`threestage.data.known`), until an ingest has extended it
 
 Parquet files of an ingest that was given up stay too; no manifest names them.
 """
@@ -96,7 +96,8 @@ def ingest(
         storage.delete(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
         raise InputError(f"{source}: {complaint}")
     manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
-    storage.delete(storage.join(root, "index"))
+    if manifest is not current:
+        storage.delete(storage.join(root, "index"))
     return IngestReport(
         manifest=manifest,
         added_images=added.images,
@@ -193,8 +194,8 @@ def _reports(job: Job, shards: Sequence[Shard], current: Manifest | None, each: 
 def _still_valid(report: ShardReport | None, base: str | None, published: set[str]) -> ShardReport | None:
     """A report found, as it counts now; None when its shard must be done again.
 
-    Files that are not in the manifest count only when it is the one that the shard was compared with: another ingest
-    may have added the same images since.
+    Files that are not in the manifest count only when it is the one that the shard was compared with, or when it has none
+    of the shard's images (`finished`): another ingest may have added them since.
     """
     if report is None:
         return None

@@ -20,6 +20,7 @@ from threestage.data import storage
 from threestage.data.formats import SPLITS
 from threestage.data.publish import Known, row_digests
 from threestage.data.records import DataFile, Manifest
+from threestage.errors import InputError
 
 # A hash of 64 bits: two ids in 10⁸ share one with a probability of 3·10⁻⁴, and then one of the images is refused.
 ENTRY = np.dtype([("key", "<u8"), ("split", "u1"), ("labelled", "?"), ("image", "V16"), ("mask", "V16")])
@@ -44,9 +45,16 @@ def build_index(root: str, manifest: Manifest) -> str:
 
 
 def look_up(folder: str | None, ids: Sequence[str]) -> dict[str, Known]:
-    """What an index holds of the ids, by id; nothing where there is no index."""
+    """What an index holds of the ids, by id; nothing where there is no index. InputError when it was deleted meanwhile."""
     if folder is None or not ids:
         return {}
+    try:
+        return _look_up(folder, ids)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: another ingest has changed the data set meanwhile; run this one again") from None
+
+
+def _look_up(folder: str, ids: Sequence[str]) -> dict[str, Known]:
     bits = _bits(folder)
     keys = np.array([id_hash(image_id) for image_id in ids], np.uint64)
     parts = keys >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)

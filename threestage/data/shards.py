@@ -119,7 +119,15 @@ def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
         outcomes = ahead(lambda item: _check(item, known.get(item.image_id), lookup), items, FETCH_THREADS)
         if not all(isinstance(outcome, BadFile) for outcome in outcomes):
             return shard.digest, None
+    if report.base != job.base and _is_still_new(report, job, shard):
+        report = report.model_copy(update={"base": job.base})
     return shard.digest, report
+
+
+def _is_still_new(report: ShardReport, job: Job, shard: Shard) -> bool:
+    """Whether a shard that was all new when it was written is so now that the data set has grown."""
+    was_new = not report.skipped and all(file.kind == "images" for file in report.files)
+    return was_new and not look_up(job.index, [item.image_id for item in _items(shard)])
 
 
 def report_uri(root: str, digest: str) -> str:
