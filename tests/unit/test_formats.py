@@ -40,6 +40,15 @@ def test_folders_pair_by_relative_name(tmp_path: Path) -> None:
     ]
 
 
+def test_an_image_with_two_masks_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "x/1.jpg", "x/2.jpg", "y/1.png", "y/1.tif", "y/2.png")
+    items = discover(str(tmp_path / "x"), IngestSettings(format="folders", masks=str(tmp_path / "y")))
+    assert [item.problem for item in items] == [
+        f"has two masks, {tmp_path}/y/1.png and {tmp_path}/y/1.tif: keep one",
+        None,
+    ]
+
+
 def test_images_alone_and_two_files_of_one_id(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "1.png", "2.jpg")
     result = found(tmp_path, "images")

@@ -74,6 +74,13 @@ def test_a_published_list_is_taken(tmp_path: Path) -> None:
     assert sorted(split.labelled) == ["drive/003", "drive/021"] and split.validation == ("v1", "v2")
 
 
+def test_ids_with_spaces_are_taken_from_a_list(tmp_path: Path) -> None:
+    ids = ["a photo", "a photo (1)", "a", "photo 1.2"]
+    (tmp_path / "list.txt").write_bytes("\ufeffa photo (1).jpg\r\na photo\r\nphoto 1.2\r\n".encode())
+    split = split_of(tmp_path / "data", ids, val=True, labelled=str(tmp_path / "list.txt"))
+    assert sorted(split.labelled) == ["a photo", "a photo (1)", "photo 1.2"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

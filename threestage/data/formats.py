@@ -163,10 +163,14 @@ def _folders(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings
             "masks is not given: format folders needs --masks FOLDER; images without masks are of --format images"
         )
     mask_paths = _listing(settings.masks, "masks named like the images", stamps)
-    masks = {stem: mask_paths[path] for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES)}
+    masks: dict[str, str] = {}
+    twice: dict[str, str] = {}
+    for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES):
+        if (first := masks.setdefault(stem, mask_paths[path])) != mask_paths[path]:
+            twice[stem] = f"has two masks, {first} and {mask_paths[path]}: keep one"
     inside = set(mask_paths.values())
     found = _images(source, {path: uri for path, uri in paths.items() if uri not in inside}, settings)
-    items = [replace(item, mask_uri=masks.pop(item.image_id, None)) for item in found]
+    items = [replace(item, mask_uri=masks.pop(item.image_id, None), problem=twice.get(item.image_id)) for item in found]
     if not any(item.mask_uri for item in items):
         raise InputError(f"{settings.masks}: no mask there is named like an image in {source} (a/b.jpg needs a/b.png)")
     orphans = (SourceItem(stem, uri, None, settings.split, "mask without an image") for stem, uri in masks.items())

@@ -58,9 +58,9 @@ def _key(seed: int, image_id: str) -> str:
 
 
 def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
-    """The candidates whose ids begin the lines of a file."""
+    """The candidates that the lines of a file name: a line is an id or a file's name, or begins with one and a space."""
     try:
-        lines = storage.read_bytes(uri).decode().splitlines()
+        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(
             f"data.labelled={uri}: no such file; give a count, a fraction below 1, all, or a file with an image id a line"
@@ -68,17 +68,23 @@ def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
     except UnicodeDecodeError:
         raise InputError(f"data.labelled={uri}: this is no text; give a file with an image id a line") from None
     known = set(candidates)
-    words = [line.split()[0] for line in lines if line.strip()]
-    wanted = [word if word in known else posixpath.splitext(word)[0] for word in words]
-    if not wanted:
+    named = [line.strip() for line in lines if line.strip()]
+    wanted = [_id_of(line, known) for line in named]
+    if not named:
         raise InputError(f"data.labelled={uri} is empty; give a file with an image id a line")
-    if missing := [word for word, image_id in zip(words, wanted, strict=True) if image_id not in known]:
+    if missing := [line for line, image_id in zip(named, wanted, strict=True) if image_id is None]:
         raise InputError(
-            f"data.labelled={uri}: {len(missing)} of its {len(words)} images are no train images with a mask in {root}, "
+            f"data.labelled={uri}: {len(missing)} of its {len(named)} images are no train images with a mask in {root}, "
             f"{missing[0]} first (there, ids are like {candidates[0] if candidates else 'none'}): mend the list, or ingest them"
         )
     chosen = set(wanted)
     return [image_id for image_id in candidates if image_id in chosen]
+
+
+def _id_of(line: str, known: set[str]) -> str | None:
+    first = line.split()[0]
+    candidates = (line, posixpath.splitext(line)[0], first, posixpath.splitext(first)[0])
+    return next((image_id for image_id in candidates if image_id in known), None)
 
 
 def _count(root: str, settings: DataSettings, candidates: int) -> int:
