@@ -40,6 +40,10 @@ class Teacher(Settings):
     model: str
 
 
+AT_SIZE = " at 1/"
+"""In the name of validation images, before the size that they were reduced to."""
+
+
 class Lineage(Settings):
     """Of one stage's model. Stage 1 has no teacher and learns from no pseudo-masks; `made` is what the model says of the
     pool, where it was asked."""

@@ -9,6 +9,7 @@ stage1/checkpoints/attempt.json    names one training of a stage
 
 import uuid
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from threestage import lease
@@ -58,11 +59,15 @@ class Sender:
     def __init__(self, registry: Registry, out: str, settings: Mapping[str, Any]) -> None:
         self.versions: dict[StageName, RegisteredVersion] = {}
         self._registry, self._out, self._settings = registry, out, settings
-        self._key = _named(storage.join(out, RUN_NAME), "run_key")
         self._steps: dict[str, int] = {}  # the last that was sent, by attempt
+
+    @cached_property
+    def _key(self) -> str:
+        return _named(storage.join(self._out, RUN_NAME), "run_key")
 
     def send(self) -> None:
         """InputError when MLflow does not answer."""
+        assert self._key  # written down before anything is sent
         for stage in STAGES:
             if stage in self.versions:
                 continue

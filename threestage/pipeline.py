@@ -40,7 +40,7 @@ from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
-from threestage.lineage import DataSet, Images, Lineage, PseudoMaskSet, Teacher
+from threestage.lineage import AT_SIZE, DataSet, Images, Lineage, PseudoMaskSet, Teacher
 from threestage.models.export import HALFWAY_MODEL
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
@@ -488,7 +488,7 @@ class _Run:
         data = DataSet.model_validate(marker["data"]) if "data" in marker else self._data_set()
         validation = f"{data.name} {'val' if split.validation_split == 'val' else 'carved from train'}"
         if self.config.data.downscale > 1:  # another size gives other figures
-            validation += f" at 1/{self.config.data.downscale} size"
+            validation += f"{AT_SIZE}{self.config.data.downscale} size"
         teacher = None
         if previous is not None:
             before = f"stage{int(stage[-1]) - 1}"

@@ -76,15 +76,26 @@ def _run(
     registry = None if has_begun(out) else open_registry(config.registry)
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
     mirror = Mirror(out, settings, config.registry, registry, warn)
-    noting, keeping = _noting(out, settings, show, mirror.notify), _keeping(out, settings, mirror.notify)
+    begun = False
+
+    def notify() -> None:
+        nonlocal begun
+        begun = True
+        mirror.notify()
+
+    noting, keeping = _noting(out, settings, show, notify), _keeping(out, settings, notify)
     status: Status = "FAILED"
+    refused = False  # then what is in the folder may be another run's
     registered: list[RegisteredVersion] = []
     try:
         results = run_on_ray(config, out, noting, warn, keeping, watch, reuse)
         _illustrate(config, out, warn)
         status = "FINISHED"
+    except InputError:
+        refused = not begun
+        raise
     finally:
-        if held.lost is None:
+        if held.lost is None and not refused:
             registered = mirror.close(status)
         else:
             mirror.abandon()

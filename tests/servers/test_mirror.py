@@ -207,6 +207,36 @@ def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path)
     assert [version.alias for version in sync(copy, uri)] == ["stage1", "stage2", "stage3"]
 
 
+def test_a_refused_command_changes_nothing_in_mlflow(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threestage.on_ray.train.run_on_ray", run_local)
+    where = RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    out = str(tmp_path / "run")
+
+    def run(out: str, **changes: Any) -> None:
+        settings = {"stages": 1, "registry": where.model_dump()} | changes
+        runs.run(tiny_config(scenes, **settings), out, False, lambda stage, row: None, print)
+
+    run(out)
+    registry = open_registry(where)
+    before = everything(registry)
+    assert len(before) == 3, "the run, its stage and a version"
+    with pytest.raises(InputError, match="was made with seed=0"):
+        run(out, seed=1, name="other")
+    with pytest.raises(InputError, match="labelled train images; ask for fewer"):
+        run(str(tmp_path / "fresh"), data={"root": str(scenes), "labelled": 1000})
+    assert everything(registry) == before
+    assert not storage.exists(str(tmp_path / "fresh" / "run.json"))
+
+
+def everything(registry: Registry) -> list[str]:
+    """Names, states and tags of all that MLflow holds."""
+    found = registry._client.search_runs([registry._experiment_id])
+    versions = registry._client.search_model_versions()
+    return [f"{run.info} {run.data.tags}" for run in found] + [f"{version} {version.tags}" for version in versions]
+
+
 def test_what_does_not_end_is_not_waited_for() -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match="no end within"):

@@ -312,22 +312,32 @@ def test_the_champion_moves_only_to_a_better_one_on_the_same_images(
 ) -> None:
     digest = digest_of(record.model_dir)
     others = lineage_of("stage3", digest, validation={"name": "other val", "images": 3, "digest": "o" * 64})
+    named = {"name": "renamed val", "images": 3, "digest": "v" * 64}
+    elsewhere, smaller = (
+        lineage_of("stage3", digest, validation=named | {"name": name}) for name in ("renamed val", "x at 1/2 size")
+    )
     tries: tuple[tuple[float, dict[str, Any]], ...]
-    tries = ((0.5, {}), (0.4, {}), (0.5, {}), (0.6, {}), (0.9, {"lineage": others}))
+    tries = (
+        (0.5, {}), (0.4, {}), (0.5, {}), (0.6, {}), (0.9, {"lineage": others}),
+        (0.5, {"lineage": elsewhere}), (0.9, {"lineage": smaller}),
+    )  # fmt: skip
     decisions = [
         registry.record_stage(replace(record, attempt=str(number), summary={"mean_iou": score}, **changes)).champion
         for number, (score, changes) in enumerate(tries)
     ]
     assert [text.split(":")[0] for text in decisions] == [
         "the champion", "not the champion", "not the champion", "the champion", "not compared",
+        "not the champion", "not compared",
     ]  # fmt: skip
     champion = {row["version"]: "champion" in row["aliases"] for row in registry.models.versions()}
-    assert champion == {1: False, 2: False, 3: False, 4: True, 5: False}
+    assert champion == {1: False, 2: False, 3: False, 4: True, 5: False, 6: False, 7: False}
     row, before = registry.models.promote("models:/team-shapes/2")
     assert (row["version"], row["aliases"]) == (2, ["champion"]) and before is not None and before["version"] == 4
     again = registry.record_stage(replace(record, attempt="3", summary={"mean_iou": 0.6}))
     assert again.version == 4, "the same record again moves nothing back"
     assert registry.models.promote("models:/team-shapes@champion")[0]["version"] == 2
+    with pytest.raises(InputError, match="s3://bucket/model: a model is pulled into a folder of this machine"):
+        registry.models.pull("models:/team-shapes@champion", "s3://bucket/model")
 
 
 def test_the_commands_list_promote_pull_and_tell_the_lineage(

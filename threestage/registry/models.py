@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from threestage.errors import InputError, did_you_mean
-from threestage.lineage import Lineage
+from threestage.lineage import AT_SIZE, Lineage
 from threestage.registry.records import StageRecord
 from threestage.tracking import TRANSFER_S, clean_tags, quoted, redact, redact_tree, talking_to
 
@@ -205,6 +205,11 @@ def _score(version: Any) -> float | None:
     return float(version.tags[MEAN_IOU]) if MEAN_IOU in version.tags else None
 
 
+def _scored_on(version: Any) -> tuple[str | None, str]:
+    """Digest of images and masks, and the size at which they were scored; a data set's name says nothing."""
+    return version.tags.get(VALIDATION), version.tags.get("validation", "").partition(AT_SIZE)[2]
+
+
 def _decide(version: Any, champion: Any) -> tuple[bool, str]:
     """Whether a new version takes the champion's place, and why: only where both were scored on the same images."""
     score, where = _score(version), version.tags.get("validation")
@@ -215,7 +220,7 @@ def _decide(version: Any, champion: Any) -> tuple[bool, str]:
     other, number = _score(champion), champion.version
     if int(number) == int(version.version):
         return False, f"the champion, with mean IoU {score:.4f} on {where}"
-    if other is None or any(champion.tags.get(key) != version.tags.get(key) for key in (VALIDATION, "validation")):
+    if other is None or _scored_on(champion) != _scored_on(version):
         there = champion.tags.get("validation") or "nothing known"
         return False, (
             f"not compared: the champion, version {number}, was scored on {there}, this one on {where} with other images; "
@@ -235,6 +240,10 @@ def _pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _make_folder(destination: str | Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(destination)):
+        raise InputError(
+            f"{destination}: a model is pulled into a folder of this machine: name one, then copy it there"
+        )
     try:
         Path(destination).mkdir(parents=True, exist_ok=True)
     except OSError as error:
