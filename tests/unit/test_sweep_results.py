@@ -43,8 +43,8 @@ def trial(number: int, *scores: float, state: State = "finished", **changes: Any
     )
 
 
-def repeat(number: int, of: int, score: float, state: State = "finished") -> Trial:
-    return trial(number, score, state=state, kind="repeat", repeats=of)
+def repeat(number: int, of: int, score: float, state: State = "finished", seed: int = 0) -> Trial:
+    return trial(number, score, state=state, kind="repeat", repeats=of, seed=seed)
 
 
 def study(trials: list[Trial]) -> optuna.Study:
@@ -111,6 +111,15 @@ def test_repeated_trials_come_first_by_the_mean_of_their_repeats_without_the_luc
     assert rows[0].repeat_mean == pytest.approx(0.46) and rows[0].repeats == 2
     assert rows[0].repeat_std == pytest.approx(statistics.stdev([0.44, 0.48]))
     assert (rows[2].repeat_mean, rows[2].repeat_std, rows[2].repeats) == (None, None, 0)
+
+
+def test_repeats_count_once_all_with_their_seed_are_over() -> None:
+    """Else the one whose repeat waits, perhaps the best, would come last, and lose its model."""
+    trials = [trial(0, 0.50), trial(1, 0.40), repeat(2, 0, 0.0, "waiting", seed=1), repeat(3, 1, 0.30, seed=1)]
+    rows = results.best_rows(trials)
+    assert [(row.number, row.repeats) for row in rows] == [(0, 0), (1, 0)]
+    over = [*trials[:2], repeat(2, 0, 0.28, seed=1), trials[3], repeat(4, 0, 0.9, "running", seed=2)]
+    assert [(row.number, row.repeat_mean) for row in results.best_rows(over)] == [(1, 0.30), (0, 0.28)]
 
 
 # ---- Words

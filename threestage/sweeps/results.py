@@ -31,7 +31,8 @@ BEST, LAST_EVALUATIONS = 5, 3
 @dataclass(frozen=True)
 class Best:
     """A finished trial of the search. `spread`: sample standard deviation of its last three evaluations, None of fewer
-    than two. `repeat_mean`, `repeat_std` (sample): over its `repeats` finished reruns with other seeds, without itself."""
+    than two. `repeat_mean`, `repeat_std` (sample): over its `repeats` finished reruns with other seeds, without itself; of
+    seeds with which all reruns are over."""
 
     number: int
     params: dict[str, Any]
@@ -55,7 +56,9 @@ def _searched(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _row(trial: Trial, trials: Sequence[Trial]) -> Best:
-    scores = [other.score for other in trials if other.kind == "repeat" and other.repeats == trial.number]
+    repeats = [other for other in trials if other.kind == "repeat"]
+    open_seeds = {other.seed for other in repeats if not other.over}
+    scores = [other.score for other in repeats if other.repeats == trial.number and other.seed not in open_seeds]
     again = [score for score in scores if score is not None]
     assert trial.score is not None
     return Best(

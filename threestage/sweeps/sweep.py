@@ -95,7 +95,8 @@ def _run(asked: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
     best = journal.trial(found["best"]["number"])
     if asked.promote:
         outcome.promote(asked, best, show.stage, show.warn, show.watch)
-    journal.forget(0.0, keep=best)
+    if all(trial.over for trial in journal.trials):
+        journal.forget(0.0, keep=best)
     return found
 
 
@@ -137,8 +138,10 @@ class _Running:
     def repeat(self) -> None:
         """Run the best trials, and the one that changes nothing, with other seeds; each seed has its own shared stages."""
         for seed in range(self.asked.config.seed + 1, self.asked.config.seed + 1 + self.asked.repeat):
+            if self._spent():  # while some of the search may wait, nobody knows the best
+                return
             self._add_repeats(seed)
-            if not self._open_repeats(seed) or self._spent():
+            if not self._open_repeats(seed):
                 continue
             self._share(seed)
             self.show.phase(f"the best trials with seed {seed}")
