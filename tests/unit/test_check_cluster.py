@@ -60,6 +60,16 @@ def test_an_elastic_group_begins_with_what_fits(config: Config) -> None:
     assert room(config, {"CPU": 4.0}, workers=[2, 8]).value.endswith("there; it would begin with 3 workers")
 
 
+def test_an_elastic_group_that_would_leave_no_cpu_to_the_reader(config: Config) -> None:
+    """Stage 2 would stand still for ever."""
+    found = room(config, {"CPU": 4.0}, workers=[2, 8])
+    assert str(found.doubt).endswith(
+        "Ray begins with 4, which leaves no CPU to read the pool: set cluster.workers=[2,3]"
+    )
+    assert room(config, {"CPU": 9.0}, workers=[2, 8]).doubt is None
+    assert room(config, {"CPU": 5.0, "GPU": 4.0}, workers=[2, 8], gpus_per_worker=1).doubt is None
+
+
 def test_nodes_that_an_autoscaler_may_add(config: Config) -> None:
     coming = Growth(nodes=({"CPU": 8.0, "GPU": 1.0},))
     assert room(config, {"CPU": 1.0}, growth=coming, gpus_per_worker=1).doubt is None
@@ -140,15 +150,21 @@ def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.startswith("cluster.address=127.0.0.1:1 wants a token and none was found: set RAY_AUTH_MODE=token")
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(cluster: Any) -> Any:
+    def refuse(address: str, **options: Any) -> None:
         raise RuntimeError("no raylet\nhere")
 
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(check, "lets_in", lambda name, address: Found("fine"))
-    monkeypatch.setattr(check, "connected", refuse)
+    monkeypatch.setattr("threestage.on_ray.train.admitted", lambda name, address: None)
+    monkeypatch.setattr(ray, "init", refuse)
     with contextlib.ExitStack() as connection:
         found = problem(lambda: check.connect("RAY_ADDRESS", "head:6379", config.cluster, connection))
-    assert "cannot take part in the cluster (no raylet here): try it on one of its nodes" in found
+    assert found == (
+        "RAY_ADDRESS=head:6379: this machine cannot take part in the cluster (no raylet here): try it on one of its nodes, or "
+        "give --address the URL of its dashboard"
+    )
 
 
 @pytest.mark.parametrize("what", ["Ray", "Python"])

@@ -1,7 +1,11 @@
 """Waiting for workers: reports at their times, and an end, by a clock that the test sets."""
 
+import time
+from collections.abc import Callable
+
 import pytest
 import ray
+import ray.util
 
 from threestage.errors import NoRoom
 from threestage.on_ray import patience
@@ -63,6 +67,74 @@ def test_the_worker_that_the_others_wait_for_is_named_once(clock: Clock) -> None
     assert len(said) == 1 and "rank 1 of 2" in said[0] and "step 6" in said[0]
     waiting.look({0: (sign(0, step=7, seconds=120), 1000.0), 1: (sign(1, step=8, seconds=2), 1000.0)})
     assert len(said) == 1, "one that works is not waited for"
+
+
+class Group:
+    """Stands in for a placement group that is granted after so many seconds of the clock."""
+
+    def __init__(self, clock: Clock, granted: float) -> None:
+        self._clock, self._granted = clock, clock.now + granted
+        self.asked: list[dict[str, float]] = []
+        self.removed = 0
+
+    def make(self, bundles: list[dict[str, float]]) -> "Group":
+        self.asked += bundles
+        return self
+
+    def wait(self, seconds: int) -> bool:
+        self._clock.now += seconds
+        return self._clock.now >= self._granted
+
+    def remove(self, group: "Group") -> None:
+        self.removed += 1
+
+
+@pytest.mark.parametrize("seconds", [12, 99])
+def test_a_predictor_is_asked_for_while_it_is_waited_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """Nothing else would tell an autoscaler to bring a node."""
+    group, said = Group(clock, seconds), list[str]()
+    monkeypatch.setattr(patience, "room_for_one", lambda cluster: False)
+    monkeypatch.setattr(ray.util, "placement_group", group.make)
+    monkeypatch.setattr(ray.util, "remove_placement_group", group.remove)
+    cluster = CLUSTER.model_copy(update={"gpus_per_worker": 1, "accelerator": "A100"})
+    if seconds == 12:
+        patience.await_resources("pseudo-masks", cluster, said.append)
+    else:
+        with pytest.raises(NoRoom, match="pseudo-masks: waiting for 36 s for 1"):
+            patience.await_resources("pseudo-masks", cluster, said.append)
+    assert group.asked == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] and group.removed == 1
+    assert len(said) == (1 if seconds == 12 else 3)
+
+
+def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    place = [True]
+    monkeypatch.setattr(patience, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "has_place_for_one", lambda cluster: place[0])
+    with patience.noticing_silence("pseudo-masks", CLUSTER, said.append) as heard:
+        clock.now += 11
+        time.sleep(0.1)
+        assert said == [], "a long file is no loss"
+        place[0] = False
+        clock.now += 11
+        wait_for(lambda: len(said) == 1)
+        assert said[0].startswith("pseudo-masks: waiting for 22 s for 1 ")
+        heard()
+        time.sleep(0.1)
+        clock.now += 9
+        time.sleep(0.1)
+        assert len(said) == 1
+        clock.now += 2
+        wait_for(lambda: len(said) == 2)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def sign(rank: int, step: int = 1, seconds: float = 0.0) -> Sign:

@@ -8,23 +8,15 @@ import ray
 
 from threestage import __version__
 from threestage.checks.lines import Found
-from threestage.errors import InputError
 from threestage.on_ray.entrance import lets_in
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.train import connected
 
 
 def connect(name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack) -> Found:
-    """Connects this process, until `connection` is closed. Raises InputError like `lets_in`, and where Ray refuses."""
+    """Connects this process, until `connection` is closed. Raises InputError like `lets_in` and `connected`."""
     found = lets_in(name, address)
-    try:
-        connection.enter_context(connected(cluster))
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name}={address}: this machine cannot take part in the cluster ({reason}): try it on one of its nodes, or give "
-            "--address the URL of its dashboard"
-        ) from error
+    connection.enter_context(connected(cluster))
     return found
 
 

@@ -20,7 +20,7 @@ from threestage.data.store_check import PROBE_NAME
 from threestage.errors import InputError
 from threestage.on_ray.causes import last_line
 from threestage.on_ray.check import versions
-from threestage.on_ray.check_room import room_for_one
+from threestage.on_ray.room import room_for_one
 from threestage.settings import Settings
 from threestage.tracking import resolve_uri, sqlite_path
 

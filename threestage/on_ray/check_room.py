@@ -12,6 +12,7 @@ from threestage.config import Config
 from threestage.errors import InputError
 from threestage.on_ray.room import (
     READER_CPUS,
+    SPARE_CPUS,
     Growth,
     Resources,
     cluster_growth,
@@ -24,7 +25,6 @@ from threestage.on_ray.room import (
     worker_takes,
 )
 from threestage.on_ray.settings import ClusterSettings
-from threestage.on_ray.train import SPARE_CPUS
 
 ASK_FOR_LESS = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker"
 
@@ -58,22 +58,19 @@ def room_there(config: Config) -> Found:
     return _room(config, nodes, cluster_growth(config.cluster.most_workers + 1), there, "add nodes")
 
 
-def room_for_one(cluster: ClusterSettings) -> bool:
-    """Whether a worker finds room at once."""
-    free = ray.available_resources()
-    there = any(placed([node], 1, worker_takes(cluster), 1, "PACK", []) for node in cluster_nodes())
-    return there and all(free.get(name, 0) >= amount for name, amount in cluster.worker_resources.items())
-
-
 def _room(config: Config, nodes: Sequence[Mapping[str, float]], growth: Growth, there: str, more: str) -> Found:
     """nodes: total resources of each. more: how they could become more."""
     cluster, worker = config.cluster, worker_takes(config.cluster)
     all_nodes = (*nodes, *(with_accelerator(node, cluster) for node in growth.nodes))
     others = [{"CPU": READER_CPUS}] if config.stages > 1 else []
     asked = _asked(config, worker)
-    most = largest(
-        cluster.most_workers + 1, lambda number: placed(all_nodes, 1, worker, number, cluster.placement, others)
-    )
+
+    def largest_beside(others: Sequence[Resources]) -> int:
+        return largest(
+            cluster.most_workers + 1, lambda number: placed(all_nodes, 1, worker, number, cluster.placement, others)
+        )
+
+    most = largest_beside(others)
     if most < cluster.least_workers:
         mend = f"{f'set cluster.workers={most}' if most else ASK_FOR_LESS}, or {more}"
         if not growth.untold:
@@ -84,6 +81,12 @@ def _room(config: Config, nodes: Sequence[Mapping[str, float]], growth: Growth, 
     coming = f" (and {number_of(len(growth.nodes), 'node')} that may come)" if growth.nodes else ""
     fewer = f"; it would begin with {number_of(most, 'worker')}" if most < cluster.most_workers else ""
     value = f"{asked}; {there}{coming}{fewer}"
+    if (alone := largest_beside([])) > most:
+        workers = f"[{cluster.least_workers},{most}]"
+        return Found(
+            value,
+            f"{value}, but Ray begins with {alone}, which leaves no CPU to read the pool: set cluster.workers={workers}",
+        )
     if not cluster.gpus_per_worker and any(node.get("GPU") for node in all_nodes):
         return Found(value, f"{value}; it has GPUs and the run uses none: set cluster.gpus_per_worker=1")
     return Found(value)

@@ -1,16 +1,20 @@
 """Waiting for a cluster to have room, never in silence: what is asked, what there is, and an end to it."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ray
+import ray.util
 
 from threestage.errors import NoRoom
 from threestage.on_ray.pulse import BEAT_SECONDS, Sign
+from threestage.on_ray.room import has_place_for_one, room_for_one, worker_takes
 from threestage.on_ray.settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
+LOOK_SECONDS = 1.0
 Warn = Callable[[str], None]
 
 
@@ -77,24 +81,53 @@ def _alive_nodes() -> frozenset[str]:
 
 
 def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
-    """Until the cluster has room for one predictor. Reports and raises like Patience."""
-    start = time.time()
-    next_report_s = float(cluster.report_after_s)
-    while not _fits(cluster.worker_resources):
-        waited = time.time() - start
-        if waited > cluster.start_timeout_s:
-            raise NoRoom(_missing(what, cluster, waited, 1))
-        if waited > next_report_s:
-            warn(_missing(what, cluster, waited, 1))
-            next_report_s += cluster.report_after_s
-        time.sleep(1)
+    """Until the cluster has room for one predictor: asks for it meanwhile, so that an autoscaler brings a node. Reports and
+    raises like Patience."""
+    if room_for_one(cluster):
+        return
+    group = ray.util.placement_group([worker_takes(cluster)])
+    try:
+        start = time.time()
+        next_report_s = float(cluster.report_after_s)
+        while not group.wait(1):
+            waited = time.time() - start
+            if waited > cluster.start_timeout_s:
+                raise NoRoom(_missing(what, cluster, waited, 1))
+            if waited > next_report_s:
+                warn(_missing(what, cluster, waited, 1))
+                next_report_s += cluster.report_after_s
+    finally:
+        ray.util.remove_placement_group(group)
 
 
-def _fits(resources: Mapping[str, float]) -> bool:
-    """Whether a node could hold them, and so much is free."""
-    alive, free = [node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources()
-    possible = any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in alive)
-    return possible and all(free.get(name, 0) >= amount for name, amount in resources.items())
+@contextlib.contextmanager
+def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterator[Callable[[], None]]:
+    """Reports that no node could hold a predictor, as long as nothing is heard: what is yielded is to be called then.
+
+    Ray waits for nodes for ever, and asks an autoscaler for them.
+    """
+    heard, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        since, next_report_s = time.time(), float(cluster.report_after_s)
+        while not ended.wait(LOOK_SECONDS):
+            if heard.is_set():
+                heard.clear()
+                since, next_report_s = time.time(), float(cluster.report_after_s)
+            waited = time.time() - since
+            if waited > next_report_s:
+                next_report_s += cluster.report_after_s
+                with contextlib.suppress(Exception):  # the connection is going
+                    if not has_place_for_one(cluster):
+                        warn(_missing(what, cluster, waited, 1))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield heard.set
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:

@@ -12,7 +12,7 @@ from threestage.data import storage
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
 from threestage.on_ray.causes import cause_of, last_line
-from threestage.on_ray.patience import await_resources
+from threestage.on_ray.patience import await_resources, noticing_silence
 from threestage.on_ray.predict_pool import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
@@ -59,7 +59,10 @@ def predict_on_ray(
             _warn_of_traps(task, cluster, warn)
             await_resources("predict", cluster, warn)
             folder = _share(files, task)
-            yield from reports_of(parts, partial(_open, folder, task.model_dump(mode="json")), cluster)
+            with noticing_silence("predict", cluster, warn) as heard:
+                for report in reports_of(parts, partial(_open, folder, task.model_dump(mode="json")), cluster):
+                    heard()
+                    yield report
 
         try:
             return predict_input(model, source, out, settings, show, run, each)

@@ -13,6 +13,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 
 from threestage.on_ray.settings import ClusterSettings
 
+SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 READER_CPUS = 1.0  # of the task that reads the pool while stage 2 or 3 trains
 ACCELERATOR_SHARE = 0.001  # what Ray takes of a node's accelerator_type for each task that asks for it
 ROUNDING = 1e-6
@@ -111,6 +112,19 @@ def text_of(resources: Mapping[str, float]) -> str:
 def cluster_nodes() -> list[Resources]:
     """Total resources of each node that is alive."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def has_place_for_one(cluster: ClusterSettings) -> bool:
+    """Whether a node could hold a worker."""
+    return any(placed([node], 1, worker_takes(cluster), 1, "PACK", []) for node in cluster_nodes())
+
+
+def room_for_one(cluster: ClusterSettings) -> bool:
+    """Whether a worker finds room at once."""
+    free = ray.available_resources()
+    return has_place_for_one(cluster) and all(
+        free.get(name, 0) >= amount for name, amount in cluster.worker_resources.items()
+    )
 
 
 def with_accelerator(node: Resources, cluster: ClusterSettings) -> Resources:

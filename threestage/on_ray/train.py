@@ -22,14 +22,16 @@ from threestage import pipeline
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
-from threestage.errors import StageFailure
+from threestage.errors import InputError, StageFailure
 from threestage.on_ray.causes import last_line
+from threestage.on_ray.check_room import room_there
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
-from threestage.on_ray.patience import Membership, Patience, await_resources
+from threestage.on_ray.patience import Membership, Patience, await_resources, noticing_silence
 from threestage.on_ray.predict_pool import predict_pool
 from threestage.on_ray.pulse import News, start_monitor
+from threestage.on_ray.room import SPARE_CPUS
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.worker import train_worker
@@ -37,7 +39,6 @@ from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
 
-SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 POLL_SECONDS = 0.5
 ABORT_SECONDS = 30.0
 STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
@@ -65,7 +66,10 @@ def run_on_ray(
     def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
         await_resources("pseudo-masks", config.cluster, warn)
         try:
-            yield from predict_pool(model, task, files, config.cluster)
+            with noticing_silence("pseudo-masks", config.cluster, warn) as heard:
+                for report in predict_pool(model, task, files, config.cluster):
+                    heard()
+                    yield report
         except ray.exceptions.RayError as error:
             raise StageFailure(f"pseudo-masks: {last_line(error)}; the same command goes on") from error
 
@@ -82,8 +86,15 @@ def run_on_ray(
 
 
 def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
-    if not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
-        warn("the cluster has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
+    if address_of(config.cluster) is not None:
+        try:
+            doubt = room_there(config).doubt
+        except InputError as error:
+            doubt = f"{error}; the run waits for room"
+        if doubt is not None:
+            warn(doubt)
+    elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
     if len(ray.nodes()) > 1 and not (storage.is_s3(out) and storage.is_s3(config.data.root)):
         warn(
             f"the cluster has {len(ray.nodes())} nodes: {out} and {config.data.root} must be folders that all of them share"
@@ -93,7 +104,8 @@ def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine with room for so many runs at once;
-    an existing one is kept. Raises InputError when the cluster does not let this process in."""
+    an existing one is kept. Raises InputError when the cluster does not let this process in, or this machine is no node of
+    it."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     quiet_ray_data()
@@ -111,7 +123,16 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
         options["_temp_dir"] = private_folder()
     with contextlib.nullcontext() if named else closed_to_others():
-        ray.init(address=named[1] if named else "local", **options)
+        try:
+            ray.init(address=named[1] if named else "local", **options)
+        except (RuntimeError, OSError) as error:
+            if named is None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{named[0]}={named[1]}: this machine cannot take part in the cluster ({reason}): try it on one of its nodes, or "
+                "give --address the URL of its dashboard"
+            ) from error
         try:
             yield
         finally:
