@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.s3 import free_port
+from threestage.errors import InputError
 from threestage.registry import Registry, RegistrySettings, TrialRecord, open_registry
 from threestage.sweeps import mirror as mirror_module
 from threestage.sweeps.mirror import Mirror
@@ -58,7 +59,7 @@ def wait_for(true: Callable[[], object]) -> None:
 def test_a_sweep_is_a_run_with_one_nested_in_it_per_trial(registry: Registry, tmp_path: Path) -> None:
     warnings: list[str] = []
     (tmp_path / "best.yaml").write_text("seed: 0\n")
-    mirror = Mirror(registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     mirror.update(trial(1, state="stopped"), TAGS)
     mirror.update(trial(2, 0, state="failed", reason="no s3://KEY:SECRET@bucket/x"), TAGS)
@@ -98,13 +99,13 @@ def test_a_killed_driver_leaves_nothing_that_the_next_one_doubles(
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "_log_metrics", log)
-        killed = Mirror(registry, KEY, "shapes", PARAMS, pytest.fail)
+        killed = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
         killed.update(trial(0, 2, state="running"), TAGS)
         wait_for(lambda: "0" in runs_of(registry) and runs_of(registry)["0"].info.status == "RUNNING")
         wait_for(lambda: not killed._pending and 0 in killed._sent)
         assert len(logged) == 2
         for _ in range(2):
-            resumed = Mirror(registry, KEY, "shapes", PARAMS, pytest.fail)
+            resumed = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
             resumed.update(trial(0, 3, state="finished"), TAGS)
             assert resumed.close("FINISHED", {"mean_iou": 0.32}, {})
     run = runs_of(registry)["0"]
@@ -137,7 +138,7 @@ def test_a_recording_that_was_cut_is_completed(
 
 def test_a_resumed_sweep_opens_its_runs_again(registry: Registry) -> None:
     for state, status, reason in (("stopped", "KILLED", "x"), ("running", "RUNNING", None)):
-        mirror = Mirror(registry, KEY, "shapes", PARAMS, pytest.fail)
+        mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
         mirror.update(trial(0, state=state, reason=reason), TAGS)
         mirror.close("KILLED", {}, {})
         run = runs_of(registry)["0"]
@@ -153,7 +154,7 @@ def test_an_update_that_changes_nothing_is_not_sent(registry: Registry, monkeypa
         return original(self, parent_id, record)
 
     monkeypatch.setattr(Registry, "record_trial", record_trial)
-    mirror = Mirror(registry, KEY, "shapes", PARAMS, pytest.fail)
+    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
     for _ in range(3):
         mirror.update(trial(0), TAGS)
         wait_for(lambda: 0 in mirror._sent)
@@ -164,7 +165,7 @@ def test_an_update_that_changes_nothing_is_not_sent(registry: Registry, monkeypa
 def test_a_store_that_is_away_costs_one_warning_and_gets_everything_later(registry: Registry) -> None:
     warnings: list[str] = []
     there, registry.uri = registry.uri, f"http://127.0.0.1:{free_port()}"
-    mirror = Mirror(registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     start = time.monotonic()
     mirror.update(trial(0, state="finished"), TAGS)
     mirror.update(trial(1, 1), TAGS)
@@ -183,7 +184,7 @@ def test_a_store_that_is_away_costs_one_warning_and_gets_everything_later(regist
 def test_closing_without_a_store_says_how_to_mend_it_and_a_second_sweep_does(registry: Registry) -> None:
     warnings: list[str] = []
     there, registry.uri = registry.uri, f"http://127.0.0.1:{free_port()}"
-    mirror = Mirror(registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     start = time.monotonic()
     assert not mirror.close("FINISHED", {}, {})
@@ -191,10 +192,29 @@ def test_closing_without_a_store_says_how_to_mend_it_and_a_second_sweep_does(reg
     assert "--resume" in warnings[-1]
     registry.uri = there
     assert runs_of(registry) == {}
-    again = Mirror(registry, KEY, "shapes", PARAMS, pytest.fail)
+    again = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
     again.update(trial(0, state="finished"), TAGS)
     assert again.close("FINISHED", {}, {})
     assert set(runs_of(registry)) == {"parent", "0"}
+
+
+def test_a_store_that_is_away_at_the_start_is_found_later(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    away = [True]
+
+    def connect() -> Registry:
+        if away[0]:
+            raise InputError("no MLflow there")
+        return registry
+
+    monkeypatch.setattr("threestage.sweeps.mirror.RETRY_S", 0.1)
+    mirror = Mirror(connect, KEY, "shapes", PARAMS, warnings.append)
+    mirror.update(trial(0, state="finished"), TAGS)
+    wait_for(lambda: warnings)
+    assert "goes on without MLflow, which is tried again: no MLflow there" in warnings[0]
+    away[0] = False
+    wait_for(lambda: "0" in runs_of(registry))
+    assert mirror.close("FINISHED", {}, {})
 
 
 def test_a_fault_of_the_stores_client_ends_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +225,7 @@ def test_a_fault_of_the_stores_client_ends_nothing(registry: Registry, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "record_trial", record_trial)
-        mirror = Mirror(registry, KEY, "shapes", PARAMS, warnings.append)
+        mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
         mirror.update(trial(0), TAGS)
         wait_for(lambda: warnings)
     assert "KeyError" in warnings[0]

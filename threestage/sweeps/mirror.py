@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from threestage.background import Background
@@ -23,23 +24,28 @@ STATUS: dict[State, TrialStatus] = {
 class Mirror:
     """One parent run for the sweep, one run nested in it per trial; found again by `sweep_key` after a killed driver.
 
-    `params`: of the parent run. `warn` is called from a thread, once each time that the store is lost.
+    `connect` is called once there is something to send, until the store answers. `params`: of the parent run. `warn` is
+    called from a thread, once each time that the store is lost.
     """
 
     def __init__(
         self,
-        registry: Registry,
+        connect: Callable[[], Registry],
         sweep_key: str,
         name: str,
         params: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        self._registry, self._key, self._name, self._params, self._warn = registry, sweep_key, name, params, warn
+        self._connect, self._key, self._name, self._params, self._warn = connect, sweep_key, name, params, warn
         self._parent: str | None = None
         self._pending: dict[int, TrialRecord] = {}
         self._sent: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()
         self._background = Background("sweep-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
+
+    @cached_property
+    def _registry(self) -> Registry:
+        return self._connect()
 
     def update(self, trial: Trial, tags: Mapping[str, str]) -> None:
         """Send a trial's present state, soon; returns at once. What is there already costs nothing."""

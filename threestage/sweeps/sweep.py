@@ -58,13 +58,19 @@ def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
     from threestage.on_ray.train import connected, warn_of_traps
 
     key = prepare.known(asked)
-    registry = open_registry(asked.config.registry)
+    registry = open_registry(asked.config.registry) if key is None else None  # a sweep that has begun goes on without
     with connected(asked.config.cluster, asked.space.at_once):
         warn_of_traps(asked.config, asked.out, show.warn)
         if left_to_search(asked, load_trials(asked.out)):
             show.plan(prepare.plan(asked, load_trials(asked.out), show.warn))
         key = key or prepare.begin(asked)
-        mirror = Mirror(registry, key, asked.config.name, flatten(asked.space.model_dump(mode="json")), show.warn)
+        mirror = Mirror(
+            lambda: registry or open_registry(asked.config.registry),
+            key,
+            asked.config.name,
+            flatten(asked.space.model_dump(mode="json")),
+            show.warn,
+        )
         found: dict[str, Any] = {"files": []}
         status: Status = "KILLED"
         try:
