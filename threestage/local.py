@@ -15,7 +15,6 @@ import torch
 
 from threestage import pipeline
 from threestage.allocator import keep_freed_memory
-from threestage.check import check_store
 from threestage.config import Config, load
 from threestage.data.pool import PoolFile
 from threestage.data.store_errors import explain
@@ -70,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one setting; repeatable")
     options = parser.parse_args(arguments)
     seed = [] if options.seed is None else [f"seed={options.seed}"]
+    from threestage import runs  # which imports this module
+
     try:
         config = load(options.config, [*options.set, *seed])
-        check_store(config, options.out)
-        results = run_local(config, options.out, _print_row, watch=_print_count)
+        results = runs.run(config, options.out, True, _print_row, print, _print_count)
     except (InputError, StageFailure) as error:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:

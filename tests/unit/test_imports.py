@@ -96,3 +96,6 @@ def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/results.json").is_file() and (tmp_path / "out/masks/0.png").is_file()
+    assert (tmp_path / "run/config.json").is_file() and (tmp_path / "run/report.html").is_file(), (
+        "as `run --local` leaves it"
+    )
