@@ -1,7 +1,8 @@
-"""The pictures of method.md, drawn by the code that trains.
+"""The pictures of method.md, drawn by the code that trains, and that of README.md, from a run on CamVid (results.md names it).
 
 threestage demo --local --set stages=1 --out runs/pictures      # stage 1 alone: a minute and a half on a CPU
-python docs/make_pictures.py runs/pictures                      # docs/pictures/*.png
+python docs/make_pictures.py runs/pictures                      # docs/pictures/views.png and pseudo-masks.png
+python docs/make_pictures.py --streets runs/camvid              # docs/pictures/streets.png
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
@@ -19,13 +21,15 @@ from threestage.data.pool import load_pool, read_rows
 from threestage.data.records import decode_mask
 from threestage.data.samples import Decoded, decode_sample, pool_samples
 from threestage.data.synthetic import CLASSES, COLOURS, scene
-from threestage.report import Bytes, colourise, panel
+from threestage.report import FONT_SIZE, GAP, Bytes, colourise, panel
+from threestage.runs import PICTURES
 from threestage.training.losses import keep_confident
 
 FOLDER = Path(__file__).parent / "pictures"
 AUGMENT = AugmentSettings(crop_size=(64, 64), scale=(0.8, 1.3), strong=StrongSettings(cutout_size=12))
 THRESHOLD = 0.7
 SCENES = (3, 8)
+STREETS = 3
 ROWS = (0, 1, 2, 3)
 """Of the pool's first file."""
 
@@ -65,6 +69,19 @@ def pseudo_masks(uri: str, run: str) -> None:
     save(uri, columns)
 
 
+def streets(uri: str, run: str) -> None:
+    """The first images of a run's pictures.png, at half size, with the legend."""
+    with Image.open(storage.join(run, "pictures.png")) as whole:
+        header, legend = FONT_SIZE + 2 * GAP, FONT_SIZE + GAP
+        height = (whole.height - header - legend) // PICTURES
+        top = header + STREETS * height
+        shown = Image.new("RGB", (whole.width, top + legend))
+        shown.paste(whole.crop((0, 0, whole.width, top)), (0, 0))
+        shown.paste(whole.crop((0, whole.height - legend, whole.width, whole.height)), (0, top))
+    half = shown.resize((shown.width // 2, shown.height // 2), Image.Resampling.LANCZOS)
+    half.quantize(256).save(uri, optimize=True)
+
+
 def kept(decoded: Decoded) -> Bytes:
     """The pseudo-mask with 255 where it is not confident, (H,W)."""
     class_ids, confidence = (torch.from_numpy(decoded.maps[name].copy()) for name in ("pseudo_mask", "confidence"))
@@ -89,5 +106,8 @@ def save(uri: str, columns: list[tuple[str, list[Bytes]]]) -> None:
 
 
 if __name__ == "__main__":
-    views(str(FOLDER / "views.png"))
-    pseudo_masks(str(FOLDER / "pseudo-masks.png"), sys.argv[1])
+    if sys.argv[1] == "--streets":
+        streets(str(FOLDER / "streets.png"), sys.argv[2])
+    else:
+        views(str(FOLDER / "views.png"))
+        pseudo_masks(str(FOLDER / "pseudo-masks.png"), sys.argv[1])
