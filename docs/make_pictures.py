@@ -18,7 +18,7 @@ from threestage.augment.plans import StrongSettings
 from threestage.augment.views import AugmentSettings, strong_view, weak_view
 from threestage.data import storage
 from threestage.data.pool import load_pool, read_rows
-from threestage.data.records import decode_mask
+from threestage.data.records import decode_mask, load_manifest
 from threestage.data.samples import Decoded, decode_sample, pool_samples
 from threestage.data.synthetic import CLASSES, COLOURS, scene
 from threestage.report import FONT_SIZE, GAP, Bytes, colourise, panel
@@ -70,16 +70,18 @@ def pseudo_masks(uri: str, run: str) -> None:
 
 
 def streets(uri: str, run: str) -> None:
-    """The first images of a run's pictures.png, at half size, with the legend."""
+    """The first rows of a run's pictures.png, at a third of their size."""
+    manifest = load_manifest(storage.read_json(storage.join(run, "results.json"))["data"]["root"])
+    titles = ("image", "truth", "stage 1", "stage 2", "stage 3")
     with Image.open(storage.join(run, "pictures.png")) as whole:
-        header, legend = FONT_SIZE + 2 * GAP, FONT_SIZE + GAP
-        height = (whole.height - header - legend) // PICTURES
-        top = header + STREETS * height
-        shown = Image.new("RGB", (whole.width, top + legend))
-        shown.paste(whole.crop((0, 0, whole.width, top)), (0, 0))
-        shown.paste(whole.crop((0, whole.height - legend, whole.width, whole.height)), (0, top))
-    half = shown.resize((shown.width // 2, shown.height // 2), Image.Resampling.LANCZOS)
-    half.quantize(256).save(uri, optimize=True)
+        width = (whole.width - GAP) // len(titles)
+        height = (whole.height - 2 * (FONT_SIZE + 2 * GAP)) // PICTURES
+        columns = []
+        for column, title in enumerate(titles):
+            places = [(GAP + column * width, FONT_SIZE + 2 * GAP + row * height) for row in range(STREETS)]
+            cut = [whole.crop((x, y, x + width - GAP, y + height - GAP)) for x, y in places]
+            columns.append((title, [np.asarray(part.convert("RGB").reduce(3)) for part in cut]))
+    panel(columns, manifest.classes, manifest.colours).quantize(256).save(uri, optimize=True)
 
 
 def kept(decoded: Decoded) -> Bytes:
