@@ -291,13 +291,13 @@ def _delete_on_s3(path: str) -> None:
     bucket, _, name = path.partition("/")
     request = s3fs_filesystem().call_s3
     request("delete_object", Bucket=bucket, Key=name)
-    page: dict[str, Any] = {"IsTruncated": True}
+    more = True
     with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
-        while page.get("IsTruncated"):
-            place = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
-            page = request("list_objects_v2", Bucket=bucket, Prefix=f"{name}/", **place)
+        while more:
+            page = request("list_objects_v2", Bucket=bucket, Prefix=f"{name}/")
             keys = [entry["Key"] for entry in page.get("Contents", ())]
             list(threads.map(lambda key: request("delete_object", Bucket=bucket, Key=key), keys))
+            more = page.get("IsTruncated", False)
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
