@@ -161,6 +161,7 @@ def predict(
     address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that predict, of one CPU each.")] = 1,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that each of them takes.")] = 0,
+    start_timeout_s: Annotated[int, typer.Option(min=1, help="Seconds to wait for room on the cluster.")] = 300,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -192,7 +193,13 @@ def predict(
             from threestage.on_ray.settings import ClusterSettings
 
             cluster = validated(
-                ClusterSettings, {"address": address, "workers": workers, "gpus_per_worker": gpus_per_worker}
+                ClusterSettings,
+                {
+                    "address": address,
+                    "workers": workers,
+                    "gpus_per_worker": gpus_per_worker,
+                    "start_timeout_s": start_timeout_s,
+                },
             )
             report = predict_on_ray(files, images, out, settings, cluster, show, warn)
     if as_json:
