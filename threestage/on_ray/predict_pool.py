@@ -22,7 +22,6 @@ from threestage.training.worker import default_device
 
 MAX_TASKS = 1024
 TASKS_PER_PREDICTOR = 16
-LOST_PREDICTORS = 20  # with one task: an image that kills every process is told from nodes that come and go
 
 Predict = Callable[[Sequence[str]], Iterator[FileReport]]
 """Files as JSON → their reports, each as soon as the file is published."""
@@ -41,8 +40,7 @@ def reports_of(
     """Predict files on `cluster.number_of_predictors` processes, each with what `open_predictor` gives it; the report of
     each file comes as soon as it is published.
 
-    An actor that dies is replaced and predicts its files again, but for those that it had published; a task that has lost
-    LOST_PREDICTORS of them fails, unless `cluster.max_failures` is -1.
+    An actor that dies is replaced and predicts its files again, but for those that it had published.
     """
     if not files:
         return
@@ -58,7 +56,6 @@ def reports_of(
         compute=ray.data.ActorPoolStrategy(
             size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
         ),
-        max_task_retries=-1 if cluster.max_failures < 0 else LOST_PREDICTORS,
         **cluster.task_options,
     )
     blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
