@@ -122,10 +122,15 @@ def _refuse_other_schemes(uri: str) -> None:
     """s3:/bucket would be a folder of this machine, and gs://bucket too."""
     if not uri:
         raise InputError("an empty text is no place: give a path or s3://bucket/prefix")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", uri) and not uri.startswith(f"{FILE_SCHEME}/"):
+    if has_scheme(uri) and not uri.startswith(f"{FILE_SCHEME}/"):
         raise InputError(
             f"{uri}: is neither a path nor on S3: write s3://bucket/prefix, or ./{uri} for a path of that name"
         )
+
+
+def has_scheme(uri: str) -> bool:
+    """Whether a text begins like s3://bucket or gs:/bucket, as no path does."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", uri))
 
 
 def is_s3(uri: str) -> bool:

@@ -240,7 +240,9 @@ def _pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _make_folder(destination: str | Path) -> Path:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(destination)):
+    from threestage.data import storage
+
+    if storage.has_scheme(str(destination)):
         raise InputError(
             f"{destination}: a model is pulled into a folder of this machine: name one, then copy it there"
         )
