@@ -135,7 +135,7 @@ class Sender:
 
 
 class Mirror:
-    """Keeps MLflow up with a run that goes on; nothing waits for it.
+    """Keeps MLflow up with a run that goes on; nothing waits for it. `notified`: whether there was anything to send.
 
     `registry` is None where it did not answer yet. `warn` is called from a thread, once each time that MLflow is lost.
     """
@@ -145,11 +145,13 @@ class Mirror:
     ) -> None:
         self._out, self._settings, self._where, self._warn = out, settings, where, warn
         self._sender = None if registry is None else Sender(registry, out, settings)
+        self.notified = False
         self._abandoned = False
         self._background = Background("run-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     def notify(self) -> None:
         """There may be something new in the run's folder; returns at once."""
+        self.notified = True
         self._background.notify()
 
     def close(self, status: Status) -> list[RegisteredVersion]:

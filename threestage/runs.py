@@ -76,14 +76,7 @@ def _run(
     registry = None if has_begun(out) else open_registry(config.registry)
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
     mirror = Mirror(out, settings, config.registry, registry, warn)
-    begun = False
-
-    def notify() -> None:
-        nonlocal begun
-        begun = True
-        mirror.notify()
-
-    noting, keeping = _noting(out, settings, show, notify), _keeping(out, settings, notify)
+    noting, keeping = _noting(out, settings, show, mirror.notify), _keeping(out, settings, mirror.notify)
     status: Status = "FAILED"
     refused = False  # then what is in the folder may be another run's
     registered: list[RegisteredVersion] = []
@@ -92,7 +85,7 @@ def _run(
         _illustrate(config, out, warn)
         status = "FINISHED"
     except InputError:
-        refused = not begun
+        refused = not mirror.notified
         raise
     finally:
         if held.lost is None and not refused:
