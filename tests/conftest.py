@@ -43,8 +43,10 @@ def unchanged_environment() -> Iterator[None]:
     """A test that configures the storage does so for itself only."""
     before = dict(os.environ)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
+    os.environ.update(changed)  # no more than that: see tracking.reserve_variables
 
 
 @pytest.fixture(scope="session")

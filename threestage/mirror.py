@@ -22,7 +22,7 @@ from threestage.registry import Registry, RegistrySettings, StageRecord, StageRo
 from threestage.registry.records import RegisteredVersion
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.reused import part, parts_elsewhere
-from threestage.tracking import redact, redact_tree, resolve_uri
+from threestage.tracking import redact, redact_tree, reserve_variables, resolve_uri
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
@@ -147,6 +147,7 @@ class Mirror:
         self._sender = None if registry is None else Sender(registry, out, settings)
         self.notified = False
         self._abandoned = False
+        reserve_variables()
         self._background = Background("run-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     def notify(self) -> None:

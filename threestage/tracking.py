@@ -25,6 +25,25 @@ PROBE_S, CONNECT_S, CALL_S, TRANSFER_S = 5, 10, 30, 600
 SQL_PORTS = {"postgresql": 5432, "mysql": 3306}
 NOISY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 PROBE_ERRORS = (OSError, sqlite3.Error, http.client.HTTPException)
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+QUIET = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+MLFLOWS_OWN = {
+    TIMEOUT: "120",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "false",
+    "MLFLOW_UV_AUTO_DETECT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "false",
+}
+"""What MLflow takes where nothing is set; a variable with that value counts as not set."""
 FOREIGN_ERRORS = ("mlflow", "sqlalchemy", "requests", "urllib3", "botocore", "boto3")
 
 MetricPoint = tuple[str, float, int, int]  # key, value, step, milliseconds after the run's start
@@ -130,30 +149,32 @@ def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
 @contextlib.contextmanager
 def quietly(timeout_s: int = CALL_S) -> Iterator[None]:
     """MLflow without progress bars, warnings, telemetry and long retries, unless the environment wants them."""
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_UV_AUTO_DETECT": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with _environment_defaults(defaults), warnings.catch_warnings():
+    with _quiet_variables(QUIET | {TIMEOUT: str(timeout_s)}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _quiet_loggers():
             yield
 
 
+def reserve_variables() -> None:
+    """Give MLflow's variables their places in the environment, at MLflow's own values: before threads begin.
+
+    A variable that is new, or that comes back, moves the table in which C code of other threads may be looking one up just
+    then (glibc before 2.41), as every request to S3 does: the process ends with a segmentation fault. Another value for one
+    that is there moves nothing.
+    """
+    for name, value in MLFLOWS_OWN.items():
+        os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
-def _environment_defaults(defaults: Mapping[str, str]) -> Iterator[None]:
-    ours = {key: value for key, value in defaults.items() if key not in os.environ}
-    os.environ.update(ours)
+def _quiet_variables(quiet: Mapping[str, str]) -> Iterator[None]:
+    reserve_variables()
+    ours = [name for name, value in MLFLOWS_OWN.items() if os.environ[name] == value]
+    os.environ.update({name: quiet[name] for name in ours})
     try:
         yield
     finally:
-        for key in ours:
-            os.environ.pop(key, None)
+        os.environ.update({name: MLFLOWS_OWN[name] for name in ours})
 
 
 @contextlib.contextmanager

@@ -1,22 +1,32 @@
 """Why: what reaches a tracking store is seen by many and never taken back: secrets and limits are decided here."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from threestage import mirror
 from threestage.errors import InputError
 from threestage.registry import RegistrySettings, open_registry
+from threestage.sweeps import mirror as sweep_mirror
 from threestage.tracking import (
     MAX_PARAM,
+    MLFLOWS_OWN,
+    QUIET,
+    TIMEOUT,
     clean_tags,
     metric_points,
     model_name_of,
     params_of,
+    quietly,
     redact,
+    reserve_variables,
     resolve_uri,
     talking_to,
 )
@@ -111,6 +121,53 @@ def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("certainly not a database, " * 100)
     with pytest.raises(InputError, match=r"x\.db"):
         open_registry(RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/x.db"))
+
+
+def test_what_mlflow_takes_where_nothing_is_set() -> None:
+    from mlflow import environment_variables
+
+    assert {
+        name: str(getattr(environment_variables, name).default).lower() for name in QUIET | {TIMEOUT: ""}
+    } == MLFLOWS_OWN
+
+
+def test_quiet_calls_put_values_back_and_keep_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MLFLOWS_OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    users = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9"}
+    with quietly(17):
+        assert {name: os.environ[name] for name in MLFLOWS_OWN} == QUIET | {TIMEOUT: "17"} | users
+    assert {name: os.environ[name] for name in MLFLOWS_OWN} == MLFLOWS_OWN | users
+
+
+def test_no_variable_comes_or_goes_while_other_threads_may_read_the_environment() -> None:
+    """It would end the process: see reserve_variables."""
+    reserve_variables()
+    there, put = set(os.environ), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "putenv", lambda name, value: put.append(os.fsdecode(name)))
+        patch.setattr(os, "unsetenv", lambda name: pytest.fail(f"{name} went"))
+        with quietly():
+            pass
+    assert TIMEOUT in put and set(put) <= there
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda out: mirror.Mirror(out, {}, RegistrySettings(), None, pytest.fail),
+        lambda out: sweep_mirror.Mirror(pytest.fail, "key", "name", {}, pytest.fail),
+    ],
+    ids=["run", "sweep"],
+)
+def test_variables_have_their_places_before_a_mirror_sends(
+    begin: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in MLFLOWS_OWN:
+        monkeypatch.delenv(name, raising=False)
+    begin(str(tmp_path))
+    assert MLFLOWS_OWN.items() <= os.environ.items()
 
 
 def test_the_module_is_free_to_import_and_needs_no_mlflow() -> None:
