@@ -108,6 +108,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     it."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    _set_start_timeout(cluster)  # here and not by stage: see tracking.reserve_variables
     quiet_ray_data()
     if ray.is_initialized():
         yield
@@ -137,6 +138,18 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
             yield
         finally:
             leave()
+
+
+def _set_start_timeout(cluster: ClusterSettings) -> None:
+    """Seconds in which a group must find room, before Ray Train decides anew; the user's own value is kept.
+
+    For a fixed group that is all the time there is. An elastic one is made to fit what was there a moment ago.
+    """
+    global _start_timeout
+    name, elastic = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", cluster.least_workers < cluster.most_workers
+    if os.environ.get(name, _start_timeout) == _start_timeout:
+        _start_timeout = str(min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s)
+        os.environ[name] = _start_timeout
 
 
 def leave() -> None:
@@ -248,22 +261,9 @@ class _Introduction(ControllerCallback):
         ray.get(self._monitor.introduce.remote(ray.get_runtime_context().current_actor))
 
 
-def _set_start_timeout(cluster: ClusterSettings) -> None:
-    """Seconds in which a group must find room, before Ray Train decides anew; the user's own value is kept.
-
-    For a fixed group that is all the time there is. An elastic one is made to fit what was there a moment ago.
-    """
-    global _start_timeout
-    name, elastic = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", cluster.least_workers < cluster.most_workers
-    if os.environ.get(name, _start_timeout) == _start_timeout:
-        _start_timeout = str(min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s)
-        os.environ[name] = _start_timeout
-
-
 def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: str) -> TorchTrainer:
     """Ray Train keeps nothing of ours: the stage's checkpoints are our own files. `driver` names who asks for it."""
     cluster = task.settings().cluster
-    _set_start_timeout(cluster)
     files, path = storage.filesystem(task.folder)
     datasets = {}
     if task.stage != "stage1":
