@@ -4,6 +4,7 @@ import pytest
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from threestage.errors import InputError, StageFailure
+from threestage.on_ray import predict_images
 from threestage.on_ray.causes import cause_of, first_line, last_line
 
 
@@ -20,6 +21,7 @@ def in_a_task(cause: Exception) -> RayTaskError:
 def test_our_own_error_is_the_cause_even_where_another_one_led_to_it(own: Exception) -> None:
     error = chained(ValueError("Ray's"), in_a_task(chained(own, KeyError("inside"))))
     assert cause_of(error) is own
+    assert cause_of(chained(ValueError("Ray Data's"), in_a_task(own).as_instanceof_cause())) is own
 
 
 def test_without_one_of_ours_it_is_the_innermost() -> None:
@@ -33,3 +35,12 @@ def test_a_line_of_many() -> None:
     assert last_line(error) == "ValueError: no such class" and first_line(error) == "Traceback:"
     assert first_line(WorkerCrashedError()).startswith("The worker died unexpectedly")
     assert last_line(in_a_task(ValueError())) == first_line(ValueError(" ")) == "ValueError"
+
+
+@pytest.mark.parametrize("kind", [InputError, StageFailure])
+def test_what_ray_data_appends_is_not_told(kind: type[Exception]) -> None:
+    error = in_a_task(
+        kind("a.jpg: mend it\nFailed to map after 1/1 attempts\nTo change retry attempts …")
+    ).as_instanceof_cause()
+    told = predict_images._explained(error)
+    assert type(told) is kind and str(told) in ("a.jpg: mend it", "predict: a.jpg: mend it; the same command goes on")

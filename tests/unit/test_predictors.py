@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -40,6 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, files: int, **cluster: Any) -> Rows:
 
     monkeypatch.setattr("ray.data.from_items", from_items)
     pool = [PoolFile(uri=f"{i}.parquet", rows=1, digest="d") for i in range(files)]
+    monkeypatch.setattr(predict, "Attempts", MagicMock())
     assert list(predict.reports_of(pool, MagicMock(), ClusterSettings(**cluster))) == []
     return made[0]
 
@@ -75,7 +76,11 @@ def test_a_predictor_tells_each_report_as_it_comes(monkeypatch: pytest.MonkeyPat
         for file in files:
             yield MagicMock(model_dump_json=lambda file=file: f"report of {file}")
 
-    predictor = predict._Predictor(lambda: predicted, cpus=1)
-    reports = predictor({"files": np.array([json.dumps(["a", "b"])])})
-    assert seen == [] and next(reports) == {"report": ["report of a"]}
-    assert list(reports) == [{"report": ["report of b"]}] and seen == [["a", "b"]]
+    attempts = MagicMock()
+    predictor = predict._Predictor(lambda: predicted, 1, attempts)
+    files = [json.dumps({"uri": name}) for name in "ab"]
+    reports = predictor({"task": np.array([7]), "files": np.array([json.dumps(files)])})
+    assert seen == [] and next(reports) == {"report": [f"report of {files[0]}"]}
+    assert attempts.mock_calls == [call.begin(7, ["a", "b"]), call.done(7, 1)]
+    assert list(reports) == [{"report": [f"report of {files[1]}"]}] and seen == [files]
+    assert attempts.mock_calls[2:] == [call.done(7, 2)]

@@ -52,6 +52,9 @@ class Shard:
     items: tuple[SourceItem, ...] = ()
     listed: str | None = None
 
+    def __str__(self) -> str:
+        return self.listed or f"images {self.items[0].image_id} to {self.items[-1].image_id}"
+
 
 def shard_digest(job: Job, split: SplitName, content: Sequence[SourceItem] | str) -> str:
     """Of what decides what a shard writes: its items (or the digest of its listing), its split, the classes."""

@@ -7,12 +7,16 @@ from threestage.errors import InputError, StageFailure
 
 def cause_of(error: BaseException) -> BaseException:
     """The outermost of our own errors in the chain, which says what to do; where there is none, the innermost error."""
-    while not isinstance(error, InputError | StageFailure):
-        inner = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error.__cause__
+    while True:
+        if isinstance(error, ray.exceptions.RayTaskError):  # of a class of its own, which is one of its cause's too
+            inner = error.cause
+        elif isinstance(error, InputError | StageFailure):
+            return error
+        else:
+            inner = error.__cause__
         if inner is None:
-            break
+            return error
         error = inner
-    return error
 
 
 def last_line(error: BaseException) -> str:
@@ -23,6 +27,6 @@ def last_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its cause; Ray's own errors of tasks end with advice about Ray."""
+    """Of its cause; Ray's own errors of tasks end with advice about Ray, and Ray Data appends some to anybody's."""
     cause = cause_of(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ import ray.exceptions
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
-from threestage.on_ray.causes import cause_of, last_line
+from threestage.on_ray.causes import cause_of, first_line
 from threestage.on_ray.patience import await_resources, noticing_silence
 from threestage.on_ray.predict_pool import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
@@ -96,6 +96,6 @@ def _open(model: str, task: dict[str, Any]) -> Predict:
 
 def _explained(error: ray.exceptions.RayError) -> BaseException:
     """What an actor said."""
-    if isinstance(cause := cause_of(error), InputError):
-        return cause
-    return StageFailure(f"predict: {last_line(error)}; the same command goes on")
+    if isinstance(cause_of(error), InputError):
+        return InputError(first_line(error))
+    return StageFailure(f"predict: {first_line(error)}; the same command goes on")

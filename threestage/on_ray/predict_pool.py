@@ -15,6 +15,7 @@ import torch
 from threestage.allocator import keep_freed_memory
 from threestage.data.pool import PoolFile
 from threestage.models.export import load_model
+from threestage.on_ray.attempts import Attempts
 from threestage.on_ray.settings import ClusterSettings
 from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import FileReport, PoolTask
@@ -40,19 +41,22 @@ def reports_of(
     """Predict files on `cluster.number_of_predictors` processes, each with what `open_predictor` gives it; the report of
     each file comes as soon as it is published.
 
-    An actor that dies is replaced and predicts its files again, but for those that it had published.
+    An actor that dies is replaced and predicts its files again, but for those that it had published. Raises a RayError with a
+    StageFailure when the same files end it `cluster.max_failures` times more than once.
     """
     if not files:
         return
     tasks = number_of_tasks(len(files), cluster)
     starts = [len(files) * task // tasks for task in range(tasks + 1)]
     parts = [[file.model_dump_json() for file in files[start:end]] for start, end in pairwise(starts)]
-    rows = ray.data.from_items([{"files": json.dumps(part)} for part in parts], override_num_blocks=tasks)
+    rows = ray.data.from_items(
+        [{"task": task, "files": json.dumps(part)} for task, part in enumerate(parts)], override_num_blocks=tasks
+    )
     rows.context.target_max_block_size = 1  # a report leaves the actor alone, not with those of the files that follow
     reports = rows.map_batches(
         _Predictor,
         batch_size=1,  # one row a task; with GPUs Ray wants a number
-        fn_constructor_args=(open_predictor, cluster.cpus_per_worker),
+        fn_constructor_args=(open_predictor, cluster.cpus_per_worker, Attempts(cluster.max_failures)),
         compute=ray.data.ActorPoolStrategy(
             size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
         ),
@@ -74,14 +78,17 @@ def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
 class _Predictor:
     """An actor that holds the network."""
 
-    def __init__(self, open_predictor: Callable[[], Predict], cpus: float) -> None:
+    def __init__(self, open_predictor: Callable[[], Predict], cpus: float, attempts: Attempts) -> None:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(cpus)))
-        self._predict = open_predictor()
+        self._predict, self._attempts = open_predictor(), attempts
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
         """Predict the files of a task; their reports."""
-        for report in self._predict([file for row in rows["files"] for file in json.loads(str(row))]):
+        task, files = int(rows["task"][0]), json.loads(str(rows["files"][0]))
+        self._attempts.begin(task, [json.loads(file)["uri"] for file in files])
+        for number, report in enumerate(self._predict(files), 1):
+            self._attempts.done(task, number)
             yield {"report": [report.model_dump_json()]}
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import ray
 import ray.exceptions
 from ray.util.metrics import Gauge
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from threestage.on_ray.beside_driver import beside_driver
 
 if TYPE_CHECKING:  # the monitor's process needs no torch
     from threestage.stages import StageTask
@@ -40,7 +41,6 @@ class News(NamedTuple):
     signs: dict[int, tuple[Sign, float]]
 
 
-@ray.remote
 class _Monitor:
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
@@ -84,10 +84,8 @@ class _Monitor:
 
 
 def start_monitor() -> Any:
-    """An actor on the driver's own node, started again when its process is lost: it is lost only with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    again = {"max_restarts": -1, "max_task_retries": -1}
-    return _Monitor.options(num_cpus=0, scheduling_strategy=here, **again).remote()  # type: ignore[attr-defined]
+    """Of one stage, on the driver's own node."""
+    return beside_driver(_Monitor)
 
 
 class Pulse:

@@ -26,7 +26,12 @@ class ClusterSettings(Settings):
     predictors: int | None = Field(
         None, ge=1, description="processes that predict pseudo-masks; null: as many as workers"
     )
-    max_failures: int = Field(3, ge=-1, description="times a stage is restarted from its last checkpoint; -1: always")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="times a stage is restarted from its last checkpoint, or files are begun again whose process was lost; "
+        "-1: always",
+    )
     start_timeout_s: int = Field(300, ge=1, description="how long to wait for resources before the run fails")
     report_after_s: int = Field(
         30, ge=1, description="when missing resources are reported, and again each time it has passed"

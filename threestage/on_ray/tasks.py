@@ -12,6 +12,7 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from threestage.errors import InputError, StageFailure
+from threestage.on_ray.attempts import Attempts
 from threestage.on_ray.causes import cause_of, first_line
 
 MAX_TASKS = 4096
@@ -23,19 +24,21 @@ def in_tasks(
 ) -> Iterator[Any]:
     """map() in tasks of one CPU each, `at_once` of them at most, results in any order.
 
-    What raises OSError is tried again `max_failures` times; tasks that are lost with their node are run again by Ray.
-    Raises InputError as the function does, StageFailure when anything else goes wrong for good.
+    What raises OSError is tried again `max_failures` times, and so is what ends its process or is lost with its node. Raises
+    InputError as the function does, StageFailure when anything else goes wrong for good.
     """
-    rows = [{"item": pickle.dumps(item)} for item in items]
+    rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     source = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
     source.context.raise_original_map_exception = True
-    done = source.map(_Retried(function, max_failures), num_cpus=1, compute=TaskPoolStrategy(size=at_once))
+    done = source.map(
+        _Retried(function, max_failures, Attempts(max_failures)), num_cpus=1, compute=TaskPoolStrategy(size=at_once)
+    )
     try:
         for row in done.iter_rows():
             yield pickle.loads(row["result"])
     except ray.exceptions.RayError as error:
-        if isinstance(cause := cause_of(error), InputError):
-            raise cause from error
+        if isinstance(cause_of(error), InputError):
+            raise InputError(first_line(error)) from error
         raise StageFailure(f"{first_line(error)}; the same command goes on") from error
 
 
@@ -45,9 +48,11 @@ class _Retried:
 
     function: Callable[[Any], Any]
     max_failures: int
+    attempts: Attempts
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         item = pickle.loads(row["item"])
+        self.attempts.begin(row["number"], [str(item)])
         for failures in itertools.count():
             try:
                 return {"result": pickle.dumps(self.function(item))}

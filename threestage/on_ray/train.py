@@ -23,7 +23,7 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray.causes import last_line
+from threestage.on_ray.causes import first_line, last_line
 from threestage.on_ray.check_room import room_there
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
@@ -71,7 +71,7 @@ def run_on_ray(
                     heard()
                     yield report
         except ray.exceptions.RayError as error:
-            raise StageFailure(f"pseudo-masks: {last_line(error)}; the same command goes on") from error
+            raise StageFailure(f"pseudo-masks: {first_line(error)}; the same command goes on") from error
 
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         if len(items) < 2:
