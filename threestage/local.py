@@ -25,7 +25,7 @@ from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker, default_device
 
-EXAMPLE = "Example: python -m threestage.local demo --set data.root=data/demo --out runs/demo"
+EXAMPLE = "Example: python -m threestage.local demo --set data.root=runs/demo-0/data --out runs/demo"
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 

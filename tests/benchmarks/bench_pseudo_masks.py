@@ -186,6 +186,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="write the figures here too")
     options = parser.parse_args()
+    if options.images < 2 * ROWS_PER_FILE:
+        parser.error(
+            f"--images: at least {2 * ROWS_PER_FILE}, two files: the first starts the job, the others are measured"
+        )
     keep_freed_memory()  # in all variants
     torch.set_num_threads(1)
     quiet_ray_data()

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
+from tests.waiting import wait_for
 from threestage import mirror as mirror_module
 from threestage import runs
 from threestage.background import in_time
@@ -255,10 +256,3 @@ def steps_of(registry: Registry, stage: str) -> list[int]:
     assert len(found) == 1
     history = registry._client.get_metric_history(found[0].info.run_id, "supervised_loss")
     return [point.step for point in history]
-
-
-def wait_for(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -457,6 +457,7 @@ def test_overlays_differ_where_they_should() -> None:
 def test_every_setting_of_the_job_is_one() -> None:
     from threestage.config import load as load_config
     from threestage.models.network import check_settings
+    from threestage.preflight import check_shares
 
     words = select(manifests("overlays/job"), {"kind": "RayJob", "name": "threestage-run"})["spec"][
         "entrypoint"
@@ -465,8 +466,9 @@ def test_every_setting_of_the_job_is_one() -> None:
     settings = [value for flag, value in pairwise(words) if flag == "--set"]
     config = load_config("own_images", settings)
     check_settings(config.network)
+    check_shares(config)
     assert config.data.labelled == "all" and config.data.downscale == 1
-    assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 4
+    assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 2
     limits = next(containers(next(clusters())[1]["workerGroupSpecs"][1]))["resources"]["limits"]
     assert config.cluster.cpus_per_worker <= int(limits["cpu"])
 

@@ -3,19 +3,22 @@
 import ast
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from threestage.config import load
+from threestage.config import load, preset_headers
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError
 from threestage.models.network import check_settings
+from threestage.preflight import check_shares
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,6 +47,33 @@ def test_configurations_of_the_readme_take_timms_weights(tmp_path: Path) -> None
         network = load(str(tmp_path / "one.yaml")).network
         assert network.pretrained
         check_settings(network)
+
+
+FORMS = {"a.b=c", "stage1.stps=3"}  # that show what a setting, or a mistake in one, looks like
+
+
+def commands_in(page: Path) -> Iterator[list[str]]:
+    """Words of the threestage commands of a page, and of what is to be added to them; without what a shell does with them."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```(?!yaml|python)\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    for line in lines:
+        if re.match(r"\$? ?(threestage|--set) ", line):
+            yield shlex.split(re.split(r" > | \| | # ", line)[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_of_commands_are_some_that_a_run_takes(page: Path) -> None:
+    for words in commands_in(page):
+        settings = [value for flag, value in pairwise(words) if flag == "--set"]
+        named = [word for word in words if word in preset_headers()]
+        if (
+            settings
+            and not FORMS.intersection(settings)
+            and "…" not in "".join(settings)
+            and (named or words[0] == "--set")
+        ):
+            check_shares(load(named[0] if named else "own_images", settings))
 
 
 def test_the_configuration_reference_is_current() -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import wait_for
 from threestage import lease
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
@@ -34,13 +34,6 @@ def elsewhere(out: str, beat: int = 1, **values: Any) -> None:
     driver = {"id": "other", "host": "node-7", "pid": 4711, "machine": "boot/pid:[1]", "process": "1"}
     driver |= {"started": "2026-01-02 03:04:05 UTC", "interval_s": INTERVAL_S}
     storage.write_json(storage.join(out, lease.NAME), {**driver, "beat": beat, **values})
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float = 10) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Waiting for workers: reports at their times, and an end, by a clock that the test sets."""
 
 import time
-from collections.abc import Callable
 
 import pytest
 import ray
 import ray.util
 
+from tests.waiting import wait_for
 from threestage.errors import NoRoom
 from threestage.on_ray import patience
 from threestage.on_ray.patience import Patience
@@ -128,13 +128,6 @@ def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: p
         assert len(said) == 1
         clock.now += 2
         wait_for(lambda: len(said) == 2)
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def sign(rank: int, step: int = 1, seconds: float = 0.0) -> Sign:

@@ -2,13 +2,14 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.s3 import free_port
+from tests.waiting import wait_for
 from threestage.errors import InputError
 from threestage.registry import Registry, RegistrySettings, TrialRecord, open_registry
 from threestage.sweeps import mirror as mirror_module
@@ -47,13 +48,6 @@ def runs_of(registry: Registry) -> dict[str, Any]:
 def points_of(registry: Registry, run: Any) -> list[tuple[int, float]]:
     history = registry._client.get_metric_history(run.info.run_id, "mean_iou")
     return sorted((point.step, point.value) for point in history)
-
-
-def wait_for(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_sweep_is_a_run_with_one_nested_in_it_per_trial(registry: Registry, tmp_path: Path) -> None:

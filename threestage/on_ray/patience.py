@@ -18,6 +18,27 @@ LOOK_SECONDS = 1.0
 Warn = Callable[[str], None]
 
 
+class _Wait:
+    """How long it has been, and whether to say so: every `report_after_s`."""
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        self._every_s = float(cluster.report_after_s)
+        self.restart(time.time())
+
+    def restart(self, since: float) -> None:
+        self._since, self._next_s = since, self._every_s
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self._since
+
+    def report_is_due(self) -> bool:
+        """True once each time that it has passed."""
+        due = self.seconds > self._next_s
+        self._next_s += self._every_s if due else 0
+        return due
+
+
 class Patience:
     """With the workers of a stage: reports when none is there, and when one of them stands still.
 
@@ -26,23 +47,17 @@ class Patience:
 
     def __init__(self, stage: str, cluster: ClusterSettings, warn: Warn) -> None:
         self._stage, self._cluster, self._warn = stage, cluster, warn
-        self._alone_since = time.time()
-        self._next_report_s = float(cluster.report_after_s)
+        self._alone = _Wait(cluster)
         self._named: set[tuple[int, int]] = set()
 
     def look(self, signs: Mapping[int, tuple[Sign, float]]) -> None:
         """Raises NoRoom after `start_timeout_s` without a worker."""
         newest = max((arrived for _, arrived in signs.values()), default=0.0)
         if time.time() - newest < SILENCE_SECONDS:
-            self._alone_since, self._next_report_s = newest, float(self._cluster.report_after_s)
+            self._alone.restart(newest)
             self._name_the_hung([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
             return
-        waited = time.time() - self._alone_since
-        if waited > self._cluster.start_timeout_s:
-            raise NoRoom(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
-        if waited > self._next_report_s:
-            self._warn(_missing(self._stage, self._cluster, waited, self._cluster.least_workers))
-            self._next_report_s += self._cluster.report_after_s
+        _report_or_end(self._alone, self._stage, self._cluster, self._cluster.least_workers, self._warn)
 
     def _name_the_hung(self, signs: list[Sign]) -> None:
         """The worker that the others wait for is the one that came to where it is last."""
@@ -87,15 +102,9 @@ def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
         return
     group = ray.util.placement_group([worker_takes(cluster)])
     try:
-        start = time.time()
-        next_report_s = float(cluster.report_after_s)
+        wait = _Wait(cluster)
         while not group.wait(1):
-            waited = time.time() - start
-            if waited > cluster.start_timeout_s:
-                raise NoRoom(_missing(what, cluster, waited, 1))
-            if waited > next_report_s:
-                warn(_missing(what, cluster, waited, 1))
-                next_report_s += cluster.report_after_s
+            _report_or_end(wait, what, cluster, 1, warn)
     finally:
         ray.util.remove_placement_group(group)
 
@@ -109,17 +118,15 @@ def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterato
     heard, ended = threading.Event(), threading.Event()
 
     def watch() -> None:
-        since, next_report_s = time.time(), float(cluster.report_after_s)
+        wait = _Wait(cluster)
         while not ended.wait(LOOK_SECONDS):
             if heard.is_set():
                 heard.clear()
-                since, next_report_s = time.time(), float(cluster.report_after_s)
-            waited = time.time() - since
-            if waited > next_report_s:
-                next_report_s += cluster.report_after_s
+                wait.restart(time.time())
+            if wait.report_is_due():
                 with contextlib.suppress(Exception):  # the connection is going
                     if not has_place_for_one(cluster):
-                        warn(_missing(what, cluster, waited, 1))
+                        warn(_missing(what, cluster, wait.seconds, 1))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -128,6 +135,13 @@ def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterato
     finally:
         ended.set()
         thread.join()
+
+
+def _report_or_end(wait: _Wait, what: str, cluster: ClusterSettings, workers: int, warn: Warn) -> None:
+    if wait.seconds > cluster.start_timeout_s:
+        raise NoRoom(_missing(what, cluster, wait.seconds, workers))
+    if wait.report_is_due():
+        warn(_missing(what, cluster, wait.seconds, workers))
 
 
 def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
