@@ -147,7 +147,6 @@ class Mirror:
         self._sender = None if registry is None else Sender(registry, out, settings)
         self.notified = False
         self._abandoned = False
-        reserve_variables()
         self._background = Background("run-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     def notify(self) -> None:
@@ -201,6 +200,7 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     settings = storage.read_json(uri)
     if not isinstance(settings, dict):
         raise InputError(f"{uri}: holds no settings of a run: bring it back from a copy, or give another run")
+    reserve_variables()
     with lease.held(out, warn):
         sender = Sender(open_registry(registry_of(settings, tracking_uri)), out, settings)
         sender.send()

@@ -25,7 +25,7 @@ from threestage.report import colourise, panel
 from threestage.report_page import write_report
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.reused import part
-from threestage.tracking import resolve_uri
+from threestage.tracking import reserve_variables, resolve_uri
 from threestage.training.worker import default_device
 
 Show = Callable[[str, Mapping[str, float]], None]
@@ -51,6 +51,7 @@ def run(
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if storage.exists(storage.join(out, "sweep.json")):
         raise InputError(f"--out {out}: holds a sweep: give another folder")
+    reserve_variables()
     with lease.held(out, warn) as held:
         results, registered = _run(config, out, local, show, warn, watch, reuse, held)
     return results | {"registered": [asdict(version) for version in registered]}

@@ -179,12 +179,12 @@ def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float,
     cluster.mlflow.kill()
     try:
         case.judge(undisturbed, fault)
-        assert any("not registered" in warning for warning in case.run.warnings())
+        assert any("not all in MLflow" in warning for warning in case.run.warnings())
     finally:
         cluster.mlflow.start()
     case.run = case.start()
     case.run.wait_for_end()
-    assert not any("not registered" in warning for warning in case.run.warnings())
+    assert not any("not all in MLflow" in warning for warning in case.run.warnings())
 
 
 def test_a_node_is_preempted(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:

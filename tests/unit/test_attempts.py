@@ -8,44 +8,64 @@ import pytest
 
 from threestage.errors import StageFailure
 from threestage.on_ray import attempts
-from threestage.on_ray.attempts import Attempts
+from threestage.on_ray.attempts import counted
 
 PARTS = ["a.parquet", "b.parquet"]
+HERE = "node"
 
 
-@pytest.fixture(autouse=True)
-def counts_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The nodes that are alive; the counting actor is in this process."""
+
     def here(kind: type) -> Any:
         counts = kind()
         return SimpleNamespace(**{name: SimpleNamespace(remote=getattr(counts, name)) for name in ("begin", "done")})
 
+    nodes = {HERE}
     monkeypatch.setattr(attempts, "beside_driver", here)
+    monkeypatch.setattr(attempts, "alive_nodes", lambda: nodes)
     monkeypatch.setattr("ray.get", lambda answer: answer)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: HERE))
+    return nodes
 
 
-def test_a_piece_that_never_gets_on_is_refused_at_last_and_others_are_not() -> None:
-    counted = Attempts(max_failures=2)
-    for _ in range(3):
-        counted.begin(5, PARTS)
-    counted.begin(6, PARTS)
-    with pytest.raises(
-        StageFailure, match=r"^a\.parquet: .* was lost 3 times, .* more memory, or leave that image out$"
-    ):
-        counted.begin(5, PARTS)
+def test_a_piece_that_never_gets_on_is_refused_at_last_and_others_are_not(alive: set[str]) -> None:
+    with counted(max_failures=2) as tried:
+        for _ in range(3):
+            tried.begin(5, PARTS)
+        tried.begin(6, PARTS)
+        with pytest.raises(
+            StageFailure, match=r"^a\.parquet: .* was lost 3 times, .* more memory, or leave that image out$"
+        ):
+            tried.begin(5, PARTS)
 
 
-def test_one_that_gets_on_is_begun_as_often_again() -> None:
-    counted = Attempts(max_failures=1)
-    counted.begin(0, PARTS)
-    counted.begin(0, PARTS)
-    counted.done(0, 1)
-    counted.begin(0, PARTS)
-    counted.done(0, 1)  # found done: it has not got on
-    with pytest.raises(StageFailure, match=r"^b\.parquet: .* lost 2 times"):
-        counted.begin(0, PARTS)
+def test_one_that_gets_on_is_begun_as_often_again(alive: set[str]) -> None:
+    with counted(max_failures=1) as tried:
+        tried.begin(0, PARTS)
+        tried.begin(0, PARTS)
+        tried.done(0, 1)
+        tried.begin(0, PARTS)
+        tried.done(0, 1)  # found done: it has not got on
+        with pytest.raises(StageFailure, match=r"^b\.parquet: .* lost 2 times"):
+            tried.begin(0, PARTS)
 
 
-def test_one_may_be_begun_for_ever() -> None:
-    counted = Attempts(max_failures=-1)
-    for _ in range(100):
-        counted.begin(0, PARTS)
+def test_what_is_lost_with_its_node_does_not_count(alive: set[str]) -> None:
+    with counted(max_failures=0) as tried:
+        tried.begin(0, PARTS)
+        alive.clear()
+        for _ in range(9):
+            tried.begin(0, PARTS)
+        alive.add(HERE)
+        with pytest.raises(StageFailure, match="lost 1 times"):
+            tried.begin(0, PARTS)
+
+
+@pytest.mark.parametrize(("max_failures", "done"), [(-1, 0), (0, 2)])
+def test_one_may_be_begun_for_ever_and_so_may_what_is_done(alive: set[str], max_failures: int, done: int) -> None:
+    with counted(max_failures) as tried:
+        for _ in range(100):
+            tried.begin(0, PARTS)
+            tried.done(0, done)

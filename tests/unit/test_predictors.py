@@ -10,6 +10,7 @@ import pytest
 import ray.data
 
 from threestage.data.pool import PoolFile
+from threestage.errors import InputError, StageFailure
 from threestage.on_ray import predict_pool as predict
 from threestage.on_ray.settings import ClusterSettings
 
@@ -40,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, files: int, **cluster: Any) -> Rows:
 
     monkeypatch.setattr("ray.data.from_items", from_items)
     pool = [PoolFile(uri=f"{i}.parquet", rows=1, digest="d") for i in range(files)]
-    monkeypatch.setattr(predict, "Attempts", MagicMock())
+    monkeypatch.setattr(predict, "counted", MagicMock())
     assert list(predict.reports_of(pool, MagicMock(), ClusterSettings(**cluster))) == []
     return made[0]
 
@@ -77,10 +78,21 @@ def test_a_predictor_tells_each_report_as_it_comes(monkeypatch: pytest.MonkeyPat
             yield MagicMock(model_dump_json=lambda file=file: f"report of {file}")
 
     attempts = MagicMock()
-    predictor = predict._Predictor(lambda: predicted, 1, attempts)
+    opened = MagicMock(return_value=predicted)
+    predictor = predict._Predictor(opened, 1, attempts)
     files = [json.dumps({"uri": name}) for name in "ab"]
     reports = predictor({"task": np.array([7]), "files": np.array([json.dumps(files)])})
     assert seen == [] and next(reports) == {"report": [f"report of {files[0]}"]}
     assert attempts.mock_calls == [call.begin(7, ["a", "b"]), call.done(7, 1)]
     assert list(reports) == [{"report": [f"report of {files[1]}"]}] and seen == [files]
-    assert attempts.mock_calls[2:] == [call.done(7, 2)]
+    assert attempts.mock_calls[2:] == [call.done(7, 2)] and opened.call_count == 1
+
+
+def test_why_a_predictor_could_not_be_opened_or_go_on_is_told() -> None:
+    rows = {"task": np.array([0]), "files": np.array([json.dumps(['{"uri": "a"}'])])}
+    with pytest.raises(StageFailure, match=r"^FileNotFoundError: .*'model\.json'$"):
+        next(
+            predict._Predictor(MagicMock(side_effect=FileNotFoundError(2, "gone", "model.json")), 1, MagicMock())(rows)
+        )
+    with pytest.raises(InputError, match=r"^mend it$"):
+        next(predict._Predictor(lambda: MagicMock(side_effect=InputError("mend it")), 1, MagicMock())(rows))

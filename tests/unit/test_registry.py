@@ -3,18 +3,17 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threestage import mirror
+from tests.conftest import tiny_config
+from threestage import runs
 from threestage.errors import InputError
+from threestage.mirror import sync
 from threestage.registry import RegistrySettings, open_registry
-from threestage.sweeps import mirror as sweep_mirror
 from threestage.tracking import (
     MAX_PARAM,
     MLFLOWS_OWN,
@@ -153,21 +152,28 @@ def test_no_variable_comes_or_goes_while_other_threads_may_read_the_environment(
     assert TIMEOUT in put and set(put) <= there
 
 
-@pytest.mark.parametrize(
-    "begin",
-    [
-        lambda out: mirror.Mirror(out, {}, RegistrySettings(), None, pytest.fail),
-        lambda out: sweep_mirror.Mirror(pytest.fail, "key", "name", {}, pytest.fail),
-    ],
-    ids=["run", "sweep"],
-)
-def test_variables_have_their_places_before_a_mirror_sends(
-    begin: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["run", "sync"])
+def test_variables_have_their_places_before_a_lease_beats(
+    command: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its thread asks S3."""
+
+    class Begun(Exception):
+        pass
+
+    def held(*_: object) -> None:
+        assert MLFLOWS_OWN.items() <= os.environ.items()
+        raise Begun
+
     for name in MLFLOWS_OWN:
         monkeypatch.delenv(name, raising=False)
-    begin(str(tmp_path))
-    assert MLFLOWS_OWN.items() <= os.environ.items()
+    monkeypatch.setattr("threestage.lease.held", held)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Begun):
+        if command == "run":
+            runs.run(tiny_config(scenes), str(tmp_path), False, lambda *_: None, pytest.fail)
+        else:
+            sync(str(tmp_path))
 
 
 def test_the_module_is_free_to_import_and_needs_no_mlflow() -> None:

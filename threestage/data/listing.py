@@ -94,6 +94,9 @@ class RangeTask:
     after: str | None
     until: str | None
 
+    def __str__(self) -> str:
+        return f"the listing of {self.source} after {self.after or 'its beginning'}"
+
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """map() in a few threads of this process."""

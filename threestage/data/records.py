@@ -81,7 +81,7 @@ class DataSettings(Settings):
     `labelled`: which masks the run may use: a count, a fraction of those that exist, "all", or a path or URI of a text file
     with an image id at the beginning of each line (with or without a suffix, as published splits have it). Where the set has no
     val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
-    and masks are made smaller (see `downscale_image`).
+    and masks are made smaller: the mean of the pixels, the majority of the ids.
     `fixed_void`: a pixel that is void in at least this share of the labelled masks is void in every pseudo-mask of their
     size (a camera's own vehicle); null: none is.
     `unlabelled`: where more images for the pool lie: a folder or prefix of image files, which is listed, or a data set.

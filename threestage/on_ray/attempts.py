@@ -1,33 +1,35 @@
 """An end to work that ends the process which does it: Ray begins tasks and actors of Ray Data again for ever."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
 
 from threestage.errors import StageFailure
 from threestage.on_ray.beside_driver import beside_driver
+from threestage.on_ray.room import alive_nodes
 
 
 class Attempts:
-    """How often each piece of work was begun since it last got on; travels to the processes that do the work.
+    """How often each piece of work lost its process since it last got on; travels to the processes that do the work.
 
-    `max_failures`: how often a piece may be begun again without getting on; -1: always.
+    `max_failures`: how often a piece may lose its process without getting on; -1: always.
     """
 
-    def __init__(self, max_failures: int) -> None:
-        self._max_failures = max_failures
-        self._counts = beside_driver(_Counts)
+    def __init__(self, max_failures: int, counts: Any) -> None:
+        self._max_failures, self._counts = max_failures, counts
 
     def begin(self, piece: int, parts: Sequence[str]) -> None:
         """Say that a piece is begun. `parts`: names of what it consists of, in the order of the work. Raises StageFailure,
-        which names the first that is not done, when that is too often."""
-        begun, done = ray.get(self._counts.begin.remote(piece))
-        if 0 <= self._max_failures < begun - 1:
+        which names the first that is not done, when it has lost its process too often."""
+        lost, done = ray.get(self._counts.begin.remote(piece, ray.get_runtime_context().get_node_id()))
+        if 0 <= self._max_failures < lost and done < len(parts):
             raise StageFailure(
-                f"{parts[min(done, len(parts) - 1)]}: the process that works on it or on what follows was lost {begun - 1} "
-                "times, out of memory or by an image that ends it (the logs of Ray's workers say which): give it nodes with "
-                "more memory, or leave that image out"
+                f"{parts[done]}: the process that works on it or on what follows was lost {lost} times, out of memory or by "
+                "an image that ends it (the logs of Ray's workers say which): give it nodes with more memory, or leave that "
+                "image out"
             )
 
     def done(self, piece: int, parts: int) -> None:
@@ -35,15 +37,29 @@ class Attempts:
         self._counts.done.remote(piece, parts)
 
 
+@contextlib.contextmanager
+def counted(max_failures: int) -> Iterator[Attempts]:
+    """Attempts of one job."""
+    counts = beside_driver(_Counts)
+    try:
+        yield Attempts(max_failures, counts)
+    finally:
+        if ray.is_initialized():
+            ray.kill(counts)
+
+
 class _Counts:
     def __init__(self) -> None:
-        self._begun, self._done = Counter[int](), Counter[int]()
+        self._nodes: dict[int, str] = {}
+        self._lost, self._done = Counter[int](), Counter[int]()
 
-    def begin(self, piece: int) -> tuple[int, int]:
-        """Times it was begun since it last got on; parts that are done."""
-        self._begun[piece] += 1
-        return self._begun[piece], self._done[piece]
+    def begin(self, piece: int, node: str) -> tuple[int, int]:
+        """Processes that it has lost since it last got on, but for those that went with their node; parts that are done."""
+        if piece in self._nodes and self._nodes[piece] in alive_nodes():
+            self._lost[piece] += 1
+        self._nodes[piece] = node
+        return self._lost[piece], self._done[piece]
 
     def done(self, piece: int, parts: int) -> None:
         if parts > self._done[piece]:
-            self._begun[piece], self._done[piece] = 1, parts
+            self._lost[piece], self._done[piece] = 0, parts

@@ -1,8 +1,11 @@
 """What went wrong in a task, an actor or a group of workers, without Ray's wrapping and trace of it."""
 
+import contextlib
+from collections.abc import Iterator
+
 import ray.exceptions
 
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, reason_of
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -17,6 +20,17 @@ def cause_of(error: BaseException) -> BaseException:
         if inner is None:
             return error
         error = inner
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Makes any error one of ours, with its reason: Ray Data appends text to errors, and takes the place of some."""
+    try:
+        yield
+    except (InputError, StageFailure):
+        raise
+    except Exception as error:
+        raise StageFailure(reason_of(error)) from error
 
 
 def last_line(error: BaseException) -> str:

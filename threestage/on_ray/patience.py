@@ -10,7 +10,7 @@ import ray.util
 
 from threestage.errors import NoRoom
 from threestage.on_ray.pulse import BEAT_SECONDS, Sign
-from threestage.on_ray.room import has_place_for_one, room_for_one, worker_takes
+from threestage.on_ray.room import alive_nodes, has_place_for_one, room_for_one, worker_takes
 from threestage.on_ray.settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
@@ -78,21 +78,17 @@ class Membership:
     and that looks only every 20 s."""
 
     def __init__(self) -> None:
-        self._alive = _alive_nodes()
+        self._alive = alive_nodes()
 
     def look(self) -> bool:
         """Whether a node has come."""
-        before, self._alive = self._alive, _alive_nodes()
+        before, self._alive = self._alive, alive_nodes()
         if self._alive == before:
             return False
         with contextlib.suppress(ValueError):  # no coordinator yet
             coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
             coordinator.get_reserved_resources.remote("threestage", recompute=True)
         return not self._alive <= before
-
-
-def _alive_nodes() -> frozenset[str]:
-    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:

@@ -4,7 +4,7 @@ actors."""
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from threestage.allocator import keep_freed_memory
 from threestage.data.pool import PoolFile
 from threestage.models.export import load_model
-from threestage.on_ray.attempts import Attempts
+from threestage.on_ray.attempts import Attempts, counted
+from threestage.on_ray.causes import told
 from threestage.on_ray.settings import ClusterSettings
 from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import FileReport, PoolTask
@@ -41,8 +42,8 @@ def reports_of(
     """Predict files on `cluster.number_of_predictors` processes, each with what `open_predictor` gives it; the report of
     each file comes as soon as it is published.
 
-    An actor that dies is replaced and predicts its files again, but for those that it had published. Raises a RayError with a
-    StageFailure when the same files end it `cluster.max_failures` times more than once.
+    An actor that dies is replaced and predicts its files again, but for those that it had published. Raises a RayError with an
+    error of ours as its cause, also when the same files end it more than `cluster.max_failures` times.
     """
     if not files:
         return
@@ -53,20 +54,21 @@ def reports_of(
         [{"task": task, "files": json.dumps(part)} for task, part in enumerate(parts)], override_num_blocks=tasks
     )
     rows.context.target_max_block_size = 1  # a report leaves the actor alone, not with those of the files that follow
-    reports = rows.map_batches(
-        _Predictor,
-        batch_size=1,  # one row a task; with GPUs Ray wants a number
-        fn_constructor_args=(open_predictor, cluster.cpus_per_worker, Attempts(cluster.max_failures)),
-        compute=ray.data.ActorPoolStrategy(
-            size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
-        ),
-        **cluster.task_options,
-    )
-    blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
-    with closing(iter(blocks)) as found:
-        for block in found:
-            for report in block["report"]:
-                yield FileReport.model_validate_json(str(report))
+    with counted(cluster.max_failures) as attempts:
+        reports = rows.map_batches(
+            _Predictor,
+            batch_size=1,  # one row a task; with GPUs Ray wants a number
+            fn_constructor_args=(open_predictor, cluster.cpus_per_worker, attempts),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
+            ),
+            **cluster.task_options,
+        )
+        blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
+        with closing(iter(blocks)) as found:
+            for block in found:
+                for report in block["report"]:
+                    yield FileReport.model_validate_json(str(report))
 
 
 def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
@@ -79,17 +81,23 @@ class _Predictor:
     """An actor that holds the network."""
 
     def __init__(self, open_predictor: Callable[[], Predict], cpus: float, attempts: Attempts) -> None:
+        self._open, self._cpus, self._attempts = open_predictor, cpus, attempts
+
+    @cached_property
+    def _predict(self) -> Predict:
+        """Opened in the first task: what Ray Data tells of an actor that fails while it is made is not why."""
         keep_freed_memory()
-        torch.set_num_threads(max(1, int(cpus)))
-        self._predict, self._attempts = open_predictor(), attempts
+        torch.set_num_threads(max(1, int(self._cpus)))
+        return self._open()
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
         """Predict the files of a task; their reports."""
         task, files = int(rows["task"][0]), json.loads(str(rows["files"][0]))
-        self._attempts.begin(task, [json.loads(file)["uri"] for file in files])
-        for number, report in enumerate(self._predict(files), 1):
-            self._attempts.done(task, number)
-            yield {"report": [report.model_dump_json()]}
+        with told():
+            self._attempts.begin(task, [json.loads(file)["uri"] for file in files])
+            for number, report in enumerate(self._predict(files), 1):
+                self._attempts.done(task, number)
+                yield {"report": [report.model_dump_json()]}
 
 
 def _open_pool(model: str, task: dict[str, Any]) -> Predict:

@@ -114,6 +114,11 @@ def cluster_nodes() -> list[Resources]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def alive_nodes() -> frozenset[str]:
+    """Their ids."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def has_place_for_one(cluster: ClusterSettings) -> bool:
     """Whether a node could hold a worker."""
     return any(placed([node], 1, worker_takes(cluster), 1, "PACK", []) for node in cluster_nodes())

@@ -39,7 +39,6 @@ def run_trials(
     Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when Ray Tune
     itself fails.
     """
-    _quieten()
     if len(space.stages) > 1:
         _start_actors_of_ray_data()
     scheduler = _scheduler(space, config, journal)
@@ -78,8 +77,9 @@ def _start_actors_of_ray_data() -> None:
     ray.data.from_items([0]).map(lambda row: row).materialize()
 
 
-def _quieten() -> None:
-    """The journal is the record: no log files, no tables of Ray Tune's own. What a driver sets, its trials inherit not."""
+def quieten() -> None:
+    """The journal is the record: no log files, no tables of Ray Tune's own. To be called before threads begin, see
+    tracking.reserve_variables. What a driver sets, its trials inherit not."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"

@@ -12,8 +12,8 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray.attempts import Attempts
-from threestage.on_ray.causes import cause_of, first_line
+from threestage.on_ray.attempts import Attempts, counted
+from threestage.on_ray.causes import cause_of, first_line, told
 
 MAX_TASKS = 4096
 LONGEST_WAIT_S = 30
@@ -30,16 +30,16 @@ def in_tasks(
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     source = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
     source.context.raise_original_map_exception = True
-    done = source.map(
-        _Retried(function, max_failures, Attempts(max_failures)), num_cpus=1, compute=TaskPoolStrategy(size=at_once)
-    )
-    try:
-        for row in done.iter_rows():
-            yield pickle.loads(row["result"])
-    except ray.exceptions.RayError as error:
-        if isinstance(cause_of(error), InputError):
-            raise InputError(first_line(error)) from error
-        raise StageFailure(f"{first_line(error)}; the same command goes on") from error
+    with counted(max_failures) as attempts:
+        work = _Retried(function, max_failures, attempts)
+        done = source.map(work, num_cpus=1, compute=TaskPoolStrategy(size=at_once))
+        try:
+            for row in done.iter_rows():
+                yield pickle.loads(row["result"])
+        except ray.exceptions.RayError as error:
+            if isinstance(cause_of(error), InputError):
+                raise InputError(first_line(error)) from error
+            raise StageFailure(f"{first_line(error)}; the same command goes on") from error
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,17 @@ class _Retried:
     attempts: Attempts
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        item = pickle.loads(row["item"])
-        self.attempts.begin(row["number"], [str(item)])
+        number, item = row["number"], pickle.loads(row["item"])
+        with told():
+            self.attempts.begin(number, [str(item)])
+            result = pickle.dumps(self._result(item))
+        self.attempts.done(number, 1)
+        return {"result": result}
+
+    def _result(self, item: Any) -> Any:
         for failures in itertools.count():
             try:
-                return {"result": pickle.dumps(self.function(item))}
+                return self.function(item)
             except OSError:  # a store that does not answer; its client has been patient already
                 if failures == self.max_failures:
                     raise

@@ -9,7 +9,6 @@ from threestage.background import Background
 from threestage.errors import reason_of
 from threestage.registry import Registry, Status, TrialRecord, TrialStatus
 from threestage.sweeps.trials import State, Trial
-from threestage.tracking import reserve_variables
 
 BETWEEN_S = 3.0  # at least so long from one sending to the next
 RETRY_S = 30.0  # from a failure to the next try
@@ -42,7 +41,6 @@ class Mirror:
         self._pending: dict[int, TrialRecord] = {}
         self._sent: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()
-        reserve_variables()
         self._background = Background("sweep-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     @cached_property

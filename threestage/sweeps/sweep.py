@@ -18,6 +18,7 @@ from threestage.sweeps.prepare import REPEATED, Sweep
 from threestage.sweeps.proposals import number_of_trials, own_params, propose
 from threestage.sweeps.space import base_config, trial_config
 from threestage.sweeps.trials import Trial, load_trials, ranked, shared_folder
+from threestage.tracking import reserve_variables
 
 VAIN_TRIALS = 4  # beside those that run at once: so many in a row that fail before they are evaluated end a sweep
 
@@ -50,11 +51,13 @@ def run(asked: Sweep, show: Show) -> dict[str, Any]:
     driver works on the folder, and StageFailure when no trial has finished.
     """
     asked = prepare.checked(asked)
+    reserve_variables()
     with lease.held(asked.out, show.warn):
         return _run_alone(asked, show)
 
 
 def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
+    from threestage.on_ray.sweep import quieten
     from threestage.on_ray.train import connected, warn_of_traps
 
     key = prepare.known(asked)
@@ -64,6 +67,7 @@ def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
         if left_to_search(asked, load_trials(asked.out)):
             show.plan(prepare.plan(asked, load_trials(asked.out), show.warn))
         key = key or prepare.begin(asked)
+        quieten()
         mirror = Mirror(
             lambda: registry or open_registry(asked.config.registry),
             key,
