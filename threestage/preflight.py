@@ -41,7 +41,7 @@ def check_pool(config: Config, images: int) -> None:
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
     for stage in config.stage_names:
         _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
-    check_shares(config)
+        check_shares(config, stage)
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
@@ -54,13 +54,12 @@ def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, valid
         )
 
 
-def check_shares(config: Config) -> None:
+def check_shares(config: Config, stage: StageName) -> None:
     """InputError where the worker that gets the fewest images of a step gets too few."""
-    for stage in config.stage_names:
-        own = config.for_stage(stage)
-        _check_mixed(own, stage)
-        _check_pieces(own, stage)
-        _check_pooled(own, stage)
+    own = config.for_stage(stage)
+    _check_mixed(own, stage)
+    _check_pieces(own, stage)
+    _check_pooled(own, stage)
 
 
 def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:

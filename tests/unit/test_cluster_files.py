@@ -466,7 +466,8 @@ def test_every_setting_of_the_job_is_one() -> None:
     settings = [value for flag, value in pairwise(words) if flag == "--set"]
     config = load_config("own_images", settings)
     check_settings(config.network)
-    check_shares(config)
+    for stage in config.stage_names:
+        check_shares(config, stage)
     assert config.data.labelled == "all" and config.data.downscale == 1
     assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 2
     limits = next(containers(next(clusters())[1]["workerGroupSpecs"][1]))["resources"]["limits"]

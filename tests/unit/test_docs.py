@@ -73,7 +73,9 @@ def test_settings_of_commands_are_some_that_a_run_takes(page: Path) -> None:
             and "…" not in "".join(settings)
             and (named or words[0] == "--set")
         ):
-            check_shares(load(named[0] if named else "own_images", settings))
+            config = load(named[0] if named else "own_images", settings)
+            for stage in config.stage_names:
+                check_shares(config, stage)
 
 
 def test_the_configuration_reference_is_current() -> None:
