@@ -21,7 +21,7 @@ from threestage.data import storage
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(600, func_only=True),  # the first test also starts the cluster and waits for two runs
     pytest.mark.filterwarnings("default"),
 ]
 
