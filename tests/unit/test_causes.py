@@ -4,8 +4,7 @@ import pytest
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray import predict_images
-from threestage.on_ray.causes import cause_of, first_line, last_line
+from threestage.on_ray.causes import cause_of, first_line, last_line, ours
 
 
 def chained(outer: Exception, inner: Exception) -> Exception:
@@ -42,5 +41,5 @@ def test_what_ray_data_appends_is_not_told(kind: type[Exception]) -> None:
     error = in_a_task(
         kind("a.jpg: mend it\nFailed to map after 1/1 attempts\nTo change retry attempts …")
     ).as_instanceof_cause()
-    told = predict_images._explained(error)
+    told = ours(error, "predict: ")
     assert type(told) is kind and str(told) in ("a.jpg: mend it", "predict: a.jpg: mend it; the same command goes on")

@@ -33,6 +33,13 @@ def told() -> Iterator[None]:
         raise StageFailure(reason_of(error)) from error
 
 
+def ours(error: ray.exceptions.RayError, what: str = "") -> Exception:
+    """The InputError that led to it, else a StageFailure that names `what`; the first line of either, see `first_line`."""
+    if isinstance(cause_of(error), InputError):
+        return InputError(first_line(error))
+    return StageFailure(f"{what}{first_line(error)}; the same command goes on")
+
+
 def last_line(error: BaseException) -> str:
     """Of its cause; errors of Ray Train begin with traces."""
     cause = cause_of(error)

@@ -9,9 +9,8 @@ import ray
 import ray.exceptions
 
 from threestage.data import storage
-from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
-from threestage.on_ray.causes import cause_of, first_line
+from threestage.on_ray.causes import ours
 from threestage.on_ray.patience import await_resources, noticing_silence
 from threestage.on_ray.predict_pool import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
@@ -67,7 +66,7 @@ def predict_on_ray(
         try:
             return predict_input(model, source, out, settings, show, run, each)
         except ray.exceptions.RayError as error:
-            raise _explained(error) from error
+            raise ours(error, "predict: ") from error
 
 
 def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Callable[[str], None]) -> None:
@@ -92,10 +91,3 @@ def _open(model: str, task: dict[str, Any]) -> Predict:
     settings = PredictionTask.model_validate(task)
     network, product = network.to(device), Predictions(settings, card)
     return lambda parts: predict_files(network, settings, list(map(Part.model_validate_json, parts)), device, product)
-
-
-def _explained(error: ray.exceptions.RayError) -> BaseException:
-    """What an actor said."""
-    if isinstance(cause_of(error), InputError):
-        return InputError(first_line(error))
-    return StageFailure(f"predict: {first_line(error)}; the same command goes on")

@@ -11,9 +11,8 @@ import ray.data
 import ray.exceptions
 from ray.data import TaskPoolStrategy
 
-from threestage.errors import InputError, StageFailure
 from threestage.on_ray.attempts import Attempts, counted
-from threestage.on_ray.causes import cause_of, first_line, told
+from threestage.on_ray.causes import ours, told
 
 MAX_TASKS = 4096
 LONGEST_WAIT_S = 30
@@ -37,9 +36,7 @@ def in_tasks(
             for row in done.iter_rows():
                 yield pickle.loads(row["result"])
         except ray.exceptions.RayError as error:
-            if isinstance(cause_of(error), InputError):
-                raise InputError(first_line(error)) from error
-            raise StageFailure(f"{first_line(error)}; the same command goes on") from error
+            raise ours(error) from error
 
 
 @dataclass(frozen=True)
