@@ -24,7 +24,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     nodes = {HERE}
     monkeypatch.setattr(attempts, "beside_driver", here)
-    monkeypatch.setattr(attempts, "alive_nodes", lambda: nodes)
+    monkeypatch.setattr(attempts, "alive_ids", lambda: nodes)
     monkeypatch.setattr("ray.get", lambda answer: answer)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: HERE))
     return nodes

@@ -9,7 +9,7 @@ import ray
 
 from threestage.errors import StageFailure
 from threestage.on_ray.beside_driver import beside_driver
-from threestage.on_ray.room import alive_nodes
+from threestage.on_ray.nodes import alive_ids
 
 
 class Attempts:
@@ -55,7 +55,7 @@ class _Counts:
 
     def begin(self, piece: int, node: str) -> tuple[int, int]:
         """Processes that it has lost since it last got on, but for those that went with their node; parts that are done."""
-        if piece in self._nodes and self._nodes[piece] in alive_nodes():
+        if piece in self._nodes and self._nodes[piece] in alive_ids():
             self._lost[piece] += 1
         self._nodes[piece] = node
         return self._lost[piece], self._done[piece]

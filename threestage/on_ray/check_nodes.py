@@ -20,6 +20,7 @@ from threestage.data.store_check import PROBE_NAME
 from threestage.errors import InputError
 from threestage.on_ray.causes import last_line
 from threestage.on_ray.check import versions
+from threestage.on_ray.nodes import alive_nodes
 from threestage.on_ray.room import room_for_one
 from threestage.settings import Settings
 from threestage.tracking import resolve_uri, sqlite_path
@@ -39,7 +40,7 @@ class View(Settings):
 
 def nodes_reach(config: Config, out: str) -> Found:
     """Every node, MOST_NODES at most, has our code and can use the run's places. Raises InputError, naming the nodes."""
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in alive_nodes()}
     looked_at = dict(list(nodes.items())[:MOST_NODES])
     with _marked(out) as marker:
         views = _views(looked_at, config, out, marker)
@@ -122,7 +123,7 @@ def _look(settings: dict[str, Any], out: str, marker: str | None) -> dict[str, A
 def own_file(config: Config) -> Line | None:
     """What is to be said of an MLflow store that is a file: nothing on a cluster of this machine alone."""
     path = sqlite_path(resolve_uri(config.registry.tracking_uri))
-    others = sum(node["Alive"] for node in ray.nodes()) - 1
+    others = len(alive_nodes()) - 1
     if path is None or (JOB not in os.environ and not others):
         return None
     mend = "set registry.tracking_uri (or MLFLOW_TRACKING_URI) to an MLflow server"

@@ -9,8 +9,9 @@ import ray
 import ray.util
 
 from threestage.errors import NoRoom
+from threestage.on_ray.nodes import alive_ids, alive_nodes
 from threestage.on_ray.pulse import BEAT_SECONDS, Sign
-from threestage.on_ray.room import alive_nodes, has_place_for_one, room_for_one, worker_takes
+from threestage.on_ray.room import has_place_for_one, room_for_one, worker_takes
 from threestage.on_ray.settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
@@ -78,11 +79,11 @@ class Membership:
     and that looks only every 20 s."""
 
     def __init__(self) -> None:
-        self._alive = alive_nodes()
+        self._alive = alive_ids()
 
     def look(self) -> bool:
         """Whether a node has come."""
-        before, self._alive = self._alive, alive_nodes()
+        before, self._alive = self._alive, alive_ids()
         if self._alive == before:
             return False
         with contextlib.suppress(ValueError):  # no coordinator yet
@@ -146,8 +147,7 @@ def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -
     asked += f", accelerator {cluster.accelerator}" if cluster.accelerator else ""
     asked += f", placed {cluster.placement}" if cluster.placement != "PACK" else ""
     has = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in cluster.worker_resources)
-    nodes = sum(node["Alive"] for node in ray.nodes())
     return (
-        f"{what}: waiting for {waited:.0f} s for {workers} × ({asked}); the cluster has {has} on {nodes} nodes: add nodes, "
-        "or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
+        f"{what}: waiting for {waited:.0f} s for {workers} × ({asked}); the cluster has {has} on {len(alive_nodes())} nodes: "
+        "add nodes, or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
     )

@@ -11,6 +11,7 @@ import ray.exceptions
 from threestage.data import storage
 from threestage.models.export import load_model
 from threestage.on_ray.causes import ours
+from threestage.on_ray.nodes import warn_of_folders
 from threestage.on_ray.patience import await_resources, noticing_silence
 from threestage.on_ray.predict_pool import Predict, reports_of
 from threestage.on_ray.settings import ClusterSettings
@@ -72,9 +73,7 @@ def predict_on_ray(
 def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Callable[[str], None]) -> None:
     if not cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
         warn("the cluster has GPUs and this command uses none: --gpus-per-worker 1")
-    here = [uri for uri in (task.source, task.destination) if not storage.is_s3(uri)]
-    if here and len(ray.nodes()) > 1:
-        warn(f"the cluster has {len(ray.nodes())} nodes: {' and '.join(here)} must be folders that all of them share")
+    warn_of_folders([task.source, task.destination], warn)
 
 
 def _share(files: ModelFiles, task: PredictionTask) -> str:

@@ -11,6 +11,7 @@ from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import state as cluster_state
 from ray.experimental.internal_kv import _internal_kv_get
 
+from threestage.on_ray.nodes import alive_nodes
 from threestage.on_ray.settings import ClusterSettings
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
@@ -111,12 +112,7 @@ def text_of(resources: Mapping[str, float]) -> str:
 
 def cluster_nodes() -> list[Resources]:
     """Total resources of each node that is alive."""
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def alive_nodes() -> frozenset[str]:
-    """Their ids."""
-    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    return [dict(node["Resources"]) for node in alive_nodes()]
 
 
 def has_place_for_one(cluster: ClusterSettings) -> bool:
@@ -144,8 +140,7 @@ def cluster_growth(at_most: int) -> Growth:
     writes the report that `ray status` shows, in which the nodes of a cluster without autoscaler are called node_<id>;
     its second version writes none, and its nodes carry the name of their group.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    groups = [node.get("Labels", {}).get(NODE_GROUP, "") for node in alive]
+    groups = [node.get("Labels", {}).get(NODE_GROUP, "") for node in alive_nodes()]
     config = cluster_state.get_cluster_config()
     if config is not None and config.node_group_configs:
         return Growth(tuple(node for group in config.node_group_configs for node in _to_come(group, groups, at_most)))

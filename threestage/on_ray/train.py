@@ -27,6 +27,7 @@ from threestage.on_ray.causes import first_line, last_line
 from threestage.on_ray.check_room import room_there
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
+from threestage.on_ray.nodes import warn_of_folders
 from threestage.on_ray.own_cluster import closed_to_others, private_folder
 from threestage.on_ray.patience import Membership, Patience, await_resources, noticing_silence
 from threestage.on_ray.predict_pool import predict_pool
@@ -95,10 +96,8 @@ def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
             warn(doubt)
     elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
         warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
-    if len(ray.nodes()) > 1 and not (storage.is_s3(out) and storage.is_s3(config.data.root)):
-        warn(
-            f"the cluster has {len(ray.nodes())} nodes: {out} and {config.data.root} must be folders that all of them share"
-        )
+    unlabelled = [config.data.unlabelled] if config.data.unlabelled else []
+    warn_of_folders([out, config.data.root, *unlabelled], warn)
 
 
 @contextlib.contextmanager
