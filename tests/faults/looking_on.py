@@ -30,6 +30,7 @@ class Run:
         self.config, self.out = config, out
         self.said: list[dict[str, Any]] = []
         self._log = log
+        self.started = time.time()
         command = [sys.executable, "-m", "tests.faults.driver", config.model_dump_json(), out]
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -66,6 +67,10 @@ class Run:
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def start_s(self) -> float:
+        """Seconds from the command to the first row of training."""
+        return float(self.rows("stage1")[0]["time"]) - self.started
 
     def recovery_s(self, stage: str, fault: float) -> float:
         """Seconds from the fault to the first row after the longest silence that began within QUIET_S of it."""

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 ONE_PER_NODE = {"slot": 1.0}
-GOAL_S = 30  # from the loss of a node to training again
+GOAL_S = 30  # from the loss of a node to training again; where machines are slower, a start of the same run may take it
 STEPS = {"stage1": 100, "stage2": 350}
 
 
@@ -64,16 +64,25 @@ def config_for(data: str, **cluster: Any) -> Config:
     )  # fmt: skip
 
 
+class Undisturbed(NamedTuple):
+    """Runs that nothing happens to: stage 2's mean IoU, the noise between two seeds, and how long a fault may cost."""
+
+    mean_iou: float
+    noise: float
+    limit_s: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
-    """Stage 2's mean IoU of runs that nothing happens to: the mean of two seeds and the noise between them."""
-    scores = []
+def undisturbed(cluster: Cluster, data: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    scores, starts = [], []
     for seed in (0, 1):
         config = config_for(data, workers=2).model_copy(update={"seed": seed})
         run = Run(config, f"s3://bucket/undisturbed{seed}", cluster.environment, tmp_path_factory.mktemp("log") / "log")
         scores.append(run.wait_for_end()["stage2"]["mean_iou"])
-    print(f"\nundisturbed: {scores}")
-    return sum(scores) / 2, max(0.05, 2 * abs(scores[0] - scores[1]))
+        starts.append(run.start_s())
+    print(f"\nundisturbed: {scores}, training {starts} s after the command")
+    noise = max(0.05, 2 * abs(scores[0] - scores[1]))
+    return Undisturbed(sum(scores) / 2, noise, max(GOAL_S, *starts))
 
 
 class Case:
@@ -92,7 +101,7 @@ class Case:
     def half_way(self) -> None:
         self.run.wait_for_step("stage2", 150)
 
-    def judge(self, undisturbed: tuple[float, float], fault: float) -> float:
+    def judge(self, undisturbed: Undisturbed, fault: float) -> float:
         """The seconds to train again, after every assertion that holds for any fault.
 
         Where the number of workers has changed, batch norm has seen other batches than in the undisturbed runs of two
@@ -100,7 +109,7 @@ class Case:
         """
         score = self.run.wait_for_end()["stage2"]["mean_iou"]
         assert_published_once(self.run)
-        expected, noise = undisturbed
+        expected, noise = undisturbed.mean_iou, undisturbed.noise
         recovery = self.run.recovery_s("stage2", fault)
         expectation = f"mean IoU {score:.3f}, undisturbed {expected:.3f} ± {noise:.3f}"
         print(f"\n{self.name}: training again after {recovery:.1f} s, {expectation}")
@@ -109,28 +118,26 @@ class Case:
         return recovery
 
 
-def test_a_worker_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+def test_a_worker_is_killed(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     case = Case(cluster, config_for(data, workers=2), "worker", tmp_path)
     case.half_way()
     fault = time.time()
     os.kill(processes_of(node_with_worker(cluster), "ray::RayTrainWorker")[0], signal.SIGKILL)
-    assert case.judge(undisturbed, fault) <= GOAL_S
+    assert case.judge(undisturbed, fault) <= undisturbed.limit_s
 
 
-def test_a_node_is_lost_and_replaced(
-    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
-) -> None:
+def test_a_node_is_lost_and_replaced(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A group of three, one worker on every node: it needs the replacement."""
     case = Case(cluster, config_for(data, workers=3, resources_per_worker=ONE_PER_NODE), "node_replaced", tmp_path)
     case.half_way()
     fault = time.time()
     node_with_worker(cluster).kill()
     cluster.add_node()
-    assert case.judge(undisturbed, fault) <= GOAL_S
+    assert case.judge(undisturbed, fault) <= undisturbed.limit_s
 
 
 def test_a_node_is_lost_and_the_group_goes_on_without_it(
-    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+    cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     config = config_for(data, workers=[1, 3], resources_per_worker=ONE_PER_NODE)
     case = Case(cluster, config, "node_elastic", tmp_path)
@@ -140,12 +147,10 @@ def test_a_node_is_lost_and_the_group_goes_on_without_it(
     recovery = case.judge(undisturbed, fault)
     assert {said["row"]["workers"] for said in case.run.rows("stage2")} == {2, 3}
     cluster.add_node()
-    assert recovery <= GOAL_S
+    assert recovery <= undisturbed.limit_s
 
 
-def test_ray_trains_controller_is_killed(
-    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
-) -> None:
+def test_ray_trains_controller_is_killed(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     case = Case(cluster, config_for(data, workers=2), "controller", tmp_path)
     case.half_way()
     fault = time.time()
@@ -155,7 +160,7 @@ def test_ray_trains_controller_is_killed(
 
 
 def test_the_driver_is_killed_and_the_same_command_given_again(
-    cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path
+    cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     case = Case(cluster, config_for(data, workers=2), "driver", tmp_path)
     case.half_way()
@@ -170,7 +175,7 @@ def test_the_driver_is_killed_and_the_same_command_given_again(
     case.judge(undisturbed, fault)
 
 
-def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The run's folder is the record: nothing waits for MLflow, and the same command fills it when it is back."""
     assert cluster.mlflow is not None
     case = Case(cluster, config_for(data, workers=2), "mlflow", tmp_path)
@@ -187,7 +192,7 @@ def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: tuple[float,
     assert not any("not all in MLflow" in warning for warning in case.run.warnings())
 
 
-def test_a_node_is_preempted(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+def test_a_node_is_preempted(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """SIGTERM to a node: a checkpoint is saved at once, training goes on there until the node is gone, and then elsewhere."""
     case = Case(cluster, config_for(data, workers=2), "preempted", tmp_path)
     case.half_way()
@@ -206,10 +211,10 @@ def test_a_node_is_preempted(cluster: Cluster, data: str, undisturbed: tuple[flo
         f"\npreempted: checkpoint of step {step} saved {saved - fault:.1f} s after the notice; gone {gone - fault:.1f} s after it"
     )
     assert saved - fault < 8 and step % 50, "saved because of the notice, before the node was gone"
-    assert 0 < recovery <= GOAL_S
+    assert 0 < recovery <= undisturbed.limit_s
 
 
-def test_a_node_joins(cluster: Cluster, data: str, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+def test_a_node_joins(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The group takes it in, from a checkpoint that was saved because it came."""
     slots = 1 + sum(node.alive() for node in cluster.nodes)
     config = config_for(data, workers=[1, slots + 1], resources_per_worker=ONE_PER_NODE, resize_after_s=5)
@@ -223,7 +228,7 @@ def test_a_node_joins(cluster: Cluster, data: str, undisturbed: tuple[float, flo
 
 
 @pytest.mark.skipif(not namespaces_allowed(), reason="needs network namespaces: root and iproute2")
-def test_a_node_is_cut_off(scenes: Path, undisturbed: tuple[float, float], tmp_path: Path) -> None:
+def test_a_node_is_cut_off(scenes: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Its link goes down: its worker waits for the others and they for it, until Ray takes the node for dead."""
     with local_cluster(tmp_path / "cluster", nodes=2, cpus=8, namespaces=True, resources=ONE_PER_NODE) as cluster:
         data = put_scenes(scenes, cluster)
@@ -235,13 +240,13 @@ def test_a_node_is_cut_off(scenes: Path, undisturbed: tuple[float, float], tmp_p
         node.cut()
         recovery = case.judge(undisturbed, fault)
         assert {said["row"]["workers"] for said in case.run.rows("stage2")} == {2, 3}
-        assert recovery <= GOAL_S
+        assert recovery <= undisturbed.limit_s
 
 
 @needs_ceph[0]
 @needs_ceph[1]
 def test_the_s3_endpoint_is_killed_for_20_s(
-    scenes: Path, undisturbed: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenes: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While stage 2 trains and saves checkpoints; what Ceph's gateway had stored is there again when it is back."""
     with ceph_gateway() as gateway:
@@ -260,7 +265,7 @@ def test_the_s3_endpoint_is_killed_for_20_s(
 
 
 def test_the_head_node_is_lost_and_the_same_command_given_on_another_cluster(
-    scenes: Path, undisturbed: tuple[float, float], tmp_path: Path
+    scenes: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     with local_cluster(tmp_path / "first", nodes=1, cpus=6) as first:
         case = Case(first, config_for(put_scenes(scenes, first), workers=2), "head", tmp_path)
