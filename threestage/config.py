@@ -29,6 +29,7 @@ from threestage.yaml_text import read_yaml
 
 StageName = Literal["stage1", "stage2", "stage3"]
 Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
+OF_THE_RUN = frozenset({"pseudo_mask.guard", "pseudo_mask.batch_size", "pseudo_mask.of_last_stage"})  # not of a stage
 Model = TypeVar("Model", bound=BaseModel)
 LONGEST_SHOWN = 300  # characters of a wrong value
 LATER_KEYS: dict[str, Any] = {
@@ -153,17 +154,11 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _mixes_two(self) -> Self:
-        for name in STAGES[1:]:
-            if self.consistency.cutmix > 0 and self.stage(name).unlabelled_batch < 2:
-                raise ValueError(
-                    f"consistency.cutmix takes {name}.unlabelled_batch of at least 2; raise it, or set cutmix to 0"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _changes_fit(self) -> Self:
         for name in STAGES:
+            changes: Mapping[Any, Any] = self.stage(name).changes
+            for key in sorted(OF_THE_RUN & set(flatten(changes))):
+                raise ValueError(f"{name}.changes: {key} is one for all stages: set it outside of changes")
             try:
                 self.for_stage(name)
             except ValidationError as error:
@@ -219,9 +214,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.labelled",
         "data.split_seed",
         "data.validation",
-        "pseudo_mask.guard",
-        "pseudo_mask.batch_size",
-        "pseudo_mask.of_last_stage",
+        *OF_THE_RUN,
     }
     if stage == "stage1" and not config.stage1.strong_view:
         without |= {key for key in keys if key.startswith("augment.strong.")}

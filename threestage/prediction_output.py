@@ -92,7 +92,7 @@ class Predictions(Product):
         """Writes the image's files in format png."""
         if self._task.downscale > 1:
             pixels = decode_image(row.image, self._task.max_image_pixels)
-        mask, sure = (_enlarged(values, pixels.shape) for values in (class_ids, confidence))
+        mask, sure = (_enlarged(values, self._task.downscale, pixels.shape) for values in (class_ids, confidence))
         if self._task.format == "parquet":
             return encode_class_ids(mask), sure.tobytes() if self._task.confidences else None
         return (self._write(row, pixels, mask, sure),)
@@ -110,11 +110,12 @@ class Predictions(Product):
         return file
 
 
-def _enlarged(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """(h,w) uint8 at the size (H,W,…), by nearest."""
-    if values.shape == size[:2]:
+def _enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:
+    """(h,w) at the size (H,W,…): each value is its block's, the last ones also the ragged rest's (`downscale_image`)."""
+    if factor == 1:
         return values
-    return np.asarray(Image.fromarray(values).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    whole = values.repeat(factor, 0).repeat(factor, 1)
+    return np.pad(whole, [(0, long - short) for long, short in zip(size, whole.shape, strict=False)], mode="edge")
 
 
 def _jpeg(picture: np.ndarray) -> bytes:

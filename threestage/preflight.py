@@ -83,8 +83,8 @@ def _check_mixed(config: Config, stage: StageName) -> None:
     size, workers = config.stage(stage).unlabelled_batch, config.cluster.most_workers
     if config.consistency.cutmix > 0 and size > 0 and share_of(size, config.training.batch, 0, workers).count < 2:
         raise InputError(
-            f"{stage}.unlabelled_batch={size} leaves one image to each of up to {workers} workers (cluster.workers), and "
-            f"consistency.cutmix={config.consistency.cutmix} mixes the images of one: raise it, or set cutmix to 0"
+            f"{stage}.unlabelled_batch={size} leaves a worker one image (cluster.workers: up to {workers}), and "
+            f"consistency.cutmix={config.consistency.cutmix} mixes the images of a worker: raise it, or set cutmix to 0"
         )
 
 

@@ -82,7 +82,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
-            _keep_halfway(task, state, card, worker)
+            _keep_halfway(task, state, card, worker, config.choosing_after(task.stage) is not None)
 
     def validate(network: nn.Module) -> Row:
         nonlocal confusion
@@ -112,11 +112,14 @@ def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
     )
 
 
-def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker) -> None:
-    """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`)."""
+def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker, needed: bool) -> None:
+    """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`). Raises
+    OSError where they are needed and cannot be written: the stage goes on from its last checkpoint, which is before half-way."""
     try:
         save_model(storage.join(task.folder, HALFWAY_MODEL), state.shipped, card)  # type: ignore[arg-type]
     except OSError as error:
+        if needed:
+            raise
         worker.warn(f"the weights of half-way could not be written, {task.stage} goes on without: {error}")
 
 

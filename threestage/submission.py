@@ -106,7 +106,7 @@ def _parsed(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _run(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     seed = [] if given["seed"] is None else [f"seed={given['seed']}"]
     config = load(given["config"], [*(given["overrides"] or []), *seed])
-    _refuse_weights_that_travel(config)
+    _refuse_what_travels(config)
     if given["reuse"] is not None:
         _reachable("--reuse", given["reuse"])
     out = _reachable("--out", given["out"])
@@ -119,7 +119,7 @@ def _sweep(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
 
     config, space = load(given["config"], given["overrides"] or []), load_space(given["space"])
     check_space(space, config)
-    _refuse_weights_that_travel(config)
+    _refuse_what_travels(config)
     out = "" if given["dry_run"] else _reachable("--out", given["out"])
     files = (*_yaml(given["config"]), *_yaml(given["space"]))
     return Job("sweep", arguments, f"{config.name}-sweep", out, files, config, not config.registry.tracking_uri)
@@ -174,15 +174,16 @@ def _reachable(option: str, uri: str | None) -> str:
     return storage.absolute(uri)
 
 
-def _refuse_weights_that_travel(config: Config) -> None:
-    """A stage remembers where its first weights lay, and each job has its copy of the working directory elsewhere."""
-    weights = config.network.weights
-    if weights is not None and not _anywhere(weights):
-        raise InputError(
-            f"network.weights={weights} would be read from the job's copy of the working directory, which the next job has "
-            "elsewhere, so that no other could go on with the run: give s3://bucket/file, an absolute path that all nodes "
-            "share, or network.pretrained=true"
-        )
+def _refuse_what_travels(config: Config) -> None:
+    """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere."""
+    places = {"data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
+    for key, place in {**places, "network.weights": config.network.weights}.items():
+        if place is not None and not _anywhere(place):
+            raise InputError(
+                f"{key}={place} would be read from the job's copy of the working directory, which the next job has elsewhere, "
+                "so that no other could go on with the run: give s3://bucket/…, or an absolute path that all nodes share"
+                + (", or network.pretrained=true" if key == "network.weights" else "")
+            )
 
 
 def _yaml(source: str) -> tuple[str, ...]:

@@ -277,7 +277,7 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
         ),
         (
             {"training__batch": "global", "cluster__workers": 2, "consistency__cutmix": 0.5},
-            r"stage2.unlabelled_batch=2 leaves one image to each of up to 2 workers .* set cutmix to 0",
+            r"stage2.unlabelled_batch=2 leaves a worker one image \(cluster.workers: up to 2\).* set cutmix to 0",
         ),
         (
             {

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from threestage import stages
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import load_pool
@@ -20,7 +21,7 @@ from threestage.data.records import decode_image, decode_mask
 from threestage.data.sets import pool_set
 from threestage.errors import InputError
 from threestage.local import run_local
-from threestage.models.export import HALFWAY_MODEL, load_model
+from threestage.models.export import HALFWAY_MODEL, load_model, save_model
 from threestage.on_ray.reading import FileReader
 from threestage.pseudo_masks import agreement
 
@@ -126,6 +127,24 @@ def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half:
     shutil.rmtree(tmp_path / "all" / "stage1" / HALFWAY_MODEL)  # as before there were any
     with pytest.raises(InputError, match=r"stage2.reliable_share=0.5: .*stage1/halfway_model is not there"):
         run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
+
+
+def test_weights_of_half_way_that_are_needed_are_written_or_the_stage_stops(
+    scenes: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(folder: str, *given: object) -> str:
+        if folder.endswith(HALFWAY_MODEL):
+            raise OSError("the store is away")
+        return save_model(folder, *given)  # type: ignore[arg-type]
+
+    chosen, out = reliable(scenes, 0.5, training__checkpoint_every=10), tmp_path / "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "save_model", away)
+        with pytest.raises(OSError, match="the store is away"):
+            run(chosen, out)
+        run(reliable(scenes, 1.0), tmp_path / "b")
+    run(chosen, out)
+    assert (out / MODEL).read_bytes() == (half / MODEL).read_bytes()
 
 
 def test_a_share_that_leaves_less_than_a_step_is_refused(scenes: Path, tmp_path: Path) -> None:

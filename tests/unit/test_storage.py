@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
 from tests.failing_s3 import ERRORS, failing_s3
@@ -62,6 +63,16 @@ def test_what_is_deleted_is_a_name_not_a_pattern(bucket: str) -> None:
     assert storage.list_files(bucket) == others
     answer = files.call_s3("list_objects_v2", Bucket="bucket", Prefix="some/folder/runs/")
     assert [f"s3://bucket/{entry['Key']}" for entry in answer["Contents"]] == others
+
+
+def test_a_store_that_does_not_answer_is_an_os_error_of_deleting_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            raise EndpointConnectionError(endpoint_url="http://s3")
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", Away)
+    with pytest.raises(OSError, match=r"^s3://bucket/a: Could not connect"):
+        storage.delete("s3://bucket/a")
 
 
 def test_more_than_a_page_is_deleted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

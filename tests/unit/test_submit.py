@@ -81,6 +81,9 @@ def test_a_script_is_the_command(command: str, monkeypatch: pytest.MonkeyPatch) 
         ("run", (*RUN, "--reuse", "runs/y"), ["--reuse runs/y is below"]),
         ("run", (*RUN, "--local"), ["--local"]),
         ("run", (*RUN, "--set", "network.weights=w.pth"), ["network.weights=w.pth", "the next job has elsewhere"]),
+        ("run", ("demo", "--out", OUT), ["data.root=", "the next job has elsewhere"]),
+        ("run", (*RUN, "--set", "data.unlabelled=more"), ["data.unlabelled=more", "the next job has elsewhere"]),
+        ("sweep", ("thresholds", "demo", "--out", OUT, "--set", "data.root=data"), ["data.root=data"]),
         ("run", (*RUN, "--set", "registry.tracking_uri=http://me:pass@host"), ["http://host", "holds a credential"]),
         ("sweep", ("thresholdz", "demo", *DATA, "--out", OUT), ["thresholdz", "did you mean thresholds"]),
         ("sweep", ("thresholds", "demo", *DATA, "--set", "network.weights=w.pth"), ["network.weights=w.pth"]),
@@ -349,6 +352,11 @@ def test_it_ends_as_the_job(
 def test_a_cluster_that_has_forgotten_the_job(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
     with pytest.raises(StageFailure, match="the same command goes on with the run"):
         follow(Cluster([], [RuntimeError("Request failed with status code 404: Job demo-1 does not exist.")]))
+
+
+def test_a_token_that_is_no_longer_taken(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
+    with pytest.raises(InputError, match="refuses the token"):
+        follow(Cluster([], [details(JobStatus.RUNNING), AuthenticationError("Authentication failed")]))
 
 
 def test_ctrl_c_detaches(follow: Callable[[Cluster], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ from threestage.augment.views import View
 from threestage.config import ConsistencySettings, stage_keys
 from threestage.data.batches import BalancedOrder
 from threestage.data.samples import Decoded, place
+from threestage.errors import InputError
 from threestage.local import run_local
 from threestage.models.network import NetworkSettings, build_network
+from threestage.preflight import check_shares
 from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.stages import auxiliary
 from threestage.steps import StudentView, Target, as_seen, pseudo_mask_targets, teacher_targets
@@ -82,8 +84,24 @@ def test_a_switch_that_is_off_is_no_key_of_a_stage(scenes: Path) -> None:
 
 
 def test_one_image_cannot_be_mixed(scenes: Path) -> None:
-    with pytest.raises(ValueError, match=r"consistency.cutmix takes stage3.unlabelled_batch of at least 2"):
-        tiny_config(scenes, consistency__cutmix=0.5, stage3__unlabelled_batch=1)
+    config = tiny_config(scenes, consistency__cutmix=0.5, stage3__unlabelled_batch=1)
+    check_shares(config, "stage2")
+    with pytest.raises(InputError, match=r"stage3.unlabelled_batch=1 leaves a worker one image .* set cutmix to 0"):
+        check_shares(config, "stage3")
+
+
+def test_what_one_stage_mixes_asks_nothing_of_another(scenes: Path) -> None:
+    changes = {"consistency": {"cutmix": 0.5}}
+    config = tiny_config(scenes, stage2__changes=changes, stage3__unlabelled_batch=1)
+    for stage in config.stage_names:
+        check_shares(config, stage)
+
+
+@pytest.mark.parametrize("key", ["guard", "of_last_stage", "batch_size"])
+def test_a_stage_cannot_change_what_is_the_run_s(scenes: Path, key: str) -> None:
+    value = {"guard": "stop", "of_last_stage": False, "batch_size": 1}[key]
+    with pytest.raises(ValueError, match=f"stage3.changes: pseudo_mask.{key} is one for all stages"):
+        tiny_config(scenes, stage3__changes={"pseudo_mask": {key: value}})
 
 
 def whole_view(image: Tensor) -> View:

@@ -32,8 +32,8 @@ class AugmentSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance; 0 (faithful): "
-        "every image in turn, cut anywhere",
+        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance (near 0: every "
+        "class alike; 1: the rarest most); 0, faithful: every image in turn, cut anywhere",
     )
     strong: StrongSettings = StrongSettings()
 

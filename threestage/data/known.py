@@ -4,7 +4,8 @@ root/index/<digest of the manifest>/<n>.npy     entries of the ids whose hash be
 root/index/<digest of the manifest>/index.json  how many bits, written last
 
 Making it reads the ids and digests (no image) of every file of the data set, and takes two times 42 bytes of memory for
-each of its images: 8 GB at 10⁸. A process that looks ids up keeps the parts that it has read: 42 bytes an image at most.
+each of its images: 8 GB at 10⁸. A process that looks ids up keeps the last 64 parts that it has read, half a GiB at most;
+the shards of a listing are sorted by the same hash, so each of them needs a few.
 """
 
 import hashlib
@@ -119,6 +120,6 @@ def _bits(folder: str) -> int:
     return int(storage.read_json(storage.join(folder, "index.json"))["bits"])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _part(folder: str, number: int) -> Entries:
     return np.load(io.BytesIO(storage.read_bytes(_part_uri(folder, number))), allow_pickle=False)

@@ -356,7 +356,7 @@ def _request(**arguments: Any) -> dict[str, Any]:
             answer: dict[str, Any] = _store().call_s3("list_objects_v2", **arguments)
             return answer
         except Exception as error:
-            if not _is_of_the_store(error):
+            if not storage.of_the_store(error):
                 raise
             if not _is_passing(error) or time.monotonic() > give_up:
                 kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
@@ -391,12 +391,6 @@ def _timestamp(text: Any) -> Any:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):
         return parse_timestamp(text)
-
-
-def _is_of_the_store(error: Exception) -> bool:
-    from botocore import exceptions
-
-    return isinstance(error, OSError | exceptions.BotoCoreError | exceptions.ClientError)
 
 
 def _is_passing(error: Exception) -> bool:

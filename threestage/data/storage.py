@@ -278,8 +278,15 @@ def _unfinished(info: pafs.FileInfo) -> bool:
     return bool(info.base_name.startswith(".") and info.base_name.endswith(TEMPORARY_SUFFIX))
 
 
+def of_the_store(error: Exception) -> bool:
+    """Whether s3fs had it from the store or on the way there: it hands on what has no answer as botocore's own error."""
+    from botocore import exceptions
+
+    return isinstance(error, OSError | exceptions.BotoCoreError | exceptions.ClientError)
+
+
 def delete(uri: str) -> None:
-    """Remove a file, or a folder with all that is in it; absent is fine."""
+    """Remove a file, or a folder with all that is in it; absent is fine. Raises OSError when it cannot."""
     files, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         if is_s3(uri):
@@ -294,7 +301,16 @@ def _delete_on_s3(path: str) -> None:
     """One request an object: stores differ about a bulk delete (some want an MD5 that the SDK no longer sends), s3fs takes
     names for patterns, and pyarrow leaves an empty object in a folder's place."""
     bucket, _, name = path.partition("/")
-    request = s3fs_filesystem().call_s3
+    store = s3fs_filesystem()
+
+    def request(operation: str, **arguments: str) -> dict[str, Any]:
+        try:
+            return dict(store.call_s3(operation, **arguments))
+        except Exception as error:
+            if isinstance(error, OSError) or not of_the_store(error):
+                raise
+            raise OSError(f"{S3_SCHEME}{path}: {error}") from error
+
     request("delete_object", Bucket=bucket, Key=name)
     more = True
     with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:

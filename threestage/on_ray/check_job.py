@@ -101,8 +101,10 @@ def _run(client: Client, specification: Specification) -> Iterator[Line]:
             return
     try:
         yield from _follow(client, job)
+    except AuthenticationError as error:
+        yield Line("the job", job, problem=f"the cluster does not take the token any more: {one_line(error)}")
     finally:
-        with contextlib.suppress(*NO_CONNECTION):
+        with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
             client.stop_job(job)
 
 

@@ -200,10 +200,12 @@ def commands(url: str, job_id: str) -> str:
 
 def follow(client: Client, job_id: str, say: Say) -> int:
     """Print the job's log until it ends; its exit code, or STOPPED, DETACHED after Ctrl-C, LOST when the cluster has not
-    answered for PATIENCE_S."""
+    answered for PATIENCE_S. InputError when it does not take the token any more."""
     url = client.get_address()
     try:
         ended = asyncio.run(_Log(client, job_id, say).follow())
+    except AuthenticationError as error:  # a cluster made anew has another token
+        raise _explained(url, error) from None
     except KeyboardInterrupt:
         say(f"detached: {job_id} goes on; the same command follows it again, and so does\n{commands(url, job_id)}")
         return DETACHED
@@ -217,7 +219,7 @@ def _exit_code(ended: JobDetails, say: Say) -> int:
     if ended.status == JobStatus.SUCCEEDED:
         return 0
     if ended.status == JobStatus.STOPPED:
-        say(f"{ended.submission_id} was stopped; the same command goes on with it")
+        say(f"{ended.submission_id} was stopped; the same command goes on with it, a sweep with --resume")
         return STOPPED
     if ended.driver_exit_code is None:
         say(f"{ended.submission_id} failed: {one_line(ended.message)}")
@@ -275,7 +277,7 @@ class _Log:
 
     async def _print_rest(self) -> None:
         """What a connection that broke off has left out."""
-        with contextlib.suppress(*NO_CONNECTION):
+        with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
             text = await asyncio.to_thread(self._client.get_job_logs, self._id)
             sys.stdout.write(text[self._printed :])
             sys.stdout.flush()
@@ -296,5 +298,6 @@ class _Log:
 def _refuse_unknown(job_id: str, error: Exception) -> None:
     if "status code 404" in str(error):
         raise StageFailure(
-            f"the cluster does not know {job_id} any more, its head has been replaced: the same command goes on with the run"
+            f"the cluster does not know {job_id} any more, its head has been replaced: the same command goes on with the run, "
+            "a sweep with --resume"
         ) from None

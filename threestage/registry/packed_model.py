@@ -43,9 +43,9 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         confidence = np.zeros(shape if wanted else 0, np.float32)
         for rows in _pieces(shape):
             ids, sure = self._ask(np.ascontiguousarray(model_input[rows]))
-            class_ids[rows] = _enlarged(ids, shape[1:])
+            class_ids[rows] = _enlarged(ids, self.downscale, shape[1:])
             if wanted:
-                confidence[rows] = _enlarged(sure, shape[1:])
+                confidence[rows] = _enlarged(sure, self.downscale, shape[1:])
         return {"class_ids": class_ids, "confidence": confidence} if wanted else class_ids
 
     def _ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,13 +103,12 @@ def _reduced(images: np.ndarray, factor: int) -> np.ndarray:
     return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
 
 
-def _enlarged(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """(N,h,w) at the size (H,W), by nearest."""
+def _enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:
+    """(N,h,w) at the size (H,W): each value is its block's, the last ones also the ragged rest's."""
     if values.shape[1:] == size:
         return values
     rows, columns = (
-        ((np.arange(wanted) + 0.5) * there / wanted).astype(int)
-        for wanted, there in zip(size, values.shape[1:], strict=True)
+        np.minimum(np.arange(wanted) // factor, there - 1) for wanted, there in zip(size, values.shape[1:], strict=True)
     )
     return values[:, rows][:, :, columns]
 
