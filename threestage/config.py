@@ -157,7 +157,7 @@ class Config(Settings):
     def _changes_fit(self) -> Self:
         for name in STAGES:
             changes: Mapping[Any, Any] = self.stage(name).changes
-            for key in sorted(OF_THE_RUN & set(flatten(changes))):
+            for key in sorted(OF_THE_RUN & set(flatten(dict(changes)))):
                 raise ValueError(f"{name}.changes: {key} is one for all stages: set it outside of changes")
             try:
                 self.for_stage(name)
