@@ -106,10 +106,10 @@ def _parsed(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _run(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     seed = [] if given["seed"] is None else [f"seed={given['seed']}"]
     config = load(given["config"], [*(given["overrides"] or []), *seed])
-    _refuse_what_travels(config)
     if given["reuse"] is not None:
         _reachable("--reuse", given["reuse"])
     out = _reachable("--out", given["out"])
+    _refuse_what_travels(config)
     return Job("run", arguments, config.name, out, _yaml(given["config"]), config, not config.registry.tracking_uri)
 
 

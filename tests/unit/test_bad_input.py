@@ -187,15 +187,16 @@ models promote models:/camvid/9 --tracking-uri sqlite:///empty.db | models:/camv
 models lineage models:/camvid@stage9 --tracking-uri sqlite:///empty.db | models:/camvid@stage9 | threestage models list
 submit run demo                                      | --out is not given | s3://bucket/prefix
 submit run demo --out runs/x                         | --out runs/x | s3://bucket/prefix
+submit run demo --out s3://b/x                       | data.root=demo | s3://bucket/
 submit run camvd --out s3://b/x                      | camvd | did you mean camvid?
 submit run demo --out s3://b/x --sed 3               | --sed | --seed
 submit run demo --out s3://b/x --local               | --local | leave it out
 submit run demo --out s3://b/x --working-dir nowhere | --working-dir nowhere | no such folder
-submit run demo --out s3://b/x --env 3=4             | --env 3 | NAME=VALUE
-submit run demo --out s3://b/x --env A_KEY=x         | --env A_KEY | a Secret
-submit run demo --out s3://b/x --entrypoint-resources { | --entrypoint-resources { | AMOUNT
-submit run demo --out s3://b/x --working-dir empty --address localhost | --address localhost | http://127.0.0.1:8265
-submit run demo --out s3://b/x --working-dir empty --address CLOSED    | --address CLOSED | mend the address
+submit run demo --out s3://b/x --env 3=4 --set data.root=s3://b/d | --env 3 | NAME=VALUE
+submit run demo --out s3://b/x --env A_KEY=x --set data.root=s3://b/d | --env A_KEY | a Secret
+submit run demo --out s3://b/x --entrypoint-resources { --set data.root=s3://b/d | --entrypoint-resources { | AMOUNT
+submit run demo --out s3://b/x --working-dir empty --address localhost --set data.root=s3://b/d | --address localhost | http://127.0.0.1:8265
+submit run demo --out s3://b/x --working-dir empty --address CLOSED --set data.root=s3://b/d | --address CLOSED | mend the address
 submit sweep thresholdz demo --out s3://b/x          | thresholdz | did you mean thresholds?
 submit ingest images out --format images             | OUT out | s3://bucket/prefix
 submit predict model images out                      | OUT out | s3://bucket/prefix
