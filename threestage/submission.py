@@ -127,7 +127,7 @@ def _sweep(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
 
 def _ingest(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     out, class_map = _reachable("OUT", given["out"]), given["class_map"]
-    files = () if class_map is None or _anywhere(class_map) else (class_map,)
+    files = () if class_map is None or anywhere(class_map) else (class_map,)
     return Job("ingest", arguments, f"ingest-{given['name'] or _last(out)}", out, files)
 
 
@@ -158,13 +158,14 @@ def _last(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _anywhere(uri: str) -> bool:
+def anywhere(uri: str) -> bool:
+    """Whether it is the same place for every machine that shares its folders."""
     return storage.is_s3(uri) or uri.startswith("/")
 
 
 def _reachable(option: str, uri: str | None) -> str:
     """Where a job may write: a path below its own copy of the working directory is deleted with that."""
-    if uri is None or not _anywhere(uri):
+    if uri is None or not anywhere(uri):
         what = (
             "is not given"
             if uri is None
@@ -178,7 +179,7 @@ def _refuse_what_travels(config: Config) -> None:
     """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere."""
     places = {"data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
     for key, place in {**places, "network.weights": config.network.weights}.items():
-        if place is not None and not _anywhere(place):
+        if place is not None and not anywhere(place):
             raise InputError(
                 f"{key}={place} would be read from the job's copy of the working directory, which the next job has elsewhere, "
                 "so that no other could go on with the run: give s3://bucket/…, or an absolute path that all nodes share"

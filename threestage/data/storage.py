@@ -280,9 +280,7 @@ def _unfinished(info: pafs.FileInfo) -> bool:
 
 def of_the_store(error: Exception) -> bool:
     """Whether s3fs had it from the store or on the way there: it hands on what has no answer as botocore's own error."""
-    from botocore import exceptions
-
-    return isinstance(error, OSError | exceptions.BotoCoreError | exceptions.ClientError)
+    return isinstance(error, OSError) or type(error).__module__.startswith("botocore")
 
 
 def delete(uri: str) -> None:

@@ -70,7 +70,7 @@ def try_one(probe: Probe) -> Outcome:
     except InputError as error:
         problem = Complaint(" ".join(str(error).split()))
     except Exception as error:
-        if not (isinstance(error, OSError) or type(error).__module__.startswith("botocore")):
+        if not storage.of_the_store(error):
             raise
         problem = complaint(probe.value, error)
     return Outcome(probe.name, probe.value, time.monotonic() - start, problem.text or None, problem.busy)

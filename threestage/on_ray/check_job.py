@@ -28,6 +28,7 @@ from threestage.on_ray.check import versions
 from threestage.on_ray.entrance import OPEN
 from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect, one_line
 from threestage.settings import Settings
+from threestage.submission import anywhere
 
 MARK = "threestage-check "
 SPECIFICATION = "check.json"
@@ -62,7 +63,7 @@ def _travels(config: Config, out: str) -> Found:
     paths = {"--out": out, "data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
     paths["data.labelled"] = config.data.labelled_list
     for name, path in {**paths, "network.weights": config.network.weights}.items():
-        if path is not None and not storage.is_s3(path) and not path.startswith("/"):
+        if path is not None and not anywhere(path):
             raise InputError(
                 f"{name}={path} is a path below this folder, which no job sees: give s3://bucket/prefix, or an absolute path "
                 "that all nodes share"
