@@ -4,14 +4,22 @@ import difflib
 from collections.abc import Iterable
 
 
-class InputError(ValueError):
-    """Wrong input from the user: one line that names the file or key, the value and the mend. The CLI exits with 2."""
+class CodedError(Exception):
+    """An error whose one line ends with its code: `InputError("...", "data/foreign-folder")` → `... [data/foreign-folder]`."""
+
+    def __init__(self, message: object = "", code: str | None = None) -> None:
+        super().__init__(message if code is None else f"{message} [{code}]")
+        self.code = code
 
 
-class StageFailure(RuntimeError):
+class InputError(CodedError, ValueError):
+    """Wrong input from the user: one line that names the file or key, the value and the fix. The CLI exits with 2."""
+
+
+class StageFailure(CodedError, RuntimeError):
     """The work could not be done: a stage diverged, a guard said stop, a process or a cluster was lost. The CLI exits with 1.
 
-    The line says what to change, or that the same command goes on.
+    The line says what to change, or that the same command continues.
     """
 
 
