@@ -23,6 +23,7 @@ from threestage.pool_prediction import ahead
 from threestage.pseudo_masks import batches_by_size, best_class
 from threestage.training.metrics import (
     RELIABILITY_BINS,
+    absent_class_shares,
     boundary_f_scores,
     confusion_matrix,
     expected_calibration_error,
@@ -78,12 +79,14 @@ def _fitting(ask: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> tup
 
 
 def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
-    """mean_iou, pixel_accuracy and per_class_iou, all in [0,1]; a class that does not occur is None."""
-    ious = per_class_iou(confusion).tolist()
+    """mean_iou, pixel_accuracy and per_class_iou, all in [0,1]; a class without true pixels is None. absent_classes: share of
+    the pixels predicted as each of these, where there are any."""
+    ious, absent = per_class_iou(confusion).tolist(), absent_class_shares(confusion).tolist()
     return {
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
         "per_class_iou": {name: None if iou != iou else iou for name, iou in zip(classes, ious, strict=True)},
+        "absent_classes": {name: share for name, share in zip(classes, absent, strict=True) if share > 0},
     }
 
 

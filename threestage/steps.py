@@ -53,7 +53,7 @@ class SupervisedSteps:
     def draw(self, step: int) -> StepInputs:
         config, batch = self._config, next(self._labelled.batches)
         draws = self._labelled.draws(generator(config.seed, "stage1", "augment", step))
-        view = weak_view(batch.image, batch.size, config.augment, draws, batch.pixel)
+        view = weak_view(batch.image, batch.size, config.augment, draws)
         image, mask = view.image, view.warp(batch.maps["mask"])
         if config.stage1.strong_view:
             strong = strong_view(view, config.augment.strong, draws)
@@ -78,7 +78,7 @@ class ThreeTaskSteps:
         config, random = self._config, generator(self._config.seed, self._stage, "augment", step)
         batch_l, batch_u = next(self._labelled.batches), next(self._unlabelled.batches)
         draws_l, draws_u = self._labelled.draws(random), self._unlabelled.draws(random)
-        weak_l = weak_view(batch_l.image, batch_l.size, config.augment, draws_l, batch_l.pixel)
+        weak_l = weak_view(batch_l.image, batch_l.size, config.augment, draws_l)
         weak_u = weak_view(batch_u.image, batch_u.size, config.augment, draws_u)
         views = [student_view(weak_u, config, draws_u) for _ in range(config.consistency.strong_views)]
         dropout = config.consistency.feature_dropout

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
+from threestage.evaluation import summarise
 from threestage.training.metrics import (
+    absent_class_shares,
     confusion_matrix,
     expected_calibration_error,
     mean_iou,
@@ -38,6 +40,16 @@ def test_iou_by_hand() -> None:
     assert ious[:2] == [3 / 6, 4 / 7] and math.isnan(ious[2])
     assert mean_iou(confusion) == (3 / 6 + 4 / 7) / 2
     assert pixel_accuracy(confusion) == 7 / 10
+
+
+def test_a_class_without_true_pixels_is_left_out_of_the_mean() -> None:
+    """Its false positives lower the class that they are, and stand in a line of their own."""
+    confusion = torch.tensor([[3, 1, 1], [2, 4, 0], [0, 0, 0]])
+    ious = per_class_iou(confusion).tolist()
+    assert ious[:2] == [3 / 7, 4 / 7] and math.isnan(ious[2])
+    assert mean_iou(confusion) == (3 / 7 + 4 / 7) / 2
+    assert absent_class_shares(confusion).tolist() == [0, 0, 1 / 11]
+    assert summarise(confusion, ("a", "b", "c"))["absent_classes"] == {"c": 1 / 11}
 
 
 def test_reliability_by_hand() -> None:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threestage.augment import geometry
-from threestage.augment.views import View, network_input
+from threestage.augment.draws import Draws, generator
+from threestage.augment.views import Extent, View, network_input
 from threestage.config import ConsistencySettings
 from threestage.data.batches import Batch
 from threestage.pseudo_masks import PseudoMaskSettings
@@ -69,7 +70,9 @@ def test_stage_two_equals_the_reference() -> None:
             "pseudo_mask": pseudo_mask.to(torch.uint8),
             "confidence": torch.zeros_like(pseudo_mask, dtype=torch.uint8),
         }
-        return Batch(image, torch.tensor([[SIDE, SIDE]] * len(image)), maps, ("",) * len(image))
+        return Batch(
+            image, Extent.whole(torch.tensor([[SIDE, SIDE]] * len(image)), Draws(generator())), maps, ("",) * len(image)
+        )
 
     views = [StudentView(strong_u.image, strong_u.warp)]
     said = teacher_targets(teacher, weak_l, weak_u, ConsistencySettings())

@@ -1,6 +1,6 @@
 """Order, canvases and prefetching decide what a step sees: they must be functions of the step, or resume is not exact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from threestage.data.batches import Batch, BatchMode, Order, SampleSet, batches, canvas_size, prefetch, share_of
+from threestage.augment.draws import Draws, generator
+from threestage.augment.views import AugmentSettings, weak_view
+from threestage.data.batches import (
+    Batch,
+    BatchMode,
+    Order,
+    SampleSet,
+    batches,
+    canvas_size,
+    prefetch,
+    share_of,
+    stack,
+)
 from threestage.data.pool import data_set_files
 from threestage.data.records import load_manifest
 from threestage.data.samples import Decoded, place
@@ -60,8 +72,8 @@ def test_workers_share_the_global_batch(labelled: SampleSet, size: int, batch: B
 def test_small_images_are_padded_and_large_ones_cut() -> None:
     image = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
     mask = image[..., 0] % 5
-    placed, maps, size, _ = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
-    assert placed.shape == (6, 8, 3) and size == (4, 8)
+    placed, maps, extent, _ = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
+    assert placed.shape == (6, 8, 3) and extent[:2].tolist() == [[4, 8], [4, 10]]
     assert (maps["mask"][4:] == 255).all()
     left = int(np.flatnonzero(image[0, :, 0] == placed[0, 0, 0])[0])
     assert np.array_equal(placed[:4], image[:, left : left + 8])
@@ -72,8 +84,41 @@ def test_canvas_is_what_the_widest_view_needs(scenes: Path) -> None:
     config = tiny_config(scenes)
     assert canvas_size((64, 64), config.augment) == (32, 32)
     wide = config.augment.model_copy(update={"scale": (0.8, 1.5)})
-    assert canvas_size((64, 64), wide) == (40, 40)
+    assert canvas_size((64, 64), wide) == (42, 42)
     assert canvas_size((32, 32), wide) == (32, 32)
+
+
+LARGE = AugmentSettings(crop_size=(8, 64), scale=(0.5, 1.5), flip_probability=0)
+
+
+def crops_of_a_ramp(augment: AugmentSettings, class_ids: Sequence[int | None]) -> torch.Tensor:
+    """The columns (in 125ths of an image of 16×500 pixels) that crops show: canvas, then weak view."""
+    columns = np.broadcast_to((np.arange(500) // 4).astype(np.uint8), (16, 500)).copy()
+    decoded = Decoded(np.zeros((16, 500, 3), np.uint8), {"mask": columns})
+    randoms = [np.random.default_rng(number) for number in range(len(class_ids))]
+    batch = stack([("x", decoded)] * len(class_ids), canvas_size((16, 500), augment), randoms, class_ids)
+    return weak_view(batch.image, batch.size, augment, Draws(generator(0))).warp(batch.maps["mask"])
+
+
+def test_crops_of_every_scale_are_uniform_over_a_large_image() -> None:
+    """As a random scale and then a random crop of the whole image would be, at the borders and in the middle."""
+    shown = crops_of_a_ramp(LARGE, [None] * 8000)
+    share = torch.bincount(shown.flatten().long(), minlength=125)[:125].double()
+    rng, plain = np.random.default_rng(0), torch.zeros(125, dtype=torch.float64)
+    for _ in range(40_000):
+        scale = 0.5 + 0.1 * rng.integers(0, 11)
+        first = rng.integers(0, round(500 * scale) - 64 + 1)
+        seen = ((first + np.arange(64) + 0.5) / scale).astype(int).clip(0, 499) // 4
+        plain += torch.bincount(torch.from_numpy(seen), minlength=125)
+    for part in (slice(0, 6), slice(119, 125), slice(50, 75)):
+        assert share[part].sum() / share.sum() == pytest.approx(float(plain[part].sum() / plain.sum()), rel=0.2)
+
+
+def test_a_crop_of_every_scale_holds_its_pixel_and_no_padding() -> None:
+    class_ids = [number % 125 for number in range(1000)]
+    shown = crops_of_a_ramp(LARGE, class_ids)
+    assert all((one == class_id).any() for one, class_id in zip(shown, class_ids, strict=True))
+    assert (shown == 255).float().mean() < 0.001
 
 
 def test_prefetch_gives_all_in_order_and_passes_errors_on(labelled: SampleSet) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import tiny_config
-from threestage.augment.views import View
+from threestage.augment.draws import Draws, generator
+from threestage.augment.views import Extent, View
 from threestage.config import ConsistencySettings, stage_keys
 from threestage.data.batches import BalancedOrder
 from threestage.data.samples import Decoded, place
@@ -183,7 +184,9 @@ def test_a_class_is_drawn_by_its_rarity_and_lies_in_its_crop() -> None:
     for seed in range(50):
         rng = np.random.default_rng(seed)
         placed = place(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
-        assert placed.size == (8, 30) and placed.pixel is not None and placed.maps["mask"][placed.pixel] == 1
+        size, image, (top, left), _ = placed.extent.tolist()
+        assert size == [8, 30] and image == [20, 30] and placed.pixel is not None
+        assert placed.maps["mask"][placed.pixel[0] - int(top), placed.pixel[1] - int(left)] == 1
 
 
 def test_plain_self_training_learns_no_pseudo_mask_of_a_labelled_image() -> None:
@@ -194,7 +197,7 @@ def test_plain_self_training_learns_no_pseudo_mask_of_a_labelled_image() -> None
         "confidence": torch.full((1, 1, 2), 200, dtype=torch.uint8),
     }
     batch, view = (
-        Batch(torch.zeros(1, 3, 1, 2), torch.tensor([[1, 2]]), maps, ("a",)),
+        Batch(torch.zeros(1, 3, 1, 2), Extent.whole(torch.tensor([[1, 2]]), Draws(generator())), maps, ("a",)),
         whole_view(torch.zeros(1, 3, 1, 2)),
     )
     target = pseudo_mask_targets(batch, batch, view, view, PseudoMaskSettings(head="main"))

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from threestage.augment import geometry, photometry, plans, views
 from threestage.augment.draws import Draws
 from threestage.augment.plans import Plan, StrongSettings
-from threestage.augment.views import AugmentSettings, View, strong_view, weak_view
+from threestage.augment.views import AugmentSettings, Extent, View, strong_view, weak_view
 
 CANVAS = (60, 80)
 CROP = (32, 48)
@@ -116,7 +116,8 @@ def test_a_weak_view_holds_the_pixel_that_is_asked_for_anywhere_in_it() -> None:
     for one, (row, column) in zip(label, pixel.tolist(), strict=True):
         one[row - 2 : row + 3, column - 2 : column + 3] = 1
     settings = AugmentSettings(crop_size=(16, 20), scale=(0.5, 1.5))
-    with_it = weak_view(noise(count)[:, :, :48, :64], size, settings, seeded(), pixel)
+    extent = Extent.whole(size, seeded(1))._replace(pixel=pixel)
+    with_it = weak_view(noise(count)[:, :, :48, :64], extent, settings, seeded())
     shown = with_it.warp(label) == 1
     assert shown.any((1, 2)).all()
     rows, columns = shown.any(2).float().mean(0), shown.any(1).float().mean(0)

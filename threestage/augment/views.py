@@ -6,6 +6,7 @@ reads a value back from the device.
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,40 @@ class AugmentSettings(Settings):
         return self
 
 
+class Extent(NamedTuple):
+    """Which part of its image each canvas shows, and where its crop is to be cut: (N,2) each, rows and columns, on any device.
+
+    The canvas was cut for the same `place` (data/samples.py), so crops of any scale lie uniformly in the image.
+    """
+
+    size: Tensor
+    """int64: valid rows and columns of the canvas"""
+    image: Tensor
+    """int64: rows and columns of the whole image"""
+    origin: Tensor
+    """int64: the image's row and column at the canvas's first pixel"""
+    place: Tensor
+    """float32 in [0,1): 0 is the first possible crop, 1 the last"""
+    pixel: Tensor | None = None
+    """int64: row and column in the image of a pixel that the crop has to hold"""
+
+    @classmethod
+    def of(cls, numbers: Tensor, pixel: Tensor | None = None) -> "Extent":
+        """From (N,4,2) float64: size, image, origin and place of each canvas."""
+        size, image, origin, place = numbers.unbind(1)
+        return cls(size.long(), image.long(), origin.long(), place.float(), pixel)
+
+    @classmethod
+    def whole(cls, size: Tensor, draws: Draws) -> "Extent":
+        """Canvases that show their whole images, of `size` (N,2)."""
+        return cls(size, size, torch.zeros_like(size), draws.uniform(len(size), 2).to(size.device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Extent":
+        """The function of every tensor."""
+        size, image, origin, place = map(function, self[:4])
+        return Extent(size, image, origin, place, None if self.pixel is None else function(self.pixel))
+
+
 class View:
     """A batch of pictures and where their pixels come from."""
 
@@ -81,25 +116,20 @@ def network_input(image: Tensor) -> Tensor:
     return image.float().div_(255)
 
 
-def weak_view(
-    image: Tensor, size: Tensor, settings: AugmentSettings, draws: Draws, pixel: Tensor | None = None
-) -> View:
+def weak_view(image: Tensor, size: Tensor | Extent, settings: AugmentSettings, draws: Draws) -> View:
     """Random scale, crop and flip of canvases `image` uint8 (N,3,H,W), each padded below and right of its `size`.
 
-    `size` (N,2) int64 holds the valid height and width, on any device. An image that is scaled to less than the crop
-    is placed at random inside it; the rest is not valid and mid-range. Scaling is bilinear (no anti-aliasing below 0.5)
-    to whole pixels and to the nearest of 256 levels; an unscaled image keeps its exact pixels. `pixel` (N,2) int64, row and
-    column, on the device of `size`: what each crop has to hold.
+    `size`: the canvases' Extent, or (N,2) int64 valid height and width of whole images, on any device. An image that is
+    scaled to less than the crop is placed at random inside it; the rest is not valid and mid-range. Scaling is bilinear (no
+    anti-aliasing below 0.5) to whole pixels and to the nearest of 256 levels; an unscaled image keeps its exact pixels.
     """
     count, crop = len(image), settings.crop_size
     scale = _draw_scale(count, settings, draws)
-    place = draws.uniform(count, 2)
+    extent = size if isinstance(size, Extent) else Extent.whole(size, draws)
     flipped = draws.uniform(count) < settings.flip_probability
-    theta = _crop_theta(_to(scale, size), size, _to(place, size), crop, _size(image), pixel).to(
-        image.device, non_blocking=True
-    )
+    theta = _crop_theta(_to(scale, extent.size), extent, crop, _size(image)).to(image.device, non_blocking=True)
     theta[:, 0, 0] *= _to(1 - 2 * flipped.float(), image)  # a flip before it: nothing is turned or sheared
-    valid_size = size.to(image.device, non_blocking=True)
+    valid_size = extent.size.to(image.device, non_blocking=True)
     scaled = (scale != 1).nonzero().flatten().tolist()
     resized: dict[int, Tensor] = {}
     if scaled:
@@ -162,21 +192,23 @@ def _draw_scale(count: int, settings: AugmentSettings, draws: Draws) -> Tensor:
     return torch.round(least + settings.scale_step * drawn.double(), decimals=6).float()
 
 
-def _crop_theta(
-    scale: Tensor, size: Tensor, place: Tensor, crop: geometry.Size, source: geometry.Size, pixel: Tensor | None
-) -> Tensor:
-    """Theta of a window of `crop` pixels in the image scaled to whole pixels; `place` (N,2) in [0,1) says where, among the
-    windows that hold `pixel`."""
-    scaled = torch.round(size * scale[:, None]).clamp(min=1)
-    room = scaled - torch.tensor(crop).to(size.device, non_blocking=True)  # below 0: the image is placed in the crop
+def _crop_theta(scale: Tensor, extent: Extent, crop: geometry.Size, source: geometry.Size) -> Tensor:
+    """Theta of a window of `crop` pixels in the image scaled to whole pixels; `extent.place` says where, among the windows
+    that hold `extent.pixel`."""
+    scaled = torch.round(extent.image * scale[:, None]).clamp(min=1)
+    room = scaled - torch.tensor(crop).to(scaled.device, non_blocking=True)  # below 0: the image is placed in the crop
+    factor, cut = extent.image / scaled, room > 0
     least, most = torch.zeros_like(room), room.abs()
-    if pixel is not None:
-        there = torch.floor((pixel + 0.5) * scaled / size)
-        least = torch.where(room > 0, (there - (scaled - room) + 1).clamp(min=0), least)
-        most = torch.where(room > 0, there.minimum(room), most)
-    offset = (least + torch.floor(place * (most - least + 1))).minimum(most) * room.sign()
-    factor = size / scaled
-    top, left = (offset * factor).unbind(1)
+    if extent.pixel is not None:
+        there = torch.floor((extent.pixel + 0.5) / factor)
+        least = torch.where(cut, (there - (scaled - room) + 1).clamp(min=0), least)
+        most = torch.where(cut, there.minimum(room), most)
+    offset = (least + torch.floor(extent.place * (most - least + 1))).minimum(most)
+    first = torch.ceil(extent.origin / factor)
+    last = torch.floor((extent.origin + extent.size) / factor) - (scaled - room)
+    inside = offset.minimum(last).maximum(first).maximum(least).minimum(most)  # the canvas was cut in whole pixels
+    start = torch.where(cut, inside, offset * room.sign()) * factor - extent.origin
+    top, left = start.unbind(1)
     return geometry.window(top, left, crop[0] * factor[:, 0], crop[1] * factor[:, 1], source)
 
 

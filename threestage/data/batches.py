@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from threestage import IGNORE_INDEX
-from threestage.augment.views import AugmentSettings
+from threestage.augment.views import AugmentSettings, Extent
 from threestage.data.records import MAX_IMAGE_PIXELS
 from threestage.data.samples import Decoded, Sample, decode_sample, place
 from threestage.errors import StageFailure
@@ -32,25 +32,24 @@ BatchMode = Literal["per_worker", "global"]
 
 @dataclass(frozen=True)
 class Batch:
-    """N canvases: image (N,3,H,W) uint8, in memory the channels last as decoders give them; size (N,2) valid height and
-    width; maps (N,H,W) uint8 by name; pixel (N,2) row and column that the crop of each has to hold."""
+    """N canvases: image (N,3,H,W) uint8, in memory the channels last as decoders give them; size: what of them is valid, and
+    where the crops are cut; maps (N,H,W) uint8 by name."""
 
     image: Tensor
-    size: Tensor
+    size: Extent
     maps: dict[str, Tensor]
     image_ids: tuple[str, ...]
-    pixel: Tensor | None = None
 
     def first(self, count: int) -> "Batch":
         maps = {name: value[:count] for name, value in self.maps.items()}
-        return Batch(self.image[:count], self.size[:count], maps, self.image_ids[:count])
+        return Batch(self.image[:count], self.size.map(lambda part: part[:count]), maps, self.image_ids[:count])
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
         maps = {name: _send(value, device) for name, value in self.maps.items()}
-        pixel = None if self.pixel is None else _send(self.pixel, device)
-        return Batch(_send(self.image, device), _send(self.size, device), maps, self.image_ids, pixel)
+        size = self.size.map(lambda part: _send(part, device))
+        return Batch(_send(self.image, device), size, maps, self.image_ids)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -58,8 +57,10 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def canvas_size(largest: tuple[int, int], augment: AugmentSettings) -> tuple[int, int]:
-    """Height and width of the canvas: what the widest weak view needs, no more than the `largest` image has."""
-    needed = [math.ceil(side / augment.scale[0]) for side in augment.crop_size]
+    """Height and width of the canvas: what the widest weak view needs, no more than the `largest` image has. Scaled images
+    are of whole pixels and crops begin at whole ones, which together can shift a crop by one and a half."""
+    spare = 0 if augment.scale[0] == 1 else 1.5
+    needed = [math.ceil((side + spare) / augment.scale[0]) for side in augment.crop_size]
     return min(largest[0], needed[0]), min(largest[1], needed[1])
 
 
@@ -80,10 +81,9 @@ def stack(
     pixels = [one.pixel for one in placed if one.pixel is not None]
     return Batch(
         image,
-        torch.tensor([one.size for one in placed]),
+        Extent.of(torch.from_numpy(np.stack([one.extent for one in placed])), torch.tensor(pixels) if pixels else None),
         maps,
         tuple(name for name, _ in samples),
-        torch.tensor(pixels) if pixels else None,
     )
 
 

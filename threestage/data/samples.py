@@ -80,46 +80,49 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
 
 
 class Placed(NamedTuple):
-    """On a canvas, padded at the bottom and the right. `pixel`: row and column of the one that its crop has to hold."""
+    """On a canvas, padded at the bottom and the right."""
 
     image: np.ndarray
     maps: dict[str, np.ndarray]
-    size: tuple[int, int]
+    extent: np.ndarray
+    """(4,2) float64: size, image, origin and place of `augment.views.Extent`"""
     pixel: tuple[int, int] | None
+    """row and column in the image of the pixel that the crop has to hold"""
 
 
 def place(decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, class_id: int | None = None) -> Placed:
-    """Cut a random window of the canvas's size, padding what is missing.
+    """Cut a window of the canvas's size at a random place, padding what is missing. The crop is cut from it at the same
+    place, so that crops of every scale are uniform over the image.
 
     `class_id`: of the mask; one of its pixels, drawn at random, is one that the window, and its crop, have to hold.
     """
     height, width = decoded.image.shape[:2]
-    wanted: tuple[int, int] | None = None
+    pixel: tuple[int, int] | None = None
     if class_id is not None:
         pixels = np.flatnonzero(decoded.maps["mask"] == class_id)
-        wanted = divmod(int(pixels[rng.integers(len(pixels))]), width)
+        pixel = divmod(int(pixels[rng.integers(len(pixels))]), width)
+    drawn = rng.random(2)
     top, left = (
-        _first_pixel(side, room, rng, None if wanted is None else wanted[axis])
+        _first_pixel(side, room, drawn[axis], None if pixel is None else pixel[axis])
         for axis, (side, room) in enumerate(zip((height, width), canvas, strict=True))
     )
     window = (slice(top, top + canvas[0]), slice(left, left + canvas[1]))
     image = decoded.image[window]
     maps = {name: value[window] for name, value in decoded.maps.items()}
-    size = (image.shape[0], image.shape[1])
-    pixel = None if wanted is None else (wanted[0] - top, wanted[1] - left)
-    if size == canvas:
-        return Placed(image, maps, size, pixel)
-    padding = ((0, canvas[0] - size[0]), (0, canvas[1] - size[1]))
+    extent = np.array([image.shape[:2], (height, width), (top, left), drawn])
+    if image.shape[:2] == canvas:
+        return Placed(image, maps, extent, pixel)
+    padding = ((0, canvas[0] - image.shape[0]), (0, canvas[1] - image.shape[1]))
     maps = {name: np.pad(value, padding, constant_values=IGNORE_INDEX) for name, value in maps.items()}
-    return Placed(np.pad(image, (*padding, (0, 0))), maps, size, pixel)
+    return Placed(np.pad(image, (*padding, (0, 0))), maps, extent, pixel)
 
 
-def _first_pixel(side: int, room: int, rng: np.random.Generator, wanted: int | None) -> int:
-    """Of a window of `room` pixels along a side, which holds the pixel `wanted`."""
-    least, most = (
-        (0, max(0, side - room)) if wanted is None else (max(0, wanted - room + 1), min(wanted, max(0, side - room)))
-    )
-    return int(rng.integers(least, most + 1))
+def _first_pixel(side: int, room: int, drawn: float, wanted: int | None) -> int:
+    """Of a window of `room` pixels along a side, which holds the pixel `wanted`; `drawn` in [0,1) says which."""
+    least, most = 0, max(0, side - room)
+    if wanted is not None:
+        least, most = max(0, wanted - room + 1), min(wanted, most)
+    return min(most, least + int(drawn * (most - least + 1)))
 
 
 def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:

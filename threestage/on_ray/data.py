@@ -10,6 +10,7 @@ import ray.data
 import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 
+from threestage.augment.views import Extent
 from threestage.data import storage
 from threestage.data.batches import Batch, share_of
 from threestage.data.pool import load_pool
@@ -31,8 +32,8 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
     begin: the checkpoint that the stage goes on from: the files that its pass had consumed are left out; those that were
-    being read then may come again or be missed. Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; size (2,)
-    int64; image_id. The plan grows with the steps of the stage, not with the pool.
+    being read then may come again or be missed. Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; extent (4,2)
+    float64, see Extent; image_id. The plan grows with the steps of the stage, not with the pool.
     """
     assert task.pool is not None and task.pseudo_masks is not None
     config = task.settings()
@@ -87,7 +88,7 @@ def stream_batches(shard: Any, batch_size: int, seed: int, rank: int) -> Iterato
     for rows in mixed(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2), batch_size, rng):
         yield Batch(
             torch.from_numpy(rows["image"]).permute(0, 3, 1, 2),
-            torch.from_numpy(rows["size"]),
+            Extent.of(torch.from_numpy(rows["extent"])),
             {name: torch.from_numpy(rows[name]) for name in ("pseudo_mask", "confidence")},
             tuple(map(str, rows["image_id"])),
         )

@@ -55,8 +55,8 @@ class FileReader:
             except ValueError as error:  # it was good when its pseudo-mask was made
                 rejects.append(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
                 continue
-            image, maps, size, _ = place(decoded, self._canvas, rng)
-            yield {"image": image, **maps, "size": np.array(size, np.int64), "image_id": np.array(sample.image_id)}
+            image, maps, extent, _ = place(decoded, self._canvas, rng)
+            yield {"image": image, **maps, "extent": extent, "image_id": np.array(sample.image_id)}
 
 
 def blocks(rows: Iterable[Arrays], canvas: tuple[int, int]) -> Iterator[Arrays]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from threestage.augment.views import AugmentSettings
+from threestage.augment.draws import Draws
+from threestage.augment.views import AugmentSettings, Extent
 from threestage.config import Config, StageName
 from threestage.data.batches import Batch, Share, Timed, canvas_size, share_of
 from threestage.data.records import Manifest
@@ -182,7 +183,7 @@ def _random_batch(share: Share, canvas: tuple[int, int], classes: int, maps: tup
     ends = {"mask": classes, "pseudo_mask": classes, "confidence": 256}
     return Batch(
         draw(256, share.count, 3, *canvas),
-        torch.tensor([canvas] * share.count),
+        Extent.whole(torch.tensor([canvas] * share.count), Draws(random)),
         {name: draw(ends[name], share.count, *canvas) for name in maps},
         tuple(f"random{number}" for number in range(share.count)),
     )

@@ -22,15 +22,22 @@ def confusion_matrix(mask: Tensor, prediction: Tensor, num_classes: int) -> Tens
 
 
 def per_class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union (C,) float64 in [0,1]; NaN for a class that is neither there nor predicted."""
-    intersection = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return intersection / union
+    """Intersection over union (C,) float64 in [0,1]; NaN for a class without true pixels, whether predicted or not."""
+    intersection, true = confusion.diagonal().double(), confusion.sum(1)
+    union = confusion.sum(0) + true - intersection
+    return torch.where(true > 0, intersection / union, math.nan)
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean of the per-class IoU over the classes that occur, in [0,1]; NaN when nothing was counted."""
+    """Mean of the per-class IoU over the classes with true pixels, in [0,1]; NaN when nothing was counted. Pixels predicted
+    as another class lower the IoU of the class that they are."""
     return float(per_class_iou(confusion).nanmean())
+
+
+def absent_class_shares(confusion: Tensor) -> Tensor:
+    """Share of the counted pixels (C,) float64 in [0,1] predicted as each class without true pixels; 0 for the others."""
+    predicted = confusion.sum(0).double() / confusion.sum()
+    return torch.where(confusion.sum(1) > 0, 0.0, predicted)
 
 
 def pixel_accuracy(confusion: Tensor) -> float:
