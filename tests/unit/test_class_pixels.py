@@ -1,0 +1,22 @@
+"""Why: with one class left, every prediction is right, and a mean IoU of 1.000 says nothing."""
+
+import pytest
+
+from threestage.data.class_pixels import check_class_pixels
+from threestage.errors import InputError
+
+NAMES = ("ground", "thing", "other")
+
+
+def test_every_class_without_a_pixel_is_named() -> None:
+    assert check_class_pixels("ds", NAMES, [1, 2, 3], "3 masks") is None
+    warning = check_class_pixels("ds", NAMES, [5, 9, 0], "3 masks")
+    assert warning is not None and "of other in 3 masks" in warning and "thing" not in warning
+
+
+@pytest.mark.parametrize(("pixels", "present"), [([7, 0, 0], "only class ground"), ([0, 0, 0], "no class")])
+def test_fewer_than_two_classes_are_refused(pixels: list[int], present: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_class_pixels("ds", NAMES, pixels, "3 masks", fix="use this map")
+    assert error.value.code == "data/one-class"
+    assert present in str(error.value) and "thing, other" in str(error.value) and "use this map" in str(error.value)
