@@ -1,17 +1,19 @@
-"""Scores on labelled images: while training one exact confusion matrix (whole image, single scale), shared out over the
-workers; of a finished model everything, under any protocol."""
+"""Scores on labelled images: while training exact pixel counts (whole image, single scale), shared out over the workers;
+of a finished model everything, under any protocol."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
+from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
 from threestage.data.samples import samples_of
@@ -25,6 +27,7 @@ from threestage.training.metrics import (
     RELIABILITY_BINS,
     absent_class_shares,
     boundary_f_scores,
+    class_counts,
     confusion_matrix,
     expected_calibration_error,
     mean_iou,
@@ -36,6 +39,16 @@ from threestage.training.worker import default_device
 
 CHUNK = 8  # images that are decoded together, and given to one worker
 BATCH = 8  # images per forward pass, of one size
+IMAGE_COUNTS = "image_counts.parquet"  # in a stage's folder
+COUNTS_FORMAT = b"1"
+COUNTS = ("right", "true", "predicted")
+
+
+class Evaluation(NamedTuple):
+    """Pixels, int64 on the CPU: the confusion matrix (C,C) of all images, and `class_counts` (N,3,C) of each image."""
+
+    confusion: Tensor
+    images: Tensor
 
 
 @torch.inference_mode()
@@ -49,22 +62,47 @@ def evaluate(
     sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     batch_size: int = BATCH,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Confusion matrix (C,C) int64 on the CPU over all samples, each counted once; `dtype`: that of autocast.
+) -> Evaluation:
+    """Counts over all samples, each counted once; `dtype`: that of autocast.
 
     Chunks are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
     """
     network.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(samples), len(COUNTS), num_classes, dtype=torch.int64, device=device)
 
     def class_ids(images: Tensor) -> tuple[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return (best_class(network(images.float() / 255)[0]),)
 
-    for images, masks in _batches(samples, batch_size, rank, world_size):
+    for places, images, masks in _batches(samples, batch_size, rank, world_size):
         (found,) = _fitting(class_ids, images.to(device))
-        confusion += confusion_matrix(masks.to(device), found, num_classes)
-    return sum_over_workers(confusion).cpu()
+        each = [confusion_matrix(*pair, num_classes) for pair in zip(masks.to(device), found, strict=True)]
+        counts[places] = class_counts(torch.stack(each))
+        confusion += torch.stack(each).sum(0)
+    return Evaluation(sum_over_workers(confusion).cpu(), sum_over_workers(counts).cpu())
+
+
+def write_image_counts(folder: str, image_ids: Sequence[str], counts: Tensor) -> None:
+    """Keep the counts (N,3,C) of each image of a stage's last evaluation, for comparisons without another forward pass."""
+    columns = {name: counts[:, place].tolist() for place, name in enumerate(COUNTS)}
+    schema = pa.schema(
+        {"image_id": pa.string(), **dict.fromkeys(COUNTS, pa.list_(pa.int64()))}, {"format": COUNTS_FORMAT}
+    )
+    storage.write_table(storage.join(folder, IMAGE_COUNTS), pa.table({"image_id": image_ids, **columns}, schema))
+
+
+def read_image_counts(folder: str) -> tuple[list[str], Tensor] | None:
+    """The ids and counts (N,3,C) that `write_image_counts` kept; None where there are none, or none of a known format."""
+    uri = storage.join(folder, IMAGE_COUNTS)
+    try:
+        table = storage.read_table(uri)
+        if (table.schema.metadata or {}).get(b"format") != COUNTS_FORMAT:
+            return None
+        counts = np.stack([np.array(table.column(name).to_pylist(), np.int64) for name in COUNTS], axis=1)
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return table.column("image_id").to_pylist(), torch.from_numpy(counts)
 
 
 def _fitting(ask: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +156,7 @@ def evaluate_model(
     device = default_device()
     network.to(device).eval()
     scores, multiple = Scores(card.classes, device), size_multiple(card.network)
-    for images, masks in _batches(samples, BATCH):
+    for _, images, masks in _batches(samples, BATCH):
         ask = partial(predict, network, protocol=protocol, multiple=multiple)
         class_ids, confidence, _ = _fitting(ask, images.to(device))
         scores.add(masks.to(device), class_ids, confidence)
@@ -128,14 +166,16 @@ def evaluate_model(
 
 def _batches(
     samples: SampleSet, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A worker's images (N,3,H,W) and masks (N,H,W) uint8, those of one size together, the next ones decoded in a thread."""
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """A worker's images (N,3,H,W) and masks (N,H,W) uint8 with their places among the samples; those of one size together,
+    the next ones decoded in a thread."""
     starts = range(rank * CHUNK, len(samples), world_size * CHUNK)
     chunks = ([samples.decoded(i) for i in range(start, min(start + CHUNK, len(samples)))] for start in starts)
     with closing(ahead(chunks)) as decoded:
-        for chunk in decoded:
+        for start, chunk in zip(starts, decoded, strict=True):
             for chosen, images in batches_by_size([one.image for one in chunk], batch_size):
-                yield images, torch.from_numpy(np.stack([chunk[i].maps["mask"] for i in chosen]))
+                masks = torch.from_numpy(np.stack([chunk[i].maps["mask"] for i in chosen]))
+                yield [start + i for i in chosen], images, masks
 
 
 class Scores:

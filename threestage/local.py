@@ -24,6 +24,7 @@ from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker, default_device
+from threestage.verdict import text
 
 EXAMPLE = "Example: python -m threestage.local demo --set data.root=runs/demo-0/data --out runs/demo"
 Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:
         return _failed(explain(None, error), 2)
+    if (verdict := text(results)) is not None:
+        print(verdict)
     print(json.dumps(results["stages"], indent=1))
     return 0
 

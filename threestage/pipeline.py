@@ -9,13 +9,14 @@ Everything lies under one folder:
     stage1/model/                 model.safetensors, model.json: the weights of the last step
     stage1/best_model/            the same of the best evaluation, where that is an earlier step
     stage1/halfway_model/         of half of its steps; by these the next stage may choose its images (reliable_share)
+    stage1/image_counts.parquet   pixels of each validation image that the last weights got right, of each class
     stage1/result.json            metrics and history
     stage1/done.json              the marker, written last
     listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
     pool.parquet                  the files of the pool; fixed once stage 2 has begun
     pseudo_masks1/*.parquet       one file per image file, rejects.parquet, index.parquet, then done.json
     reused.json                   which of these lie in the folder of another run (threestage/reused.py)
-    results.json                  the table of all stages
+    results.json                  the table of all stages, and whether the unlabelled images paid (threestage/verdict.py)
 """
 
 import contextlib
@@ -48,6 +49,7 @@ from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
 from threestage.settings import Settings
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
+from threestage.verdict import judge
 
 RunStage = Callable[[StageTask], None]
 PredictPool = Callable[
@@ -117,6 +119,7 @@ def run(
                  "labelled": len(split.labelled), "validation": len(split.validation),
                  "pool": rows_of(pool())},
         "stages": stages,
+        "verdict": run_.verdict(stages),
         "reused": elsewhere,
     }  # fmt: skip
     storage.write_json(storage.join(out, "results.json"), results)
@@ -135,9 +138,9 @@ def _reuse(config: Config, out: str, reuse: str | None, digests: dict[str, str])
     return elsewhere
 
 
-def _run_stages(run_: "_Run", record: "Record") -> dict[str, dict[str, Any]]:
+def _run_stages(run_: "_Run", record: "Record") -> dict[StageName, dict[str, Any]]:
     """Train and predict with every stage; returns their figures."""
-    stages: dict[str, dict[str, Any]] = {}
+    stages: dict[StageName, dict[str, Any]] = {}
     previous: dict[str, Any] | None = None
     pseudo_masks: PseudoMaskSet | None = None
     for number, stage in enumerate(run_.config.stage_names, 1):
@@ -508,6 +511,14 @@ class _Run:
             confidence_threshold=None if learnt_from is None else settings.pseudo_mask.confidence_threshold,
             made=made,
         )
+
+    def verdict(self, stages: Mapping[StageName, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Whether the unlabelled images paid, as plain JSON; None where that cannot be measured, or no stage learnt from them."""
+        if len(stages) < 2:
+            return None
+        first, *_, last = map(self.folder, stages)
+        verdict = judge(first, last, stages, self.config.seed, self.config.stage1.strong_view)
+        return None if verdict is None else verdict.model_dump(mode="json")
 
     def outcome(
         self, stage: StageName, summary: dict[str, float], done: dict[str, Any], lineage: Lineage

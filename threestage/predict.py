@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from threestage.allocator import keep_freed_memory
+from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.listing import Each, in_threads
 from threestage.data.pool import rows_of
@@ -29,8 +30,10 @@ from threestage.prediction_output import PARTS_FOLDER, Format, Predictions, Pred
 from threestage.prediction_parts import Part, kind_of, plan, repeated_ids
 from threestage.pseudo_masks import REJECTS_NAME, FileReport, file_digest, stored_report
 from threestage.registry import RegistrySettings, open_models
+from threestage.reused import part
 from threestage.settings import Settings
 from threestage.training.worker import default_device
+from threestage.verdict import verdict_in
 
 RECORD_NAME = "prediction.json"
 RECORD_FORMAT = 1
@@ -68,18 +71,25 @@ class PredictReport(Settings):
 
 
 def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
-    """A model of the registry (models:/NAME@stage3, models:/NAME/2), or of a folder: a model's, a stage's or a run's.
+    """A model of the registry (models:/NAME@stage3, models:/NAME/2), or of a folder: a model's, a stage's or a run's (its best).
 
     Raises InputError where there is none.
     """
     if model.startswith("models:/"):
         with tempfile.TemporaryDirectory() as folder:
             return _files_of(str(open_models(registry).pull(model, folder)))
-    for inner in ("", "model", "stage3/model", "stage2/model", "stage1/model"):
-        folder = storage.join(model, inner) if inner else model
+    for folder in (model, storage.join(model, "model"), *_models_of_run(model)):
         if storage.exists(storage.join(folder, CARD)):
             return _files_of(folder)
     raise InputError(f"{model}: holds no model; give models:/NAME@stage3, or the folder of a run, a stage or a model")
+
+
+def _models_of_run(run: str) -> list[str]:
+    """Models of a run's stages, in the order in which they are taken: its best one, else the last."""
+    results, last_first = storage.join(run, "results.json"), sorted(STAGES, reverse=True)
+    verdict = verdict_in(storage.read_json(results)) if storage.exists(results) else None
+    best = [] if verdict is None else [verdict.choice]
+    return [storage.join(part(run, stage), "model") for stage in [*best, *last_first]]
 
 
 def _files_of(folder: str) -> ModelFiles:

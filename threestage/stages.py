@@ -17,7 +17,7 @@ from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.sets import labelled_set, pool_canvas, pool_set, validation_set
 from threestage.data.split import Split
-from threestage.evaluation import evaluate, summarise
+from threestage.evaluation import Evaluation, evaluate, summarise, write_image_counts
 from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, Network, build_network
 from threestage.seeds import derive_seed
@@ -70,9 +70,9 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     resume(state, worker)
     source = make_source(task, config, state, data, worker)
-    confusion, card = torch.zeros(0), _card(task, config, data.manifest)
+    last, card = list[Evaluation](), _card(task, config, data.manifest)
 
-    def score(network: nn.Module) -> Tensor:
+    def score(network: nn.Module) -> Evaluation:
         worker.doing(state.step, "evaluation")
         classes = len(data.manifest.classes)
         return evaluate(
@@ -85,21 +85,21 @@ def train_stage(task: StageTask, worker: Worker) -> None:
             _keep_halfway(task, state, card, worker, config.choosing_after(task.stage) is not None)
 
     def validate(network: nn.Module) -> Row:
-        nonlocal confusion
-        confusion = score(network)
-        return {"mean_iou": mean_iou(confusion)}
+        last[:] = [score(network)]
+        return {"mean_iou": mean_iou(last[0].confusion)}
 
     fit(
         state, worker, source, validate, steps=stage.steps,
         images_per_step=images_per_step(config, task.stage, worker.world_size),
         seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema, at_half=at_half,
     )  # fmt: skip
-    if not len(confusion):  # the last checkpoint already held the last step
+    if not last:  # the last checkpoint already held the last step
         validate(state.shipped)
-    student = None if state.teacher is None else score(state.student)
+    student = None if state.teacher is None else score(state.student).confusion
     if worker.rank == 0:
         worker.checkpoints.wait()
-        publish(task, state, card, confusion, student)
+        write_image_counts(task.folder, [sample.image_id for sample in data.validation.samples], last[0].images)
+        publish(task, state, card, last[0].confusion, student)
 
 
 def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:

@@ -49,7 +49,7 @@ def measure(encoder: str, samples: list[Sample], classes: int, rounds: int) -> d
     settings = NetworkSettings(encoder=encoder, output_stride=16, batch_norm="live")
     network = build_network(settings, classes).to(device).eval()
     ways: dict[str, Callable[[], Tensor]] = {
-        "evaluate": lambda: evaluate(network, SampleSet(samples, DOWNSCALE), classes, device),
+        "evaluate": lambda: evaluate(network, SampleSet(samples, DOWNSCALE), classes, device).confusion,
         "plain loop": lambda: plain_loop(network, samples, classes, device),
     }
     now, seconds, found = clock(device), {name: list[float]() for name in ways}, {}

@@ -14,7 +14,7 @@ from torch import nn
 from threestage import IGNORE_INDEX
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import Decoded, samples_of
 from threestage.errors import InputError
 from threestage.evaluation import Scores, evaluate, evaluate_model
 from threestage.inference import Protocol
@@ -22,7 +22,7 @@ from threestage.models.export import ModelCard
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.pseudo_masks import predict_images
 from threestage.scores import reliability_diagram, score_tables, write_scores
-from threestage.training.metrics import boundary_f_scores, mean_iou
+from threestage.training.metrics import boundary_f_scores, class_counts, confusion_matrix, mean_iou
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_the_report_is_of_every_image_once(scenes: Path) -> None:
     assert scores == json.loads(json.dumps(scores, allow_nan=False))
     assert scores["images"] == 40 and seen[-1] == (40, 40) and scores["protocol"] == "whole image, single scale"
 
-    confusion = evaluate(network, samples, len(card.classes), CPU)
+    confusion, _ = evaluate(network, samples, len(card.classes), CPU)
     assert scores["confusion_matrix"] == confusion.tolist() and scores["mean_iou"] == mean_iou(confusion)
 
     decoded = [samples.decoded(i) for i in range(len(samples))]
@@ -82,16 +82,37 @@ class SmallDevice(nn.Module):
 def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_apart(scenes: Path) -> None:
     network, card = model_for(scenes)
     samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict())[:11], 1)
-    expected = evaluate(network, samples, len(card.classes), CPU)
+    expected, images = evaluate(network, samples, len(card.classes), CPU)
     few, small, none = SmallDevice(network, 99), SmallDevice(network, 2), SmallDevice(network, 0)
-    assert torch.equal(evaluate(few, samples, len(card.classes), CPU, batch_size=3), expected)
+    assert torch.equal(evaluate(few, samples, len(card.classes), CPU, batch_size=3).confusion, expected)
     assert few.batches == [3, 3, 2, 3]
-    assert torch.equal(evaluate(small, samples, len(card.classes), CPU), expected)
+    assert torch.equal(evaluate(small, samples, len(card.classes), CPU).images, images)
     assert small.batches == [8, *[1] * 8, 3, *[1] * 3]
-    low = evaluate(network, samples, len(card.classes), CPU, dtype=torch.bfloat16)
+    low, _ = evaluate(network, samples, len(card.classes), CPU, dtype=torch.bfloat16)
     assert low.sum() == expected.sum() and low.diag().sum() == pytest.approx(int(expected.diag().sum()), rel=0.05)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(none, samples, len(card.classes), CPU)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_each_image_is_counted_in_its_own_place_by_any_number_of_workers(scenes: Path, workers: int) -> None:
+    """Images of two sizes, which are predicted in another order than they have."""
+    network, card = model_for(scenes)
+    rows = labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()
+    samples = SampleSet(samples_of(rows)[:19], 1)
+    for index in range(0, 19, 2):
+        decoded = samples.decoded(index)
+        maps = {name: value[:32] for name, value in decoded.maps.items()}
+        samples._cache[index] = Decoded(decoded.image[:32], maps)
+    parts = [evaluate(network, samples, len(card.classes), CPU, rank, workers) for rank in range(workers)]
+    confusion, images = (torch.stack(list(one)).sum(0) for one in zip(*parts, strict=True))
+    assert torch.equal(images.sum(0), class_counts(confusion))
+    for index in range(19):
+        decoded = samples.decoded(index)
+        found = next(iter(predict_images(network, [decoded.image], 1, CPU)))[1]
+        alone = class_counts(confusion_matrix(torch.from_numpy(decoded.maps["mask"]), found, len(card.classes)))
+        assert torch.equal(images[index, 1], alone[1]), "true pixels"
+        assert (images[index] - alone).abs().max() <= 2, "in a batch, a pixel may round to another class"
 
 
 def test_another_protocol_scores_another_prediction(scenes: Path) -> None:

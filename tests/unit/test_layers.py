@@ -19,7 +19,7 @@ LAYERS = tuple(
         "training pseudo_masks inference pool_prediction prediction_parts",
         "registry tracking",
         "config on_ray.settings",
-        "evaluation stages steps",
+        "evaluation stages steps verdict",
         "init lease over_seeds pipeline predict prediction_output preflight progress report reused scores",
         "clean mirror report_page",
         "check checks local on_ray runs submission sweeps",

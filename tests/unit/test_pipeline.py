@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.conftest import tiny_config
 from threestage import stages
 from threestage.data import storage
+from threestage.data.batches import SampleSet
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError, StageFailure
-from threestage.evaluation import evaluate_model
+from threestage.evaluation import Evaluation, evaluate_model
 from threestage.local import run_local
 from threestage.models.export import load_model
 from threestage.models.network import without_auxiliary
 from threestage.pipeline import StageOutcome
 from threestage.predict import open_model
 from threestage.registry import RegistrySettings
+from threestage.training.metrics import class_counts
 
 
 class Killed(BaseException):
@@ -75,9 +76,10 @@ def test_the_student_is_scored_like_the_teacher(scenes: Path, undisturbed: Path)
         assert evaluate_model(network, card, str(scenes), "val")["mean_iou"] == mean_iou
 
 
-def scored(mean_iou: float, classes: int) -> Tensor:
+def scored(mean_iou: float, samples: SampleSet, classes: int) -> Evaluation:
     right = torch.eye(classes, dtype=torch.int64)
-    return round(1000 * mean_iou) * right + round(500 * (1 - mean_iou)) * right.roll(1, 0)
+    confusion = round(1000 * mean_iou) * right + round(500 * (1 - mean_iou)) * right.roll(1, 0)
+    return Evaluation(confusion, class_counts(confusion).expand(len(samples), -1, -1))
 
 
 def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
@@ -85,7 +87,9 @@ def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
 ) -> None:
     """Stage 2 is best at step 4 of 6; it is killed between its last checkpoint and its result, and continued."""
     scores = iter([0.1, 0.2, 0.3, 0.2, 0.5, 0.4, 0.3, 0.4, 0.3])  # at steps 2, 4, 6 and of the student
-    monkeypatch.setattr(stages, "evaluate", lambda network, samples, classes, *rest: scored(next(scores), classes))
+    monkeypatch.setattr(
+        stages, "evaluate", lambda network, samples, classes, *rest: scored(next(scores), samples, classes)
+    )
     publish, tries = stages.publish, itertools.count()
 
     def dying(task: stages.StageTask, *rest: Any) -> None:

@@ -75,6 +75,7 @@ def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = 
     from threestage import runs
     from threestage.progress import StageProgress
     from threestage.report import rich_table
+    from threestage.verdict import text
 
     with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
         results = runs.run(config, out, local, progress.show, progress.warn, progress.watch, reuse)
@@ -82,6 +83,8 @@ def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = 
         print_json(results)
         return
     console.print(rich_table(results))
+    if (verdict := text(results)) is not None:
+        console.print(verdict, highlight=False, markup=False)
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
                   highlight=False, markup=False, soft_wrap=True)  # fmt: skip
     for version in results.get("registered", []):

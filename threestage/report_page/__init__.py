@@ -13,6 +13,7 @@ from threestage.report_page.markup import Html
 from threestage.report_page.validation import Measured, Show, Validation, choose
 
 IMAGES = 9
+INTRODUCTION = "Three-stage self-training for semantic segmentation, seen through the run's validation images."
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def write_report(
                 raise
             reason = explain(None, error) if isinstance(error, OSError) else error
             missing.append(f"No pictures and no calibration: {reason}.")
-    intro = "Three-stage self-training for semantic segmentation, seen through the run's validation images."
-    content = page(found.name, intro, _sections(found, seen, missing)).encode("utf-8", "replace")
+    content = page(found.name, found.verdict or INTRODUCTION, _sections(found, seen, missing)).encode(
+        "utf-8", "replace"
+    )
     uri = out or storage.join(found.uri, PAGE_NAME)
     storage.write_bytes(uri, content)
     return Written(uri, len(content), found.finished, tuple(missing))

@@ -14,6 +14,7 @@ from threestage.pseudo_masks import REJECTS_NAME, Statistics
 from threestage.reused import parts_elsewhere
 from threestage.tracking import redact, redact_tree
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
+from threestage.verdict import text
 
 CONFIG_NAME, PAGE_NAME = "config.json", "report.html"
 Row = Mapping[str, float]
@@ -62,7 +63,8 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Run:
-    """`data_root` is None where neither the results nor the settings name it; `missing`: sentences for the reader."""
+    """`data_root` is None where neither the results nor the settings name it; `missing`: sentences for the reader; `verdict`:
+    whether the unlabelled images paid, of a finished run that used some."""
 
     uri: str
     name: str
@@ -75,6 +77,7 @@ class Run:
     rejected: tuple[Rejected, ...]
     missing: tuple[str, ...]
     finished: bool
+    verdict: str | None
 
 
 def read_run(uri: str) -> Run:
@@ -91,6 +94,7 @@ def read_run(uri: str) -> Run:
     found = [_stage(n, folders[name], masks[n], name in parts) for n, name in enumerate(expected, 1)]
     stages = tuple(stage for stage in found if stage is not None)
     data = results.get("data", {})
+    finished = len(stages) == len(expected) and bool(results)
     return Run(
         uri=uri,
         name=settings.get("name") or results.get("name") or uri.rsplit("/", 1)[-1],
@@ -102,7 +106,8 @@ def read_run(uri: str) -> Run:
         settings=redact_tree(flatten(settings)),
         rejected=tuple(_all_rejected(folders.values(), masks)),
         missing=tuple(_missing(folders, stages)),
-        finished=len(stages) == len(expected) and bool(results),
+        finished=finished,
+        verdict=text(results) if finished else None,
     )
 
 

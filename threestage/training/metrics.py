@@ -21,11 +21,21 @@ def confusion_matrix(mask: Tensor, prediction: Tensor, num_classes: int) -> Tens
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def class_counts(confusion: Tensor) -> Tensor:
+    """All that the IoU needs of matrices (…,C,C): pixels (…,3,C) of each class that are right, true and predicted."""
+    return torch.stack([confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)], dim=-2)
+
+
+def iou_of_counts(counts: Tensor) -> Tensor:
+    """Intersection over union (…,C) float64 in [0,1] of `class_counts` (…,3,C); NaN for a class without true pixels, whether
+    predicted or not."""
+    right, true, predicted = counts.double().unbind(-2)
+    return torch.where(true > 0, right / (true + predicted - right), math.nan)
+
+
 def per_class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union (C,) float64 in [0,1]; NaN for a class without true pixels, whether predicted or not."""
-    intersection, true = confusion.diagonal().double(), confusion.sum(1)
-    union = confusion.sum(0) + true - intersection
-    return torch.where(true > 0, intersection / union, math.nan)
+    """The same of a matrix (C,C): (C,)."""
+    return iou_of_counts(class_counts(confusion))
 
 
 def mean_iou(confusion: Tensor) -> float:
