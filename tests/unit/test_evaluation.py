@@ -94,8 +94,7 @@ def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_a
         evaluate(none, samples, len(card.classes), CPU)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_each_image_is_counted_in_its_own_place_by_any_number_of_workers(scenes: Path, workers: int) -> None:
+def test_each_image_is_counted_in_its_own_place(scenes: Path) -> None:
     """Images of two sizes, which are predicted in another order than they have."""
     network, card = model_for(scenes)
     rows = labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()
@@ -104,8 +103,7 @@ def test_each_image_is_counted_in_its_own_place_by_any_number_of_workers(scenes:
         decoded = samples.decoded(index)
         maps = {name: value[:32] for name, value in decoded.maps.items()}
         samples._cache[index] = Decoded(decoded.image[:32], maps)
-    parts = [evaluate(network, samples, len(card.classes), CPU, rank, workers) for rank in range(workers)]
-    confusion, images = (torch.stack(list(one)).sum(0) for one in zip(*parts, strict=True))
+    confusion, images = evaluate(network, samples, len(card.classes), CPU)
     assert torch.equal(images.sum(0), class_counts(confusion))
     for index in range(19):
         decoded = samples.decoded(index)

@@ -155,13 +155,13 @@ def test_the_best_stage_is_the_one_that_the_registry_makes_champion() -> None:
             version = SimpleNamespace(version=str(number), name="m", tags=tags)
             champion = version if _decide(version, champion)[0] else champion
         stages = {stage: {"mean_iou": score} for stage, score in zip(STAGES, scores, strict=True)}
-        assert champion is not None and best_stage(stages) == f"stage{champion.version}"  # type: ignore[arg-type]
+        assert champion is not None and best_stage(stages) == f"stage{champion.version}"
 
 
 def test_a_score_that_is_none_is_never_best() -> None:
     for scores in permutations((0.1, float("nan"), 0.2)):
         stages = {stage: {"mean_iou": score} for stage, score in zip(STAGES, scores, strict=True)}
-        assert stages[best_stage(stages)]["mean_iou"] == 0.2  # type: ignore[arg-type]
+        assert stages[best_stage(stages)]["mean_iou"] == 0.2
 
 
 # ---- What a user reads
