@@ -6,10 +6,12 @@ from typing import Any
 import yaml
 
 from threestage.errors import InputError
+from threestage.user_text import text_of
 
 MAX_CHARACTERS = 2**20
 MAX_VALUES = 200_000
 MAX_DEPTH = 50
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,15 +30,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
-    """Raises InputError, which begins with `where`, for what is no YAML, or too much of it."""
+    """Raises InputError, which begins with `where`, for what is no YAML, too much of it, or holds a key twice."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{where}: has {len(text)} characters, more than {MAX_CHARACTERS}: give a smaller file")
+    text = text if isinstance(text, str) else text_of(text, where)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _refuse_bomb(node, where)
+        _refuse_repeated_keys(node, where, set())
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
         if isinstance(error, InputError):
@@ -55,6 +59,26 @@ def _refuse_bomb(node: yaml.Node, where: str) -> None:
         raise InputError(
             f"{where}: has more than {MAX_VALUES} values, or refers to itself: take the aliases (*name) out"
         )
+
+
+def _refuse_repeated_keys(node: yaml.Node, where: str, seen: set[int]) -> None:
+    """YAML forbids a key that stands twice in a mapping; the loader would keep the last one without a word."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+            continue
+        line, name = key.start_mark.line + 1, (key.tag, key.value)
+        if name in lines:
+            raise InputError(
+                f"{where}: key {key.value} stands twice, in line {lines[name]} and line {line}: keep one of them",
+                "config/repeated-key",
+            )
+        lines[name] = line
+    for child in _children(node):
+        _refuse_repeated_keys(child, where, seen)
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:

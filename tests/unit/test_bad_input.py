@@ -56,7 +56,7 @@ config images                                        | images | nor a YAML file
 config broken.yaml                                   | broken.yaml | line 2, column 5 | mend it there
 config list.yaml                                     | list.yaml | sections such as data:
 config empty.yaml                                    | empty.yaml | sections such as data:
-config binary.yaml                                   | binary.yaml | not YAML
+config binary.yaml                                   | binary.yaml | data/not-utf8
 config wrong-base.yaml                               | base='camvd' | did you mean camvid?
 config types.yaml                                    | stage1.steps='many' | integer | augment=[1] | section
 config demo --set stage1.steps                       | --set stage1.steps | write it as a.b=c
@@ -135,8 +135,8 @@ ingest images out                                    | class_map | --class-map F
 ingest images out --class-map classes.yaml           | masks | --masks FOLDER
 ingest images out --masks masks --class-map no.yaml  | no.yaml | mend class_map
 ingest images out --masks masks --class-map images   | images | is a folder | name a file
-ingest images out --masks masks --class-map list.yaml  | list.yaml | mend the class map
-ingest images out --masks masks --class-map twice.yaml | twice.yaml | class name ground | mend the class map
+ingest images out --masks masks --class-map list.yaml  | list.yaml | data/class-map
+ingest images out --masks masks --class-map twice.yaml | twice.yaml | class name ground | data/class-map
 ingest images out --masks empty --class-map classes.yaml --local       | empty | no mask there is named like an image
 ingest images out --masks small-masks --class-map classes.yaml --local | 3.png | 40x40 | rejected
 ingest images out --masks other-ids --class-map classes.yaml --local   | 3.png | id 7 | add it

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,109 @@ def test_an_image_with_two_masks_is_named(tmp_path: Path) -> None:
         f"has two masks, {tmp_path}/y/1.png and {tmp_path}/y/1.tif: keep one",
         None,
     ]
+
+
+def paired(
+    root: Path, suffix: str = "", masks: str = "y", images: str = "x"
+) -> tuple[dict[str, str | None], list[str]]:
+    """Image id → its mask's path or the problem, and the notes."""
+    notes: list[str] = []
+    settings = IngestSettings(format="folders", masks=str(root / masks), mask_suffix=suffix)
+    items = discover(str(root / images), settings, notes)
+    base = f"{root}/{masks}/"
+    return {
+        item.image_id: item.problem or (item.mask_uri and item.mask_uri.removeprefix(base)) for item in items
+    }, notes
+
+
+def refusal(root: Path, **given: str) -> InputError:
+    with pytest.raises(InputError) as error:
+        paired(root, **given)
+    return error.value
+
+
+def test_masks_of_other_suffixes_are_no_unlabelled_images(tmp_path: Path) -> None:
+    touch(tmp_path, "x/1.jpg", "x/2.jpg", "x/3.jpg", "x/4.jpg", "x/5.heic", "x/6.heic", "y/1.png", "y/2.gif", "y/3.JPG")
+    found, notes = paired(tmp_path)
+    assert found["1"] == "1.png" and found["4"] is None and "5" not in found
+    assert "y/2.gif is not read: save it as PNG" in str(found["2"]) and "y/3.JPG is not read" in str(found["3"])
+    of_images, of_masks, unlabelled = notes
+    assert "1 images have no mask and are unlabelled" in unlabelled and "4.jpg" in unlabelled
+    assert of_images.endswith("x: 2 files passed over: 2 .heic") and "1 .gif" in of_masks and "1 .jpg" in of_masks
+
+
+def test_masks_that_none_is_read_of_are_named_by_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "x/1.jpg", "x/2.jpg", "y/1.gif", "y/2.gif")
+    error = refusal(tmp_path)
+    assert error.code == "data/mask-format" and "2 .gif" in str(error)
+
+
+def test_one_end_of_the_names_that_explains_all_masks_is_proposed(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a/1.jpg", "x/a/1b.jpg", "y/a/1_mask.png", "y/a/1b_mask.png")
+    error = refusal(tmp_path)
+    assert error.code == "data/mask-suffix" and "--mask-suffix _mask" in str(error)
+    assert paired(tmp_path, suffix="_mask")[0] == {"a/1": "a/1_mask.png", "a/1b": "a/1b_mask.png"}
+    touch(tmp_path, "y/other.png")
+    assert refusal(tmp_path).code == "data/no-pair"
+    assert paired(tmp_path, suffix="_mask")[0]["other"] == "mask whose name does not end with _mask"
+    touch(tmp_path, "x/3.jpg", "x/4.jpg", "y/3.png", "y/4_mask.png")
+    (tmp_path / "y/other.png").unlink()
+    found, _ = paired(tmp_path)
+    assert found["3"] == "3.png" and found["4_mask"] == "mask without an image; rename it without _mask"
+    for wrong in ("_mask.png", "a/b"):
+        with pytest.raises(ValueError, match="mask_suffix"):
+            IngestSettings(format="folders", masks="y", mask_suffix=wrong)
+    with pytest.raises(ValueError, match="mask_suffix"):
+        IngestSettings(format="camvid", mask_suffix="_L")
+
+
+def test_images_and_masks_in_one_folder(tmp_path: Path) -> None:
+    here = {"masks": "x", "images": "x"}
+    touch(tmp_path, "x/1.jpg", "x/1.png", "x/2.jpg", "x/2.PNG", "x/3.png")
+    assert paired(tmp_path, **here)[0] == {"1": "1.png", "2": "2.PNG", "3": None}
+    touch(tmp_path, "z/1.png", "z/1_m.png", "z/2.png", "z/2_m.png", "z/3.png", "z/odd_m.png")
+    there = {"masks": "z", "images": "z"}
+    error = refusal(tmp_path, **there)
+    assert error.code == "data/masks-among-images" and "--mask-suffix _m;" in str(error)
+    assert paired(tmp_path, suffix="_m", **there)[0] == {"1": "1_m.png", "2": "2_m.png", "3": None, "odd_m": None}
+
+
+def test_a_folder_of_masks_in_that_of_images_and_the_other_way_round(tmp_path: Path) -> None:
+    touch(tmp_path, "x/1.png", "x/m/1.png")
+    assert paired(tmp_path, masks="x/m")[0] == {"1": "1.png"}
+    touch(tmp_path, "y/1.png", "y/photos/1.png")
+    assert paired(tmp_path, images="y/photos")[0] == {"1": "1.png"}
+
+
+def test_names_are_paired_whatever_their_unicode_form(tmp_path: Path) -> None:
+    def form(name: str, which: str) -> str:
+        return unicodedata.normalize(which, name)
+
+    nfc, nfd = form("é", "NFC"), form("é", "NFD")
+    touch(tmp_path, f"x/{nfc}1.jpg", f"x/{nfd}2.jpg", f"y/{nfd}1.png", f"y/{nfc}2.png")
+    assert paired(tmp_path)[0] == {f"{nfc}1": f"{nfd}1.png", f"{nfd}2": f"{nfc}2.png"}
+    touch(tmp_path, f"y/{nfc}1.png")  # the mask of the same form is taken, the other is named
+    found, _ = paired(tmp_path)
+    assert found[f"{nfc}1"] == f"{nfc}1.png"
+    assert "U+0065 U+0301 here, U+00E9 there" in str(found[f"{nfd}1"])
+
+
+def test_the_lists_of_voc_name_images_whatever_their_unicode_form(tmp_path: Path) -> None:
+    name, other = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    touch(
+        tmp_path,
+        f"JPEGImages/{name}.jpg",
+        "JPEGImages/v.jpg",
+        f"SegmentationClass/{other}.png",
+        "SegmentationClass/v.png",
+    )
+    touch(tmp_path, "ImageSets/Segmentation/train.txt", text=f"\ufeff{other}\r\n")
+    touch(tmp_path, "ImageSets/Segmentation/val.txt", text="v")
+    assert found(tmp_path, "voc")[f"JPEGImages/{name}"] == (f"SegmentationClass/{other}.png", "train", None)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        found(tmp_path, "voc")
+    assert error.value.code == "data/not-utf8" and "val.txt" in str(error.value)
 
 
 def test_images_alone_and_two_files_of_one_id(tmp_path: Path) -> None:
@@ -202,9 +306,22 @@ def test_the_shipped_maps() -> None:
         ("classes: [{name: a, colour: [1, 2, 300], ids: [0]}]", r"classes\.0\.colour\.2"),
         ("classes: [{name: a, colour: [1, 2, 3], ids: [0]}]\nignore: {ids: [0]}", "id 0 stands there more than once"),
         ("classes: [{name: a, colour: [1, 2, 3]}, {name: a, colour: [1, 2, 4]}]", "class name a stands"),
-        ("classes: [{name: a, colour: [1, 2, 3]}]\nignored: {}", "ignored: Extra inputs"),
+        ("classes: [{name: a, colour: [1, 2, 3]}]\nignored: {}", "ignored: unknown key; did you mean ignore"),
+        ("classes: [{name: a, colour: [1, 2, 3], idz: 1}]", r"classes\.0\.idz: unknown key; did you mean ids"),
         ("classes: [", "not YAML"),
         ("", "a class map is a mapping"),
+        ("classes: [road]", r"classes\.0='road'"),
+        ("classes: [{name: a, colour: #ff0000\n}]", r"classes\.0\.colour=None: .*quote"),
+        ("classes: [{name: a, color: 0xff0000}]", r"classes\.0\.color=16711680: .*quote"),
+        ("classes: [{name: a, colour: [1.0, 0.0, 0.0]}]", r"classes\.0\.colour=\[1\.0"),
+        ("classes: [{name: a, colour: [1, 2, 3, 4]}]", r"classes\.0\.colour.*\[R, G, B\]"),
+        ("classes: [{name: a, colour: red}]", r"classes\.0\.colour='red'"),
+        ("classes: [{name: a, colour: [1, 2, 3], color: [1, 2, 3]}]", r"classes\.0: has both"),
+        ("classes: [{name: a, colour: [1, 2, 3], ids: 0-3}]", r"classes\.0\.ids='0-3'"),
+        ("classes: [{name: a, colour: [1, 2, 3], ids: [yes]}]", r"classes\.0\.ids=\[True\]"),
+        ("classes: [{name: a, colour: [1, 2, 3], ids:}]", r"classes\.0\.ids=None"),
+        ("classes: [{name: yes, colour: [1, 2, 3]}]", r"classes\.0\.name: .*quotes"),
+        ("classes: [{name: a, ids: [0], ids: [1], colour: [1, 2, 3]}]", "key ids stands twice, in line 1 and line 1"),
     ],
 )
 def test_a_class_map_is_checked(tmp_path: Path, text: str, reason: str) -> None:
@@ -212,8 +329,29 @@ def test_a_class_map_is_checked(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as error:
         load_class_map(str(tmp_path / "map.yaml"))
     assert str(error.value).startswith(f"{tmp_path}/map.yaml: ") and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="no such class map"):
+    with pytest.raises(InputError, match="no such file"):
         load_class_map(str(tmp_path / "absent.yaml"))
+
+
+def test_spellings_that_can_mean_one_thing_only(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text(
+        """
+classes:
+  - {name: a, colour: [255, 0, 16], ids: [1]}
+  - {name: b, colour: [0, 255, 0], ids: [2, 3], colours: [[1, 2, 3]]}
+ignore: {ids: [255]}
+"""
+    )
+    (tmp_path / "other.yaml").write_text(
+        """
+classes:
+  - {name: a, color: '#FF0010', ids: 1}
+  - {name: b, color: 0f0, id: [2, 3], colors: [1, 2, 3]}
+ignore: 255
+"""
+    )
+    plain, other = (load_class_map(f"{tmp_path}/{name}.yaml") for name in ("plain", "other"))
+    assert other == plain and other.classes[1].colours == ((1, 2, 3),)
 
 
 # Files.

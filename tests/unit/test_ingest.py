@@ -1,8 +1,13 @@
 """Why: everything downstream trusts that a data set holds what its manifest says, after errors and kills too."""
 
+import contextlib
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +19,7 @@ from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder
 from threestage.data.known import _bits, build_index, look_up
 from threestage.data.listing import Each, list_images
 from threestage.data.publish import Known, digest_of, next_manifest
-from threestage.data.records import Manifest, decode_mask, labelled_rows, load_manifest, pool_files
+from threestage.data.records import Bytes, Manifest, decode_mask, labelled_rows, load_manifest, pool_files
 from threestage.data.rejects import read_rejects
 from threestage.data.shards import Job, few_at_once
 from threestage.errors import InputError
@@ -103,6 +108,151 @@ def test_later_images_and_masks_make_a_new_version(source: Path) -> None:
     assert len(rows_of(source / "ds")) == 12
     assert load_manifest(f"{source}/ds", 1) == first
     assert run(source).skipped == 12
+
+
+def masks_of(root: Path) -> dict[str, Bytes]:
+    """Image id → the class ids that training reads."""
+    rows = labelled_rows(str(root), load_manifest(str(root)), "train").to_pylist()
+    return {row["image_id"]: decode_mask(row["mask"]) for row in rows}
+
+
+@pytest.mark.parametrize("kept_date", [False, True])
+def test_labels_that_go_back_are_held(source: Path, kept_date: bool) -> None:
+    """In one folder, with the date of the first masks or a new one; what was given last counts."""
+    given = {}
+    for number, value in enumerate((1, 9, 1, 9, 9, 1), 1):
+        draw(source, "00", 0, mask_value=value)
+        if kept_date:
+            os.utime(source / "masks" / "00.png", ns=(value, value))
+        report = run(source)
+        assert masks_of(source / "ds")["00"][0, 0] == (255 if value == 9 else 1)
+        given[number] = (report.added_labels, report.manifest.version)
+    assert given == {1: (4, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (0, 4), 6: (1, 5)}
+    assert load_manifest(f"{source}/ds").counts["train"].labelled == 4
+
+
+def test_masks_of_two_folders_in_turn(source: Path) -> None:
+    for name, value in (("A", 1), ("B", 9)):
+        for i in range(3):
+            draw(source, f"{i:02d}", i, mask_value=value)
+        shutil.copytree(source / "masks", source / name)
+    for name in "ABABBA":
+        report = run(source, masks=f"{source}/{name}")
+        held = masks_of(source / "ds")
+        assert {int(held[f"{i:02d}"][0, 0]) for i in range(3)} == ({1} if name == "A" else {255})
+    assert report.manifest.version == 5
+
+
+def test_a_class_map_that_is_corrected_back(source: Path) -> None:
+    maps = {
+        "right": CLASS_MAP,
+        "wrong": CLASS_MAP.replace("ids: [1, 2]", "ids: [5]").replace("ids: [0]", "ids: [2]").replace("[5]", "[0]"),
+    }
+    for name in ("right", "wrong", "right"):
+        (source / "map.yaml").write_text(maps[name])
+        assert run(source).added_labels == 4
+        assert int(masks_of(source / "ds")["00"][1, 1]) == (0 if name == "right" else 1)
+
+
+def test_a_killed_ingest_of_other_masks_changes_nothing(source: Path) -> None:
+    run(source)
+    shutil.copytree(source / "masks", source / "B")
+    for i in range(3):
+        draw(source, f"{i:02d}", i, mask_value=9)
+    with killed_before_publishing(), pytest.raises(KeyboardInterrupt):
+        run(source)
+    assert run(source, masks=f"{source}/B").added_labels == 0
+    assert run(source).added_labels == 3 and masks_of(source / "ds")["00"][0, 0] == 255
+
+
+@contextlib.contextmanager
+def killed_before_publishing() -> Iterator[None]:
+    """Ingests are killed when all shards are done."""
+    with mock.patch("threestage.data.ingest.publish", side_effect=KeyboardInterrupt):
+        yield
+
+
+def test_a_bad_image_that_was_deleted_is_not_reported_again(source: Path) -> None:
+    (source / "images" / "05.png").write_bytes(b"")
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None, "max_bad_fraction": 0.1}
+    assert run(source, **images).bad == 1
+    (source / "images" / "05.png").unlink()
+    report = run(source, **images)
+    assert (report.bad, report.rejects_uri, report.added_images, report.skipped) == (0, None, 0, 9)
+    assert run(source, **images).bad == 0
+
+
+# Classes without pixels, and copies.
+
+
+def test_a_class_without_a_labelled_pixel_is_named(source: Path) -> None:
+    (source / "map.yaml").write_text(
+        CLASS_MAP.replace("ids: [1, 2]}", "ids: [1, 2]}\n  - {name: x, colour: [1, 1, 1]}")
+    )
+    (warning,) = (text for text in run(source).warnings if "pixel" in text)
+    assert "no labelled pixel of x in the 4 masks" in warning and "ids 0, 2" in warning
+    assert any("pixel of x" in text for text in run(source).warnings), "a rerun says so too"
+
+
+def test_masks_of_0_and_255_get_the_map_that_reads_them(source: Path) -> None:
+    for i in range(4):
+        draw(source, f"{i:02d}", i, mask_value=255)
+    (source / "map.yaml").write_text(CLASS_MAP.replace("[9]", "[255]"))
+    with pytest.raises(InputError) as error:
+        run(source)
+    assert error.value.code == "data/one-class" and not storage.exists(f"{source}/ds/manifest.json")
+    (offered,) = re.findall(r"`(classes: .*)` without", str(error.value))
+    (source / "map.yaml").write_text(offered)
+    assert run(source).added_labels == 4 and masks_of(source / "ds")["00"][0, 0] == 1
+
+
+def test_one_class_left_is_refused_unless_the_data_set_has_others(source: Path) -> None:
+    run(source)
+    draw(source, "20", 20, mask_value=0)
+    for i in range(4):
+        (source / "masks" / f"{i:02d}.png").unlink()
+    assert any("thing in the 1 masks" in text for text in run(source).warnings) is False, "the others have it"
+    for i in range(4):
+        draw(source, f"{i:02d}", i, mask_value=0)
+    with pytest.raises(InputError, match="data/one-class"):
+        run(source)  # these replace all that it has
+
+
+def copy(source: Path, old: str, new: str, mask: bool = False) -> None:
+    for kind in ("images", "masks") if mask else ("images",):
+        shutil.copy(source / kind / f"{old}.png", source / kind / f"{new}.png")
+
+
+def test_images_of_the_same_bytes_with_other_masks_are_refused(source: Path) -> None:
+    copy(source, "00", "twin", mask=True)
+    (note,) = (text for text in run(source).warnings if "copies" in text)
+    assert "1 images are copies of others: 00 (train) and twin (train)" in note or "twin (train) and 00" in note
+    draw(source, "00", 0, mask_value=9)
+    with pytest.raises(InputError) as error:
+        run(source)
+    assert error.value.code == "data/contradicting-masks" and "twin (train)" in str(error.value)
+    assert load_manifest(f"{source}/ds").version == 1
+    draw(source, "twin", 0, mask_value=9)
+    assert run(source).added_labels == 2
+
+
+@pytest.mark.parametrize("entries", [1, 2**18])
+def test_an_image_in_two_splits_is_named(source: Path, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threestage.data.known.PART_ENTRIES", entries)
+    run(source)
+    (source / "images").rename(source / "before")
+    shutil.rmtree(source / "masks")
+    shutil.copytree(source / "before", source / "images")
+    for name in ("05", "06"):
+        (source / "images" / f"{name}.png").rename(source / "images" / f"other-{name}.png")
+    for i in (*range(5), 7, 8, 9):
+        (source / "images" / f"{i:02d}.png").unlink()
+    draw(source, "new", 50)
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None, "split": "val"}
+    (note,) = (text for text in run(source, **images).warnings if "splits" in text)
+    assert "2 images are in two splits" in note
+    assert "05 (train) and other-05 (val)" in note and "06 (train) and other-06 (val)" in note
+    assert not run(source, **images).warnings, "said once"
 
 
 def test_images_first_and_labels_later(source: Path) -> None:

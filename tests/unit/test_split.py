@@ -86,7 +86,7 @@ def test_ids_with_spaces_are_taken_from_a_list(tmp_path: Path) -> None:
     [
         (None, "no such file; give a count, a fraction below 1, all, or a file with an image id a line"),
         (b"\n \n", "is empty"),
-        (b"\xff\xfe\x00", "this is no text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (
             b"drive/001\nunlabelled.png\nother\n",
             r"2 of its 3 images are no train images with a mask in .*, unlabelled.png first .*drive/",

@@ -40,6 +40,9 @@ def ingest(
     masks: Annotated[
         str | None, typer.Option(help="Folder of the masks (format folders); same names as the images.")
     ] = None,
+    mask_suffix: Annotated[
+        str, typer.Option(help="What a mask's name has behind the image's: _mask for a.jpg and a_mask.png.")
+    ] = "",
     class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
     labelled_only: Annotated[bool, typer.Option("--labelled-only", help="Leave images without a mask out.")] = False,
@@ -65,6 +68,7 @@ def ingest(
         {
             "format": format,
             "masks": masks,
+            "mask_suffix": mask_suffix,
             "class_map": class_map,
             "split": split,
             "labelled_only": labelled_only,
@@ -85,6 +89,8 @@ def ingest(
             from threestage.on_ray.settings import ClusterSettings
 
             report = ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
+    for warning in report.warnings:
+        warn(warning)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

@@ -5,15 +5,18 @@
       - {name: car, colour: [0, 0, 142], colours: [[0, 0, 142], [0, 0, 70]]}
     ignore: {ids: [255], colours: [[0, 0, 0]]}
 
+Other spellings that can mean one thing only are read too: `color`, '#804080', `ids: 7`, `ignore: 255`.
+
 The order of `classes` gives the class ids, from 0. `colour` is the class's colour in pictures and, unless `colours`
 says otherwise, in colour-coded masks.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +24,19 @@ from pydantic import Field, ValidationError, model_validator
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.errors import InputError
+from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
 from threestage.yaml_text import read_yaml
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
 SourceId = Annotated[int, Field(ge=0, le=65535)]
+
+OTHER_SPELLINGS = {"color": "colour", "colors": "colours", "id": "ids"}
+HEX_COLOUR = re.compile("#?([0-9a-f]{6}|[0-9a-f]{3})", re.IGNORECASE)
+COLOUR_FORM = "write [R, G, B] of 0 to 255, or '#rrggbb' in quotes"
+IDS_FORM = "write whole numbers of 0 to 65535, such as [0, 7]"
+CODE = "data/class-map"
 
 
 class ClassEntry(Settings):
@@ -73,7 +82,7 @@ def load_class_map(uri: str) -> ClassMap:
     try:
         text = storage.read_bytes(uri)
     except FileNotFoundError:
-        raise InputError(f"{uri}: no such class map; mend class_map") from None
+        raise InputError(f"class_map={uri}: no such file; correct the path", CODE) from None
     return _validated(uri, read_yaml(text, uri))
 
 
@@ -84,15 +93,83 @@ def shipped_class_map(name: str) -> ClassMap:
 
 
 def _validated(uri: str, raw: object) -> ClassMap:
-    if not isinstance(raw, dict):
-        raise InputError(f"{uri}: a class map is a mapping with classes: and ignore:; mend the class map")
     try:
-        return ClassMap.model_validate(raw)
+        if not isinstance(raw, dict):
+            raise ValueError("a class map is a mapping with `classes:` and `ignore:`; write it so")
+        return ClassMap.model_validate(_canonical(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{uri}: {f'{place}: ' if place else ''}{message}; mend the class map") from None
+        raise InputError(f"{uri}: {_complaint(dict(error.errors()[0]))}", CODE) from None
+    except ValueError as error:
+        raise InputError(f"{uri}: {error}", CODE) from None
+
+
+def _complaint(problem: Mapping[str, Any]) -> str:
+    """What pydantic says, with the right form of the key."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        keys = {1: ClassMap, 2: Ignored, 3: ClassEntry}[min(len(problem["loc"]), 3)].model_fields
+        return f"{place}: unknown key{did_you_mean(problem['loc'][-1], keys) or ';'} valid here: {', '.join(keys)}"
+    forms = {
+        "colour": COLOUR_FORM,
+        "colours": COLOUR_FORM,
+        "ids": IDS_FORM,
+        "name": "write a text, in quotes if need be",
+    }
+    form = next((forms[part] for part in problem["loc"] if part in forms), "correct the class map")
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}; {form}".removeprefix(": ")
+
+
+# Other spellings
+
+
+def _canonical(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A class map in the spelling of ClassMap. Raises ValueError, naming the key, for what could mean several things."""
+    tree = dict(raw)
+    if isinstance(tree.get("classes"), list):
+        tree["classes"] = [_entry(f"classes.{number}", entry) for number, entry in enumerate(tree["classes"])]
+    if "ignore" in tree:
+        ignored = tree["ignore"]
+        tree["ignore"] = _entry("ignore", ignored if isinstance(ignored, dict) else {"ids": ignored or ()})
+    return tree
+
+
+def _entry(place: str, raw: object) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{place}={raw!r}: not a class; write {{name: NAME, colour: [R, G, B], ids: [N]}}")
+    entry: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = OTHER_SPELLINGS.get(key, key)
+        if name in entry:
+            raise ValueError(f"{place}: has both {name} and {key}; keep {name}")
+        entry[name] = FORMS[name](f"{place}.{key}", value) if name in FORMS else value
+    return entry
+
+
+def _ids(place: str, value: Any) -> list[Any]:
+    ids = list(value) if isinstance(value, list | tuple) else [value]
+    wrong = next((one for one in ids if not isinstance(one, int) or isinstance(one, bool)), None)
+    if wrong is not None or None in ids:
+        raise ValueError(f"{place}={value!r}: {wrong!r} is no id; {IDS_FORM}")
+    return ids
+
+
+def _colour(place: str, value: Any) -> list[int]:
+    found = HEX_COLOUR.fullmatch(value) if isinstance(value, str) else None
+    if found:
+        digits = found[1] if len(found[1]) == 6 else "".join(2 * digit for digit in found[1])
+        return list(bytes.fromhex(digits))
+    if not isinstance(value, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+        why = "is empty, and an unquoted # begins a comment" if value is None else "not a colour"
+        raise ValueError(f"{place}={value!r}: {why}; {COLOUR_FORM}")
+    return value
+
+
+def _colours(place: str, value: Any) -> list[list[int]]:
+    is_one = not isinstance(value, list) or (value and all(isinstance(one, int) for one in value))
+    return [_colour(place, one) for one in ([value] if is_one else value)]
+
+
+FORMS = {"ids": _ids, "colour": _colour, "colours": _colours}
 
 
 @dataclass(frozen=True)
@@ -110,6 +187,7 @@ class Lookup:
     def __init__(self, class_map: ClassMap, name: str) -> None:
         self.name = name
         entries = class_map.classes
+        self.classes = len(entries)
         self._ids = _table([entry.ids for entry in entries], class_map.ignore.ids)
         self._colours = _table(
             [[_packed(colour) for colour in _mask_colours(entry)] for entry in entries],

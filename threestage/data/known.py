@@ -10,7 +10,7 @@ the shards of a listing are sorted by the same hash, so each of them needs a few
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -52,7 +52,7 @@ def look_up(folder: str | None, ids: Sequence[str]) -> dict[str, Known]:
     try:
         return _look_up(folder, ids)
     except FileNotFoundError:
-        raise InputError(f"{folder}: another ingest has changed the data set meanwhile; run this one again") from None
+        raise _overtaken(folder) from None
 
 
 def _look_up(folder: str, ids: Sequence[str]) -> dict[str, Known]:
@@ -70,20 +70,34 @@ def _look_up(folder: str, ids: Sequence[str]) -> dict[str, Known]:
     return found
 
 
+def parts_of(folder: str) -> Iterator[Entries]:
+    """All entries of an index, one part in memory at a time. InputError when it was deleted meanwhile."""
+    try:
+        for number in range(2 ** _bits(folder)):
+            yield _loaded(folder, number)
+    except FileNotFoundError:
+        raise _overtaken(folder) from None
+
+
+def _overtaken(folder: str) -> InputError:
+    return InputError(f"{folder}: another ingest has changed the data set meanwhile; run this one again")
+
+
 def _sorted_entries(root: str, manifest: Manifest) -> Entries:
     """Sorted by key, one for each id: a mask that came later wins."""
     files = sorted(manifest.files, key=lambda file: file.kind == "labels")
     entries = np.empty(sum(file.rows for file in files), ENTRY)
     ends = np.cumsum([file.rows for file in files])
     with ThreadPoolExecutor(THREADS) as pool:
-        for file, end, rows in zip(files, ends, pool.map(lambda file: _entries(root, file), files), strict=True):
+        for file, end, rows in zip(files, ends, pool.map(lambda file: entries_of(root, file), files), strict=True):
             entries[end - file.rows : end] = rows
     entries = entries[np.argsort(entries["key"], kind="stable")]
     last = np.append(entries["key"][1:] != entries["key"][:-1], True)
     return entries[last]
 
 
-def _entries(root: str, file: DataFile) -> Entries:
+def entries_of(root: str, file: DataFile) -> Entries:
+    """The entries of a file's rows, in their order; reads no image."""
     split = SPLITS.index(file.split)
     nothing = bytes(16)
     return np.array(
@@ -122,4 +136,8 @@ def _bits(folder: str) -> int:
 
 @lru_cache(maxsize=64)
 def _part(folder: str, number: int) -> Entries:
+    return _loaded(folder, number)
+
+
+def _loaded(folder: str, number: int) -> Entries:
     return np.load(io.BytesIO(storage.read_bytes(_part_uri(folder, number))), allow_pickle=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 
 from threestage.data import storage
@@ -87,8 +88,10 @@ class ShardReport(Settings):
     """What became of the images of one shard, all of one split.
 
     `base`: digest of the manifest that the shard was compared with, None for none. `images`, `labels`: new in the data
-    set, `newly_labelled`: of these labels, those of images that had none. `skipped`: images that the data set had.
-    `heights`, `widths`: of the new images.
+    set, `newly_labelled`: of these labels, those of images that had none. `skipped`: images that the data set had. `gone`:
+    images that were listed and are no longer there. `heights`, `widths`: of the new images.
+    `masks`: digest of the masks that its images were given, new or not (`masks_digest`), None for none; `labelled`: how many
+    these are; `pixels`: their pixels of each class.
     """
 
     base: str | None
@@ -98,18 +101,23 @@ class ShardReport(Settings):
     labels: int = 0
     newly_labelled: int = 0
     skipped: int = 0
+    gone: int = 0
     heights: Extent = Extent()
     widths: Extent = Extent()
     rejected: tuple[Reject, ...] = ()
+    masks: str | None = None
+    labelled: int = 0
+    pixels: tuple[int, ...] = ()
 
     @property
     def checked(self) -> int:
-        return sum(file.rows for file in self.files) + self.skipped + len(self.rejected)
+        return sum(file.rows for file in self.files) + self.skipped + self.gone + len(self.rejected)
 
     def published(self) -> "ShardReport":
-        """The same once its files are in the manifest: nothing is new in it."""
-        skipped = self.checked - len(self.rejected)
-        return ShardReport(base=self.base, split=self.split, skipped=skipped, rejected=self.rejected)
+        """The same once the data set holds what it wrote: nothing is new in it."""
+        nothing = {"files": (), "images": 0, "labels": 0, "newly_labelled": 0, "heights": Extent(), "widths": Extent()}
+        skipped = self.checked - self.gone - len(self.rejected)
+        return self.model_copy(update={**nothing, "skipped": skipped})
 
 
 class Writer:
@@ -133,8 +141,8 @@ class Writer:
         if len(self._waiting[row.kind]) >= self._rows_per_file or self._bytes[row.kind] >= MAX_FILE_BYTES:
             self._write(row.kind)
 
-    def report(self, base: str | None, skipped: int, rejected: Sequence[Reject]) -> ShardReport:
-        """Write what waits, however little; say what was written."""
+    def report(self, base: str | None, rejected: Sequence[Reject], **others: Any) -> ShardReport:
+        """Write what waits, however little; say what was written. `others`: further fields of the report."""
         self._write("images")
         self._write("labels")
         return ShardReport(
@@ -144,10 +152,10 @@ class Writer:
             images=len(self._heights),
             labels=self._labels,
             newly_labelled=self._newly_labelled,
-            skipped=skipped,
             heights=Extent.of(self._heights),
             widths=Extent.of(self._widths),
             rejected=tuple(rejected),
+            **others,
         )
 
     def _count(self, row: Row) -> None:
@@ -184,11 +192,17 @@ def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     return [(image_id, image, mask) for image_id, (image, mask) in zip(ids, digests, strict=True)]
 
 
+def masks_digest(masks: Sequence[tuple[str, str | None]]) -> str:
+    """Of (image id, digest of its mask) in order."""
+    return digest_of(json.dumps(masks).encode())
+
+
 class Additions:
     """The sum of shard reports, the same in whatever order they come. Of a shard it keeps its files' entries only."""
 
     def __init__(self) -> None:
-        self.checked = self.images = self.labels = self.skipped = 0
+        self.checked = self.images = self.labels = self.skipped = self.gone = self.labelled = 0
+        self.pixels = np.zeros(0, np.int64)
         self.newly_labelled: dict[SplitName, int] = {"train": 0, "val": 0, "test": 0}
         self.heights = self.widths = Extent()
         self._files: list[DataFile] = []
@@ -198,6 +212,10 @@ class Additions:
         self.images += report.images
         self.labels += report.labels
         self.skipped += report.skipped
+        self.gone += report.gone
+        self.labelled += report.labelled
+        if report.pixels:
+            self.pixels = np.array(report.pixels) + (self.pixels if len(self.pixels) else 0)
         self.newly_labelled[report.split] += report.newly_labelled
         self.heights += report.heights
         self.widths += report.widths

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from threestage.data import storage
+from threestage.data.pairs import Paths
 from threestage.data.records import DataSettings, Manifest, labelled_ids
 from threestage.errors import InputError
 from threestage.settings import Settings
@@ -60,15 +61,12 @@ def _key(seed: int, image_id: str) -> str:
 def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
     """The candidates that the lines of a file name: a line is an id or a file's name, or begins with one and a space."""
     try:
-        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
+        named = storage.read_lines(uri)
     except FileNotFoundError:
         raise InputError(
             f"data.labelled={uri}: no such file; give a count, a fraction below 1, all, or a file with an image id a line"
         ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"data.labelled={uri}: this is no text; give a file with an image id a line") from None
-    known = set(candidates)
-    named = [line.strip() for line in lines if line.strip()]
+    known = Paths({image_id: image_id for image_id in candidates})
     wanted = [_id_of(line, known) for line in named]
     if not named:
         raise InputError(f"data.labelled={uri} is empty; give a file with an image id a line")
@@ -81,10 +79,10 @@ def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
     return [image_id for image_id in candidates if image_id in chosen]
 
 
-def _id_of(line: str, known: set[str]) -> str | None:
+def _id_of(line: str, known: Paths) -> str | None:
     first = line.split()[0]
     candidates = (line, posixpath.splitext(line)[0], first, posixpath.splitext(first)[0])
-    return next((image_id for image_id in candidates if image_id in known), None)
+    return next(filter(None, map(known.find, candidates)), None)
 
 
 def _count(root: str, settings: DataSettings, candidates: int) -> int:

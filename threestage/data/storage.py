@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 
 from threestage.errors import InputError
 from threestage.settings import Settings
+from threestage.user_text import lines_of
 
 S3_SCHEME = "s3://"
 FILE_SCHEME = "file://"
@@ -224,6 +225,11 @@ def read_bytes(uri: str) -> bytes:
         if any(code in str(error) for code in DENIED):
             raise PermissionError(str(error)) from error
         raise
+
+
+def read_lines(uri: str) -> list[str]:
+    """The lines of a user's text file that are not empty. Raises InputError for one that is not UTF-8, and as `read_bytes`."""
+    return lines_of(read_bytes(uri), uri)
 
 
 def read_json(uri: str) -> Any:
