@@ -133,11 +133,11 @@ ingest images out --format images --masks masks      | masks=masks | leave --mas
 ingest images out --format voc --local               | images | no PASCAL VOC | JPEGImages
 ingest images out                                    | class_map | --class-map FILE
 ingest images out --class-map classes.yaml           | masks | --masks FOLDER
-ingest images out --masks masks --class-map no.yaml  | no.yaml | mend class_map
+ingest images out --masks masks --class-map no.yaml  | no.yaml | data/class-map
 ingest images out --masks masks --class-map images   | images | is a folder | name a file
 ingest images out --masks masks --class-map list.yaml  | list.yaml | data/class-map
 ingest images out --masks masks --class-map twice.yaml | twice.yaml | class name ground | data/class-map
-ingest images out --masks empty --class-map classes.yaml --local       | empty | no mask there is named like an image
+ingest images out --masks empty --class-map classes.yaml --local       | empty | data/mask-format
 ingest images out --masks small-masks --class-map classes.yaml --local | 3.png | 40x40 | rejected
 ingest images out --masks other-ids --class-map classes.yaml --local   | 3.png | id 7 | add it
 ingest cut-images out --masks masks --class-map classes.yaml --local   | 3.jpg | truncated | rejected
