@@ -20,7 +20,7 @@ def scenes(folder: Path, number: int = 4, image: str = "images/{}.png", mask: st
     (folder / "classes.yaml").write_text(CLASS_MAP)
     for index in range(number):
         pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
-        ids = np.repeat(np.uint8([[index % 2], [1 - index % 2]]), 16, 1).repeat(8, 0)
+        ids = np.array([[index % 2], [1 - index % 2]], np.uint8).repeat(16, 1).repeat(8, 0)
         for name, content in ((image, pixels), (mask, ids)):
             file = folder / name.format(f"é{index}")
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def in_turn(folder: Path) -> str:
     scenes(folder)
     scenes(folder, mask="other/{}.png")
     for index in (0, 1):
-        Image.fromarray(np.uint8([[0, 1] * 8] * 16)).save(folder / f"other/é{index}.png")
+        Image.fromarray(np.array([[0, 1] * 8] * 16, np.uint8)).save(folder / f"other/é{index}.png")
     for masks in ("masks", "other", "masks"):
         done = ingest(masks=masks)
     return ended(done, "2 labels added")

@@ -123,10 +123,7 @@ def test_a_folder_of_masks_in_that_of_images_and_the_other_way_round(tmp_path: P
 
 
 def test_names_are_paired_whatever_their_unicode_form(tmp_path: Path) -> None:
-    def form(name: str, which: str) -> str:
-        return unicodedata.normalize(which, name)
-
-    nfc, nfd = form("é", "NFC"), form("é", "NFD")
+    nfc, nfd = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
     touch(tmp_path, f"x/{nfc}1.jpg", f"x/{nfd}2.jpg", f"y/{nfd}1.png", f"y/{nfc}2.png")
     assert paired(tmp_path)[0] == {f"{nfc}1": f"{nfd}1.png", f"{nfd}2": f"{nfc}2.png"}
     touch(tmp_path, f"y/{nfc}1.png")  # the mask of the same form is taken, the other is named

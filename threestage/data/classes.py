@@ -107,7 +107,8 @@ def _complaint(problem: Mapping[str, Any]) -> str:
     """What pydantic says, with the right form of the key."""
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        keys = {1: ClassMap, 2: Ignored, 3: ClassEntry}[min(len(problem["loc"]), 3)].model_fields
+        models: dict[int, type[Settings]] = {1: ClassMap, 2: Ignored, 3: ClassEntry}
+        keys = models[min(len(problem["loc"]), 3)].model_fields
         return f"{place}: unknown key{did_you_mean(problem['loc'][-1], keys) or ';'} valid here: {', '.join(keys)}"
     forms = {
         "colour": COLOUR_FORM,
@@ -138,7 +139,7 @@ def _entry(place: str, raw: object) -> dict[str, Any]:
         raise ValueError(f"{place}={raw!r}: not a class; write {{name: NAME, colour: [R, G, B], ids: [N]}}")
     entry: dict[str, Any] = {}
     for key, value in raw.items():
-        name = OTHER_SPELLINGS.get(key, key)
+        name = OTHER_SPELLINGS.get(str(key), str(key))
         if name in entry:
             raise ValueError(f"{place}: has both {name} and {key}; keep {name}")
         entry[name] = FORMS[name](f"{place}.{key}", value) if name in FORMS else value

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from threestage.data import folders, storage
-from threestage.data.formats import IMAGE_SUFFIXES
+from threestage.data.pairs import IMAGE_SUFFIXES
 from threestage.data.records import PathBelow
 from threestage.errors import InputError
 from threestage.settings import Settings

@@ -215,7 +215,8 @@ class Additions:
         self.gone += report.gone
         self.labelled += report.labelled
         if report.pixels:
-            self.pixels = np.array(report.pixels) + (self.pixels if len(self.pixels) else 0)
+            pixels = np.array(report.pixels, np.int64)
+            self.pixels = pixels + self.pixels if len(self.pixels) else pixels
         self.newly_labelled[report.split] += report.newly_labelled
         self.heights += report.heights
         self.widths += report.widths
