@@ -7,8 +7,7 @@ SEED ?= 0
 export PYTHONDONTWRITEBYTECODE :=  # where it is set, each of a test's many processes would compile all that it imports
 
 NODES ?= 2
-SIZE ?= cpu
-SEEDS ?= 0 1 2
+DRAWS ?= 1 2 3 4 5 6
 JOBS ?= 2
 
 .PHONY: demo cluster results bench coverage guard mutants test test-slow lint types docs audit unit integration clean
@@ -19,8 +18,8 @@ demo: .venv/installed  ## three stages on synthetic scenes: table, results.json,
 cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until Ctrl-C
 	$(BIN)/python cluster/local.py --nodes $(NODES)
 
-results: .venv/installed  ## every method on CamVid: make results DATA=data/camvid WEIGHTS=mobilenetv2_100.pth [SIZE=gpu JOBS=1 TEST="DATASET …" SET="a.b=c …"]
-	$(BIN)/python -m tests.benchmarks.accuracy --data $(DATA) --weights $(WEIGHTS) --size $(SIZE) --seeds $(SEEDS) --jobs $(JOBS) $(addprefix --set ,$(SET)) $(if $(TEST),--test $(TEST))
+results: .venv/installed  ## every method on every set: make results SETS="camvid=data/camvid neu_seg=data/neu" WEIGHTS=mobilenetv2_100.pth [DRAWS="1 2" JOBS=2]
+	$(BIN)/python -m tests.benchmarks.accuracy --sets $(SETS) --weights $(WEIGHTS) --draws $(DRAWS) --jobs $(JOBS) --test
 
 test: .venv/installed  ## everything that CI runs
 	$(MAKE) --jobs=2 --output-sync lint types docs audit

@@ -1,14 +1,17 @@
-"""Every method on the same labels and seeds: `make results`. Needs torch, timm, pyarrow and pydantic only.
+"""Do the unlabelled images pay? Every method on the same labels and seeds, on data of several kinds: `make results`.
 
-    python -m tests.benchmarks.accuracy --data DATASET --weights FILE [--size cpu|gpu] [--seeds 0 1 2] [--jobs 2]
-                                        [--methods NAME …] [--test DATASET …] [--out FOLDER] [--json FILE]
+    python -m tests.benchmarks.accuracy --sets camvid=DATASET neu_seg=DATASET --weights FILE [--draws 1 2 3 4 5 6]
+        [--methods NAME …] [--try "NAME=PRESET a.b=c …" …] [--test] [--jobs 2] [--out FOLDER] [--record FILE]
 
-A method is a preset with a few settings changed (METHODS). What is finished is not run again, what was killed goes on, and
-methods share their first stages. --test scores the test splits of these data sets too (the whole one; a part of it, ingested
-by itself, gives a column of its own): once, after everything is frozen.
+A draw is both the labelled subset and the seed: `data.split_seed` = `seed` = draw. A method is a preset with settings
+changed (METHODS); a set says what the data need (SETS). --record keeps one line of JSON for each finished run, with its
+curve: what stands there is not run again, so a table may take several days and several machines. What was killed continues.
+--try adds methods for a search: they are recorded as others. --test scores the test split too: once, when all is frozen.
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -16,119 +19,92 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from threestage.config import STAGES, Config, changed, load
+from tests.benchmarks.paired import describe
+from threestage.config import Config, changed, load, stage_keys
 from threestage.evaluation import evaluate_model
-from threestage.inference import Protocol
 from threestage.local import run_local
 from threestage.models.export import load_model
 from threestage.over_seeds import deviation, plus_minus
 
-PRESETS = {"cpu": "camvid", "gpu": "camvid_gpu"}
-BASE = "stage 1"  # what all but the control begin with
-ONE_STAGE, TWO_STAGES = "stages=1", "stages=2"
-CONTROL = (ONE_STAGE, "stage1.strong_view=true")
-THRESHOLDS = ("consistency.confidence_threshold=0.95", "pseudo_mask.confidence_threshold=0.95")
+MOBILENET = (
+    "network.encoder=mobilenetv2_100", "network.output_stride=16", "network.head=deeplabv3plus", "network.pretrained=false",
+    "network.mean=[0.5,0.5,0.5]", "network.std=[0.5,0.5,0.5]", "training.channels_last=true", "training.checkpoint_every=200",
+    "training.evaluate_every=200", "pseudo_mask.guard=ignore",
+)  # fmt: skip
+SETS: Mapping[str, tuple[str, ...]] = {
+    "camvid": ("data.labelled=46", "data.downscale=4", "augment.crop_size=[96,128]", "augment.strong.cutout_size=16"),
+    "camvid_large": ("data.labelled=46", "augment.crop_size=[256,256]", "augment.strong.cutout_size=32"),
+    "neu_seg": ("data.labelled=40", "augment.crop_size=[96,96]", "augment.strong.cutout_size=16"),
+}
+"""What each kind of data needs, whatever the method: CamVid at 120×90 and at 480×360, NEU-Seg at 200×200."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is changed of the preset."""
+    """A preset and what is changed of it."""
 
+    preset: str
     changes: tuple[str, ...] = ()
-    control_of: int = 0
-    """A control's: it has as many steps as so many of the preset's stages together."""
-    half: bool = False
-    """Stages 2 and 3 have half of the preset's steps."""
 
 
-def _rates(share: float) -> tuple[str, str]:
-    return (f"optimiser.learning_rate={1e-3 * share}", f"optimiser.encoder_learning_rate={3e-4 * share}")
+def control(steps: int) -> Method:
+    """Supervised with all that needs no unlabelled image: what stage 1 of `own_images` is, for so many steps."""
+    return Method("own_images", ("stages=1", f"stage1.steps={steps}"))
 
 
-# The preset `best`: what paid on seed 100 (docs/results.md), together.
-BEST = (
-    "stage2.warm_start=true",
-    "stage3.warm_start=true",
-    "stage2.changes={augment: {class_balance: 0.5}}",
-    "stage3.changes={augment: {class_balance: 0.5}}",
-    *THRESHOLDS,
-    "consistency.threshold_rule=dynamic",
-    "pseudo_mask.threshold_rule=dynamic",
-    "consistency.weight_by_confidence=true",
-    "pseudo_mask.weight_by_confidence=true",
-    "consistency.cutmix=0.5",
-)
-TWO_VIEWS = ("consistency.strong_views=2", "consistency.feature_dropout=0.5")
-
+EQUAL_STEPS = 1600
 METHODS: Mapping[str, Method] = {
-    BASE: Method((ONE_STAGE,)),
-    "three stages (faithful)": Method(),
-    "control": Method((*CONTROL, *_rates(1 / 2)), control_of=2),
-    "control of three stages": Method((*CONTROL, *_rates(1 / 2)), control_of=3),
-    "control, whole rates": Method(CONTROL, control_of=2),
-    "control, a quarter of the rates": Method((*CONTROL, *_rates(1 / 4)), control_of=2),
-    "three stages, half the steps": Method(half=True),
-    "plain self-training": Method(
-        (TWO_STAGES, "consistency.weight=0", "pseudo_mask.weight=0.5", "pseudo_mask.head=main")
-    ),
-    "mean teacher, no auxiliary head": Method((TWO_STAGES, "consistency.weight=0.5", "pseudo_mask.weight=0")),
-    "no strong augmentation": Method((TWO_STAGES, "augment.strong.operations=0", "augment.strong.cutouts=0")),
-    "CutMix": Method((TWO_STAGES, "consistency.cutmix=0.5")),
-    "two strong views, feature dropout": Method(
-        (TWO_STAGES, "consistency.strong_views=2", "consistency.feature_dropout=0.5")
-    ),
-    "thresholds 0.8": Method(
-        (TWO_STAGES, "consistency.confidence_threshold=0.8", "pseudo_mask.confidence_threshold=0.8")
-    ),
-    "thresholds 0.95 · mean confidence": Method(
-        (TWO_STAGES, *THRESHOLDS, "consistency.threshold_rule=dynamic", "pseudo_mask.threshold_rule=dynamic")
-    ),
-    "thresholds 0.95 · of the class": Method(
-        (TWO_STAGES, *THRESHOLDS, "consistency.threshold_rule=per_class", "pseudo_mask.threshold_rule=per_class")
-    ),
-    "weights by confidence": Method(
-        (TWO_STAGES, "consistency.weight_by_confidence=true", "pseudo_mask.weight_by_confidence=true")
-    ),
-    "class-balanced crops": Method((TWO_STAGES, "stage2.changes={augment: {class_balance: 0.5}}")),
-    "reliable half first": Method((TWO_STAGES, "stage2.reliable_share=0.5")),
-    "ramp-up": Method((TWO_STAGES, "consistency.ramp_up=0.3")),
-    "warm start": Method((TWO_STAGES, "stage2.warm_start=true")),
-    "best": Method(BEST, half=True),
-    "best, two strong views": Method((*BEST, *TWO_VIEWS), half=True),
+    "control, equal steps": control(EQUAL_STEPS),
+    "own_images": Method("own_images"),
+    "own_images of 2026-11-29": Method("best"),
 }
 
 
 class Job(NamedTuple):
-    """One method with one seed; plain values, for another process."""
+    """One method on one draw of one set; plain values, for another process."""
 
-    method: str
-    seed: int
+    key: tuple[str, str, int]
     config: dict[str, Any]
+    digest: str
     folder: str
-    reuse: str | None
-    test: list[str]
+    test: bool
 
 
 def main() -> None:
     options = _options()
-    chosen = [name for name in METHODS if name in options.methods or name == BASE]
-    found: dict[str, list[dict[str, Any]]] = {}
+    methods = {name: METHODS[name] for name in options.methods} | dict(map(_tried, options.try_))
+    jobs = [
+        _job(options, methods, name, key, draw) for draw in options.draws for key in options.sets for name in methods
+    ]
+    record = read_record(options.record)
+    waiting = [job for job in jobs if (job.key, job.digest) not in record]
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
-        for methods in ([BASE], [name for name in chosen if name != BASE]):
-            jobs = [_job(options, name, seed) for name in methods for seed in options.seeds]
-            for job, figures in zip(jobs, pool.map(measure, jobs), strict=True):
-                found.setdefault(job.method, []).append(figures)
-    print(table(found, (*ACCURACY, *map(test_column, options.test))))
-    print(f"\nOf each stage's model on the pool (entropy in nats):\n\n{table(found, tuple(ON_POOL))}")
-    if options.json:
-        facts = {"preset": PRESETS[options.size], "seeds": options.seeds, "set": options.set}
-        options.json.write_text(json.dumps({**facts, "methods": found}, indent=1) + "\n")
+        for job, line in zip(waiting, pool.map(measure, waiting), strict=True):
+            record[job.key, job.digest] = line
+            with options.record.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    found = [record[job.key, job.digest] for job in jobs]
+    for name in options.sets:
+        print(f"\n{name}\n\n{table([line for line in found if line['set'] == name])}")
+
+
+def read_record(path: Path) -> dict[tuple[tuple[str, str, int], str], dict[str, Any]]:
+    """The finished runs by (set, method, draw) and the digest of their settings."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return {((line["set"], line["method"], line["draw"]), line["digest"]): line for line in lines}
+
+
+def _tried(text: str) -> tuple[str, Method]:
+    name, _, what = text.partition("=")
+    preset, *changes = what.split()
+    return name, Method(preset, tuple(changes))
 
 
 def _end_with(parent: int) -> None:
@@ -144,101 +120,108 @@ def _end_with(parent: int) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CamVid after `threestage ingest`")
-    parser.add_argument("--weights", required=True, help="of the preset's encoder")
-    parser.add_argument("--size", choices=PRESETS, default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="of every method")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread where there is no GPU")
     parser.add_argument(
-        "--test", nargs="+", default=[], metavar="DATASET", help="whose test splits the models are scored on"
+        "--sets", nargs="+", required=True, metavar="SET=DATASET", help=f"ingested; of {', '.join(SETS)}"
     )
+    parser.add_argument("--weights", required=True, help="MobileNetV2's")
+    parser.add_argument("--draws", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--try", dest="try_", action="append", default=[], metavar="'NAME=PRESET a.b=c …'")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="of every method")
+    parser.add_argument("--test", action="store_true", help="score the test split too")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread where there is no GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--record", type=Path, default=Path("docs/research/accuracy.jsonl"))
+    options = parser.parse_args()
+    options.sets = dict(text.partition("=")[::2] for text in options.sets)
+    return options
 
 
-def _job(options: argparse.Namespace, method: str, seed: int) -> Job:
-    folder = Path(options.out) / options.size
-    config = configuration(PRESETS[options.size], options.set, method, seed)
-    places = {"data.root": options.data, "network.weights": options.weights}
-    reuse = None if method == BASE or METHODS[method].control_of else str(folder / _file_name(BASE) / str(seed))
-    own = str(folder / _file_name(method) / str(seed))
-    return Job(method, seed, changed(config, places).model_dump(mode="json"), own, reuse, options.test)
+def _job(options: argparse.Namespace, methods: Mapping[str, Method], method: str, name: str, draw: int) -> Job:
+    places = {"data.root": options.sets[name], "network.weights": options.weights}
+    config = changed(configuration(methods[method], name, draw, options.set), places)
+    keys = {stage: stage_keys(config, stage) for stage in config.stage_names}
+    without = [{key: value for key, value in of.items() if key != "network.weights"} for of in keys.values()]
+    digest = _digest([without, draw])
+    folder = options.out / name / _file_name(method) / str(draw)
+    return Job((name, method, draw), config.model_dump(mode="json"), digest, str(folder), options.test)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file_name(method: str) -> str:
     return "_".join("".join(letter if letter.isalnum() else " " for letter in method).split())
 
 
-def configuration(preset: str, common: Sequence[str], method: str, seed: int) -> Config:
-    """The preset with the changes of a method."""
-    chosen, own = METHODS[method], [f"seed={seed}", "name=results"]
-    steps = {stage: load(preset, [*common, *own]).stage(stage).steps for stage in STAGES}
-    if chosen.control_of:
-        own.append(f"stage1.steps={sum(list(steps.values())[: chosen.control_of])}")
-    if chosen.half:
-        own += [f"{stage}.steps={steps[stage] // 2}" for stage in STAGES[1:]]
-    return load(preset, [*common, *own, *chosen.changes])
+def configuration(method: Method, name: str, draw: int, common: Sequence[str] = ()) -> Config:
+    """A method's preset with what the set needs, then what the method changes."""
+    own = (f"seed={draw}", f"data.split_seed={draw}", "name=results")
+    return load(method.preset, [*MOBILENET, *SETS[name], *own, *method.changes, *common])
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Train what is not trained yet; the figures of the method's last stage, or of all where it has three."""
+    """Train what is not trained yet; the line of the record."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    config, began = Config.model_validate(job.config), time.perf_counter()
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(job.folder, "rows.jsonl"), "a") as log:
+    config, shared = Config.model_validate(job.config), None
+    if config.stages > 1:
+        shared = str(Path(job.folder).parents[1] / f"stage1-{_digest([stage_keys(config, 'stage1'), job.key[2]])}")
+        _run(changed(config, {"stages": 1, "pseudo_mask.of_last_stage": True}), shared, None)
+    results = _run(config, job.folder, shared)
+    name, method, draw = job.key
+    line = {"set": name, "method": method, "draw": draw, "digest": job.digest, "date": str(date.today())}
+    line |= _figures(job, config, results)
+    print(f"{name}, {method}, draw {draw}: {line['curve']}", flush=True)
+    return line
+
+
+def _run(config: Config, folder: str, reuse: str | None) -> dict[str, Any]:
+    """A run that is finished is not trained again; two methods that share a first stage wait for each other."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, "rows.jsonl"), "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
 
         def show(stage: str, row: Mapping[str, float]) -> None:
             print(json.dumps({"stage": stage, **row}), file=log, flush=True)
 
-        results = run_local(config, job.folder, show, warn=lambda text: None, reuse=job.reuse)
-    figures = {stage: _stage_figures(job, config, results, stage) for stage in config.stage_names}
-    print(
-        f"{job.method}, seed {job.seed}: {figures[config.stage_names[-1]]} in {time.perf_counter() - began:.0f} s",
-        flush=True,
-    )
-    return {"seed": job.seed, "stages": figures}
+        return run_local(config, folder, show, warn=lambda text: None, reuse=reuse)
 
 
-def _stage_figures(job: Job, config: Config, results: Mapping[str, Any], stage: str) -> dict[str, float]:
-    """Mean IoU by what it is of: last, best, student and windows on the validation images; the test images' if asked for.
-    Then what the stage's model says of the pool."""
-    values = results["stages"][stage]
-    figures = {name: values[key] for name, key in (SCORES | ON_POOL).items() if key in values}
-    network, card = load_model(str(Path(results["reused"].get(stage, Path(job.folder, stage)), "model")))
-    windows = Protocol(window=config.augment.crop_size)
-    figures["windows"] = evaluate_model(network, card, config.data.root, "val", windows)["mean_iou"]
-    for dataset in job.test:
-        figures[test_column(dataset)] = evaluate_model(network, card, dataset, "test")["mean_iou"]
+def _figures(job: Job, config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
+    """mean_iou: of the last stage's last step; curve: of every evaluation, against the steps of the whole run."""
+    curve, before = [], 0
+    for stage in config.stage_names:
+        folder = results["reused"].get(stage, Path(job.folder, stage))
+        history = json.loads(Path(folder, "result.json").read_text())["history"]
+        curve += [[before + row["step"], round(row["mean_iou"], 4)] for row in history if "mean_iou" in row]
+        before += config.stage(stage).steps
+    last = results["stages"][config.stage_names[-1]]
+    figures = {"steps": before, "mean_iou": last["mean_iou"], "curve": curve}
+    figures |= {"stages": {stage: values["mean_iou"] for stage, values in results["stages"].items()}}
+    if job.test:
+        network, card = load_model(str(Path(job.folder, config.stage_names[-1], "model")))
+        figures["test"] = evaluate_model(network, card, config.data.root, "test")["mean_iou"]
     return figures
 
 
-SCORES = {"last": "mean_iou", "best": "best_mean_iou", "student": "student_mean_iou"}
-ON_POOL = {
-    "confidence": "mean_confidence", "entropy": "mean_entropy", "share above 0.9": "share_above_0.9",
-    "mean IoU of its pseudo-masks": "pseudo_mask_mean_iou",
-}  # fmt: skip
-ACCURACY = (*SCORES, "windows")
-
-
-def test_column(dataset: str) -> str:
-    """Of the test split of a data set."""
-    return f"test of {Path(dataset).name}"
-
-
-def table(found: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> str:
-    """Markdown: a row for each stage that a method itself trains, mean ± sample standard deviation over its seeds."""
-    lines = ["| method | changes | stage | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
-    for method, runs in found.items():
-        stages = list(runs[0]["stages"])
-        for stage in stages if method == BASE or METHODS[method].control_of else stages[1:]:
-            cells = [_cell([run["stages"][stage].get(column) for run in runs]) for column in columns]
-            changes = " ".join(f"`{change}`" for change in METHODS[method].changes)
-            lines.append(f"| {method} | {changes} | {stage[-1]} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row a method, then the paired differences of each from the first, draw by draw."""
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        methods.setdefault(line["method"], []).append(line)
+    rows = ["| method | steps | draws | val | test | val by draw |", "|---" * 6 + "|"]
+    for method, runs in methods.items():
+        cells = [_cell([run.get(key) for run in runs]) for key in ("mean_iou", "test")]
+        by_draw = ", ".join(f"{run['mean_iou']:.3f}" for run in runs)
+        rows.append(f"| {method} | {runs[0]['steps']} | {len(runs)} | {' | '.join(cells)} | {by_draw} |")
+    first, *others = methods.values()
+    for runs in others:
+        by_draw_of_first = {run["draw"]: run["mean_iou"] for run in first}
+        pairs = [run["mean_iou"] - by_draw_of_first[run["draw"]] for run in runs if run["draw"] in by_draw_of_first]
+        rows.append(f"\n{runs[0]['method']} minus {first[0]['method']}: {describe(pairs)}")
+    return "\n".join(rows)
 
 
 def _cell(values: Sequence[float | None]) -> str:

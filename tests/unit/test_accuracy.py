@@ -1,72 +1,84 @@
-"""`make results`: every method is a configuration that loads, the control is as long as what it is compared with, and
-nothing is trained twice."""
+"""`make results`: every method is a configuration that loads, the control has as many steps, nothing is trained twice, and the
+record holds what a table needs."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks import accuracy
-from tests.benchmarks.accuracy import BASE, METHODS, configuration, measure, table
-from threestage.config import STAGES, load, stage_keys
-from threestage.models.export import load_card
+from tests.benchmarks.accuracy import METHODS, SETS, Method, configuration, measure, read_record, table
+from tests.benchmarks.paired import bootstrap_interval, describe, t_interval
 
 TINY = (
-    "data.labelled=8", "data.downscale=1", "network.encoder=test_resnet", "network.batch_norm=live", "network.dilations=[1, 2]",
-    "augment.crop_size=[32, 32]", "stage1.steps=2", "stage1.labelled_batch=2", "stage2.steps=2", "stage2.labelled_batch=2",
-    "stage2.unlabelled_batch=2", "stage3.steps=2", "stage3.labelled_batch=2", "stage3.unlabelled_batch=2", 
-    "pseudo_mask.guard=ignore",
+    "data.labelled=8", "data.downscale=1", "network.encoder=test_resnet", "network.head=deeplabv2", "network.batch_norm=live",
+    "network.dilations=[1, 2]", "augment.crop_size=[32, 32]", "stage1.steps=2", "stage1.labelled_batch=2", "stage2.steps=2",
+    "stage2.labelled_batch=2", "stage2.unlabelled_batch=2", "stages=2", "training.evaluate_every=1",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", accuracy.PRESETS.values())
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_loads_and_shares_its_first_stage(preset: str, method: str) -> None:
-    base, config = configuration(preset, (), BASE, 7), configuration(preset, (), method, 7)
-    faithful = configuration(preset, (), "three stages (faithful)", 7)
-    if METHODS[method].control_of:
-        steps = [faithful.stage1.steps, faithful.stage2.steps, faithful.stage3.steps]
-        assert config.stage1.steps == sum(steps[: METHODS[method].control_of])
-        assert config.stages == 1 and config.stage1.strong_view
-    else:
-        assert stage_keys(config, "stage1") == stage_keys(base, "stage1")
-        if method not in (BASE, "three stages (faithful)"):
-            assert stage_keys(config, "stage2") != stage_keys(faithful, "stage2")
+def test_a_method_loads_on_every_set(name: str, method: str) -> None:
+    config = configuration(METHODS[method], name, 7)
+    assert config.seed == config.data.split_seed == 7 and config.network.encoder == "mobilenetv2_100"
+    steps = sum(config.stage(stage).steps for stage in config.stage_names)
+    assert steps == accuracy.EQUAL_STEPS, "every method has the control's steps"
 
 
-def test_best_is_the_preset_of_that_name() -> None:
-    ours, theirs = configuration("camvid", (), "best", 7), load("best", ["seed=7"])
-    for stage in STAGES:
-        assert stage_keys(ours, stage) == stage_keys(theirs, stage)
+def options(scenes: Path, out: Path) -> argparse.Namespace:
+    return argparse.Namespace(sets={"camvid": str(scenes)}, weights=None, set=list(TINY), test=True, out=out)
 
 
-def test_the_figures_of_a_method(scenes: Path, tmp_path: Path) -> None:
-    options = argparse.Namespace(
-        data=str(scenes), weights=None, size="cpu", set=list(TINY), test=[str(scenes)], out=tmp_path
-    )
-    found: dict[str, list[dict[str, object]]] = {}
-    for method in (BASE, "CutMix", "control"):
-        job = accuracy._job(options, method, 3)
-        first = measure(job)
-        rows = Path(job.folder, "rows.jsonl").read_text()
-        assert measure(job) == first and Path(job.folder, "rows.jsonl").read_text() == rows, "nothing is trained twice"
-        found[method] = [first]
-    assert not Path(tmp_path, "cpu", "CutMix", "3", "stage1").exists(), "it is that of the others"
-    assert load_card(str(tmp_path / "cpu" / "CutMix" / "3" / "stage2" / "model")).stage == "stage2"
-    lines = table(found, (*accuracy.ACCURACY, accuracy.test_column(str(scenes)))).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| stage 1", "| CutMix", "| control"]
-    assert "`consistency.cutmix=0.5`" in lines[3] and "–" not in lines[3], "last, best, student, windows, test"
-    assert "–" not in table(found, tuple(accuracy.ON_POOL)).splitlines()[3]
+def test_the_line_of_a_run(scenes: Path, tmp_path: Path) -> None:
+    methods = {
+        "two": Method("own_images"),
+        "other": Method("own_images", ("stage2.steps=4", "supervised.strong_view=true")),
+    }
+    record = tmp_path / "record.jsonl"
+    for name in methods:
+        job = accuracy._job(options(scenes, tmp_path / "out"), methods, name, "camvid", 3)
+        line = measure(job)
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        assert [step for step, _ in line["curve"]] == [1, 2, 3, 4] and line["steps"] == 4 and 0 <= line["test"] <= 1
+        assert line["curve"][-1][1] == pytest.approx(line["mean_iou"], abs=1e-4)
+        rows = (Path(job.folder) / "rows.jsonl").read_text()
+        assert measure(job) == line and (Path(job.folder) / "rows.jsonl").read_text() == rows, (
+            "nothing is trained twice"
+        )
+        assert (job.key, job.digest) in read_record(record)
+    assert not (tmp_path / "out" / "camvid" / "other" / "3" / "stage1").exists(), "the first stage is shared"
+    assert len(list((tmp_path / "out" / "camvid").glob("stage1-*"))) == 1
 
 
-def test_the_table_has_a_row_per_stage_that_a_method_trains() -> None:
-    def run(*values: float) -> dict[str, object]:
-        return {"seed": 0, "stages": {f"stage{n}": {"last": value} for n, value in enumerate(values, 1)}}
+def test_settings_make_the_digest_and_places_do_not(tmp_path: Path, scenes: Path) -> None:
+    def digest(method: Method, weights: str | None = None) -> str:
+        given = options(scenes, tmp_path)
+        given.weights = weights
+        return accuracy._job(given, {"m": method}, "m", "camvid", 1).digest
 
-    text = table(
-        {"three stages (faithful)": [run(0.3, 0.4, 0.5), run(0.3, 0.5, 0.7)], "control": [run(0.25)]},
-        accuracy.ACCURACY,
-    ).splitlines()
-    assert text[2] == "| three stages (faithful) |  | 2 | 2 | 0.450 ± 0.071 | – | – | – |"
-    assert text[3].startswith("| three stages (faithful) |  | 3 | 2 | 0.600 ± 0.141 |")
-    assert text[4].startswith("| control | `stages=1` `stage1.strong_view=true` ") and " | 1 | 1 | 0.250 |" in text[4]
+    plain = digest(Method("own_images"))
+    assert plain == digest(Method("own_images"), "/elsewhere/weights.pth")
+    assert plain != digest(Method("own_images", ("supervised.strong_view=true",)))
+
+
+def test_paired_differences_by_hand() -> None:
+    """mean 2, deviation 1, n 3: half width 4.303 / √3."""
+    low, high = t_interval([0.01, 0.02, 0.03])
+    assert [low, high] == pytest.approx([0.02 - 0.04303 / 3**0.5, 0.02 + 0.04303 / 3**0.5], abs=1e-6)
+    low, high = bootstrap_interval([0.01, 0.02, 0.03])
+    assert 0.01 <= low < 0.02 < high <= 0.03
+    assert describe([0.01, -0.02]).startswith("+1.0, -2.0; mean -0.5 points (95 %: t ")
+    assert describe([0.013]) == "+1.3 points"
+
+
+def test_the_table_pairs_by_draw() -> None:
+    def line(method: str, draw: int, value: float) -> dict[str, object]:
+        return {"method": method, "draw": draw, "mean_iou": value, "steps": 1600, "test": value - 0.1}
+
+    lines = [line("control", 1, 0.5), line("control", 2, 0.6), line("ours", 2, 0.62), line("ours", 1, 0.53)]
+    text = table(lines).splitlines()
+    assert text[2] == "| control | 1600 | 2 | 0.550 ± 0.071 | 0.450 ± 0.071 | 0.500, 0.600 |"
+    assert text[-1].startswith("ours minus control: +2.0, +3.0; mean +2.5 points")
