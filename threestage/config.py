@@ -23,7 +23,7 @@ from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.registry import RegistrySettings
 from threestage.settings import Settings
 from threestage.training.loop import LoopSettings
-from threestage.training.losses import ThresholdRule
+from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.yaml_text import read_yaml
 
@@ -42,6 +42,21 @@ LATER_KEYS: dict[str, Any] = {
     "consistency.strong_views": 1,
     "consistency.feature_dropout": 0.0,
     "consistency.cutmix": 0.0,
+    "consistency.complementary_dropout": False,
+    "consistency.feature_weight": None,
+    "consistency.labelled": True,
+    "consistency.normaliser": "kept",
+    "pseudo_mask.normaliser": "kept",
+    "supervised.strong_view": False,
+    "stage1.unlabelled_batch": 0,
+    "optimiser.algorithm": "adamw",
+    "supervised.class_weight": 0.0,
+    "supervised.hard_share": 1.0,
+    "supervised.dice": 0.0,
+    "augment.strong.jitter": 0.0,
+    "augment.strong.grey": 0.0,
+    "augment.strong.blur": 0.0,
+    "ema.warm_up": False,
     "pseudo_mask.threshold_rule": "fixed",
     "pseudo_mask.weight_by_confidence": False,
     "pseudo_mask.head": "auxiliary",
@@ -55,6 +70,20 @@ STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 class SupervisedSettings(Settings):
     weight: float = Field(0.5, ge=0, description="w_sup of stages 2 and 3")
+    strong_view: bool = Field(
+        False,
+        description="stages 2 and 3 learn the strong view of labelled images beside the weak one; off is faithful",
+    )
+    class_weight: float = Field(
+        0.0, ge=0, le=1, description="a labelled pixel counts ∝ the pixels of its class^-class_weight; 0 is faithful"
+    )
+    hard_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each labelled image's pixels, those of highest loss, that are learnt (OHEM)",
+    )
+    dice: float = Field(0.0, ge=0, description="weight of the soft Dice loss of labelled images; 0 is faithful")
 
 
 class ConsistencySettings(Settings):
@@ -75,6 +104,16 @@ class ConsistencySettings(Settings):
     feature_dropout: float = Field(
         0.0, ge=0, lt=1, description="of channels, in a weak view that L_con takes beside the strong one; 0 is faithful"
     )
+    feature_weight: float | None = Field(
+        None, ge=0, description="weight of the feature_dropout view as a term of its own; null: it is a part of L_con"
+    )
+    complementary_dropout: bool = Field(
+        False, description="of two strong views each sees the feature channels that the other loses; off is faithful"
+    )
+    labelled: bool = Field(True, description="whether L_con is of labelled images too; on is faithful")
+    normaliser: Normaliser = Field(
+        "kept", description="pixels that L_con is divided by: those above the threshold (faithful), or all"
+    )
     cutmix: float = Field(
         0.0, ge=0, le=1, description="chance that a box of an unlabelled strong view shows another; 0 is faithful"
     )
@@ -86,9 +125,13 @@ class Stage1Settings(Settings):
     strong_view: bool = Field(
         False, description="learn the strong view beside the weak one (the control of the method)"
     )
+    unlabelled_batch: int = Field(
+        0,
+        ge=0,
+        description="above 0 stage 1 learns the pool too, by consistency alone (one-stage methods such as UniMatch)",
+    )
     warm_start: ClassVar[bool] = False
     reliable_share: ClassVar[float] = 1.0
-    unlabelled_batch: ClassVar[int] = 0
     changes: ClassVar[dict[str, dict[str, Any]]] = {}
 
 
@@ -154,6 +197,19 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _views_fit(self) -> Self:
+        views = self.consistency
+        if views.complementary_dropout and (
+            views.strong_views != 2 or views.feature_dropout or self.training.accumulate > 1
+        ):
+            raise ValueError(
+                "consistency.complementary_dropout=true: it needs strong_views=2, feature_dropout=0 and training.accumulate=1"
+            )
+        if views.feature_weight is not None and not views.feature_dropout:
+            raise ValueError("consistency.feature_weight: set feature_dropout, whose view it weighs")
+        return self
+
+    @model_validator(mode="after")
     def _changes_fit(self) -> Self:
         for name in STAGES:
             changes: Mapping[Any, Any] = self.stage(name).changes
@@ -200,9 +256,12 @@ class Config(Settings):
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
     config = config.for_stage(stage)
-    sections: set[str] = {"network", "augment", "optimiser", stage}
+    sections: set[str] = {"network", "augment", "optimiser", "supervised", stage}
+    sees_pool = config.stage(stage).unlabelled_batch > 0
+    if sees_pool:
+        sections |= {"ema", "consistency"}
     if stage != "stage1":
-        sections |= {"ema", "supervised", "consistency", "pseudo_mask"}
+        sections |= {"pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
     dump["training"] = config.training.model_dump(mode="json", include=TRAINING_KEYS)
     keys = {key: value for key, value in flatten(dump).items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
@@ -216,8 +275,10 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.validation",
         *OF_THE_RUN,
     }
-    if stage == "stage1" and not config.stage1.strong_view:
-        without |= {key for key in keys if key.startswith("augment.strong.")}
+    if stage == "stage1":
+        without |= {"supervised.strong_view"} if sees_pool else {"supervised.weight", "supervised.strong_view"}
+        if not config.stage1.strong_view and not sees_pool:
+            without |= {key for key in keys if key.startswith("augment.strong.")}
     return {key: value for key, value in sorted(keys.items()) if key not in without}
 
 

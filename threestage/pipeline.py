@@ -201,17 +201,18 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
         check_pool(config, rows_of(files))
         return files
     files = data_set_files(config.data.root, manifest)
-    if _begun(storage.join(out, "stage2")) and storage.exists(uri):
+    first = "stage1" if config.stage1.unlabelled_batch > 0 else "stage2"
+    if _begun(storage.join(out, first)) and storage.exists(uri):
         pool, unlabelled = load_pool(uri), pool_source(uri)
         if unlabelled != config.data.unlabelled:
             raise InputError(
                 f"{uri} was made with data.unlabelled={unlabelled}, this run has {config.data.unlabelled}: give another --out, "
-                f"set it back, or delete {storage.join(out, 'stage2')} and the stages after it"
+                f"set it back, or delete {storage.join(out, first)} and the stages after it"
             )
         if not {file.uri for file in files} <= {file.uri for file in pool}:
             warn(
-                f"{config.data.root} has new images: this run goes on with the pool that stage 2 began with; to take them "
-                f"in, delete {storage.join(out, 'stage2')} and the stages after it"
+                f"{config.data.root} has new images: this run continues with the pool that {first} began with; to take them "
+                f"in, delete {storage.join(out, first)} and the stages after it"
             )
         return pool
     if (more := config.data.unlabelled) is not None:
@@ -327,7 +328,7 @@ class _Run:
                     manifest_version=self.manifest.version,
                     split=self.split,
                     folder=folder,
-                    pool=None if number == 1 else self.folder("pool.parquet"),
+                    pool=None if self.config.stage(stage).unlabelled_batch == 0 else self._pool_list(),
                     pseudo_masks=None if number == 1 else self.folder(f"pseudo_masks{number - 1}"),
                     previous_model=None if number == 1 else storage.join(self.folder(f"stage{number - 1}"), "model"),
                 )
@@ -340,6 +341,11 @@ class _Run:
         return {"marker": storage.read_json(storage.join(folder, "done.json"))} | dict(
             storage.read_json(storage.join(folder, "result.json"))
         )
+
+    def _pool_list(self) -> str:
+        """The list of the pool's files, which is waited for."""
+        self.pool()
+        return self.folder("pool.parquet")
 
     def _data_set(self) -> DataSet:
         root, manifest = self.config.data.root, self.manifest

@@ -109,7 +109,7 @@ def _images_of(config: Config, stage: StageName, rank: int) -> int:
         share_of(size, config.training.batch, rank, workers).count
         for size in (settings.labelled_batch, settings.unlabelled_batch)
     )
-    views = 1 + config.stage1.strong_view if stage == "stage1" else 1
+    views = 1 + (config.stage1.strong_view if stage == "stage1" else config.supervised.strong_view)
     return labelled * views + unlabelled * config.consistency.strong_views
 
 

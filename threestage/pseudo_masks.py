@@ -23,7 +23,7 @@ from threestage.data.pseudo_mask_files import IndexRow, write_index
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.settings import Settings
-from threestage.training.losses import ThresholdRule
+from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.metrics import mean_iou
 
 REJECTS_NAME = "rejects.parquet"
@@ -44,6 +44,9 @@ class PseudoMaskSettings(Settings):
         "fixed", description="what scales the threshold: nothing (faithful), a batch's mean confidence, or each class's"
     )
     weight_by_confidence: bool = Field(False, description="a pixel counts for its confidence in L_pm; off is faithful")
+    normaliser: Normaliser = Field(
+        "kept", description="pixels that L_pm is divided by: those above the threshold (faithful), or all"
+    )
     head: Literal["auxiliary", "main"] = Field(
         "auxiliary", description="which head learns them; main, with consistency.weight=0, is plain self-training"
     )

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
-from threestage.data.batches import Batch, SampleSet, Share, Timed, batches, canvas_size, most_of, prefetch, share_of
+from threestage.data.batches import (
+    Batch,
+    SampleSet,
+    Share,
+    Timed,
+    batches,
+    canvas_size,
+    label_weights,
+    most_of,
+    prefetch,
+    share_of,
+)
 from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import least_agreement, read_index
 from threestage.data.records import Manifest, load_manifest
@@ -46,7 +57,7 @@ class StageTask(Settings):
     manifest_version: int
     split: Split
     folder: str
-    pool: str | None = Field(description="the list of the pool's files; none for stage 1")
+    pool: str | None = Field(description="the list of the pool's files; none for a stage that is supervised only")
     pseudo_masks: str | None = Field(description="folder of the previous stage's pseudo-masks")
     previous_model: str | None = Field(description="folder of the previous stage's model, for a warm start")
 
@@ -151,7 +162,7 @@ def build_state(task: StageTask, config: Config, num_classes: int, device: torch
         start_from(student, task.previous_model)
     if config.training.channels_last:
         student = student.to(memory_format=torch.channels_last)
-    teacher = None if task.stage == "stage1" else make_teacher(student)
+    teacher = make_teacher(student) if config.stage(task.stage).unlabelled_batch > 0 else None
     return TrainState(student, teacher, make_optimiser(student, config), make_scaler(config.training.precision, device))
 
 
@@ -162,6 +173,8 @@ def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
     ]
     for group in groups:
         group["initial_lr"] = group["lr"]
+    if config.optimiser.algorithm == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.optimiser.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=config.optimiser.weight_decay)
 
 
@@ -195,8 +208,9 @@ def make_source(task: StageTask, config: Config, state: TrainState, data: StageD
     stage, place = config.stage(task.stage), (config.seed, task.stage, "labelled")
     share = share_of(stage.labelled_batch, config.training.batch, worker.rank, worker.world_size)
     source = batches(data.labelled, share, data.canvas, place, state.labelled_images, config.augment.class_balance)
-    labelled = Feed(Timed(prefetch(source, worker.device)), share)
-    if task.stage == "stage1":
+    class_weights = label_weights(data.labelled, config.supervised.class_weight, worker.device)
+    labelled = Feed(Timed(prefetch(source, worker.device)), share, class_weights)
+    if stage.unlabelled_batch == 0:
         return SupervisedSteps(config, labelled)
     share_u = share_of(stage.unlabelled_batch, config.training.batch, worker.rank, worker.world_size)
     unlabelled = Timed(prefetch(worker.unlabelled(share_u, state.unlabelled_images), worker.device))
@@ -211,11 +225,12 @@ def local_unlabelled(task: StageTask) -> Callable[[Share, int], Iterator[Batch]]
     config = task.settings()
 
     def source(share: Share, first_image: int) -> Iterator[Batch]:
-        assert task.pool is not None and task.pseudo_masks is not None
+        assert task.pool is not None
         rejects: list[Reject] = []
-        index = read_index(task.pseudo_masks)
-        least = least_agreement(index, config.stage(task.stage).reliable_share)
-        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append, least)
+        index = None if task.pseudo_masks is None else read_index(task.pseudo_masks)
+        least = 0 if index is None else least_agreement(index, config.stage(task.stage).reliable_share)
+        excluded = frozenset(task.split.validation)
+        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append, least, excluded)
         if rejects:
             RejectList(rejects).write(storage.join(task.folder, "rejects", "pool.parquet"))
         canvas = pool_canvas(index, config.augment)

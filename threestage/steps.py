@@ -11,7 +11,7 @@ from threestage import IGNORE_INDEX
 from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
 from threestage.augment.views import View, network_input, strong_view, weak_view
-from threestage.config import Config, ConsistencySettings
+from threestage.config import Config, ConsistencySettings, SupervisedSettings
 from threestage.data.batches import Batch, Share, Timed
 from threestage.pseudo_masks import PseudoMaskSettings, best_class, quantise
 from threestage.training import losses
@@ -19,12 +19,17 @@ from threestage.training.loop import laid_out
 from threestage.training.schedule import ramp_up
 from threestage.training.step import FeatureDropout, StepInputs
 
+COMPLEMENTARY_CHANCE = 0.5
+"""Of a channel to be lost in the first of two strong views, and kept in the second (UniMatch V2)."""
+
 
 class Feed(NamedTuple):
     """Batches on the device, and which rows of the global batch they are."""
 
     batches: Timed
     share: Share
+    class_weights: Tensor | None = None
+    """(256,) uint8 by class id, 255 is a whole pixel: what a labelled pixel counts; None: all the same"""
 
     def draws(self, random: torch.Generator) -> Draws:
         return Draws(random, self.share.first, self.share.total)
@@ -37,6 +42,43 @@ class Target(NamedTuple):
     """(N,h,w) uint8, 255 where a pixel does not count"""
     weight: Tensor | None
     """(N,h,w) uint8, 255 is a whole pixel; None: all are"""
+    of: Tensor | None = None
+    """(N,h,w) uint8, 255 where a pixel is not among those that the sum is divided by; None: those of `class_ids`"""
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Target":
+        """Every map moved alike."""
+        weight, of = (None if part is None else move(part) for part in (self.weight, self.of))
+        return Target(move(self.class_ids), weight, of)
+
+
+class Terms:
+    """The terms of a step, added one by one: targets, weights, and what each sum is divided by."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+        self.pixel_weights: dict[str, Tensor] = {}
+        self.divisors: dict[str, Tensor] = {}
+
+    def add(self, name: str, target: Target, weight: float) -> None:
+        self.targets[name], self.weights[name] = target.class_ids, weight
+        if target.weight is not None:
+            self.pixel_weights[name] = target.weight
+        if target.of is not None:
+            self.divisors[name] = losses.valid_pixels(target.of)
+
+    def add_supervised(self, mask: Tensor, feed: Feed, settings: SupervisedSettings, weight: float) -> None:
+        """L_sup of labelled views whose masks are `mask` (n,h,w), and the Dice loss of the same."""
+        class_weight = None if feed.class_weights is None else feed.class_weights[mask.long()]
+        self.add("supervised_loss", Target(mask, class_weight), weight)
+        if class_weight is not None:
+            counted = class_weight.double() * (mask != IGNORE_INDEX)
+            self.divisors["supervised_loss"] = counted.sum() / 255
+        if settings.hard_share < 1:
+            self.divisors["supervised_loss"] = losses.hard_pixels(mask, settings.hard_share).sum()
+        if settings.dice > 0:
+            self.targets["dice_loss"], self.weights["dice_loss"] = mask, settings.dice
+            self.divisors["dice_loss"] = losses.images_with_pixels(mask)
 
 
 class SupervisedSteps:
@@ -58,12 +100,14 @@ class SupervisedSteps:
         if config.stage1.strong_view:
             strong = strong_view(view, config.augment.strong, draws)
             image, mask = torch.cat([image, strong.image]), torch.cat([mask, strong.warp(mask)])
-        image = network_input(laid_out(image, config.training))
-        return StepInputs(image, {"supervised_loss": mask}, {"supervised_loss": 1.0}, batch.image_ids)
+        terms = Terms()
+        terms.add_supervised(mask, self._labelled, config.supervised, 1.0)
+        return _inputs(config, terms, [image], batch.image_ids)
 
 
 class ThreeTaskSteps:
-    """Stages 2 and 3: w_sup · L_sup + w_con · L_con + w_pm · L_pm. A term of weight 0 is not computed."""
+    """Stages 2 and 3: w_sup · L_sup + w_con · L_con + w_pm · L_pm; a stage 1 that sees the pool: the same without L_pm. A term
+    of weight 0 is not computed."""
 
     def __init__(self, stage: str, config: Config, teacher: nn.Module, labelled: Feed, unlabelled: Feed) -> None:
         self._stage, self._config, self._teacher = stage, config, teacher
@@ -81,31 +125,53 @@ class ThreeTaskSteps:
         weak_l = weak_view(batch_l.image, batch_l.size, config.augment, draws_l)
         weak_u = weak_view(batch_u.image, batch_u.size, config.augment, draws_u)
         views = [student_view(weak_u, config, draws_u) for _ in range(config.consistency.strong_views)]
-        dropout = config.consistency.feature_dropout
-        if dropout > 0:
+        if config.consistency.feature_dropout > 0:
             views.append(StudentView(weak_u.image, lambda labels: labels))
-        targets = {"supervised_loss": Target(weak_l.warp(batch_l.maps["mask"]), None)}
+
+        # the labelled images: weak, and strong beside it
+        terms, images, mask = Terms(), [weak_l.image], weak_l.warp(batch_l.maps["mask"])
+        if config.stage1.strong_view if self._stage == "stage1" else config.supervised.strong_view:
+            strong_l = strong_view(weak_l, config.augment.strong, draws_l)
+            images, mask = [weak_l.image, strong_l.image], torch.cat([mask, strong_l.warp(mask)])
+        terms.add_supervised(mask, self._labelled, config.supervised, config.supervised.weight)
+
+        # the unlabelled ones: what the teacher and the pseudo-masks say, as each view shows it
+        strong_labelled = len(mask) - len(weak_l.image)
         if config.consistency.weight > 0:
-            said = teacher_targets(self._teacher, weak_l, weak_u, config.consistency)
-            targets["consistency_loss"] = as_seen(said, views)
-        if config.pseudo_mask.weight > 0:
-            said = pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, config.pseudo_mask)
-            targets["pseudo_mask_loss"] = as_seen(said, views[:1])
-        weights = {
-            "supervised_loss": config.supervised.weight,
-            "consistency_loss": config.consistency.weight * ramp_up(step, self._ramp_up_steps),
-            "pseudo_mask_loss": config.pseudo_mask.weight,
-        }
-        return StepInputs(
-            network_input(laid_out(torch.cat([weak_l.image, *(view.image for view in views)]), config.training)),
-            {name: target.class_ids for name, target in targets.items()},
-            {name: weights[name] for name in targets},
-            batch_l.image_ids + batch_u.image_ids,
-            {name: target.weight for name, target in targets.items() if target.weight is not None},
-            FeatureDropout(len(weak_u.image), config.consistency.feature_dropout)
-            if config.consistency.feature_dropout > 0
-            else None,
-        )
+            weak = teacher_targets(self._teacher, weak_l, weak_u, config.consistency)
+            ramp = ramp_up(step, self._ramp_up_steps)
+            apart = views.pop() if config.consistency.feature_weight is not None else None
+            terms.add("consistency_loss", as_seen(weak, views, strong_labelled), config.consistency.weight * ramp)
+            if apart is not None:
+                seen = as_seen(weak, [*views, apart], strong_labelled)
+                last = only_last(seen, len(weak_u.image))
+                terms.add("feature_loss", last, config.consistency.feature_weight * ramp)  # type: ignore[operator]
+                views.append(apart)
+        if config.pseudo_mask.weight > 0 and self._stage != "stage1":
+            weak = pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, config.pseudo_mask)
+            terms.add("pseudo_mask_loss", as_seen(weak, views[:1], strong_labelled), config.pseudo_mask.weight)
+        images += [view.image for view in views]
+        ids = batch_l.image_ids + batch_u.image_ids
+        return _inputs(config, terms, images, ids, _feature_dropout(config.consistency, len(weak_u.image)))
+
+
+def _inputs(
+    config: Config,
+    terms: Terms,
+    images: list[Tensor],
+    image_ids: tuple[str, ...],
+    feature_dropout: FeatureDropout | None = None,
+) -> StepInputs:
+    return StepInputs(
+        network_input(laid_out(torch.cat(images), config.training)), terms.targets, terms.weights, image_ids,
+        terms.pixel_weights, feature_dropout, terms.divisors, config.supervised.hard_share,
+    )  # fmt: skip
+
+
+def _feature_dropout(settings: ConsistencySettings, unlabelled: int) -> FeatureDropout | None:
+    if settings.complementary_dropout:
+        return FeatureDropout(2 * unlabelled, COMPLEMENTARY_CHANCE, True)
+    return FeatureDropout(unlabelled, settings.feature_dropout) if settings.feature_dropout > 0 else None
 
 
 class StudentView(NamedTuple):
@@ -133,12 +199,15 @@ def teacher_targets(teacher: nn.Module, weak_l: View, weak_u: View, settings: Co
     warped afterwards, not probabilities."""
     logits, _ = teacher(network_input(torch.cat([weak_l.image, weak_u.image])))
     padding = ~torch.cat([weak_l.valid, weak_u.valid])
-    if settings.confidence_threshold == 0 and not settings.weight_by_confidence:
+    if settings.confidence_threshold == 0 and not settings.weight_by_confidence and settings.labelled:
         return Target(best_class(logits).to(torch.uint8).masked_fill(padding, IGNORE_INDEX), None)
     confidence, best = logits.float().softmax(dim=1).max(dim=1)
     class_ids = best.to(torch.uint8).masked_fill(padding, IGNORE_INDEX)
+    if not settings.labelled:
+        class_ids[: len(weak_l.image)] = IGNORE_INDEX
     kept = losses.keep_confident(class_ids, confidence, settings.confidence_threshold, settings.threshold_rule)
-    return Target(kept, quantise(confidence) if settings.weight_by_confidence else None)
+    weight = quantise(confidence) if settings.weight_by_confidence else None
+    return Target(kept, weight, class_ids if settings.normaliser == "all" else None)
 
 
 def pseudo_mask_targets(
@@ -149,18 +218,30 @@ def pseudo_mask_targets(
     class_ids, confidence = (
         torch.cat([view.warp(batch.maps[name]) for batch, view in pairs]) for name in ("pseudo_mask", "confidence")
     )
-    kept = losses.keep_confident(class_ids, confidence, settings.confidence_threshold, settings.threshold_rule)
     if settings.head == "main":
-        kept = kept.clone()
-        kept[: len(weak_l.image)] = IGNORE_INDEX
-    return Target(kept, confidence if settings.weight_by_confidence else None)
+        class_ids = class_ids.clone()
+        class_ids[: len(weak_l.image)] = IGNORE_INDEX
+    kept = losses.keep_confident(class_ids, confidence, settings.confidence_threshold, settings.threshold_rule)
+    weight = confidence if settings.weight_by_confidence else None
+    return Target(kept, weight, class_ids if settings.normaliser == "all" else None)
 
 
-def as_seen(weak: Target, views: Sequence[StudentView]) -> Target:
-    """[y_l; W y_u …] from [y_l; y_u]: W is each view's geometry (and mixing) in turn."""
+def as_seen(weak: Target, views: Sequence[StudentView], strong_labelled: int = 0) -> Target:
+    """[y_l; W y_u …] from [y_l; y_u]: W is each view's geometry (and mixing) in turn. Between them stand `strong_labelled`
+    images that learn their masks only."""
     unlabelled = len(views[0].image)
 
     def moved(labels: Tensor) -> Tensor:
-        return torch.cat([labels[:-unlabelled], *(view.warp(labels[-unlabelled:]) for view in views)])
+        between = labels.new_full((strong_labelled, *labels.shape[1:]), IGNORE_INDEX)
+        return torch.cat([labels[:-unlabelled], between, *(view.warp(labels[-unlabelled:]) for view in views)])
 
-    return Target(moved(weak.class_ids), None if weak.weight is None else moved(weak.weight))
+    return weak.map(moved)
+
+
+def only_last(seen: Target, count: int) -> Target:
+    """The targets of the last `count` images alone."""
+
+    def last(labels: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(labels[:-count], IGNORE_INDEX), labels[-count:]])
+
+    return seen.map(last)

@@ -10,7 +10,7 @@ from threestage.augment.views import Extent, View, network_input
 from threestage.config import ConsistencySettings
 from threestage.data.batches import Batch
 from threestage.pseudo_masks import PseudoMaskSettings
-from threestage.steps import StudentView, as_seen, pseudo_mask_targets, teacher_targets
+from threestage.steps import StudentView, as_seen, only_last, pseudo_mask_targets, teacher_targets
 from threestage.training.losses import total_loss, valid_pixels
 from threestage.training.step import StepInputs, piece_sums
 
@@ -86,3 +86,23 @@ def test_stage_two_equals_the_reference() -> None:
     counts = {name: valid_pixels(target) for name, target in targets.items()}
     loss = total_loss(piece_sums(student, inputs, slice(None)), counts, WEIGHTS, 1).float()
     torch.testing.assert_close(loss, reference(student, teacher, x_l, x_u, y_l, pm_l, pm_u))
+
+
+def test_what_all_pixels_divide_is_counted_before_the_threshold() -> None:
+    """Of four pixels of one unlabelled image one is padding, two are below the threshold."""
+    image = torch.tensor([250, 130, 130, 250], dtype=torch.uint8).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    valid = torch.tensor([[[True, True, True, False]]])
+    labelled, unlabelled = (View(image, ok, torch.eye(2, 3)[None]) for ok in (torch.ones_like(valid), valid))
+
+    class Sure(nn.Module):
+        def forward(self, image: Tensor) -> tuple[Tensor, None]:
+            return torch.stack([(1 - image[:, 0]).log(), image[:, 0].log()], 1), None
+
+    settings = ConsistencySettings(confidence_threshold=0.9, normaliser="all", labelled=False)
+    target = as_seen(
+        teacher_targets(Sure(), labelled, unlabelled, settings), [StudentView(image, lambda labels: labels)], 1
+    )
+    assert target.class_ids.tolist() == [[[255] * 4], [[255] * 4], [[1, 255, 255, 255]]]
+    assert target.of is not None and valid_pixels(target.of) == 3
+    last = only_last(target, 1)
+    assert torch.equal(last.class_ids, target.class_ids) and last.of is not None and valid_pixels(last.of) == 3

@@ -14,11 +14,15 @@ from tests.conftest import tiny_config
 from threestage.augment.draws import Draws, generator
 from threestage.augment.views import Extent, View
 from threestage.config import ConsistencySettings, stage_keys
-from threestage.data.batches import BalancedOrder
+from threestage.data.batches import BalancedOrder, label_weights
+from threestage.data.pool import data_set_files
+from threestage.data.records import load_manifest
+from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, place
+from threestage.data.sets import pool_canvas, pool_set
 from threestage.errors import InputError
 from threestage.local import run_local
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import NetworkSettings, _dropped, build_network
 from threestage.preflight import check_shares
 from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.stages import auxiliary
@@ -39,6 +43,19 @@ SWITCHES: dict[str, dict[str, Any]] = {
     },
     "weights by confidence": {"consistency__weight_by_confidence": True, "pseudo_mask__weight_by_confidence": True},
     "class-balanced crops": {"augment__class_balance": 0.5},
+    "strong views of labelled images": {"supervised__strong_view": True},
+    "complementary dropout": {"consistency__strong_views": 2, "consistency__complementary_dropout": True},
+    "feature view as a term": {"consistency__feature_dropout": 0.5, "consistency__feature_weight": 0.2},
+    "all pixels": {
+        "consistency__normaliser": "all", "pseudo_mask__normaliser": "all", "consistency__confidence_threshold": 0.4,
+    },
+    "unlabelled images alone": {"consistency__labelled": False},
+    "class weights": {"supervised__class_weight": 0.5},
+    "hard pixels": {"supervised__hard_share": 0.3},
+    "Dice": {"supervised__dice": 0.5},
+    "jitter, grey, blur": {"augment__strong__jitter": 1.0, "augment__strong__grey": 0.5, "augment__strong__blur": 0.5},
+    "EMA that warms up": {"ema__warm_up": True},
+    "SGD": {"optimiser__algorithm": "sgd"},
     "mean teacher": {"pseudo_mask__weight": 0.0},
     "plain self-training": {"consistency__weight": 0.0, "pseudo_mask__head": "main"},
 }  # fmt: skip
@@ -55,10 +72,11 @@ def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, name: 
     run_local(config, str(tmp_path), lambda stage, row: rows.append(row))
     terms = {key for key in rows[-1] if key.endswith("_loss")}
     without = {"mean teacher": {"pseudo_mask_loss"}, "plain self-training": {"consistency_loss"}}.get(name, set())
-    assert terms == {"supervised_loss", "consistency_loss", "pseudo_mask_loss"} - without
+    more = {"Dice": {"dice_loss"}, "feature view as a term": {"feature_loss"}}.get(name, set())
+    assert terms == {"supervised_loss", "consistency_loss", "pseudo_mask_loss"} - without | more
 
 
-@pytest.mark.parametrize("name", ["everything of UniMatch", "class-balanced crops"])
+@pytest.mark.parametrize("name", ["everything of UniMatch", "class-balanced crops", "complementary dropout"])
 def test_it_goes_on_where_it_was_killed(scenes: Path, tmp_path: Path, name: str) -> None:
     config = tiny_config(scenes, stages=2, stage1__steps=2, pseudo_mask__of_last_stage=False, **SWITCHES[name])
 
@@ -208,3 +226,85 @@ def test_a_head_that_learns_nothing_is_not_built(scenes: Path) -> None:
     assert auxiliary("stage2", tiny_config(scenes)) == "branch" and auxiliary("stage3", tiny_config(scenes)) == "shared"
     for changes in (SWITCHES["mean teacher"], SWITCHES["plain self-training"]):
         assert auxiliary("stage2", tiny_config(scenes, **changes)) == "none"
+
+
+ONE_STAGE: dict[str, Any] = {
+    "stages": 1, "stage1__unlabelled_batch": 2, "pseudo_mask__of_last_stage": False, "consistency__strong_views": 2,
+    "consistency__labelled": False, "consistency__normaliser": "all",
+}  # fmt: skip
+
+
+def test_a_one_stage_method_learns_the_pool_and_predicts_none_of_it(scenes: Path, tmp_path: Path) -> None:
+    rows: list[Mapping[str, float]] = []
+    config = tiny_config(scenes, **ONE_STAGE)
+    results = run_local(config, str(tmp_path), lambda stage, row: rows.append(row))
+    assert {key for key in rows[-1] if key.endswith("_loss")} == {"supervised_loss", "consistency_loss"}
+    assert "student_mean_iou" in results["stages"]["stage1"], "what ships is the teacher"
+    assert not (tmp_path / "pseudo_masks1").exists() and (tmp_path / "pool.parquet").exists()
+    assert "consistency.weight" in stage_keys(config, "stage1") and "augment.strong.operations" in stage_keys(
+        config, "stage1"
+    )
+
+
+def test_a_one_stage_method_continues_where_it_was_killed(scenes: Path, tmp_path: Path) -> None:
+    config = tiny_config(scenes, **ONE_STAGE)
+
+    def die(stage: str, row: Mapping[str, float]) -> None:
+        if row["step"] == 4:
+            raise Killed
+
+    run_local(config, str(tmp_path / "whole"), lambda stage, row: None)
+    with pytest.raises(Killed):
+        run_local(config, str(tmp_path / "killed"), die)
+    run_local(config, str(tmp_path / "killed"), lambda stage, row: None)
+    whole, killed = (tmp_path / out / "stage1" / "model" / "model.safetensors" for out in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_a_pool_without_pseudo_masks_leaves_out_validation_images_and_bad_ones(tmp_path: Path, scenes: Path) -> None:
+    config = tiny_config(scenes, data__max_image_pixels=64 * 64)
+    rejected: list[Reject] = []
+    files = data_set_files(str(scenes), load_manifest(str(scenes)))
+    every = pool_set(files, None, config.data, rejected.append)
+    some = pool_set(files, None, config.data, rejected.append, excluded=frozenset({every.samples[3].image_id}))
+    assert len(every) == 40 and not rejected
+    assert {one.image_id for one in every.samples} - {one.image_id for one in some.samples} == {
+        every.samples[3].image_id
+    }
+    small = config.data.model_copy(update={"max_image_pixels": 100})
+    assert len(pool_set(files, None, small, rejected.append)) == 0 and len(rejected) == 40
+    assert pool_canvas(None, config.augment) == config.augment.crop_size
+
+
+def test_what_a_dropped_channel_of_one_view_is_the_other_view_has() -> None:
+    torch.manual_seed(0)
+    both = _dropped(torch.ones(2 + 8, 50, 1, 1), 8, 0.5, True)
+    assert both is not None and torch.equal(both[:2], torch.ones(2, 50, 1, 1))
+    first, second = both[2:6], both[6:]
+    assert torch.equal(first + second, torch.full_like(first, 2.0))
+    whole = (first == 1).all(1).flatten()
+    assert whole.sum() == 2, "half of the images keep all channels"
+    assert set(first[~whole].flatten().tolist()) == {0.0, 2.0}
+
+
+def test_labels_that_are_rare_count_most() -> None:
+    masks = [np.zeros((4, 4), np.uint8), np.full((4, 4), 255, np.uint8)]
+    masks[0][0, 0] = 2
+
+    class Decoded_:
+        def __len__(self) -> int:
+            return 2
+
+        def decoded(self, index: int) -> Decoded:
+            return Decoded(np.zeros((4, 4, 3), np.uint8), {"mask": masks[index]})
+
+    weights = label_weights(Decoded_(), 0.5, torch.device("cpu"))  # type: ignore[arg-type]
+    assert weights is not None and weights[2] == 255 and weights[0] == round(255 / 15**0.5)
+    assert label_weights(Decoded_(), 0.0, torch.device("cpu")) is None  # type: ignore[arg-type]
+
+
+def test_settings_that_belong_together_are_asked_for_together(scenes: Path) -> None:
+    with pytest.raises(ValueError, match="needs strong_views=2"):
+        tiny_config(scenes, consistency__complementary_dropout=True)
+    with pytest.raises(ValueError, match="set feature_dropout"):
+        tiny_config(scenes, consistency__feature_weight=0.5)

@@ -34,6 +34,14 @@ class StrongSettings(Settings):
     levels: tuple[int, int] = Field((1, 9), description="least and greatest level; the magnitude is level / 10")
     cutouts: int = Field(3, ge=0, description="squares cut out per image; their pixels keep their labels")
     cutout_size: int = Field(32, ge=0, description="side of a cutout in pixels")
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance of colour jitter (brightness, contrast, saturation 0.5, hue 0.25); 0 is faithful",
+    )
+    grey: float = Field(0.0, ge=0, le=1, description="chance that a view is grey; 0 is faithful")
+    blur: float = Field(0.0, ge=0, le=1, description="chance of a blur of sigma 0.1 to 2 pixels; 0 is faithful")
 
     @model_validator(mode="after")
     def _ordered(self) -> "StrongSettings":

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from threestage.augment import geometry, photometry, pictures
+from threestage.augment.colour import draw_colours, with_colours
 from threestage.augment.draws import Draws
 from threestage.augment.plans import GEOMETRIC, Plan, StrongSettings, draw_cutouts, draw_operations, drawn_theta
 from threestage.settings import Settings
@@ -103,6 +104,10 @@ class View:
     def valid(self) -> Tensor:
         """(N,h,w) bool: the pixel comes from inside the source image"""
         return self._valid if isinstance(self._valid, Tensor) else self._valid()
+
+    def recoloured(self, image: Tensor) -> "View":
+        """The same places with other colours."""
+        return View(image, self._valid, self.theta, self.move)
 
     def warp(self, labels: Tensor) -> Tensor:
         """Class ids uint8 (N,H,W) or (N,K,H,W) of the tensor that this view was made from → the same of this view
@@ -214,6 +219,7 @@ def _crop_theta(scale: Tensor, extent: Extent, crop: geometry.Size, source: geom
 
 def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     """A of method.md: RandAugment, then cutout, of a weak view; `theta` leads from the strong crop to the weak one.
+    Colour jitter, grey and blur come before them, if asked for.
 
     Differs from PIL calls one after the other in this: the photometric operations act first, in the order drawn, on
     each image stretched to 8 bits (undone afterwards: both views share one distribution); the geometric ones are then
@@ -222,6 +228,9 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     no operation keeps its exact pixels. Cutouts are centred anywhere in the crop; they and all that is not valid become
     mid-range, but only the latter lose `valid`.
     """
+    colours = draw_colours(len(view.image), settings, draws)
+    if colours is not None:
+        view = view.recoloured(geometry.filled(with_colours(view.image, colours), view.valid, FILL))
     count, size = len(view.image), _size(view.image)
     plans = draw_operations(count, settings, draws)
     corners = draw_cutouts(count, size, settings, draws)

@@ -210,11 +210,26 @@ def _order(
 ) -> Callable[[int], tuple[int, int | None]]:
     """Position → item, and the class that its crop has to hold."""
     if class_balance > 0:
-        masks = (samples.decoded(item).maps["mask"] for item in range(len(samples)))
-        pixels = np.stack([np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX] for mask in masks])
-        return BalancedOrder(pixels, class_balance, *seed_place).__getitem__
+        return BalancedOrder(label_pixels(samples), class_balance, *seed_place).__getitem__
     order = Order(len(samples), *seed_place)
     return lambda position: (order[position], None)
+
+
+def label_weights(samples: SampleSet, exponent: float, device: torch.device) -> Tensor | None:
+    """(256,) uint8 by class id: what a pixel of a class counts, ∝ the labelled pixels of it^-exponent, 255 for the rarest;
+    None where all count alike."""
+    if exponent == 0:
+        return None
+    pixels = label_pixels(samples).sum(0).astype(float)
+    weight = np.zeros(256)
+    weight[:IGNORE_INDEX][pixels > 0] = pixels[pixels > 0] ** -exponent
+    return torch.from_numpy(np.rint(255 * weight / weight.max()).clip(1).astype(np.uint8)).to(device)
+
+
+def label_pixels(samples: SampleSet) -> np.ndarray:
+    """(samples, 255) pixels of each class id."""
+    masks = (samples.decoded(item).maps["mask"] for item in range(len(samples)))
+    return np.stack([np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX] for mask in masks])
 
 
 class Timed:

@@ -36,14 +36,22 @@ class Decoded:
 
 
 def pool_samples(
-    file: PoolFile, pseudo_masks: str, rejected: OnReject, least_agreement: int = 0
+    file: PoolFile,
+    pseudo_masks: str | None,
+    rejected: OnReject,
+    least_agreement: int = 0,
+    excluded: frozenset[str] = frozenset(),
 ) -> Iterator[list[Sample]]:
     """The pool's rows of one file, each beside its pseudo-mask, in chunks; rows without one are not in the pool, and those
-    whose agreement is less than `least_agreement` (255ths) are left out.
+    whose agreement is less than `least_agreement` (255ths) are left out. Where no stage made pseudo-masks (None), the rows
+    alone, but for the images `excluded` of the run's own data set.
 
     An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
     not hold the same rows in the same order.
     """
+    if pseudo_masks is None:
+        yield from _without_pseudo_masks(file, rejected, excluded if file.own else frozenset())
+        return
     predicted = storage.read_groups(pseudo_mask_uri(pseudo_masks, file))
     rows = read_rows(file, masks=False)
     for images, masks in zip(rows, predicted, strict=True):
@@ -55,6 +63,17 @@ def pool_samples(
                 rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
             elif target["pseudo_mask"] is not None and target.pop("agreement", 255) >= least_agreement:
                 found.append(Sample(image=row.image, source=row.source, **target))
+        yield found
+
+
+def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozenset[str]) -> Iterator[list[Sample]]:
+    for images in read_rows(file, masks=False):
+        found = []
+        for row in images:
+            if row.problem is not None:
+                rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
+            elif row.image_id not in excluded:
+                found.append(Sample(image_id=row.image_id, image=row.image, source=row.source))
         yield found
 
 

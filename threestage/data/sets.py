@@ -10,9 +10,13 @@ from threestage.data.batches import SampleSet, canvas_size
 from threestage.data.pool import PoolFile
 from threestage.data.pseudo_mask_files import IndexRow, read_index
 from threestage.data.records import DataSettings, Manifest, SplitName, labelled_rows
-from threestage.data.samples import OnReject, pool_samples, samples_of
+from threestage.data.rejects import Reject
+from threestage.data.samples import OnReject, Sample, decode_sample, pool_samples, samples_of
 from threestage.data.split import Split
 from threestage.errors import StageFailure
+
+ANY_SIDE = 2**31
+"""Pixels, more than any image has along a side."""
 
 
 def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
@@ -30,15 +34,36 @@ def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) 
 
 
 def pool_set(
-    files: Sequence[PoolFile], pseudo_masks: str, data: DataSettings, rejected: OnReject, least_agreement: int = 0
+    files: Sequence[PoolFile],
+    pseudo_masks: str | None,
+    data: DataSettings,
+    rejected: OnReject,
+    least_agreement: int = 0,
+    excluded: frozenset[str] = frozenset(),
 ) -> SampleSet:
-    """The whole pool in memory, still encoded: for `--local` only."""
-    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected, least_agreement))
-    return SampleSet([sample for chunk in parts for sample in chunk], data.downscale, data.max_image_pixels)
+    """The whole pool in memory, still encoded: for `--local` only. Without pseudo-masks, whose making has looked at every
+    image, those that cannot be decoded go to `rejected` here."""
+    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected, least_agreement, excluded))
+    samples = [sample for chunk in parts for sample in chunk]
+    if pseudo_masks is None:
+        samples = [sample for sample in samples if is_usable(sample, data, rejected)]
+    return SampleSet(samples, data.downscale, data.max_image_pixels)
 
 
-def pool_canvas(index: Sequence[IndexRow], augment: AugmentSettings) -> tuple[int, int]:
-    """Canvas of the pool's images, whose sizes are known once they are predicted."""
+def is_usable(sample: Sample, data: DataSettings, rejected: OnReject) -> bool:
+    """Whether an image can be decoded; else it goes to `rejected`."""
+    try:
+        decode_sample(sample, data.downscale, data.max_image_pixels)
+    except ValueError as error:
+        rejected(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
+        return False
+    return True
+
+
+def pool_canvas(index: Sequence[IndexRow] | None, augment: AugmentSettings) -> tuple[int, int]:
+    """Canvas of the pool's images; their sizes are known once they are predicted (None: they are not)."""
+    if index is None:
+        return canvas_size((ANY_SIDE, ANY_SIDE), augment)
     return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
 
 

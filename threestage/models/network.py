@@ -88,12 +88,13 @@ class Network(nn.Module):
         self.train()
 
     def forward(
-        self, image: Tensor, with_auxiliary: bool = False, dropout: tuple[int, float] = (0, 0.0)
+        self, image: Tensor, with_auxiliary: bool = False, dropout: tuple[int, float, bool] = (0, 0.0, False)
     ) -> tuple[Tensor, Tensor | None]:
         """image (N,3,H,W) float in [0,1] → main logits (N,C,H,W), and the auxiliary ones if asked for and there.
 
         A size that the encoder cannot take is padded at the right and bottom with the mean colour, and cut off again.
-        dropout: the main head sees the last so many images without some channels of their features, each with that chance.
+        dropout: the main head sees the last so many images without some channels of their features, each with that chance;
+        True: the two halves of them lose complementary channels.
         """
         padded = self._normalise_and_pad(image)
         low, third = self.encoder.trunk(padded)
@@ -148,10 +149,21 @@ class Network(nn.Module):
         return [layer for stage in stages for layer in stage.modules() if isinstance(layer, _BatchNorm)]
 
 
-def _dropped(features: Tensor | None, images: int, probability: float) -> Tensor | None:
+def _dropped(features: Tensor | None, images: int, probability: float, complementary: bool = False) -> Tensor | None:
     if features is None:
         return None
-    return torch.cat([features[:-images], F.dropout2d(features[-images:], probability)])
+    last = features[-images:]
+    changed = last * _complementary(last, probability) if complementary else F.dropout2d(last, probability)
+    return torch.cat([features[:-images], changed])
+
+
+def _complementary(features: Tensor, probability: float) -> Tensor:
+    """Factors (2n,D,1,1) of n images and then n views of the same: 0 or 2 a channel, 2 or 0 in the second view; a random
+    half of the images keeps all (UniMatch V2, Section 3.3)."""
+    images, channels = len(features) // 2, features.shape[1]
+    factor = 2.0 * (torch.rand(images, channels, 1, 1, device=features.device) >= probability)
+    factor[torch.randperm(images, device=features.device)[: images - images // 2]] = 1.0
+    return torch.cat([factor, 2 - factor]).to(features.dtype)
 
 
 def without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,15 +35,20 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     being read then may come again or be missed. Rows: image (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; extent (4,2)
     float64, see Extent; image_id. The plan grows with the steps of the stage, not with the pool.
     """
-    assert task.pool is not None and task.pseudo_masks is not None
+    assert task.pool is not None
     config = task.settings()
-    files, index = load_pool(task.pool), read_index(task.pseudo_masks)
+    files = load_pool(task.pool)
+    index = None if task.pseudo_masks is None else read_index(task.pseudo_masks)
     stage, workers = config.stage(task.stage), config.cluster.most_workers
     per_step = share_of(stage.unlabelled_batch, config.training.batch, 0, workers).total + workers  # shares rounded up
     lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile; the rest of a batch per worker
+    if index is None:  # its validation images are among the rows, and passed over
+        least, rows = 0, [file.rows for file in files]
+        lost = min(0.9, lost + len(task.split.validation) / sum(rows))
+    else:
+        least = least_agreement(index, stage.reliable_share)
+        rows = [entry.images_of(least) for entry in index]
     needed = begin.unlabelled_images + math.ceil((stage.steps - begin.step + 4) * per_step / (1 - lost))
-    least = least_agreement(index, stage.reliable_share)
-    rows = [entry.images_of(least) for entry in index]
     order = file_order(rows, (config.seed, task.stage), begin.unlabelled_images, needed)
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
     context = DataContext.get_current()
@@ -52,7 +57,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
         task.pseudo_masks, storage.join(task.folder, "rejects"), (config.seed, task.stage), config.data,
-        pool_canvas(index, config.augment), least,
+        pool_canvas(index, config.augment), least, frozenset(task.split.validation),
     )  # fmt: skip
     return source.map_batches(reader, batch_size=1)
 
@@ -89,7 +94,7 @@ def stream_batches(shard: Any, batch_size: int, seed: int, rank: int) -> Iterato
         yield Batch(
             torch.from_numpy(rows["image"]).permute(0, 3, 1, 2),
             Extent.of(torch.from_numpy(rows["extent"])),
-            {name: torch.from_numpy(rows[name]) for name in ("pseudo_mask", "confidence")},
+            {name: torch.from_numpy(rows[name]) for name in ("pseudo_mask", "confidence") if name in rows},
             tuple(map(str, rows["image_id"])),
         )
     raise RuntimeError(f"the stream of unlabelled images ended early for worker {rank}: are the pool's files readable?")

@@ -25,16 +25,17 @@ class FileReader:
 
     def __init__(
         self,
-        pseudo_masks: str,
+        pseudo_masks: str | None,
         rejects: str,
         place: tuple[int | str, ...],
         data: DataSettings,
         canvas: tuple[int, int],
         least_agreement: int = 0,
+        excluded: frozenset[str] = frozenset(),
     ) -> None:
-        """rejects: folder of the lists of images that have become bad. place: of the random draws."""
+        """rejects: folder of the lists of images that have become bad. place: of the random draws. See `pool_samples`."""
         self._pseudo_masks, self._rejects, self._place = pseudo_masks, rejects, place
-        self._least_agreement = least_agreement
+        self._least_agreement, self._excluded = least_agreement, excluded
         self._data, self._canvas = data, canvas
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
@@ -42,7 +43,7 @@ class FileReader:
         pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
         rejects: list[Reject] = []
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
-        chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement)
+        chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement, self._excluded)
         samples = (sample for chunk in chunks for sample in chunk)
         yield from blocks(self._placed(samples, rejects, rng), self._canvas)
         if rejects:

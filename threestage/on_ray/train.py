@@ -265,7 +265,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
     cluster = task.settings().cluster
     files, path = storage.filesystem(task.folder)
     datasets = {}
-    if task.stage != "stage1":
+    if task.pool is not None:
         # Ray calls it whenever it starts the workers, so that one restarted goes on where the last checkpoint is
         datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
     elastic = cluster.least_workers < cluster.most_workers

@@ -160,7 +160,7 @@ def _source(
         share = share_of(batch_size, config.training.batch, last, last + 1)
         return Feed(Timed(itertools.repeat(_random_batch(share, canvas, classes, maps).to(device))), share)
 
-    if stage == "stage1":
+    if settings.unlabelled_batch == 0:
         return SupervisedSteps(config, feed(settings.labelled_batch, "mask"))
     assert state.teacher is not None
     labelled = feed(settings.labelled_batch, "mask", "pseudo_mask", "confidence")

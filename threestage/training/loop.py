@@ -75,7 +75,7 @@ def fit(
         _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, steps, optimiser))
         inputs = _draw(source, state.step, worker, dtype)
         pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
-        counts, noticed = notices.agree(pixels)
+        counts, noticed = notices.agree({**pixels, **inputs.divisors})
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _update(state, worker, optimiser.clip_norm, ema)
         if state.step == max(1, steps // 2) and worker.rank == 0:
@@ -230,7 +230,7 @@ def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
 
 
 class _Notices:
-    """The workers' one agreement per step: global pixel counts, and how many notices rank 0 knows of (all are told of all).
+    """The workers' one agreement per step: what each term is divided by, and how many notices rank 0 knows of.
 
     Every rank hears of a notice in the same step. A GPU's answer is read NOTICE_LAG steps late, so that nothing waits.
     """

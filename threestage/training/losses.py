@@ -14,6 +14,7 @@ from torch import Tensor
 from threestage import IGNORE_INDEX
 
 ThresholdRule = Literal["fixed", "dynamic", "per_class"]
+Normaliser = Literal["kept", "all"]
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -27,6 +28,41 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor | None = No
         return F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="sum")
     by_pixel = F.cross_entropy(wide, target.long(), ignore_index=IGNORE_INDEX, reduction="none")
     return (by_pixel * (weight / 255)).sum()
+
+
+def hard_pixel_sum(logits: Tensor, target: Tensor, weight: Tensor | None, share: float) -> Tensor:
+    """`cross_entropy_sum` over the pixels of highest loss: of each image `hard_pixels` of the valid ones (OHEM, Shrivastava
+    et al. 2016, by share and not by threshold, so that any number of workers learns the same pixels)."""
+    by_pixel = F.cross_entropy(logits.float(), target.long(), ignore_index=IGNORE_INDEX, reduction="none").flatten(1)
+    if weight is not None:
+        by_pixel = by_pixel * (weight.flatten(1) / 255)
+    ranked = by_pixel.sort(dim=1, descending=True).values  # pixels that do not count are 0, and last
+    rank = torch.arange(ranked.shape[1], device=ranked.device)
+    return torch.where(rank < hard_pixels(target, share)[:, None], ranked, 0).sum()
+
+
+def hard_pixels(target: Tensor, share: float) -> Tensor:
+    """(N,) float64: `share` of each image's valid pixels, rounded up."""
+    return ((target != IGNORE_INDEX).flatten(1).sum(1).double() * share).ceil()
+
+
+def dice_loss(main_logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum over the images of 1 - mean over their true classes of 2 Σ p·y / (Σ p + Σ y), sums over the image's valid pixels
+    (Milletari et al. 2016 without squares). An image without valid pixels gives 0. `weight` is not used."""
+    valid = (mask != IGNORE_INDEX)[:, None]
+    true = (
+        F.one_hot(mask.long().clamp(max=main_logits.shape[1]), main_logits.shape[1] + 1)[..., :-1].movedim(3, 1) * valid
+    )
+    probability = main_logits.float().softmax(1) * valid
+    both, each = (probability * true).sum((2, 3)), (probability + true).sum((2, 3))
+    there = (true.sum((2, 3)) > 0).float()
+    score = (2 * both / each.clamp(min=1e-6) * there).sum(1) / there.sum(1).clamp(min=1)
+    return ((1 - score) * (there.sum(1) > 0)).sum()
+
+
+def images_with_pixels(mask: Tensor) -> Tensor:
+    """Number of images of (N,H,W) with a valid pixel, float64: what `dice_loss` is divided by."""
+    return (mask != IGNORE_INDEX).flatten(1).any(1).sum().double()
 
 
 def valid_pixels(target: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from threestage.settings import Settings
 class OptimiserSettings(Settings):
     """AdamW. Without weight decay, as is faithful, it is Adam."""
 
+    algorithm: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9 (UniMatch V1)")
     learning_rate: float = Field(3e-5, gt=0, description="of new layers")
     encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
     weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW); 0 is faithful")
@@ -26,6 +27,10 @@ class EmaSettings(Settings):
 
     decay: tuple[tuple[int, float], ...] = Field(
         ((0, 0.99),), description="weight kept from the old teacher, from a step on"
+    )
+    warm_up: bool = Field(
+        False,
+        description="decay of step t at most 1 - 1/(t+1), so that short schedules forget the start; off is faithful",
     )
 
     @model_validator(mode="after")
@@ -47,8 +52,9 @@ def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> 
 
 
 def ema_decay(step: int, settings: EmaSettings) -> float:
-    """The decay of the last pair whose first step has come."""
-    return [decay for start, decay in settings.decay if start <= step][-1]
+    """The decay of the last pair whose first step has come; with `warm_up` at most 1 - 1/(step + 1)."""
+    decay = [decay for start, decay in settings.decay if start <= step][-1]
+    return min(decay, 1 - 1 / (step + 1)) if settings.warm_up else decay
 
 
 def ramp_up(step: int, ramp_up_steps: float) -> float:

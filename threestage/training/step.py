@@ -10,17 +10,21 @@ from threestage.training import losses
 
 TERMS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "supervised_loss": losses.supervised_loss,
+    "dice_loss": losses.dice_loss,
     "consistency_loss": losses.consistency_loss,
+    "feature_loss": losses.consistency_loss,
     "pseudo_mask_loss": losses.pseudo_mask_loss,
 }
 AUXILIARY_TERM = "pseudo_mask_loss"  # the only one that sees the auxiliary head, where the network has one
 
 
 class FeatureDropout(NamedTuple):
-    """The last images of a step lose channels of their features (UniMatch's second stream)."""
+    """The last images of a step lose channels of their features: each channel with a chance (UniMatch's second stream), or,
+    `complementary`, the images' two halves, which show the same pictures, what the other keeps (UniMatch V2)."""
 
     images: int
     probability: float
+    complementary: bool = False
 
     def within(self, piece: slice, images: int) -> "FeatureDropout":
         """The same of a piece of the step's images."""
@@ -41,6 +45,10 @@ class StepInputs:
     pixel_weights: dict[str, Tensor] = field(default_factory=dict)
     """by term, where pixels count for less than one: (n,h,w) uint8, 255 is a whole pixel"""
     feature_dropout: FeatureDropout | None = None
+    divisors: dict[str, Tensor] = field(default_factory=dict)
+    """by term, where its sum is not divided by its valid pixels: what it is divided by, float64"""
+    hard_share: float = 1.0
+    """of the supervised term's pixels, see `losses.hard_pixel_sum`"""
 
 
 class StepSource(Protocol):
@@ -64,7 +72,9 @@ def piece_sums(network: nn.Module, inputs: StepInputs, piece: slice) -> dict[str
         part = target[piece]
         weight = inputs.pixel_weights.get(name)
         logits = auxiliary if name == AUXILIARY_TERM and auxiliary is not None else main
-        sums[name] = TERMS[name](logits[: len(part)], part, None if weight is None else weight[piece])
+        given = logits[: len(part)], part, None if weight is None else weight[piece]
+        hard = name == "supervised_loss" and inputs.hard_share < 1
+        sums[name] = losses.hard_pixel_sum(*given, inputs.hard_share) if hard else TERMS[name](*given)
     return sums
 
 
