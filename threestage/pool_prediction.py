@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.fixed_void import unpacked
+from threestage.data.headers import BadImage
 from threestage.data.pool import PoolFile, PoolRow, read_rows
 from threestage.data.pseudo_mask_files import AGREEMENT, PSEUDO_MASK_SCHEMA, pseudo_mask_uri
-from threestage.data.records import DECODER_ERRORS, BadImage, decoder_complaint
+from threestage.data.records import DECODER_ERRORS, decoder_complaint
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.models.export import load_model

@@ -22,9 +22,10 @@ from threestage.data.check import BadFile, check_image
 from threestage.data.classes import load_class_map
 from threestage.data.folders import NOT_INSIDE, walk
 from threestage.data.formats import IngestSettings, discover
+from threestage.data.headers import BadImage
 from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
-from threestage.data.records import BadImage, decode_image, load_manifest
+from threestage.data.records import decode_image, load_manifest
 from threestage.errors import InputError
 from threestage.prediction_parts import PATH_BYTES, Part, plan, read_part, repeated_ids, safe_name
 from threestage.registry.models import Models

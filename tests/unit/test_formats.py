@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
 from threestage.data.formats import IngestSettings, SourceItem, discover
-from threestage.data.records import BadImage, decode_image
+from threestage.data.headers import BadImage
+from threestage.data.records import decode_image
 from threestage.errors import InputError
 
 
@@ -499,12 +500,12 @@ def test_a_tiff_whose_next_page_is_nowhere_is_one_image() -> None:
         assert np.array_equal(decode_image(broken), decode_image(data))
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_more_than_8_bits_are_refused_not_whitened(dtype: type) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint16, 16), (np.int32, 32), (np.float32, 32)])
+def test_more_than_8_bits_are_refused_not_whitened(dtype: type, bits: int) -> None:
     data = encoded(Image.fromarray(np.arange(12, dtype=dtype).reshape(3, 4)), "TIFF")
-    with pytest.raises(BadImage, match="16 bits per channel: convert it to 8"):
+    with pytest.raises(BadImage, match=f"{bits} bits per channel: convert it to 8"):
         decode_image(data)
-    with pytest.raises(BadFile, match="16 bits per channel: convert it to 8"):
+    with pytest.raises(BadFile, match=f"{bits} bits per channel: convert it to 8"):
         check_image(data)
 
 

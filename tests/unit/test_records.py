@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from threestage.data import storage
+from threestage.data.headers import BadImage
 from threestage.data.records import (
     RECORD_SCHEMA,
-    BadImage,
     DataFile,
     DataSettings,
     Manifest,

@@ -1,6 +1,12 @@
-"""Is this file a whole image, or mask, to train on? What can be converted is; the rest is refused by name."""
+"""Is this file a whole image, or mask, to train on? What can be converted is; the rest is refused by name.
+
+Images and masks that are decoded at the same time share PIXELS, so that memory does not grow with the threads.
+"""
 
 import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +14,24 @@ import numpy.typing as npt
 from PIL import Image
 
 from threestage.data.classes import Lookup, Unknown
+from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
+from threestage.data.palette import refuse_other_order
 from threestage.data.records import (
     DECODER_ERRORS,
-    SIXTEEN_BITS,
-    BadImage,
+    MAX_IMAGE_PIXELS,
     decoder_complaint,
+    has_frames,
+    is_opaque,
     is_turned,
     open_image,
+    open_picture,
+    refuse_numbers,
     upright,
 )
 
 JPEG_FORMATS = ("JPEG", "MPO")
-GREY_PNG = 0
+LOSSY_TIFFS = ("jpeg", "tiff_jpeg", "webp")
+MASK_FRAMES = "holds more than one frame or page: give one mask with all classes"
 
 
 class BadFile(Exception):
@@ -35,105 +47,134 @@ class CheckedImage:
     width: int
 
 
+class Budget:
+    """What threads may hold together. Who comes first is served first, so a large amount is not passed over."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._free = total
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        """Wait until `amount` is free, at most all of it, and hold it."""
+        amount = min(amount, self._total)
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify()
+
+
+PIXELS = Budget(MAX_IMAGE_PIXELS)
+
+
 def check_image(data: bytes) -> CheckedImage:
-    """Decode an image whole. Raises BadFile when it is broken, cut short, of 16 bits, animated or transparent."""
-    image = _decoded(data)
-    try:
-        return _converted(image, data)
-    except DECODER_ERRORS as error:
-        raise BadFile(decoder_complaint(error)) from None
-
-
-def _converted(image: Image.Image, data: bytes) -> CheckedImage:
-    if _bits(data, image) == 16:
-        raise BadFile(SIXTEEN_BITS)
-    if _has_frames(data):
-        raise BadFile("holds more than one frame: give one file per image")
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-        raise BadFile(f"has transparent pixels (mode {image.mode}): flatten it first")
-    if image.mode not in ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
-        raise BadFile(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
-    if not is_turned(image) and image.mode in ("L", "RGB"):
-        return CheckedImage(data, image.height, image.width)
-    turned = upright(image).convert("L" if image.mode == "L" else "RGB")
-    return CheckedImage(_encoded(turned, image.format), turned.height, turned.width)
+    """Decode an image whole. Raises BadFile when it is broken, cut short, or refused by `open_picture`."""
+    with _decoding(data, refuse_numbers):
+        image = open_picture(data)
+        image.load()
+        if not is_turned(image) and image.mode in ("L", "RGB"):
+            return CheckedImage(data, image.height, image.width)
+        turned = upright(image).convert("L" if image.mode == "L" else "RGB")
+        return CheckedImage(_encoded(turned, image.format), turned.height, turned.width)
 
 
 def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) -> npt.NDArray[np.uint8]:
     """uint8 (H,W) class ids of a source mask, whose (height, width) must be `size`.
 
     Ids of one-channel and palette masks are taken as they are stored (never through a conversion to grey, which would
-    give the palette's brightness); RGB masks are looked up by colour. Raises BadFile.
+    give the palette's brightness); RGB masks are looked up by colour, and so are palette masks where no class has ids.
+    Raises BadFile.
     """
-    image = _decoded(data)
-    if image.format in (*JPEG_FORMATS, "WEBP"):
-        raise BadFile(f"mask {name} is a {image.format}, which may change ids: save it as PNG")
-    if (image.height, image.width) != size:
-        raise BadFile(
-            f"mask {name} is {image.width}x{image.height} but its image, upright, is {size[1]}x{size[0]} pixels"
-        )
-    result = lookup(_source_values(image, data, name))
-    if isinstance(result, Unknown):
-        raise BadFile(
-            f"mask {name} holds {'colour' if image.mode.startswith('RGB') else 'id'} {result.value} at "
-            f"({result.row}, {result.column}), not in class map {lookup.name}: add it, or map it to ignore"
-        )
-    return result
+    with _decoding(data, _refuse_mask_layout, f"mask {name} "):
+        image, layout = open_image(data), read_layout(data)
+        _refuse_mask(image, layout, size)
+        values = _source_values(image, layout, lookup)
+        result = lookup(values)
+        if isinstance(result, Unknown):
+            raise BadImage(
+                f"holds {'colour' if values.ndim == 3 else 'id'} {result.value} at ({result.row}, {result.column}), "
+                f"not in class map {lookup.name}: add it, or map it to ignore"
+            )
+        return result
 
 
-def _source_values(image: Image.Image, data: bytes, name: str) -> npt.NDArray[np.integer]:
-    """(H,W) ids, or (H,W,3) colours."""
-    if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
-        image = image.convert(image.mode[:-1])
-    values = np.asarray(image)
-    if image.mode == "L" and _png_header(data) in ((2, GREY_PNG), (4, GREY_PNG)):
-        return values // (255 // (2 ** _bits(data, image) - 1))  # Pillow stretches these to 0–255
-    if image.mode == "1":
-        return values.astype(np.uint8)
-    if image.mode in ("P", "L", "RGB") or image.mode.startswith("I"):
-        return values
-    raise BadFile(f"mask {name} has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read")
+@contextmanager
+def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -> Iterator[None]:
+    """Hold the image's pixels of PIXELS; its layout is not refused, and a PNG's checksums are right.
 
-
-def _decoded(data: bytes) -> Image.Image:
-    """Every pixel decoded, so a file cut short is found out. Raises BadFile."""
+    BadImage, and whatever a decoder raises here or in the body, becomes a BadFile.
+    """
     if not data:
-        raise BadFile("is empty")
+        raise BadFile(f"{prefix}is empty")
     try:
+        refuse(read_layout(data))
         with open_image(data) as probe:
+            pixels = probe.width * probe.height
             probe.verify()  # checksums; the object cannot be used afterwards
-        image = open_image(data)
-        image.load()
+        with PIXELS.hold(pixels):
+            yield
     except BadImage as error:
-        raise BadFile(str(error)) from None
+        raise BadFile(f"{prefix}{error}") from None
     except DECODER_ERRORS as error:
-        raise BadFile(decoder_complaint(error)) from None
-    return image
+        raise BadFile(f"{prefix}{decoder_complaint(error)}") from None
 
 
-def _has_frames(data: bytes) -> bool:
-    """Whether there is a second frame. Of a TIFF, Pillow would count them all, which may take minutes."""
-    with open_image(data) as image:
-        if image.format != "TIFF":
-            return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-        try:
-            image.seek(1)
-        except (EOFError, *DECODER_ERRORS):
-            return False
-        return True
+def _refuse_mask_layout(layout: Layout) -> None:
+    """Raise BadImage where the values could not be read as they are stored."""
+    if layout.pages:
+        raise BadImage(MASK_FRAMES)
+    if layout.colour_bands > 1 and layout.bits > 8:
+        raise BadImage(f"has colours of {layout.bits} bits per channel: save it with 8")
+    if layout.sample_format not in (UNSIGNED, SIGNED):
+        raise BadImage("holds no whole numbers: save its ids as PNG")
+    if layout.white_is_zero and layout.bits > 1:
+        raise BadImage("is a TIFF in which 0 is white, whose ids may be inverted: save it as PNG")
+    _refuse_mask_bands(layout.bands, layout.colour_bands + 1)
 
 
-def _png_header(data: bytes) -> tuple[int, int] | None:
-    """(bits per channel, colour type) of a PNG."""
-    return (data[24], data[25]) if data.startswith(b"\x89PNG\r\n\x1a\n") else None
+def _refuse_mask_bands(bands: int, most: int) -> None:
+    if bands > most:
+        raise BadImage(f"has {bands} bands: ids (one band or a palette) or RGB colours are read, remove the others")
 
 
-def _bits(data: bytes, image: Image.Image) -> int:
-    """Bits per channel, as far as they are more or fewer than 8; Pillow itself cuts 16-bit colour PNG to 8."""
-    header = _png_header(data)
-    if header:
-        return header[0]
-    return 16 if image.mode.startswith("I") or image.mode == "F" else 8
+def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> None:
+    """The same for what is known of an opened image. Decodes only masks with transparency."""
+    compression = image.info.get("compression")
+    if image.format in (*JPEG_FORMATS, "WEBP") or compression in LOSSY_TIFFS:
+        kind = f"TIFF of {compression}" if compression in LOSSY_TIFFS else image.format
+        raise BadImage(f"is a {kind}, which may change ids: save it as PNG")
+    if has_frames(image, layout):
+        raise BadImage(MASK_FRAMES)
+    if (image.height, image.width) != size:
+        raise BadImage(f"is {image.width}x{image.height} but its image, upright, is {size[1]}x{size[0]} pixels")
+    opaque = image.mode in ("LA", "RGBA") and is_opaque(image)
+    _refuse_mask_bands(max(layout.bands, len(image.getbands())), layout.colour_bands + opaque)
+
+
+def _source_values(image: Image.Image, layout: Layout, lookup: Lookup) -> npt.NDArray[np.integer]:
+    """(H,W) ids, or (H,W,3) colours."""
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])
+    if image.mode == "P" and lookup.only_colours:
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if image.mode == "P":
+        refuse_other_order(image, lookup)
+    elif image.mode == "L" and layout.bits < 8:
+        return values // (255 // (2**layout.bits - 1))  # Pillow stretches these to 0–255
+    elif image.mode == "L" and layout.sample_format == SIGNED:
+        return values.view(np.int8)
+    elif image.mode == "1":
+        return values.astype(np.uint8)
+    elif image.mode not in ("L", "RGB") and not image.mode.startswith("I"):
+        raise BadImage(f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read")
+    return values
 
 
 def _encoded(image: Image.Image, source_format: str | None) -> bytes:

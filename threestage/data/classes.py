@@ -28,14 +28,17 @@ from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
 from threestage.yaml_text import read_yaml
 
+NO_KEY = -(2**62)
+PIXELS_AT_ONCE = 2**20  # of a mask: looking one up takes some 40 bytes a pixel
+
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
-SourceId = Annotated[int, Field(ge=0, le=65535)]
+SourceId = Annotated[int, Field(ge=-32768, le=65535)]  # negative ones are of signed masks
 
 OTHER_SPELLINGS = {"color": "colour", "colors": "colours", "id": "ids"}
 HEX_COLOUR = re.compile("#?([0-9a-f]{6}|[0-9a-f]{3})", re.IGNORECASE)
 COLOUR_FORM = "write [R, G, B] of 0 to 255, or '#rrggbb' in quotes"
-IDS_FORM = "write whole numbers of 0 to 65535, such as [0, 7]"
+IDS_FORM = "write whole numbers of -32768 to 65535, such as [0, 7]"
 CODE = "data/class-map"
 
 
@@ -187,8 +190,10 @@ class Lookup:
 
     def __init__(self, class_map: ClassMap, name: str) -> None:
         self.name = name
+        self.names = tuple(entry.name for entry in class_map.classes)
         entries = class_map.classes
         self.classes = len(entries)
+        self.only_colours = not any(entry.ids for entry in entries)
         self._ids = _table([entry.ids for entry in entries], class_map.ignore.ids)
         self._colours = _table(
             [[_packed(colour) for colour in _mask_colours(entry)] for entry in entries],
@@ -197,17 +202,25 @@ class Lookup:
 
     def __call__(self, values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8] | Unknown:
         """(H,W) source ids, or (H,W,3) uint8 colours, to uint8 (H,W) class ids (255: ignored), or the first unknown."""
+        result = np.empty(values.shape[:2], np.uint8)
+        rows = max(1, PIXELS_AT_ONCE // max(1, values.shape[1]))
+        for top in range(0, values.shape[0], rows):
+            part = values[top : top + rows]
+            result[top : top + rows], known = self.targets(part)
+            if not known.all():
+                row, column = np.argwhere(~known)[0]
+                return Unknown(str(part[row, column].tolist()), top + int(row), int(column))
+        return result
+
+    def targets(self, values: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """(H,W) source ids, or (H,W,3) uint8 colours, to uint8 (H,W) class ids, and where the map has the value."""
         coloured = values.ndim == 3
         keys, targets = self._colours if coloured else self._ids
         flat = values.astype(np.int64)
         if coloured:
             flat = flat[..., 0] << 16 | flat[..., 1] << 8 | flat[..., 2]
         place = np.minimum(np.searchsorted(keys, flat), len(keys) - 1)
-        known = keys[place] == flat
-        if not known.all():
-            row, column = np.argwhere(~known)[0]
-            return Unknown(str(values[row, column].tolist()), int(row), int(column))
-        return targets[place]
+        return targets[place], keys[place] == flat
 
 
 def _packed(colour: Colour) -> int:
@@ -217,9 +230,9 @@ def _packed(colour: Colour) -> int:
 def _table(
     classes: Sequence[Sequence[int]], ignored: Sequence[int]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Sorted source keys and the class id of each. An impossible key (-1) keeps an empty table searchable."""
+    """Sorted source keys and the class id of each. An impossible key keeps an empty table searchable."""
     pairs = sorted(
-        [(-1, IGNORE_INDEX)]
+        [(NO_KEY, IGNORE_INDEX)]
         + [(key, class_id) for class_id, keys in enumerate(classes) for key in keys]
         + [(key, IGNORE_INDEX) for key in ignored]
     )

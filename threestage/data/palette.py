@@ -1,4 +1,5 @@
-"""Masks as palette PNG: a viewer shows the classes' colours, a program reads the class ids."""
+"""Palettes of masks: of those that are written a viewer shows the classes' colours, and a program reads the class ids; those
+that users bring may be in another order than the ids."""
 
 import io
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from threestage.data.classes import Colour
+from threestage import IGNORE_INDEX
+from threestage.data.classes import Colour, Lookup
+from threestage.data.headers import BadImage
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,3 +29,30 @@ def palette_png(mask: Bytes, colours: Sequence[Colour]) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def refuse_other_order(image: Image.Image, lookup: Lookup) -> None:
+    """Raise BadImage when the palette of a mask (mode P) has the map's colours in another order than the map has ids.
+
+    A palette that has nothing to do with the map (a grey ramp, VOC's) may share a colour with it. It is the map's when all
+    colours that the mask uses are the map's, and these are several or most of the palette.
+    """
+    colours = np.asarray(image.getpalette("RGB"), np.uint8).reshape(1, -1, 3)
+    used = np.flatnonzero(image.histogram()[:256])
+    if used.size == 0 or used[-1] >= colours.shape[1]:
+        return
+    by_colour, is_colour = (values[0] for values in lookup.targets(colours))
+    if not is_colour[used].all() or (used.size == 1 and 2 * is_colour.sum() <= is_colour.size):
+        return
+    by_id, is_id = (values[0] for values in lookup.targets(used[None]))
+    for index, coloured, named in zip(used[is_id], by_colour[used][is_id], by_id[is_id], strict=True):
+        if coloured != named:
+            raise BadImage(
+                f"has the colour {colours[0, index].tolist()} ({_class(lookup, coloured)}) in its palette for id {index} "
+                f"({_class(lookup, named)} in class map {lookup.name}): leave ids out of the map to read "
+                "colours; save the mask as grey if its ids are right"
+            )
+
+
+def _class(lookup: Lookup, class_id: int) -> str:
+    return "ignored" if class_id == IGNORE_INDEX else lookup.names[class_id]

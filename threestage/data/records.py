@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field, ValidationError
 
 from threestage.data import storage
+from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -54,7 +55,7 @@ DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-SIXTEEN_BITS = "has 16 bits per channel: convert it to 8, the range is not known here"
+PICTURE_MODES = ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr")
 
 SplitName = Literal["train", "val", "test"]
 Bytes = npt.NDArray[np.uint8]
@@ -240,27 +241,68 @@ def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
     return table.filter(pc.is_valid(table.column("mask")))
 
 
-class BadImage(ValueError):
-    """Why an image cannot be decoded, in words for the user."""
-
-
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says.
 
-    Raises BadImage when it cannot be decoded, is grey of 16 bits or of floats, or, without decoding it, when it has more
-    than `max_pixels`.
+    Raises BadImage when it cannot be decoded, or when `open_picture` refuses it.
     """
     try:
-        with open_image(data, max_pixels) as image:
+        with open_picture(data, max_pixels) as image:
             if image.format == "JPEG" and image.mode in ("L", "RGB") and not is_turned(image):
                 return _decode_jpeg(data, image)
-            if image.mode.startswith("I") or image.mode == "F":
-                raise BadImage(SIXTEEN_BITS)  # a conversion would make it white
             return np.array(upright(image).convert("RGB"))
     except BadImage:
         raise
     except DECODER_ERRORS as error:
         raise BadImage(decoder_complaint(error)) from None
+
+
+def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """An image to train on or to predict: one opaque frame of grey or colour, of 8 bits or fewer, and nothing beside it.
+
+    The one place that decides this, for `ingest`, `predict` and `data.unlabelled`. Decodes only images with transparency.
+    Raises BadImage when it is none, and what `open_image` raises.
+    """
+    layout = read_layout(data)
+    refuse_numbers(layout)
+    image = _open(data, max_pixels)
+    if has_frames(image, layout):
+        raise BadImage("holds more than one frame: give one file per image")
+    if image.mode not in PICTURE_MODES:
+        raise BadImage(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
+    _refuse_bands(image, layout)
+    return image
+
+
+def refuse_numbers(layout: Layout) -> None:
+    """Raise BadImage for an image of more than 8 bits, or of anything but unsigned numbers."""
+    if layout.bits > 8:
+        raise BadImage(f"has {layout.bits} bits per channel: convert it to 8, the range is not known here")
+    if layout.sample_format != UNSIGNED:
+        numbers = "signed numbers" if layout.sample_format == SIGNED else "numbers of a special kind"
+        raise BadImage(f"holds {numbers}: convert it to unsigned ones of 8 bits, the range is not known here")
+
+
+def _refuse_bands(image: Image.Image, layout: Layout) -> None:
+    """Refuse bands beside the colour, unless they are a transparency that is opaque everywhere."""
+    clear = image.has_transparency_data and not is_opaque(image)
+    if clear and image.format != "TIFF":
+        raise BadImage(f"has transparent pixels (mode {image.mode}): flatten it first")
+    extra = layout.bands - layout.colour_bands
+    if clear or extra > 1 or (extra and not image.has_transparency_data):
+        last = ", the last one declared as transparency and not opaque everywhere" if clear else ""
+        raise BadImage(f"has {layout.bands} bands{last}; {layout.colour_bands} are read: keep those, or flatten it")
+
+
+def is_opaque(image: Image.Image) -> bool:
+    """Whether no pixel is transparent; decodes the image."""
+    return image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+
+
+def has_frames(image: Image.Image, layout: Layout) -> bool:
+    """Whether there is a second frame or page. Of an MPO the first is the photo; a TIFF's pages are not counted, which may
+    take minutes."""
+    return layout.pages or (image.format not in ("MPO", "TIFF") and getattr(image, "n_frames", 1) > 1)
 
 
 def is_turned(image: Image.Image) -> bool:
@@ -291,7 +333,12 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> Bytes:
 
 def open_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """An image of FORMATS; nothing is decoded yet. Raises BadImage when its header, or that of a tile in it, announces more
-    than `max_pixels`, and one of DECODER_ERRORS when it is no image."""
+    than `max_pixels`, or more than `read_layout` allows, and one of DECODER_ERRORS when it is no image."""
+    read_layout(data)
+    return _open(data, max_pixels)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     for what, (width, height) in (("", image.size), ("a tile of ", _tile(image))):
         if width * height > max_pixels:

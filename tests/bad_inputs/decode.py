@@ -1,0 +1,138 @@
+"""Images and masks that would be read as what they are not, or cost far more than their pixels."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tests.bad_inputs import BadInput, threestage
+from tests.images import chunk, encoded, exif_of_fractions, fractions, jpeg_of_scans, opaque_and_clear, png, tiff
+from threestage.data.headers import BadImage
+from threestage.data.records import decode_image, decode_mask, labelled_rows, load_manifest
+from threestage.data.rejects import read_rejects
+
+GREY, RGB = 1, 2
+IDS = np.array([[0, 1, 1, 0], [0, 0, 1, 1]] * 2, np.uint8)
+COLOURS = np.array([[10, 20, 30], [200, 0, 0]], np.uint8)
+PIXELS = COLOURS[IDS]
+CLASSES = """classes:
+  - {name: ground, colour: [10, 20, 30], ids: [0]}
+  - {name: thing, colour: [200, 0, 0], ids: [1]}
+ignore: {ids: [255]}
+"""
+REFUSED_BY_BOTH = "left out by ingest and predict for the same reason"
+LEFT_OUT = "left out: "
+
+
+def image(data: Callable[[], bytes], suffix: str) -> Callable[[Path], str]:
+    """Ingest it, and decode it as `predict` and the pool do."""
+
+    def try_it(folder: Path) -> str:
+        (folder / "images").mkdir()
+        path = folder / "images" / f"a{suffix}"
+        path.write_bytes(data())
+        (folder / "images" / "good.png").write_bytes(encoded(Image.fromarray(PIXELS)))
+        threestage("ingest", "images", "set", "--format", "images", "--local", "--max-bad-fraction", 1)
+        rejects = read_rejects("set/rejected/v0001.parquet")
+        try:
+            decode_image(path.read_bytes())
+        except BadImage as error:
+            return REFUSED_BY_BOTH if [reject.reason for reject in rejects] == [str(error)] else str(rejects)
+        return "taken by predict"
+
+    return try_it
+
+
+class Mask(NamedTuple):
+    """Ingest an image with this mask, and one with a good mask."""
+
+    data: Callable[[], bytes]
+    suffix: str
+    classes: str = CLASSES
+
+    def __call__(self, folder: Path) -> str:
+        for name in ("images", "masks"):
+            (folder / name).mkdir()
+        for name in ("a", "good"):
+            (folder / "images" / f"{name}.png").write_bytes(encoded(Image.fromarray(PIXELS)))
+        good = IDS if "ids: [0]" in self.classes else PIXELS
+        (folder / "masks/good.png").write_bytes(encoded(Image.fromarray(good)))
+        (folder / f"masks/a{self.suffix}").write_bytes(self.data())
+        (folder / "classes.yaml").write_text(self.classes)
+        options = ("--masks", "masks", "--class-map", "classes.yaml", "--local", "--max-bad-fraction", 1)
+        ended = threestage("ingest", "images", "set", *options)
+        if ended.code:
+            return ended.text
+        rows = labelled_rows("set", load_manifest("set"), "train").to_pylist()
+        found = {row["image_id"]: decode_mask(row["mask"]) for row in rows}
+        if "a" in found:
+            return "read as it is" if np.array_equal(found["a"], IDS) else "read as other classes"
+        (reject,) = read_rejects("set/rejected/v0001.parquet")
+        return LEFT_OUT + reject.reason.removeprefix(f"mask a{self.suffix} ").partition(":")[0]
+
+
+def swapped_palette() -> bytes:
+    found = Image.fromarray(1 - IDS)
+    found.putpalette(COLOURS[::-1].tobytes())
+    return encoded(found)
+
+
+def four_bits() -> bytes:
+    packed = bytes(int(first) << 4 | int(second) for first, second in IDS.reshape(-1, 2))
+    return tiff(IDS[..., None], GREY, bits=4, rows=packed)
+
+
+def pages(format: str) -> Callable[[], bytes]:
+    first = Image.fromarray(PIXELS)
+    return lambda: encoded(first, format, save_all=True, append_images=[first.rotate(180)])
+
+
+def band(kind: int) -> Callable[[], bytes]:
+    return lambda: tiff(np.dstack([PIXELS, PIXELS[..., :1]]), RGB, extra=[kind])
+
+
+ONLY_COLOURS = CLASSES.replace(", ids: [0]", "").replace(", ids: [1]", "")
+IMAGES: list[tuple[str, Callable[[], bytes], str]] = [
+    ("RGB TIFF of 16 bits", lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif"),
+    ("RGB PNG of 16 bits", lambda: png(4, 4, 16, 2, b"\1\2" * 12), ".png"),
+    ("grey PNG of 16 bits", lambda: png(4, 4, 16, 0, b"\1\2" * 4), ".png"),
+    ("TIFF of floats", lambda: tiff(PIXELS[..., :1].astype(np.float32), GREY), ".tif"),
+    ("TIFF of signed bytes", lambda: tiff(IDS[..., None].astype(np.int8), GREY), ".tif"),
+    ("TIFF of RGB and near infrared, declared as transparency", band(2), ".tif"),
+    ("TIFF of RGB and a band without a meaning", band(0), ".tif"),
+    ("TIFF of two pages", pages("TIFF"), ".tif"),
+    ("animated WebP", pages("WEBP"), ".webp"),
+    ("animated PNG", pages("PNG"), ".png"),
+    ("transparent PNG", lambda: encoded(opaque_and_clear("RGBA")), ".png"),
+    ("progressive JPEG of 2,000 scans", lambda: jpeg_of_scans(2000), ".jpg"),
+    ("TIFF with a tag of a million fractions", lambda: tiff(PIXELS, RGB, more=[(282, 5, fractions(10**6))]), ".tif"),
+    (
+        "PNG with megabytes of EXIF",
+        lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"eXIf", exif_of_fractions(200_000))),
+        ".png",
+    ),
+    ("PNG of 70,000 pieces", lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"IDAT", b"") * 70_000), ".png"),
+]
+MASKS = [
+    ("mask: RGB TIFF of 16 bits", "left out: has colours of 16 bits per channel",
+     Mask(lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif")),
+    ("mask: TIFF of two pages", "left out: holds more than one frame or page", Mask(pages("TIFF"), ".tif")),
+    ("mask: TIFF of ids and another band", "left out: has 2 bands",
+     Mask(lambda: tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), ".tif")),
+    ("mask: grey TIFF in which 0 is white", "left out: is a TIFF in which 0 is white, whose ids may be inverted",
+     Mask(lambda: tiff(IDS[..., None], 0), ".tif")),
+    ("mask: TIFF of JPEG", "left out: is a TIFF of jpeg, which may change ids",
+     Mask(lambda: encoded(Image.fromarray(PIXELS), "TIFF", compression="jpeg"), ".tif")),
+    ("mask: grey TIFF of 4 bits", "read as it is", Mask(four_bits, ".tif")),
+    ("mask: palette in another order than the ids",
+     "left out: has the colour [200, 0, 0] (thing) in its palette for id 0 (ground in class map classes.yaml)",
+     Mask(swapped_palette, ".png")),
+    ("mask: palette in any order, with a class map of colours", "read as it is",
+     Mask(swapped_palette, ".png", ONLY_COLOURS)),
+]  # fmt: skip
+BAD_INPUTS = [
+    *(BadInput(what, REFUSED_BY_BOTH, image(data, suffix)) for what, data, suffix in IMAGES),
+    *(BadInput(what, expected, try_it) for what, expected, try_it in MASKS),
+]
