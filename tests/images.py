@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,7 @@ def tiff(
     rows: bytes | None = None,
     more: Sequence[tuple[int, int, bytes]] = (),
     big: bool = False,
-    order: str = "<",
+    order: Literal["<", ">"] = "<",
 ) -> bytes:
     """A plain TIFF of (H,W,C) of any type. `rows`: its pixels packed into fewer `bits`. `extra`: the tag ExtraSamples.
     `more`: tags (number, type, values). `big`: as BigTIFF."""

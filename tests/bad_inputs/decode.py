@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,7 @@ ignore: {ids: [255]}
 """
 REFUSED_BY_BOTH = "left out by ingest and predict for the same reason"
 LEFT_OUT = "left out: "
+READ = "read as it is"
 
 
 def image(data: Callable[[], bytes], suffix: str) -> Callable[[Path], str]:
@@ -45,22 +45,18 @@ def image(data: Callable[[], bytes], suffix: str) -> Callable[[Path], str]:
     return try_it
 
 
-class Mask(NamedTuple):
+def mask(data: Callable[[], bytes], suffix: str, classes: str = CLASSES) -> Callable[[Path], str]:
     """Ingest an image with this mask, and one with a good mask."""
 
-    data: Callable[[], bytes]
-    suffix: str
-    classes: str = CLASSES
-
-    def __call__(self, folder: Path) -> str:
+    def try_it(folder: Path) -> str:
         for name in ("images", "masks"):
             (folder / name).mkdir()
         for name in ("a", "good"):
             (folder / "images" / f"{name}.png").write_bytes(encoded(Image.fromarray(PIXELS)))
-        good = IDS if "ids: [0]" in self.classes else PIXELS
+        good = IDS if "ids: [0]" in classes else PIXELS
         (folder / "masks/good.png").write_bytes(encoded(Image.fromarray(good)))
-        (folder / f"masks/a{self.suffix}").write_bytes(self.data())
-        (folder / "classes.yaml").write_text(self.classes)
+        (folder / f"masks/a{suffix}").write_bytes(data())
+        (folder / "classes.yaml").write_text(classes)
         options = ("--masks", "masks", "--class-map", "classes.yaml", "--local", "--max-bad-fraction", 1)
         ended = threestage("ingest", "images", "set", *options)
         if ended.code:
@@ -68,9 +64,11 @@ class Mask(NamedTuple):
         rows = labelled_rows("set", load_manifest("set"), "train").to_pylist()
         found = {row["image_id"]: decode_mask(row["mask"]) for row in rows}
         if "a" in found:
-            return "read as it is" if np.array_equal(found["a"], IDS) else "read as other classes"
+            return READ if np.array_equal(found["a"], IDS) else "read as other classes"
         (reject,) = read_rejects("set/rejected/v0001.parquet")
-        return LEFT_OUT + reject.reason.removeprefix(f"mask a{self.suffix} ").partition(":")[0]
+        return LEFT_OUT + reject.reason.removeprefix(f"mask a{suffix} ").partition(":")[0]
+
+    return try_it
 
 
 def swapped_palette() -> bytes:
@@ -117,20 +115,20 @@ IMAGES: list[tuple[str, Callable[[], bytes], str]] = [
 ]
 MASKS = [
     ("mask: RGB TIFF of 16 bits", "left out: has colours of 16 bits per channel",
-     Mask(lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif")),
-    ("mask: TIFF of two pages", "left out: holds more than one frame or page", Mask(pages("TIFF"), ".tif")),
+     mask(lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif")),
+    ("mask: TIFF of two pages", "left out: holds more than one frame or page", mask(pages("TIFF"), ".tif")),
     ("mask: TIFF of ids and another band", "left out: has 2 bands",
-     Mask(lambda: tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), ".tif")),
+     mask(lambda: tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), ".tif")),
     ("mask: grey TIFF in which 0 is white", "left out: is a TIFF in which 0 is white, whose ids may be inverted",
-     Mask(lambda: tiff(IDS[..., None], 0), ".tif")),
+     mask(lambda: tiff(IDS[..., None], 0), ".tif")),
     ("mask: TIFF of JPEG", "left out: is a TIFF of jpeg, which may change ids",
-     Mask(lambda: encoded(Image.fromarray(PIXELS), "TIFF", compression="jpeg"), ".tif")),
-    ("mask: grey TIFF of 4 bits", "read as it is", Mask(four_bits, ".tif")),
+     mask(lambda: encoded(Image.fromarray(PIXELS), "TIFF", compression="jpeg"), ".tif")),
+    ("mask: grey TIFF of 4 bits", READ, mask(four_bits, ".tif")),
     ("mask: palette in another order than the ids",
      "left out: has the colour [200, 0, 0] (thing) in its palette for id 0 (ground in class map classes.yaml)",
-     Mask(swapped_palette, ".png")),
-    ("mask: palette in any order, with a class map of colours", "read as it is",
-     Mask(swapped_palette, ".png", ONLY_COLOURS)),
+     mask(swapped_palette, ".png")),
+    ("mask: palette in any order, with a class map of colours", READ,
+     mask(swapped_palette, ".png", ONLY_COLOURS)),
 ]  # fmt: skip
 BAD_INPUTS = [
     *(BadInput(what, REFUSED_BY_BOTH, image(data, suffix)) for what, data, suffix in IMAGES),

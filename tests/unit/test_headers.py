@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from threestage.data import check
 from threestage.data.check import BadFile, Budget, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup
 from threestage.data.headers import MAX_PARTS, MAX_SCANS, MAX_TAG_VALUES, BadImage, read_layout
-from threestage.data.records import decode_image
+from threestage.data.records import decode_image, open_picture
 
 GREY, RGB, PALETTE = 1, 2, 3
 PIXELS = np.random.default_rng(0).integers(1, 200, (4, 6, 3), np.uint8)
@@ -229,7 +230,7 @@ FOUR_BITS = b"\x01\x10\x02\x00"
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("big", [False, True])
-def test_ids_of_a_tiff_of_few_bits_are_not_stretched(order: str, big: bool) -> None:
+def test_ids_of_a_tiff_of_few_bits_are_not_stretched(order: Literal["<", ">"], big: bool) -> None:
     if order == ">" and big:
         pytest.skip("Pillow reads no BigTIFF of that order")
     four = tiff(IDS[..., None], GREY, bits=4, rows=FOUR_BITS, big=big, order=order)
@@ -339,12 +340,11 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     """And what fails gives its pixels back."""
     monkeypatch.setattr(check, "PIXELS", Budget(64 * 64))
     at_once = set[int]()
-    real = check.open_picture
 
     def seen(data: bytes) -> Image.Image:
         at_once.add(check.PIXELS._free)
         time.sleep(0.005)
-        return real(data)
+        return open_picture(data)
 
     monkeypatch.setattr(check, "open_picture", seen)
     good, bad = encoded(Image.new("RGB", (60, 60))), encoded(Image.new("RGB", (60, 60)), "JPEG")[:-50]
@@ -364,7 +364,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 def test_a_large_mask_is_looked_up_in_parts() -> None:
     ids = np.zeros((1030, 1024), np.uint8)
     ids[1028, 5] = 1
-    assert np.array_equal(BOTH(ids), ids)
+    assert np.array_equal(check_mask(encoded(Image.fromarray(ids)), BOTH, ids.shape, "m.png"), ids)
     ids[1029, 7] = 9
     with pytest.raises(BadFile, match=r"holds id 9 at \(1029, 7\)"):
         check_mask(encoded(Image.fromarray(ids)), BOTH, ids.shape, "m.png")
