@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from threestage import lease
+from threestage.budget import bought
 from threestage.checks.data import classes_fit, input_fits
 from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.checks.steps import Measured, Specification, measure_here
@@ -21,16 +22,20 @@ from threestage.tracking import redact, resolve_uri, sqlite_path, talking_to
 from threestage.training.worker import default_device
 
 
-def check(config: Config, out: str, local: bool, address: str | None = None) -> Iterator[Line]:
+def check(
+    config: Config, out: str, local: bool, address: str | None = None, budget: str | None = None
+) -> Iterator[Line]:
     """Whether the places can be used, the input fits the settings, the cluster has room and its nodes reach the places; what
     memory and time a step of each stage takes. Changes nothing.
 
     What fails hides nothing that can be tried without it. `local`: without MLflow and a cluster. `address`: of the cluster,
-    in place of `cluster.address`; the URL of a dashboard has all of this done there, by a job.
+    in place of `cluster.address`; the URL of a dashboard has all of this done there, by a job. `budget`: what it buys is said.
     """
     if local and address is not None:
         raise InputError(f"--address {address} with --local, which uses no cluster: leave one of them out")
     if address is not None and address.startswith(("http://", "https://")):
+        if budget is not None:
+            raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
         from threestage.on_ray.check_job import check_by_job
 
         yield from check_by_job(config, out, address)
@@ -46,7 +51,7 @@ def check(config: Config, out: str, local: bool, address: str | None = None) -> 
         yield tried("driver", out, lambda: Found(lease.refuse_driven(out)))
     yield from _check_input(config, out, wrong)
     manifest = None if "data.root" in wrong else _manifest(config)
-    yield from _check_here(config, manifest) if local else _check_cluster(config, out, manifest)
+    yield from _check_here(config, manifest, budget) if local else _check_cluster(config, out, manifest, budget)
 
 
 def _manifest(config: Config) -> Manifest | None:
@@ -71,25 +76,25 @@ def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[Line]:
     yield not_tried(["classes"], ["input"]) if same else classes
 
 
-def _check_cluster(config: Config, out: str, manifest: Manifest | None) -> Iterator[Line]:
+def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[Line]:
     from threestage.on_ray import check, check_room, entrance
 
     address = entrance.address_of(config.cluster)
     if address is None:
         room = tried("cluster", "", lambda: check_room.room_here(config))
         yield room
-        yield from _check_here(config, manifest, room.problem is None)
+        yield from _check_here(config, manifest, budget, room.problem is None)
         return
     with contextlib.ExitStack() as connection:
         entry = tried(address[0], address[1], lambda: check.connect(*address, config.cluster, connection))
         yield entry
         if entry.problem is None:
-            yield from _check_connected(config, out, manifest)
+            yield from _check_connected(config, out, manifest, budget)
         else:
             yield not_tried(["cluster", "nodes", *config.stage_names, "duration"], [address[0]])
 
 
-def _check_connected(config: Config, out: str, manifest: Manifest | None) -> Iterator[Line]:
+def _check_connected(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[Line]:
     from threestage.on_ray.check_nodes import measure_there, nodes_reach, own_file
     from threestage.on_ray.check_room import room_there
 
@@ -101,10 +106,12 @@ def _check_connected(config: Config, out: str, manifest: Manifest | None) -> Ite
         yield not_tried([*config.stage_names, "duration"], ["data.root"])
         return
     found = Specification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
-    yield from _steps(config, measure_there(found), 1)
+    yield from _steps(found, measure_there(found), 1, budget)
 
 
-def _check_here(config: Config, manifest: Manifest | None, room: bool | None = None) -> Iterator[Line]:
+def _check_here(
+    config: Config, manifest: Manifest | None, budget: str | None, room: bool | None = None
+) -> Iterator[Line]:
     """`room`: whether this machine has room for the workers; None without Ray, when the stages train in one process on what
     there is."""
     alone = room is None
@@ -114,17 +121,19 @@ def _check_here(config: Config, manifest: Manifest | None, room: bool | None = N
     use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus_per_worker > 0
     workers = 1 if alone else config.cluster.most_workers
     found = Specification(config=config, manifest=manifest, use_gpu=use_gpu)
-    yield from _steps(config, measure_here(found), workers)
+    yield from _steps(found, measure_here(found), workers, budget)
 
 
-def _steps(config: Config, stages: Iterator[Measured], workers: int) -> Iterator[Line]:
-    """`workers`: those that share the machine on which the stages are measured."""
-    measured, start = [], time.monotonic()
+def _steps(found: Specification, stages: Iterator[Measured], workers: int, budget: str | None) -> Iterator[Line]:
+    """`workers`: those that share the machine on which the stages are measured. `budget`: a time, whose steps are shown."""
+    config, measured, start = found.config, [], time.monotonic()
     for one in stages:
         yield step_line(config, one, workers, time.monotonic() - start)
         measured.append(one)
         start = time.monotonic()
     yield duration_line(config, measured)
+    if budget is not None:
+        yield tried("budget", budget, lambda: Found(bought(budget, config, found.manifest, measured).describe()))
 
 
 def check_store(config: Config, out: str) -> None:

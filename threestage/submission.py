@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from threestage.budget import parse as parse_budget
 from threestage.config import Config, load
 from threestage.data import storage
 from threestage.data.store_errors import without_secrets
@@ -108,6 +109,8 @@ def _run(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     config = load(given["config"], [*(given["overrides"] or []), *seed])
     if given["reuse"] is not None:
         _reachable("--reuse", given["reuse"])
+    if given["budget"] is not None:
+        parse_budget(given["budget"])
     out = _reachable("--out", given["out"])
     _refuse_what_travels(config)
     return Job("run", arguments, config.name, out, _yaml(given["config"]), config, not config.registry.tracking_uri)

@@ -23,7 +23,7 @@ LAYERS = tuple(
         "evaluation stages steps verdict",
         "init lease over_seeds pipeline predict prediction_output preflight progress report reused scores",
         "clean mirror report_page",
-        "check checks local on_ray runs submission sweeps",
+        "budget check checks local on_ray runs submission sweeps",
         "__main__ cli commands",
     )
 )

@@ -22,19 +22,20 @@ from threestage.config import Config, StageName
 from threestage.data.records import Manifest
 from threestage.errors import reason_of
 from threestage.settings import Settings
-from threestage.sweeps.step_time import measure_step
+from threestage.sweeps.step_time import measure_image, measure_step
 
 START_S, STAGE_S = 60.0, 60.0  # of the process, and of each stage
 
 
 class Measured(Settings):
-    """Of one stage. `memory_bytes`: on a GPU the most that torch held of it, else the most that the process was resident
-    in, libraries included; `device_bytes`: what the GPU, or the machine, has. `problem`: why no step could be computed;
-    `doubt`: why none was."""
+    """Of one stage. `image_seconds`: of predicting one image. `memory_bytes`: on a GPU the most that torch held of it, else the
+    most that the process was resident in, libraries included; `device_bytes`: what the GPU, or the machine, has. `problem`:
+    why no step could be computed; `doubt`: why none was."""
 
     stage: StageName
     seconds: float = 0.0
     images: int = 0
+    image_seconds: float = 0.0
     device: str = ""
     on_gpu: bool = False
     memory_bytes: int = 0
@@ -64,6 +65,7 @@ def _measured(specification: Specification, stage: StageName, device: torch.devi
     capacity = torch.cuda.get_device_properties(device).total_memory if specification.use_gpu else machine_bytes()
     try:
         step = measure_step(specification.config, stage, specification.manifest, device)
+        image_seconds = measure_image(specification.config, specification.manifest, device)
     except torch.OutOfMemoryError as error:
         return Measured(stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}")
     except Exception as error:  # whatever a step of the run would end with
@@ -72,6 +74,7 @@ def _measured(specification: Specification, stage: StageName, device: torch.devi
         stage=stage,
         seconds=step.seconds,
         images=step.images,
+        image_seconds=image_seconds,
         device=step.device,
         on_gpu=specification.use_gpu,
         memory_bytes=step.memory_bytes or _peak_resident_bytes(),

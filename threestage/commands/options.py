@@ -38,6 +38,10 @@ ReuseOption = Annotated[
     str | None,
     typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="60m", help="Time in place of steps: 60m, 4h, 2d or 8device-hours."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ModelArgument = Annotated[
     str, typer.Argument(help="models:/NAME@champion, or the folder of a run, a stage or a model.")

@@ -7,6 +7,7 @@ import yaml
 
 from threestage.commands.models import show_version
 from threestage.commands.options import (
+    BudgetOption,
     ConfigArgument,
     JsonOption,
     LocalOption,
@@ -59,6 +60,7 @@ def run(
     local: LocalOption = False,
     overrides: SetOption = None,
     reuse: ReuseOption = None,
+    budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the three stages. What is finished is skipped and what is half done goes on: rerun the same command after a kill.
@@ -68,7 +70,22 @@ def run(
     from threestage.config import load
 
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
-    _run(resolved, f"runs/{resolved.name}" if out is None else out, local, as_json, reuse)
+    folder = f"runs/{resolved.name}" if out is None else out
+    _run(_within(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
+
+
+def _within(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
+    """The configuration with the steps that the budget buys, which are printed."""
+    from threestage.budget import resolve
+    from threestage.check import check_store
+
+    check_store(config, out)
+    with Terminal(stderr=True).status("measuring a step of each stage" if budget else "reading the run's folder"):
+        resolved = resolve(config, out, budget, local, overrides)
+    if resolved is None:
+        return config
+    Terminal(stderr=True, soft_wrap=True).print(resolved.describe(), highlight=False, markup=False)
+    return resolved.applied(config)
 
 
 def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
@@ -153,6 +170,7 @@ def check(
     out: OutOption = None,
     local: LocalOption = False,
     overrides: SetOption = None,
+    budget: BudgetOption = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -175,7 +193,7 @@ def check(
     resolved = load(config, overrides or [])
     lines = []
     with Terminal(stderr=True).status("trying what the run needs"):
-        for line in check_run(resolved, f"runs/{resolved.name}" if out is None else out, local, address):
+        for line in check_run(resolved, f"runs/{resolved.name}" if out is None else out, local, address, budget):
             lines.append(line)
             if not as_json:
                 _show_line(line)

@@ -16,6 +16,8 @@ from threestage.config import Config, StageName
 from threestage.data.batches import Batch, Share, Timed, canvas_size, share_of
 from threestage.data.records import Manifest
 from threestage.data.split import Split
+from threestage.models.network import build_network
+from threestage.pseudo_masks import predict_images
 from threestage.stages import StageTask, build_state
 from threestage.steps import Feed, SupervisedSteps, ThreeTaskSteps
 from threestage.training.checkpoint import TrainState
@@ -26,6 +28,7 @@ from threestage.training.worker import LocalWorker
 WARM_UP_STEPS = 2
 LEAST_STEPS, MOST_STEPS = 3, 30
 LIMIT_SECONDS = 20.0
+IMAGE_TURNS = 5
 NEVER = 10**9  # a step that is not reached
 
 Mark = float | torch.cuda.Event
@@ -62,6 +65,21 @@ def measure_step(config: Config, stage: StageName, manifest: Manifest, device: t
             _train(config, stage, state, worker, source)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return StepTime(source.seconds(), memory, source.images, _name(device))
+
+
+def measure_image(config: Config, manifest: Manifest, device: torch.device) -> float:
+    """Seconds of predicting one random image of the data set's mean size: the median of IMAGE_TURNS forward passes of two
+    images, after one that does not count."""
+    settings, sizes = _without_weights(config).network, manifest.sizes
+    network = build_network(settings, len(manifest.classes)).to(device).eval()
+    height, width = (max(1, round(side / config.data.downscale)) for side in (sizes.mean_height, sizes.mean_width))
+    images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for _ in range(1 + IMAGE_TURNS):
+        start = time.perf_counter()
+        list(predict_images(network, list(images.movedim(1, 3).numpy()), 2, device))
+        seconds.append((time.perf_counter() - start) / len(images))
+    return median(seconds[1:])
 
 
 def _name(device: torch.device) -> str:
