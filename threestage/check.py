@@ -146,8 +146,9 @@ def check_store(config: Config, out: str) -> None:
     _refuse_unusable(places(config, out))
 
 
-def check_writable(out: str) -> None:
-    """The same for a folder that is about to be written, before there is a configuration."""
+def check_writable(config: Config, out: str) -> None:
+    """The same for `out` alone, before the data set of the configuration is made."""
+    storage.configure(config.storage)
     _refuse_unusable([store_check.writable("--out", storage.absolute(out))])
 
 

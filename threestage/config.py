@@ -3,10 +3,9 @@
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import takewhile
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -342,8 +341,8 @@ def _read(source: str) -> dict[str, Any]:
     """The tree of a preset or a file; where it has a `base`, laid over the tree of that preset."""
     if source in preset_names():
         text = resources.files("threestage.presets").joinpath(f"{source}.yaml").read_bytes()
-    elif Path(source).is_file():
-        text = Path(source).read_bytes()
+    elif (file := storage.path_here(source, "a configuration")).is_file():
+        text = file.read_bytes()
     else:
         hint = did_you_mean(source, preset_names())
         raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}")
@@ -389,12 +388,23 @@ def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: S
     if problem["type"] == "extra_forbidden":
         section = _model_at(root, location[:-1])
         valid = sorted(section.model_fields) if section else []
-        hint = did_you_mean(location[-1], valid)
+        same = [key for key in _keys(root) if key.rpartition(".")[2] == location[-1]]
+        hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(location[-1], valid)
         return f"{path}={_shown(problem['input'])}: unknown key{hint or ';'} valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{path}: is not set; give it with --set {path}=VALUE"
     message = " or ".join(dict.fromkeys(map(_in_words, problems)))
     return message if not location else f"{path}={_shown(problem['input'])}: {message}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all settings in a model."""
+    for name in model.model_fields:
+        section = _model_at(model, [name])
+        if section is None:
+            yield prefix + name
+        else:
+            yield from _keys(section, f"{prefix}{name}.")
 
 
 def _in_words(problem: dict[str, Any]) -> str:

@@ -31,9 +31,7 @@ def write_project(folder: str) -> list[str]:
 
     Raises InputError, before anything is written, when one of the files exists.
     """
-    if storage.is_s3(folder):
-        raise InputError(f"{folder}: a project is a folder of this machine: give a path")
-    root = Path(folder)
+    root = storage.path_here(folder, "a project")
     files = dict(_files(project_name(folder)))
     _refuse_taken(root, files)
     for path, content in files.items():

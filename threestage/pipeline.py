@@ -87,8 +87,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages that are not done yet; returns what results.json holds. `each` runs the parts of a listing.
 
-    `reuse` is the folder of another run: its split and its pool serve this one too, and its stages as far as they would be
-    computed the same. It must stay where it is.
+    `reuse` is the folder of another run: its split serves this one too, its stages as far as they would be computed the
+    same, and with their pseudo-masks its pool. It must stay where it is and is never changed.
 
     Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
     """
@@ -102,7 +102,7 @@ def run(
     labelled = labelled_set(root, manifest, split, downscale, None)
     validation = validation_set(root, manifest, split, downscale)
     _refuse_missing(root, split, labelled, validation)
-    label_pixels = check_run(config, manifest, labelled, validation)
+    label_pixels = check_run(config, manifest, labelled, validation, warn)
     void = None if config.data.fixed_void is None else fixed_void(labelled, config.data.fixed_void)
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
     elsewhere = _reuse(config, out, reuse, digests)
@@ -335,6 +335,7 @@ class _Run:
             )
             self._refuse_too_many(stage)
             result = storage.read_json(storage.join(folder, "result.json"))
+            self._warn_of_thresholds(stage, result["history"])
             marker = {"format": 1, "finished": time.time(), "model_digest": result["model_digest"], **inputs}
             marker["data"] = self._data_set().model_dump(mode="json")
             storage.write_json(storage.join(folder, "done.json"), marker)
@@ -346,6 +347,18 @@ class _Run:
         """The list of the pool's files, which is waited for."""
         self.pool()
         return self.folder("pool.parquet")
+
+    def _warn_of_thresholds(self, stage: StageName, history: Sequence[Mapping[str, float]]) -> None:
+        """A term whose threshold kept no pixel in any row has taught the stage nothing."""
+        settings = self.config.for_stage(stage)
+        for section, threshold in (
+            ("consistency", settings.consistency.confidence_threshold),
+            ("pseudo_mask", settings.pseudo_mask.confidence_threshold),
+        ):
+            kept = [row[name] for row in history if (name := f"kept_share/{section}") in row]
+            if threshold > 0 and kept and not any(kept):
+                key = f"{section}.confidence_threshold={threshold:g}"
+                self.warn(f"{stage}: {key} kept no pixel in the whole stage, so its loss taught nothing: lower it")
 
     def _data_set(self) -> DataSet:
         root, manifest = self.config.data.root, self.manifest

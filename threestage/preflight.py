@@ -1,11 +1,16 @@
-"""What is checked before any training: every mistake that can be known early costs one line, not a GPU."""
+"""Checks before any training: a mistake that can be known early costs one line, not a GPU."""
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from threestage import IGNORE_INDEX
-from threestage.config import Config, StageName
+from threestage.config import Config, StageName, changed
 from threestage.data import storage
 from threestage.data.batches import SampleSet, share_of
+from threestage.data.class_pixels import check_class_pixels
 from threestage.data.listing import first_image
 from threestage.data.records import MANIFEST_NAME, Manifest, pool_files
 from threestage.errors import InputError
@@ -13,21 +18,33 @@ from threestage.models.network import check_settings
 from threestage.training.step import pieces
 
 NOTHING_TO_VALIDATE = "no pixel to validate on: set data.validation above 0, or ingest a val split with masks"
+WAYS_OUT: dict[str, Any] = {"network.head": "deeplabv2", "cluster.workers": 1, "training.accumulate": 1}
+"""Settings that let smaller batches be trained."""
 
 
-def check_run(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> list[int]:
-    """Raises InputError when the run could not go well; returns the labels' pixel count per class."""
+def check_run(
+    config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet, warn: Callable[[str], None]
+) -> list[int]:
+    """Pixels of each class in the labelled masks. Warns of classes without any.
+
+    Raises:
+        InputError: the run could not go well.
+    """
     check_settings(config.network)
     check_batches(config, manifest, labelled, validation)
     counts = _count_pixels(manifest, labelled)
-    if sum(counts) == 0:
-        raise InputError(
-            f"{config.data.root}: every pixel of the {len(labelled)} labelled masks is ignored (255): mend the class map and "
-            "ingest again"
-        )
+    warning = check_class_pixels(config.data.root, manifest.classes, counts, masks_in_words(len(labelled)))
+    if warning is not None:
+        warn(warning)
     if sum(_count_pixels(manifest, validation)) == 0:
         raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}")
     return counts
+
+
+def masks_in_words(number: int, of: int | None = None) -> str:
+    """`1 labelled mask`, `64 of 300 labelled masks`."""
+    all_ = number if of is None else of
+    return ("" if all_ == number else f"{number} of ") + f"{all_} labelled mask" + "s" * (all_ != 1)
 
 
 def check_pool(config: Config, images: int) -> None:
@@ -35,12 +52,12 @@ def check_pool(config: Config, images: int) -> None:
     for stage in config.stage_names:
         settings = config.stage(stage)
         reliable = int(images * settings.reliable_share)
-        _check_batch(config, f"{stage}.unlabelled_batch", settings.unlabelled_batch, reliable, "unlabelled")
+        _check_unlabelled_batch(config, f"{stage}.unlabelled_batch", settings.unlabelled_batch, reliable)
 
 
 def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
+    _check_labelled_batches(config, len(labelled))
     for stage in config.stage_names:
-        _check_batch(config, f"{stage}.labelled_batch", config.stage(stage).labelled_batch, len(labelled), "labelled")
         check_shares(config, stage)
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
@@ -50,7 +67,7 @@ def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, valid
         and first_image(config.data.unlabelled) is None
     ):
         raise InputError(
-            f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either: mend the path"
+            f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either: correct the path"
         )
 
 
@@ -62,19 +79,73 @@ def check_shares(config: Config, stage: StageName) -> None:
     _check_pooled(own, stage)
 
 
-def _check_batch(config: Config, key: str, size: int, available: int, what: str) -> None:
+def _check_labelled_batches(config: Config, available: int) -> None:
+    """Raises InputError, with settings that can be trained, where a stage's labelled batch cannot."""
+    problem = next(filter(None, (_labelled_problem(config, stage, available) for stage in config.stage_names)), None)
+    if problem is None:
+        return
+    for way_out in _ways_out():
+        batches = _labelled_batches(changed(config, way_out), available)
+        if batches is not None:
+            why = ", and no other size can be trained with these settings" if way_out else ""
+            fix = " and ".join(f"{key}={value}" for key, value in {**way_out, **batches}.items())
+            raise InputError(f"{problem}{why}: set {fix}, or label more images", "config/batch")
+    raise InputError(f"{problem}: label more images", "config/batch")
+
+
+def _ways_out() -> Iterator[dict[str, Any]]:
+    """No change, then WAYS_OUT one by one, then more of them together."""
+    for number in range(len(WAYS_OUT) + 1):
+        yield from map(dict, combinations(WAYS_OUT.items(), number))
+
+
+def _labelled_batches(config: Config, available: int) -> dict[str, int] | None:
+    """The labelled batches to change so that all stages can be trained, the nearest sizes; None where no size can."""
+    sizes = {}
+    for stage in config.stage_names:
+        now = config.stage(stage).labelled_batch
+        possible = (
+            size for size in range(1, available + 1) if _labelled_problem(config, stage, available, size) is None
+        )
+        nearest = min(possible, key=lambda size: abs(size - now), default=None)
+        if nearest is None:
+            return None
+        if nearest != now:
+            sizes[f"{stage}.labelled_batch"] = nearest
+    return sizes
+
+
+def _labelled_problem(config: Config, stage: StageName, available: int, size: int | None = None) -> str | None:
+    """Why a stage cannot be trained with its labelled batch, or with `size` in its place."""
+    size = config.stage(stage).labelled_batch if size is None else size
+    batch, workers = f"{stage}.labelled_batch={size}", config.cluster.most_workers
+    if size > available:
+        return f"{batch} is more than the {_images(available, 'labelled')}"
+    if config.training.batch == "global" and size < workers:
+        return f"{batch} with training.batch=global leaves some of up to {workers} workers (cluster.workers) no image"
+    return _pooled_problem(config.for_stage(stage), stage, size)
+
+
+def _images(number: int, what: str) -> str:
+    return f"1 {what} image that there is" if number == 1 else f"{number} {what} images that there are"
+
+
+def _check_unlabelled_batch(config: Config, key: str, size: int, available: int) -> None:
     workers = config.cluster.most_workers
     shared = config.training.batch == "global"
     if shared and 0 < size < workers:
+        raise_it = "" if workers > available else "raise it, or "
         raise InputError(
             f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers), at least one "
-            "image for each: raise it, or lower cluster.workers"
+            f"image for each: {raise_it}lower cluster.workers",
+            "config/batch",
         )
-    needed = size if shared or what == "labelled" else size * workers
+    needed = size if shared else size * workers
     if needed > available:
         together = "" if needed == size else f" on each of cluster.workers={workers}"
         raise InputError(
-            f"{key}={size}{together} is more than the {available} {what} images that there are: lower it, or add images"
+            f"{key}={size}{together} is more than the {_images(available, 'unlabelled')}: lower it, or add images",
+            "config/batch",
         )
 
 
@@ -89,7 +160,7 @@ def _check_mixed(config: Config, stage: StageName) -> None:
 
 
 def _check_pieces(config: Config, stage: StageName) -> None:
-    """Where batch norm is over the images of all workers, they wait for each other in every forward pass."""
+    """Raises InputError where workers that share batch norm would make different numbers of forward passes."""
     workers = config.cluster.most_workers
     if workers == 1 or not config.cluster.synchronises(config.network.batch_norm == "live"):
         return
@@ -102,30 +173,42 @@ def _check_pieces(config: Config, stage: StageName) -> None:
         )
 
 
-def _images_of(config: Config, stage: StageName, rank: int) -> int:
-    """Images of a step's forward passes on a rank of the largest group; no rank has fewer than 0, none more than the last."""
+def _images_of(config: Config, stage: StageName, rank: int, labelled_batch: int | None = None) -> int:
+    """Images of a step's forward passes on a rank of the largest group; no rank has fewer than 0, none more than the last.
+
+    labelled_batch: in place of the stage's.
+    """
     settings, workers = config.stage(stage), config.cluster.most_workers
+    labelled_batch = settings.labelled_batch if labelled_batch is None else labelled_batch
     labelled, unlabelled = (
         share_of(size, config.training.batch, rank, workers).count
-        for size in (settings.labelled_batch, settings.unlabelled_batch)
+        for size in (labelled_batch, settings.unlabelled_batch)
     )
     views = 1 + (config.stage1.strong_view if stage == "stage1" else config.supervised.strong_view)
     return labelled * views + unlabelled * config.consistency.strong_views
 
 
 def _check_pooled(config: Config, stage: StageName) -> None:
+    problem = _pooled_problem(config, stage, config.stage(stage).labelled_batch)
+    if problem is not None:
+        fix = "raise the batch, or lower cluster.workers or training.accumulate, or set network.head=deeplabv2"
+        raise InputError(f"{problem}: {fix}", "config/batch")
+
+
+def _pooled_problem(config: Config, stage: StageName, labelled_batch: int) -> str | None:
     """DeepLabV3+ normalises, over the images of a forward pass, one value that it pools from each of them."""
-    settings, workers = config.stage(stage), config.cluster.most_workers
+    workers = config.cluster.most_workers
     if config.network.head != "deeplabv3plus" or (workers > 1 and config.cluster.synchronises(live=True)):
-        return
-    images = _images_of(config, stage, 0)
-    labelled = share_of(settings.labelled_batch, config.training.batch, 0, workers).count
-    if any(piece.stop - piece.start < 2 for piece in pieces(images, config.training.accumulate)):
-        together = f" of up to {workers} workers (cluster.workers)" if labelled < settings.labelled_batch else ""
-        raise InputError(
-            f"{stage}.labelled_batch={settings.labelled_batch}: leaves one image to a forward pass{together}, of which "
-            "network.head=deeplabv3plus takes two at least: raise the batch, or lower cluster.workers or training.accumulate"
-        )
+        return None
+    images = _images_of(config, stage, 0, labelled_batch)
+    if all(piece.stop - piece.start >= 2 for piece in pieces(images, config.training.accumulate)):
+        return None
+    labelled = share_of(labelled_batch, config.training.batch, 0, workers).count
+    together = f" of up to {workers} workers (cluster.workers)" if labelled < labelled_batch else ""
+    return (
+        f"{stage}.labelled_batch={labelled_batch} leaves one image to a forward pass{together}, and "
+        "network.head=deeplabv3plus takes at least two"
+    )
 
 
 def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:
@@ -144,6 +227,6 @@ def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:
     if wrong:
         raise InputError(
             f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
-            "(ignore): mend the class map and ingest again"
+            "(ignore): correct the class map and ingest again"
         )
     return found

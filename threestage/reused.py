@@ -25,13 +25,20 @@ def part(out: str, name: str) -> str:
 def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict[str, str]:
     """The stages of the run `other`, from the first on, that this one would compute the same, with their pseudo-masks.
 
-    `digests`: of the labelled and validation images. Raises InputError where there is none.
+    A stage whose pseudo-masks are missing there is the last one shared: this run predicts them into its own folder. Without
+    any pseudo-masks, this run finds its own pool too.
+
+    Args:
+        digests: of the labelled and validation images.
+    Raises:
+        InputError: there is no such stage.
     """
     parts: dict[str, str] = {}
     pseudo_masks = None
+    pool: dict[str, str] = {}
     for number, stage in enumerate(config.stage_names, 1):
         folder, masks = storage.join(other, stage), storage.join(other, f"pseudo_masks{number}")
-        if not all(storage.exists(storage.join(made, "done.json")) for made in (folder, masks)):
+        if not storage.exists(storage.join(folder, "done.json")):
             difference: str | None = f"{stage} is not finished there"
         else:
             saved = storage.read_json(storage.join(folder, "inputs.json"))
@@ -39,15 +46,18 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
             difference = _difference(saved, wanted, stage_keys(config, stage))
         if difference is not None:
             break
-        done = storage.read_json(storage.join(masks, "done.json"))
         parts[stage] = folder
+        if not storage.exists(storage.join(masks, "done.json")):
+            break
+        done = storage.read_json(storage.join(masks, "done.json"))
+        pool = {"pool.parquet": storage.join(other, "pool.parquet")}
         if config.choosing_after(stage) and not done["statistics"].get("agreement"):
             break
         parts[f"pseudo_masks{number}"] = masks
         pseudo_masks = done["digest"]
     if not parts:
         raise InputError(f"--reuse {other}: nothing of it can be used, {difference}: give another run, or none")
-    return parts | {name: storage.join(other, name) for name in ("pool.parquet", "split.json")}
+    return parts | pool | {"split.json": storage.join(other, "split.json")}
 
 
 def _difference(saved: Mapping[str, object], wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:

@@ -13,7 +13,7 @@ from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
 from threestage.data.split import saved_split
-from threestage.data.synthetic import write_scenes
+from threestage.data.synthetic import CLASSES, write_scenes
 from threestage.errors import InputError, StageFailure
 from threestage.evaluation import BATCH
 from threestage.local import run_local
@@ -31,6 +31,7 @@ from threestage.training.worker import default_device
 Show = Callable[[str, Mapping[str, float]], None]
 DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 PICTURES = 6
+OWN_DATA = "for images of your own, use `threestage run own_images --set data.root=DATA`"
 
 
 def run(
@@ -51,6 +52,7 @@ def run(
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if storage.exists(storage.join(out, "sweep.json")):
         raise InputError(f"--out {out}: holds a sweep: give another folder")
+    _warn_of_the_demos_network(config, warn)
     reserve_variables()
     with lease.held(out, warn) as held:
         results, registered = _run(config, out, local, show, warn, watch, reuse, held)
@@ -142,17 +144,41 @@ def _write_page(out: str, warn: pipeline.Warn) -> None:
 
 
 def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
-    """Make the demo's scenes and data set below `out`, unless they are there; returns the demo's configuration."""
+    """Make the demo's scenes and data set below `out`, unless they are there; returns the demo's configuration.
+
+    Raises:
+        InputError: other data than the scenes are asked for, or lie there.
+    """
     data = storage.join(out, "data")
     config = load("demo", [f"data.root={data}", f"seed={seed}", *overrides])
-    check_writable(out)
+    for key, given, own in (("root", config.data.root, data), ("unlabelled", config.data.unlabelled, None)):
+        if given != own:
+            raise InputError(
+                f"--set data.{key}={given}: the demo trains on its own scenes; {OWN_DATA}", "demo/other-data"
+            )
+    check_writable(config, out)
     scenes = storage.join(out, "scenes")
-    if not storage.exists(storage.join(data, MANIFEST_NAME)):
+    if storage.exists(storage.join(data, MANIFEST_NAME)):
+        if not _holds_scenes(data):
+            raise InputError(
+                f"{data}: holds another data set than the demo's scenes; give another --out, or {OWN_DATA}",
+                "demo/other-data",
+            )
+    else:
         write_scenes(scenes, DEMO_SCENES, seed)
         ingest(
             scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo")
         )
     return config
+
+
+def _holds_scenes(root: str) -> bool:
+    return load_manifest(root).classes == CLASSES
+
+
+def _warn_of_the_demos_network(config: Config, warn: pipeline.Warn) -> None:
+    if config.name == "demo" and not _holds_scenes(config.data.root):
+        warn(f"{config.data.root}: the preset demo trains a tiny network from scratch, made for its scenes; {OWN_DATA}")
 
 
 def write_pictures(config: Config, out: str) -> None:

@@ -91,6 +91,8 @@ def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
         given = _parsed(command, arguments)
         if given.get("local"):
             raise InputError("--local is for one machine without Ray: leave it out of what is submitted")
+        for option in INPUTS:
+            anywhere(given.get(option) or ".")
         return READERS[command](tuple(arguments), given)
 
 
@@ -144,6 +146,7 @@ def _evaluate(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     return Job("evaluate", arguments, f"evaluate-{_last(given['model'])}", out, tracking=_needs_registry(given))
 
 
+INPUTS = ("source", "masks", "class_map", "images", "dataset", "reuse")
 READERS: dict[str, Callable[[tuple[str, ...], Mapping[str, Any]], Job]] = {
     "run": _run,
     "sweep": _sweep,
@@ -162,7 +165,8 @@ def _last(uri: str) -> str:
 
 
 def anywhere(uri: str) -> bool:
-    """Whether it is the same place for every machine that shares its folders."""
+    """Whether it is the same place for every machine that shares its folders. Raises InputError for gs:// and the like."""
+    storage.absolute(uri)
     return storage.is_s3(uri) or uri.startswith("/")
 
 

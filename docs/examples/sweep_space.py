@@ -8,6 +8,6 @@ from threestage.sweeps.proposals import propose
 from threestage.sweeps.space import load_space, overrides
 
 space, config = load_space(sys.argv[1]), load(sys.argv[2], sys.argv[3:])
-check_space(space, config)  # InputError: the key, the value, the mend
+check_space(space, config)  # InputError: the key, the value, the fix
 params = propose(space, [], seed=0)
 print(params and overrides(space, config, params))

@@ -7,5 +7,5 @@ from threestage.config import load
 from threestage.report import results_table
 
 dataset, run, *changes = sys.argv[1:]
-config = load("demo", [f"data.root={dataset}", *changes])
+config = load("own_images", [f"data.root={dataset}", *changes])
 print(results_table(runs.run(config, run, local=False, show=print, warn=print)))

@@ -167,7 +167,7 @@ def test_what_is_asked_and_not_there_ends_the_run(ray_cluster: None, scenes: Pat
     """How often it is said before the end: tests/unit/test_patience.py."""
     cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "start_timeout_s": 3}
     before = controllers()
-    asked, there = r"2 × \(CPU 1, fpga 1\)", r"CPU 8 \(\d free\), fpga 0 \(0 free\) on 1 nodes"
+    asked, there = r"2 × \(CPU 1, fpga 1\)", r"CPU 8 \(\d free\), fpga 0 \(0 free\) on 1 node:"
     with pytest.raises(StageFailure, match=rf"stage1: waiting for \d+ s for {asked}; the cluster has {there}"):
         on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, print)
     assert_no_controller_is_left(before)

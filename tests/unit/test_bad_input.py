@@ -93,7 +93,7 @@ run mine.yaml --local --set data.labelled=1000       | data.labelled is 1000 | a
 run mine.yaml --local --set data.labelled=ids.txt    | data.labelled=ids.txt | mend the list
 run mine.yaml --local --set data.labelled=no.txt     | no.txt | mend data.labelled
 run mine.yaml --local --set data.unlabelled=empty    | empty | mend data.unlabelled
-run mine.yaml --local --set stage1.labelled_batch=99 | stage1.labelled_batch=99 | lower it
+run mine.yaml --local --set stage1.labelled_batch=99 | stage1.labelled_batch=99 | label more images
 run mine.yaml --local --set network.encoder=resnt18  | network.encoder | resnt18 | did you mean resnet18
 run mine.yaml --local --set network.weights=no.pth   | no.pth | mend network.weights
 run mine.yaml --local --set network.weights=evil.pth | evil.pth | could run code | state dict

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,30 +133,31 @@ def test_lines() -> None:
 
 
 def with_masks(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
-    mask = encode_mask(torch.tensor([list(ids)], dtype=torch.uint8).numpy())
-    monkeypatch.setattr(data, "_sample_of_masks", lambda *given: {"scene7": mask})
+    mask = encode_mask(np.array([list(ids)], np.uint8))
+    monkeypatch.setattr(data, "_masks_of", lambda *given: {"scene7": mask})
 
 
 def test_ids_that_are_no_class(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 0, 17, 255)
     found = problem(lambda: data.classes_fit(config, None))
     assert (
-        found.startswith("scene7: its mask holds id 17, the data set has classes 0..") and "mend the class map" in found
+        found.startswith("scene7: its mask holds id 17, the data set has classes 0..")
+        and "correct the class map" in found
     )
 
 
 def test_masks_of_ignored_pixels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 255)
-    assert "every pixel of the labelled masks is ignored" in problem(lambda: data.classes_fit(config, None))
+    assert "no class has a labelled pixel in 8 labelled masks" in problem(lambda: data.classes_fit(config, None))
 
 
 def test_a_mask_that_cannot_be_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_sample_of_masks", lambda *given: {"scene7": b"no PNG"})
+    monkeypatch.setattr(data, "_masks_of", lambda *given: {"scene7": b"no PNG"})
     assert problem(lambda: data.classes_fit(config, None)).startswith("scene7: its mask cannot be read (")
 
 
 def test_nothing_to_validate_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_sample_of_masks", _only_of_train(data._sample_of_masks))
+    monkeypatch.setattr(data, "_masks_of", _only_of_train(data._masks_of))
     assert "no pixel to validate on: set data.validation" in problem(lambda: data.classes_fit(config, None))
 
 
@@ -167,14 +169,26 @@ def test_classes_that_never_occur_are_a_doubt(config: Config, monkeypatch: pytes
     with_masks(monkeypatch, 0, 1)
     found = data.classes_fit(config, None)
     names = load_manifest(config.data.root).classes
-    assert str(found.doubt).startswith(f"{', '.join(names[2:])}: in none of 8 of 8 labelled masks")
+    assert f"no labelled pixel of {', '.join(names[2:])} in 8 labelled masks" in str(found.doubt)
+
+
+def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rare classes need not be among the first masks that are read."""
+    monkeypatch.setattr(data, "SAMPLE", 3)
+    both = {"scene7": encode_mask(np.array([[0, 1]], np.uint8))}
+    one = {"scene7": encode_mask(np.array([[0, 255]], np.uint8))}
+    monkeypatch.setattr(data, "_masks_of", lambda root, manifest, split, ids: one if len(ids) == 3 else both)
+    assert "8 labelled masks" in str(data.classes_fit(config, None).doubt)
+    monkeypatch.setattr(data, "_masks_of", lambda *given: one)
+    assert "only class background has a labelled pixel" in problem(lambda: data.classes_fit(config, None))
 
 
 def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "SAMPLE", 3)
     manifest = load_manifest(config.data.root)
     ids = data.read_split(config, manifest, None).labelled
-    sample = data._sample_of_masks(config.data.root, manifest, "train", ids)
+    assert data.sample_of(ids) == (ids[0], ids[2], ids[4])
+    sample = data._masks_of(config.data.root, manifest, "train", data.sample_of(ids))
     assert sample.keys() == {ids[0], ids[2], ids[4]}
 
 

@@ -140,6 +140,7 @@ Example = Callable[..., str]
 TWO_STEPS = [
     *("stages=1", "stage1.steps=2", "data.labelled=8", "augment.crop_size=[32,32]"),
     *("pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false"),
+    *("network.encoder=test_resnet", "network.pretrained=false", "network.batch_norm=live"),
 ]
 
 
@@ -188,7 +189,7 @@ def test_examples_from_training_to_a_pulled_model(
     assert "6 images predicted, 0 left out" in example("predict_folder", "run", "data-files/val/images", "predicted")
     assert "background" in example("predict_one", "run/stage1", "data-files/val/images/val_00000.jpg", "mask.png")
     assert "mean IoU" in example("score", "run/stage1", "data")
-    assert "demo 1 stage1" in example("register_and_pull", "run", f"sqlite:///{tmp_path}/mlflow.db", "pulled")
+    assert "own_images 1 stage1" in example("register_and_pull", "run", f"sqlite:///{tmp_path}/mlflow.db", "pulled")
     assert {"model.safetensors", "program.pt2", "README.md"} <= {file.name for file in Path("pulled").iterdir()}
 
 

@@ -11,6 +11,7 @@ from threestage.errors import NoRoom
 from threestage.on_ray import patience
 from threestage.on_ray.patience import Patience
 from threestage.on_ray.pulse import Sign
+from threestage.on_ray.room import waiting_text
 from threestage.on_ray.settings import ClusterSettings
 
 CLUSTER = ClusterSettings(workers=2, report_after_s=10, start_timeout_s=35, hang_after_s=100)
@@ -27,9 +28,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(patience, "time", clock)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    for name in ("cluster_nodes", "free_nodes"):
+        monkeypatch.setattr(patience, name, lambda: [{"CPU": 1.0}])
     return clock
 
 
@@ -40,10 +40,26 @@ def test_no_worker_is_reported_again_and_again_and_ends(clock: Clock) -> None:
         clock.now = 1000.5 + second
         waiting.look({})
     assert [line.split(" s for ")[0] for line in said] == [f"stage1: waiting for {s}" for s in (10, 20, 30)]
-    assert "2 × (CPU 1); the cluster has CPU 1 (1 free) on 1 nodes: add nodes" in said[0]
+    assert "2 × (CPU 1); the cluster has CPU 1 (1 free) on 1 node: add nodes" in said[0]
     clock.now = 1035.5
     with pytest.raises(NoRoom, match="waiting for 36 s for 2"):
         waiting.look({})
+
+
+@pytest.mark.parametrize(
+    ("workers", "free", "expected"),
+    [
+        (1, [4.0], "starting for 31 s: there is room for 1 × (CPU 1), the cluster has CPU 5 (4 free) on 1 node"),
+        (4, [1.0], "waiting for 31 s for 4 × (CPU 1); the cluster has CPU 5 (1 free) on 1 node, in use"),
+        (6, [5.0], "waiting for 31 s for 6 × (CPU 1); the cluster has CPU 5 (5 free) on 1 node: add nodes"),
+        (2, [0.5, 0.5, 0.9], "waiting for 31 s for 2 × (CPU 1); the cluster has CPU 15 (1.9 free) on 3 nodes, in use"),
+    ],
+)
+def test_a_report_says_whether_room_is_there_in_use_or_missing(workers: int, free: list[float], expected: str) -> None:
+    """On a busy machine, workers take long to start in a room that is theirs: no node is missing then."""
+    text = waiting_text("stage1", CLUSTER, 31, workers, [{"CPU": 5.0} for _ in free], [{"CPU": cpus} for cpus in free])
+    assert text.startswith(f"stage1: {expected}")
+    assert ("add nodes" in text) == text.startswith("stage1: waiting")
 
 
 def test_the_clock_begins_anew_when_workers_were_there(clock: Clock) -> None:
@@ -112,6 +128,8 @@ def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: p
     said: list[str] = []
     place = [True]
     monkeypatch.setattr(patience, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "cluster_nodes", list)
+    monkeypatch.setattr(patience, "free_nodes", list)
     monkeypatch.setattr(patience, "has_place_for_one", lambda cluster: place[0])
     with patience.noticing_silence("pseudo-masks", CLUSTER, said.append) as heard:
         clock.now += 11

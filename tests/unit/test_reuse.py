@@ -1,5 +1,6 @@
 """What a run has computed serves another one; nothing of it is computed again, and nothing of it is changed."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,28 @@ def test_a_run_trains_only_what_another_has_not(scenes: Path, shared: Path, tmp_
     run_local(alone, str(tmp_path / "b"), lambda stage, row: None)
     model = Path("stage2", "model", "model.safetensors")
     assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
+
+
+def test_pseudo_masks_that_are_missing_there_are_predicted_here(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    """A run of stage 1 alone may have none, nor a pool. The same run tells of a threshold that keeps no pixel."""
+    other = tmp_path / "other"
+    shutil.copytree(shared, other)
+    shutil.rmtree(other / "pseudo_masks1")
+    (other / "pool.parquet").unlink()
+    before = modified(other)
+    config = tiny_config(scenes, stages=2, pseudo_mask__of_last_stage=False, pseudo_mask__confidence_threshold=1.0)
+    warnings: list[str] = []
+    run_local(config, str(tmp_path / "a"), lambda stage, row: None, warnings.append, reuse=str(other))
+    assert modified(other) == before
+    assert not (tmp_path / "a" / "stage1").exists()
+    assert digest_of(tmp_path / "a" / "pseudo_masks1") == digest_of(shared / "pseudo_masks1")
+    assert stages_shown(config, tmp_path / "a") == set(), "a rerun knows what it reuses and what it made"
+    thresholds = [text for text in warnings if "confidence_threshold" in text]
+    assert len(thresholds) == 1 and "stage2: pseudo_mask.confidence_threshold=1 kept no pixel" in thresholds[0]
+
+
+def digest_of(pseudo_masks: Path) -> str:
+    return str(json.loads((pseudo_masks / "done.json").read_text())["digest"])
 
 
 def test_a_run_whose_first_stage_differs_can_reuse_nothing(scenes: Path, shared: Path, tmp_path: Path) -> None:

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from threestage import IGNORE_INDEX
 from threestage.checks.lines import Found
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import SampleSet
+from threestage.data.class_pixels import LEAST_CLASSES, check_class_pixels
 from threestage.data.records import Manifest, SplitName, decode_mask, files_with_masks, load_manifest, pool_files
 from threestage.data.samples import Sample
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError
 from threestage.models.network import check_settings
-from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, pixels_by_id
+from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
 
 SAMPLE = 64  # masks
 
@@ -47,30 +47,36 @@ def _by_name(ids: Sequence[str]) -> SampleSet:
 
 
 def classes_fit(config: Config, out: str | None) -> Found:
-    """Raises InputError when a sample of the masks holds ids that are no class, or nothing but ignored pixels."""
+    """Classes with labelled pixels, counted in a sample of the masks; the doubt names the classes without any.
+
+    Raises:
+        InputError: a mask holds an id that is no class, fewer than two classes have labelled pixels, or no pixel is
+            left to validate on.
+    """
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
-    counts = _count_pixels(root, manifest, "train", split.labelled)
-    if not counts.any():
-        raise InputError(
-            f"{root}: every pixel of the labelled masks is ignored ({IGNORE_INDEX}): mend the class map and ingest again"
-        )
+    looked_at = sample_of(split.labelled)
+    counts = _count_pixels(root, manifest, "train", looked_at)
+    if np.count_nonzero(counts) < LEAST_CLASSES:
+        looked_at = split.labelled
+        counts = _count_pixels(root, manifest, "train", looked_at)
+    seen = masks_in_words(len(looked_at), len(split.labelled))
+    doubt = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
-    if not _count_pixels(root, manifest, validating, split.validation).any():
+    if not _count_pixels(root, manifest, validating, sample_of(split.validation)).any():
         raise InputError(f"{root}: {NOTHING_TO_VALIDATE}")
-    looked_at = f"{min(SAMPLE, len(split.labelled))} of {len(split.labelled)} labelled masks"
-    absent = [name for name, pixels in zip(manifest.classes, counts, strict=True) if not pixels]
-    doubt = (
-        f"{', '.join(absent)}: in none of {looked_at}: label images that show it, or take it out of the class map and "
-        "ingest again"
-    )
-    return Found(f"{len(manifest.classes)} classes, all in {looked_at}", doubt if absent else None)
+    return Found(f"{len(manifest.classes)} classes, all in {seen}", doubt)
+
+
+def sample_of(ids: Sequence[str]) -> Sequence[str]:
+    """At most SAMPLE ids, evenly among them."""
+    return ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
 
 
 def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> np.ndarray:
-    """Pixels per class in a sample of the images' masks."""
+    """Pixels per class in the masks of images."""
     classes, counts = len(manifest.classes), np.zeros(256, np.int64)
-    for image_id, mask in _sample_of_masks(root, manifest, split, ids).items():
+    for image_id, mask in _masks_of(root, manifest, split, ids).items():
         try:
             decoded = decode_mask(mask)
         except (OSError, ValueError) as error:
@@ -79,9 +85,9 @@ def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence
     return counts[:classes]
 
 
-def _sample_of_masks(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> dict[str, bytes]:
-    """Of SAMPLE images evenly among the ids; reads no image. The mask that came last counts."""
-    wanted, found = set(ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]), {}
+def _masks_of(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> dict[str, bytes]:
+    """The latest mask of each image; reads no image."""
+    wanted, found = set(ids), {}
     for file in reversed(files_with_masks(manifest, split)):
         if wanted:
             for row in storage.read_table(storage.join(root, file.path), ["image_id", "mask"]).to_pylist():

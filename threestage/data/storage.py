@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from threestage.errors import InputError
+from threestage.redaction import redact
 from threestage.settings import Settings
 from threestage.user_text import lines_of
 
@@ -33,6 +35,9 @@ TEMPORARY_SUFFIX = ".tmp"
 ROW_GROUP_ROWS = 64
 S3_ATTEMPTS = 12
 DELETES_AT_ONCE = 16
+SCHEME_CODE = "storage/scheme"
+NO_BUCKET = "NO_SUCH_BUCKET"
+"""In pyarrow's errors."""
 DENIED = ("ACCESS_DENIED", "AccessDenied", "The operation is not valid for the object's")
 """In pyarrow's errors. The last is of S3's InvalidObjectState, an object in an archive: pyarrow has no name for the code."""
 STYLE_VARIABLE = "THREESTAGE_S3_ADDRESSING_STYLE"
@@ -122,11 +127,20 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def _refuse_other_schemes(uri: str) -> None:
     """s3:/bucket would be a folder of this machine, and gs://bucket too."""
     if not uri:
-        raise InputError("an empty text is no place: give a path or s3://bucket/prefix")
+        raise InputError("an empty text is no place: give a path or s3://bucket/prefix", SCHEME_CODE)
     if has_scheme(uri) and not uri.startswith(f"{FILE_SCHEME}/"):
         raise InputError(
-            f"{uri}: is neither a path nor on S3: write s3://bucket/prefix, or ./{uri} for a path of that name"
+            f"{redact(uri)}: not supported; give a local path or s3://bucket/prefix (AWS S3 or a store with its API), or "
+            f"./{redact(uri)} for a path of that name",
+            SCHEME_CODE,
         )
+
+
+def path_here(uri: str, what: str) -> Path:
+    """A path on this machine. Raises InputError for any URI."""
+    if has_scheme(uri):
+        raise InputError(f"{redact(uri)}: {what} must lie on this machine; give a local path", SCHEME_CODE)
+    return Path(uri)
 
 
 def has_scheme(uri: str) -> bool:
@@ -207,9 +221,31 @@ def absolute(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises OSError when its bucket is missing."""
     files, path = filesystem(uri)
-    return bool(files.get_file_info(path).type != pafs.FileType.NotFound)
+    if files.get_file_info(path).type != pafs.FileType.NotFound:
+        return True
+    require_bucket(uri)
+    return False
+
+
+def require_bucket(uri: str) -> None:
+    """Raise the store's OSError when the bucket of an s3:// URI is missing: S3 answers for its objects that they are."""
+    files, path = filesystem(uri)
+    if is_s3(uri):
+        _look_for_bucket(files.chosen, path.partition("/")[0])
+
+
+@lru_cache
+def _look_for_bucket(chosen: "_S3", bucket: str) -> None:
+    """Once for each bucket that is there."""
+    try:
+        s3_filesystem(chosen).get_file_info(pafs.FileSelector(f"{bucket}/{secrets.token_hex(8)}"))
+    except FileNotFoundError:  # the random name, in a bucket that is there
+        return
+    except OSError as error:
+        if NO_BUCKET in str(error):
+            raise  # others, such as a listing that is denied, say nothing about the bucket
 
 
 def read_bytes(uri: str) -> bytes:
@@ -219,6 +255,9 @@ def read_bytes(uri: str) -> bytes:
     try:
         with files.open_input_file(path) as stream:
             return bytes(stream.read())
+    except FileNotFoundError:
+        require_bucket(uri)
+        raise
     except pa.ArrowInvalid as error:
         raise FileNotFoundError(f"{uri}: {error}") from error
     except OSError as error:
@@ -273,9 +312,14 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def list_files(uri: str, recursive: bool = True) -> list[str]:
-    """Full URIs of the files below a folder, sorted; [] when the folder is absent. Unfinished writes are left out."""
+    """Full URIs of the files below a folder, sorted; [] when the folder is absent. Unfinished writes are left out.
+
+    Raises OSError when the bucket is missing.
+    """
     files, path = filesystem(uri)
     infos = files.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
+    if not infos:
+        require_bucket(uri)
     prefix = S3_SCHEME if is_s3(uri) else ""
     return sorted(prefix + info.path for info in infos if info.type == pafs.FileType.File and not _unfinished(info))
 

@@ -1,4 +1,4 @@
-"""Waiting for a cluster to have room, never in silence: what is asked, what there is, and an end to it."""
+"""Wait for a cluster to have room, with reports of what is asked and what there is, and a time limit."""
 
 import contextlib
 import threading
@@ -9,9 +9,16 @@ import ray
 import ray.util
 
 from threestage.errors import NoRoom
-from threestage.on_ray.nodes import alive_ids, alive_nodes
+from threestage.on_ray.nodes import alive_ids
 from threestage.on_ray.pulse import BEAT_SECONDS, Sign
-from threestage.on_ray.room import has_place_for_one, room_for_one, worker_takes
+from threestage.on_ray.room import (
+    cluster_nodes,
+    free_nodes,
+    has_place_for_one,
+    room_for_one,
+    waiting_text,
+    worker_takes,
+)
 from threestage.on_ray.settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
@@ -123,7 +130,7 @@ def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterato
             if wait.report_is_due():
                 with contextlib.suppress(Exception):  # the connection is going
                     if not has_place_for_one(cluster):
-                        warn(_missing(what, cluster, wait.seconds, 1))
+                        warn(_state(what, cluster, wait.seconds, 1))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -136,18 +143,10 @@ def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterato
 
 def _report_or_end(wait: _Wait, what: str, cluster: ClusterSettings, workers: int, warn: Warn) -> None:
     if wait.seconds > cluster.start_timeout_s:
-        raise NoRoom(_missing(what, cluster, wait.seconds, workers))
+        raise NoRoom(_state(what, cluster, wait.seconds, workers))
     if wait.report_is_due():
-        warn(_missing(what, cluster, wait.seconds, workers))
+        warn(_state(what, cluster, wait.seconds, workers))
 
 
-def _missing(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
-    total, free = ray.cluster_resources(), ray.available_resources()
-    asked = ", ".join(f"{name} {amount:g}" for name, amount in cluster.worker_resources.items())
-    asked += f", accelerator {cluster.accelerator}" if cluster.accelerator else ""
-    asked += f", placed {cluster.placement}" if cluster.placement != "PACK" else ""
-    has = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in cluster.worker_resources)
-    return (
-        f"{what}: waiting for {waited:.0f} s for {workers} × ({asked}); the cluster has {has} on {len(alive_nodes())} nodes: "
-        "add nodes, or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
-    )
+def _state(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
+    return waiting_text(what, cluster, waited, workers, cluster_nodes(), free_nodes())

@@ -18,6 +18,7 @@ SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controlle
 READER_CPUS = 1.0  # of the task that reads the pool while stage 2 or 3 trains
 ACCELERATOR_SHARE = 0.001  # what Ray takes of a node's accelerator_type for each task that asks for it
 ROUNDING = 1e-6
+MORE_ROOM = "add nodes, or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
 NODE_GROUP = "ray.io/node-group"  # label of nodes that an autoscaler or a launcher has started
 
 Resources = dict[str, float]
@@ -110,9 +111,51 @@ def text_of(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
+def waiting_text(
+    what: str,
+    cluster: ClusterSettings,
+    waited: float,
+    workers: int,
+    nodes: Sequence[Resources],
+    free: Sequence[Resources],
+) -> str:
+    """Why workers have not started yet: they are starting, their room is in use, or the cluster is too small.
+
+    Args:
+        waited: seconds.
+        nodes, free: total and free resources of each node.
+    """
+    worker, placement = worker_takes(cluster), cluster.placement
+    asked = f"{workers} × ({text_of(cluster.worker_resources)}"
+    asked += f", accelerator {cluster.accelerator}" if cluster.accelerator else ""
+    asked += f", placed {placement})" if placement != "PACK" else ")"
+    total, left = (
+        {name: sum(node.get(name, 0) for node in some) for name in cluster.worker_resources} for some in (nodes, free)
+    )
+    has = ", ".join(f"{name} {total[name]:g} ({left[name]:g} free)" for name in total)
+    there = f"the cluster has {has} on {number_of(len(nodes), 'node')}"
+    if placed(free, 1, worker, workers, placement, []):
+        return (
+            f"{what}: starting for {waited:.0f} s: there is room for {asked}, {there}; on a busy machine this takes a while "
+            "(the limit is cluster.start_timeout_s)"
+        )
+    if placed(nodes, 1, worker, workers, placement, []):
+        return (
+            f"{what}: waiting for {waited:.0f} s for {asked}; {there}, in use by other work or by workers that are starting: "
+            f"wait until it is free, or {MORE_ROOM}"
+        )
+    return f"{what}: waiting for {waited:.0f} s for {asked}; {there}: {MORE_ROOM}"
+
+
 def cluster_nodes() -> list[Resources]:
     """Total resources of each node that is alive."""
     return [dict(node["Resources"]) for node in alive_nodes()]
+
+
+def free_nodes() -> list[Resources]:
+    """Free resources of each node that is alive."""
+    free = cluster_state.available_resources_per_node()
+    return [dict(free.get(node["NodeID"], {})) for node in alive_nodes()]
 
 
 def has_place_for_one(cluster: ClusterSettings) -> bool:

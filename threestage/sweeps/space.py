@@ -13,6 +13,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 import threestage
 from threestage.config import STAGES, Config, Section, StageName, changed, flatten, stage_keys, validated
+from threestage.data import storage
 from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
 from threestage.sweeps.parameters import Parameter, label
@@ -116,7 +117,7 @@ def _check_when(key: str, parameter: Parameter, before: Mapping[str, Parameter])
 def load_space(source: str) -> Space:
     """A space from the name of a shipped one or a YAML file. Raises InputError with one line on anything that does not fit."""
     shipped = _shipped()
-    file = shipped.get(source, Path(source))
+    file = shipped.get(source) or storage.path_here(source, "a space")
     if not file.is_file():
         hint = did_you_mean(source, shipped)
         raise InputError(f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}")
