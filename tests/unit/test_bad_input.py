@@ -118,7 +118,7 @@ sweep thresholds demo --set data.root=nowhere        | data.root | nowhere | thr
 check camvd                                          | camvd | did you mean camvid?
 check mine.yaml --local --address x:1                | --address x:1 | leave one of them out
 check mine.yaml --local --out s3:/bucket             | s3:/bucket | s3://bucket/prefix
-init s3://bucket/project                             | s3://bucket/project | give a path
+init s3://bucket/project                             | s3://bucket/project | give a local path
 init file                                            | file | give another folder
 """
 IMAGES = """
@@ -356,7 +356,7 @@ def test_every_command_is_tried() -> None:
     ("options", "name", "expected"),
     [
         ("--local --set data.root=nowhere", "data.root", "threestage ingest"),
-        ("--local --set stage1.labelled_batch=99", "input", "lower it"),
+        ("--local --set stage1.labelled_batch=99", "input", "label more images"),
         ("--set registry.tracking_uri=CLOSED --set data.root=nowhere", "registry.tracking_uri", "is it up"),
         ("--set cluster.address=127.0.0.1:9 --set data.root=nowhere", "cluster.address", "mend the address"),
     ],

@@ -140,7 +140,7 @@ Example = Callable[..., str]
 TWO_STEPS = [
     *("stages=1", "stage1.steps=2", "data.labelled=8", "augment.crop_size=[32,32]"),
     *("pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false"),
-    *("network.encoder=test_resnet", "network.pretrained=false", "network.batch_norm=live"),
+    *("network.encoder=test_resnet", "network.pretrained=false", "network.batch_norm=live", "network.head_width=16"),
 ]
 
 

@@ -80,7 +80,7 @@ def test_a_file_in_place_of_the_folder_and_a_bucket(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: exists already"):
         init.write_project(str(tmp_path / "file"))
-    with pytest.raises(InputError, match="s3://bucket/mine: a project is a folder"):
+    with pytest.raises(InputError, match="s3://bucket/mine: a project must lie on this machine"):
         init.write_project("s3://bucket/mine")
 
 
