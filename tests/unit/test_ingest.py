@@ -172,6 +172,23 @@ def killed_before_publishing() -> Iterator[None]:
         yield
 
 
+def test_what_a_killed_ingest_was_writing_is_removed(source: Path) -> None:
+    with killed_before_publishing(), pytest.raises(KeyboardInterrupt):
+        run(source)
+    left = source / "ds" / "images" / ".train-1.parquet.01234567.tmp"
+    left.write_bytes(b"half")
+    run(source)
+    assert not left.exists()
+
+
+def test_an_absent_bucket_is_named(bucket: str) -> None:
+    with pytest.raises(InputError, match="s3://absent: the bucket does not exist") as error:
+        ingest("s3://absent/photos", f"{bucket}/ds", IngestSettings(format="images"))
+    assert error.value.code == "data/no-bucket"
+    with pytest.raises(InputError, match=r"no object lies below"):
+        ingest(f"{bucket}/photos", f"{bucket}/ds", IngestSettings(format="images"))
+
+
 def test_a_bad_image_that_was_deleted_is_not_reported_again(source: Path) -> None:
     (source / "images" / "05.png").write_bytes(b"")
     images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None, "max_bad_fraction": 0.1}

@@ -127,6 +127,24 @@ def test_an_anonymous_reader_sends_no_credentials(monkeypatch: pytest.MonkeyPatc
         assert storage.s3fs_filesystem().anon is anonymous
 
 
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shards").mkdir()
+    left, mine = tmp_path / "shards" / ".a.json.0123abcd.tmp", tmp_path / ".notes.tmp"
+    for file in (left, mine):
+        file.write_bytes(b"")
+    (tmp_path / ".link.0123abcd.tmp").symlink_to(mine)
+    replace, found = os.replace, list[int]()
+
+    def while_it_is_written(*arguments: str) -> None:
+        found.append(storage.remove_unfinished(str(tmp_path)))
+        replace(*arguments)
+
+    monkeypatch.setattr("os.replace", while_it_is_written)
+    storage.write_bytes(f"{tmp_path}/shards/b.json", b"whole")
+    assert found == [1] and not left.exists() and mine.exists() and (tmp_path / ".link.0123abcd.tmp").is_symlink()
+    assert storage.read_bytes(f"{tmp_path}/shards/b.json") == b"whole"
+
+
 def test_a_data_set_from_s3_to_s3(bucket: str) -> None:
     for name, shade in (("train/a", 0), ("train/b", 9), ("val/c", 5)):
         stream = io.BytesIO()

@@ -83,6 +83,7 @@ def ingest(
     _check_classes(root, current, class_map)
     if not storage.exists(source):
         raise missing(source, "images")
+    storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
     plan = _plan(job, source, settings, each)

@@ -7,6 +7,7 @@ How s3:// is reached is said once, in the settings or in the usual AWS variables
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ from threestage.user_text import lines_of
 S3_SCHEME = "s3://"
 FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 ROW_GROUP_ROWS = 64
 S3_ATTEMPTS = 12
 DELETES_AT_ONCE = 16
@@ -291,15 +293,46 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
         os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
     )
     try:
-        with open(temporary, "wb") as stream:
+        with _locked_file(temporary) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def _locked_file(path: str) -> BinaryIO:
+    """A new file to write, locked while it is open: `remove_unfinished` leaves it alone."""
+    while True:
+        stream = open(path, "wb")  # noqa: SIM115 - the caller closes it
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.fstat(stream.fileno()).st_nlink:
+            return stream
+        stream.close()  # it was removed before it was locked
+
+
+def remove_unfinished(folder: str) -> int:
+    """Delete what killed writes left below a local folder of ours, and nothing that is being written; how many these were."""
+    if is_s3(folder):
+        return 0  # an object is there whole or not at all
+    removed = 0
+    for place, _, names in os.walk(filesystem(folder)[1]):
+        removed += sum(_remove_unlocked(os.path.join(place, name)) for name in names if UNFINISHED.fullmatch(name))
+    return removed
+
+
+def _remove_unlocked(path: str) -> bool:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(path)
+    except OSError:  # locked by its writer, gone, a link, or a file system without locks
+        return False
+    return True
 
 
 def _write(files: pafs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer) -> None:
