@@ -84,6 +84,8 @@ def test_masks_that_none_is_read_of_are_named_by_suffix(tmp_path: Path) -> None:
     touch(tmp_path, "x/1.jpg", "x/2.jpg", "y/1.gif", "y/2.gif")
     error = refusal(tmp_path)
     assert error.code == "data/mask-format" and "2 .gif" in str(error)
+    touch(tmp_path, "y/other.png")
+    assert {"is not read" in str(problem) for problem in paired(tmp_path)[0].values()} == {True, False}
 
 
 def test_one_end_of_the_names_that_explains_all_masks_is_proposed(tmp_path: Path) -> None:
@@ -173,6 +175,10 @@ def test_both_layouts_of_camvid(tmp_path: Path, images: str, masks: str) -> None
         images.format("train", 4)[:-4]: (None, "train", None),
         images.format("val", 2)[:-4]: (masks.format("val", 2), "val", None),
     }
+    notes: list[str] = []
+    discover(str(tmp_path), IngestSettings(format="camvid"), notes)
+    (note,) = notes
+    assert "1 images have no mask and are unlabelled" in note and images.format("train", 4) in note
 
 
 def voc(root: Path) -> None:
@@ -247,6 +253,9 @@ def test_cityscapes(tmp_path: Path) -> None:
         touch(tmp_path, f"leftImg8bit/{split}/{city}/{city}_1_leftImg8bit.png")
         touch(tmp_path, f"gtFine/{split}/{city}/{city}_1_gtFine_labelIds.png", f"gtFine/{split}/{city}/x_color.png")
     touch(tmp_path, "leftImg8bit/train_extra/bonn/bonn_1_leftImg8bit.png")
+    notes: list[str] = []
+    discover(str(tmp_path), IngestSettings(format="cityscapes"), notes)
+    assert notes == []
     assert found(tmp_path, "cityscapes") == {
         "leftImg8bit/test/berlin/berlin_1_leftImg8bit": (None, "test", None),
         "leftImg8bit/train/ulm/ulm_1_leftImg8bit": ("gtFine/train/ulm/ulm_1_gtFine_labelIds.png", "train", None),

@@ -40,8 +40,8 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-PAIRED = ("folders", "camvid")
-"""Formats whose images are all meant to have a mask, or may be."""
+LABELLED_FOLDERS = {"folders": "", "camvid": "", "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/")}
+"""By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
 SHOWN = 3
 MOST_SUFFIXES = 8
 
@@ -121,8 +121,7 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
     }
     paths = _listing(source, "images", stamps)
     items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
-    if settings.format in PAIRED:
-        notes += _without_mask(source, items, settings)
+    notes += _without_mask(source, items, settings)
     if settings.format != "folders":
         suffixes = Counter(map(suffix_of, paths))
         known = suffixes.keys() - PICTURE_SUFFIXES if settings.format != "images" else set[str]()  # lists, polygons
@@ -136,7 +135,9 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
 
 def _without_mask(source: str, items: list[SourceItem], settings: IngestSettings) -> list[str]:
     """A note about the images that have none; nothing without such images."""
+    begins = LABELLED_FOLDERS.get(settings.format)
     lonely = [item for item in items if not item.mask_uri and not item.problem]
+    lonely = [item for item in lonely if begins is not None and item.image_id.startswith(begins)]
     if not lonely:
         return []
     fate = "left out (labelled_only)" if settings.labelled_only else "unlabelled"
@@ -229,7 +230,7 @@ def _folders(stamps: Stamps, notes: list[str], source: str, paths: Paths, settin
     images, masks = _apart(source, paths, _listing(settings.masks, "masks named like the images", stamps), settings)
     items = _images(source, images, settings)
     pairs = pair(dict.fromkeys(item.image_id for item in items), masks, settings.mask_suffix)
-    if not pairs.masks:
+    if not pairs.masks and not (pairs.problems and stems(masks, MASK_SUFFIXES)):
         raise _no_pair(source, items, masks, settings)
     notes += passed_over(source, Counter(map(suffix_of, images)))
     notes += passed_over(settings.masks, Counter(map(suffix_of, masks)), MASK_SUFFIXES)
@@ -380,7 +381,7 @@ def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[Sou
             f"{source}: no Cityscapes there; leftImg8bit/train/<city>/*_leftImg8bit.png and "
             "gtFine/train/<city>/*_gtFine_labelIds.png are expected"
         )
-    with_masks = [item for item in items if item.image_id.startswith(("leftImg8bit/train/", "leftImg8bit/val/"))]
+    with_masks = [item for item in items if item.image_id.startswith(LABELLED_FOLDERS["cityscapes"])]
     if with_masks and not any(item.mask_uri for item in with_masks):
         raise InputError(
             f"{source}: none of the {len(with_masks)} images of leftImg8bit/train and val has a mask; "
