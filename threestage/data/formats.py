@@ -40,7 +40,11 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-LABELLED_FOLDERS = {"folders": "", "camvid": "", "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/")}
+LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
+    "folders": ("",),
+    "camvid": ("",),
+    "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/"),
+}
 """By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
 SHOWN = 3
 MOST_SUFFIXES = 8
@@ -135,9 +139,8 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
 
 def _without_mask(source: str, items: list[SourceItem], settings: IngestSettings) -> list[str]:
     """A note about the images that have none; nothing without such images."""
-    begins = LABELLED_FOLDERS.get(settings.format)
-    lonely = [item for item in items if not item.mask_uri and not item.problem]
-    lonely = [item for item in lonely if begins is not None and item.image_id.startswith(begins)]
+    begins = LABELLED_FOLDERS.get(settings.format, ())
+    lonely = [item for item in items if not item.mask_uri and not item.problem and item.image_id.startswith(begins)]
     if not lonely:
         return []
     fate = "left out (labelled_only)" if settings.labelled_only else "unlabelled"
