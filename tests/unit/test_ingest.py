@@ -22,6 +22,7 @@ from threestage.data.publish import Known, digest_of, next_manifest
 from threestage.data.records import Bytes, Manifest, decode_mask, labelled_rows, load_manifest, pool_files
 from threestage.data.rejects import read_rejects
 from threestage.data.shards import Job, few_at_once
+from threestage.data.store_errors import explain
 from threestage.errors import InputError
 
 CLASS_MAP = """
@@ -182,9 +183,15 @@ def test_what_a_killed_ingest_was_writing_is_removed(source: Path) -> None:
 
 
 def test_an_absent_bucket_is_named(bucket: str) -> None:
-    with pytest.raises(InputError, match="s3://absent: the bucket does not exist") as error:
-        ingest("s3://absent/photos", f"{bucket}/ds", IngestSettings(format="images"))
-    assert error.value.code == "data/no-bucket"
+    for place in ("source", "masks", "out"):
+        places = {name: f"{bucket}/{name}" for name in ("source", "masks", "out")} | {place: "s3://absent/x"}
+        storage.write_bytes(f"{bucket}/source/a.png", b"")
+        storage.write_bytes(f"{bucket}/masks/a.png", b"")
+        storage.write_bytes(f"{bucket}/map.yaml", CLASS_MAP.encode())
+        settings = IngestSettings(format="folders", masks=places["masks"], class_map=f"{bucket}/map.yaml")
+        with pytest.raises(OSError) as error:
+            ingest(places["source"], places["out"], settings)
+        assert "has no bucket absent" in explain(None, error.value)
     with pytest.raises(InputError, match=r"no object lies below"):
         ingest(f"{bucket}/photos", f"{bucket}/ds", IngestSettings(format="images"))
 

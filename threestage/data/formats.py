@@ -186,17 +186,11 @@ def _entries(folder: str) -> Iterator[folders.Entry]:
 
 
 def missing(folder: str, expected: str) -> InputError:
-    """What to tell the user of a folder without files."""
+    """What to tell the user of a folder without files. Raises OSError when its bucket is missing."""
+    is_there = storage.exists(folder)
     if storage.is_s3(folder):
-        bucket = storage.S3_SCHEME + storage.filesystem(folder)[1].partition("/")[0]
-        if not storage.exists(bucket):
-            return InputError(
-                f"{bucket}: the bucket does not exist at this endpoint; correct its name, or storage.endpoint "
-                "(AWS_ENDPOINT_URL)",
-                "data/no-bucket",
-            )
         return InputError(f"{folder}: no object lies below this prefix; {expected} are expected there", "data/no-files")
-    state = "is empty" if storage.exists(folder) else "does not exist"
+    state = "is empty" if is_there else "does not exist"
     return InputError(f"{folder}: the folder {state}; {expected} are expected there", "data/no-files")
 
 
