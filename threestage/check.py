@@ -9,7 +9,7 @@ from pathlib import Path
 
 from threestage import lease
 from threestage.budget import bought
-from threestage.checks.data import classes_fit, input_fits
+from threestage.checks.data import classes_fit, input_fits, sides_differ
 from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.checks.steps import Measured, Specification, measure_here
 from threestage.checks.words import duration_line, step_line
@@ -69,11 +69,12 @@ def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[Line]:
     fits = not_tried(["input"], sorted(missing)) if missing else input_line()
     yield fits
     if "data.root" in wrong:
-        yield not_tried(["classes"], ["data.root"])
+        yield not_tried(["classes", "split"], ["data.root"])
         return
-    classes = tried("classes", config.data.root, lambda: classes_fit(config, run))
-    same = classes.problem is not None and classes.problem == fits.problem
-    yield not_tried(["classes"], ["input"]) if same else classes
+    for name, find in (("classes", classes_fit), ("split", sides_differ)):
+        line = tried(name, config.data.root, partial(find, config, run))
+        same = line.problem is not None and line.problem == fits.problem
+        yield not_tried([name], ["input"]) if same else line
 
 
 def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[Line]:
@@ -165,6 +166,8 @@ def places(config: Config, out: str) -> list[Probe]:
         probes.append(store_check.images("data.unlabelled", config.data.unlabelled))
     if config.data.labelled_list is not None:
         probes.append(store_check.file("data.labelled", config.data.labelled_list))
+    if config.data.group_list is not None:
+        probes.append(store_check.file("data.group", config.data.group_list))
     if config.network.weights is not None:
         probes.append(store_check.file("network.weights", config.network.weights))
     return [*probes, store_check.writable("--out", out)]

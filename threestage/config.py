@@ -238,7 +238,9 @@ class Config(Settings):
     def with_absolute_paths(self) -> Self:
         """The same with paths that hold in any process, whatever folder it runs in."""
         unlabelled = self.data.unlabelled and storage.absolute(self.data.unlabelled)
-        data = self.data.model_copy(update={"root": storage.absolute(self.data.root), "unlabelled": unlabelled})
+        group = self.data.group if self.data.group_list is None else storage.absolute(self.data.group_list)
+        places = {"root": storage.absolute(self.data.root), "unlabelled": unlabelled, "group": group}
+        data = self.data.model_copy(update=places)
         weights = self.network.weights and storage.absolute(self.network.weights)
         return self.model_copy(update={"data": data, "network": self.network.model_copy(update={"weights": weights})})
 
@@ -271,6 +273,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.max_image_pixels",
         "data.labelled",
         "data.split_seed",
+        "data.group",
         "data.validation",
         *OF_THE_RUN,
     }

@@ -49,7 +49,7 @@ from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
 from threestage.settings import Settings
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
-from threestage.verdict import judge
+from threestage.verdict import EARLIER_VERSION, NO_CONTROL, judge
 
 RunStage = Callable[[StageTask], None]
 PredictPool = Callable[
@@ -119,7 +119,7 @@ def run(
                  "labelled": len(split.labelled), "validation": len(split.validation),
                  "pool": rows_of(pool())},
         "stages": stages,
-        "verdict": run_.verdict(stages),
+        **run_.verdict(stages),
         "reused": elsewhere,
     }  # fmt: skip
     storage.write_json(storage.join(out, "results.json"), results)
@@ -257,7 +257,7 @@ def _read_or_make_split(config: Config, out: str, elsewhere: str | None, manifes
 
 
 def _split_record(config: Config, split: Split) -> dict[str, Any]:
-    settings = config.data.model_dump(mode="json", include={"labelled", "split_seed", "validation"})
+    settings = config.data.model_dump(mode="json", include={"labelled", "split_seed", "validation", "group"})
     return {"settings": settings, "split": split.model_dump(mode="json")}
 
 
@@ -531,13 +531,20 @@ class _Run:
             made=made,
         )
 
-    def verdict(self, stages: Mapping[StageName, Mapping[str, Any]]) -> dict[str, Any] | None:
-        """Whether the unlabelled images paid, as plain JSON; None where that cannot be measured, or no stage learnt from them."""
+    def verdict(self, stages: Mapping[StageName, Mapping[str, Any]]) -> dict[str, Any]:
+        """Whether the unlabelled images paid, as plain JSON: `verdict`, or why there is none, if any stage learnt from them."""
+        if self.config.stage1.unlabelled_batch > 0:
+            return {"verdict": None, "no_verdict": NO_CONTROL}
         if len(stages) < 2:
-            return None
+            return {"verdict": None}
         first, *_, last = map(self.folder, stages)
-        verdict = judge(first, last, stages, self.config.seed, self.config.stage1.strong_view)
-        return None if verdict is None else verdict.model_dump(mode="json")
+        strong_view, groups = self.config.stage1.strong_view, self.split.groups
+        verdict = judge(first, last, stages, self.config.seed, strong_view, groups)
+        return (
+            {"verdict": None, "no_verdict": EARLIER_VERSION}
+            if verdict is None
+            else {"verdict": verdict.model_dump(mode="json")}
+        )
 
     def outcome(
         self, stage: StageName, summary: dict[str, float], done: dict[str, Any], lineage: Lineage

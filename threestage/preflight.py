@@ -8,7 +8,7 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.config import Config, StageName, changed
-from threestage.data import storage
+from threestage.data import near_copies, storage
 from threestage.data.batches import SampleSet, share_of
 from threestage.data.class_pixels import check_class_pixels
 from threestage.data.listing import first_image
@@ -25,19 +25,22 @@ WAYS_OUT: dict[str, Any] = {"network.head": "deeplabv2", "cluster.workers": 1, "
 def check_run(
     config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet, warn: Callable[[str], None]
 ) -> list[int]:
-    """Pixels of each class in the labelled masks. Warns of classes without any.
+    """Pixels of each class in the labelled masks. Warns of classes without any, and of near-copies among the images.
 
     Raises:
         InputError: the run could not go well.
     """
     check_settings(config.network)
     check_batches(config, manifest, labelled, validation)
-    counts = _count_pixels(manifest, labelled)
+    counts, labelled_looks = _look(manifest, labelled)
     warning = check_class_pixels(config.data.root, manifest.classes, counts, masks_in_words(len(labelled)))
     if warning is not None:
         warn(warning)
-    if sum(_count_pixels(manifest, validation)) == 0:
+    validation_counts, validation_looks = _look(manifest, validation)
+    if sum(validation_counts) == 0:
         raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}")
+    if (doubt := near_copies.doubt(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
+        warn(doubt)
     return counts
 
 
@@ -211,13 +214,16 @@ def _pooled_problem(config: Config, stage: StageName, labelled_batch: int) -> st
     )
 
 
-def _count_pixels(manifest: Manifest, samples: SampleSet) -> list[int]:
-    """Pixels per class. InputError names the image whose mask holds an id that is neither a class nor 255."""
-    classes = len(manifest.classes)
+def _look(manifest: Manifest, samples: SampleSet) -> tuple[list[int], list[near_copies.Gradients]]:
+    """Pixels per class, and the gradients of every image. InputError names the image whose mask holds an id that is neither a
+    class nor 255."""
+    classes, gradients = len(manifest.classes), []
     counts = np.zeros(256, np.int64)
-    for index in range(len(samples)):
-        counts += pixels_by_id(samples.samples[index].image_id, samples.decoded(index).maps["mask"], classes)
-    return counts[:classes].tolist()
+    for index, image_id in enumerate(samples.ids):
+        decoded = samples.decoded(index)
+        counts += pixels_by_id(image_id, decoded.maps["mask"], classes)
+        gradients.append(near_copies.gradients(decoded.image))
+    return counts[:classes].tolist(), gradients
 
 
 def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:

@@ -109,7 +109,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     student = None if state.teacher is None else score(state.student).confusion
     if worker.rank == 0:
         worker.checkpoints.wait()
-        write_image_counts(task.folder, [sample.image_id for sample in data.validation.samples], last[0].images)
+        write_image_counts(task.folder, data.validation.ids, last[0].images)
         publish(task, state, card, last[0].confusion, student)
 
 

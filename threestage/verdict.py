@@ -20,6 +20,10 @@ from threestage.training.metrics import iou_of_counts
 Outcome = Literal["pays", "does not pay", "cannot be told"]
 RESAMPLES = 2000
 LEVEL = 0.95
+EARLIER_VERSION = "an earlier version of threestage trained some stage"
+NO_CONTROL = (
+    "stage 1 learnt from them too, so this run has no control; train one with stage1.unlabelled_batch=0 to compare"
+)
 FEWEST = 6  # draws that all agree are significant at LEVEL from so many on: 2 · 0.5⁶ < 0.05
 
 
@@ -50,17 +54,19 @@ def judge(
     stages: Mapping[StageName, Mapping[str, Any]],
     seed: int,
     strong_view: bool,
-    groups: Sequence[str] = (),
+    groups: Mapping[str, str] = {},
 ) -> Verdict | None:
     """The verdict of a run; None where a stage has no counts per image (an earlier version trained it).
 
     first, last: folders of the first and the last stage. stages: `mean_iou` and `steps` of every stage, in order. groups: of
-    each validation image, where images of a group are alike; else empty.
+    each validation image, by its id, where images of a group are alike; else empty.
     """
     found, control = read_image_counts(last), read_image_counts(first)
     if found is None or control is None or found[0] != control[0] or found[1].shape != control[1].shape:
         return None
-    units = _summed(torch.stack([found[1], control[1]], dim=1), groups)
+    units = torch.stack([found[1], control[1]], dim=1)
+    if groups:
+        units = _summed(units, [groups[image_id] for image_id in found[0]])
     against, *_, stage = stages
     low, high = interval(units, seed)
     return Verdict(
@@ -122,8 +128,6 @@ def _differences(counts: Tensor) -> Tensor:
 
 def _summed(counts: Tensor, groups: Sequence[str]) -> Tensor:
     """Counts of images (N,…) summed over each group."""
-    if not groups:
-        return counts
     _, places = np.unique(np.array(groups), return_inverse=True)
     sums = torch.zeros(int(places.max()) + 1, *counts.shape[1:], dtype=counts.dtype)
     return sums.index_add(0, torch.from_numpy(places), counts)
@@ -131,14 +135,11 @@ def _summed(counts: Tensor, groups: Sequence[str]) -> Tensor:
 
 def text(results: Mapping[str, Any]) -> str | None:
     """What results.json says of the unlabelled images, for people; None of a run that used none."""
-    if len(results.get("stages", ())) < 2:
-        return None
     verdict = verdict_in(results)
-    if verdict is None:
-        return (
-            "Whether the unlabelled images paid was not measured: an earlier version of threestage trained some stage."
-        )
-    return f"{_finding(verdict)} {_comparison(verdict)} {_delivered(verdict)}"
+    if verdict is not None:
+        return f"{_finding(verdict)} {_comparison(verdict)} {_delivered(verdict)}"
+    reason = results.get("no_verdict") or (EARLIER_VERSION if len(results.get("stages", ())) > 1 else None)
+    return None if reason is None else f"Whether the unlabelled images paid was not measured: {reason}."
 
 
 def _finding(verdict: Verdict) -> str:

@@ -69,7 +69,7 @@ def problem(find: Callable[[], object]) -> str:
 
 def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(config, tmp_path / "run")
-    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "cluster", "stage1",
+    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster", "stage1",
                            "stage2", "stage3", "duration"]  # fmt: skip
     assert not any(line.problem for line in found.values())
     assert "8 labelled images, 6 to validate on" in found["input"].value
@@ -111,7 +111,7 @@ def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: Non
     found = lines_of(changed(config, "data", root=str(tmp_path / "absent")), tmp_path / "run")
     assert [name for name, line in found.items() if line.problem] == ["data.root"]
     doubts = {name: line.doubt for name, line in found.items() if line.doubt}
-    assert set(doubts) == {"input", "classes", "stage1, stage2, stage3, duration"}
+    assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration"}
     assert set(doubts.values()) == {"not tried: needs data.root"}
 
 
@@ -190,6 +190,21 @@ def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest
     assert data.sample_of(ids) == (ids[0], ids[2], ids[4])
     sample = data._masks_of(config.data.root, manifest, "train", data.sample_of(ids))
     assert sample.keys() == {ids[0], ids[2], ids[4]}
+
+
+def test_near_copies_on_both_sides_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data.sides_differ(config, None) == Found(
+        f"no near-copies between 8 of 8 labelled and 6 of 6 validation images of {config.data.root}"
+    )
+    split = data.read_split(config, load_manifest(config.data.root), None)
+    shared = split.model_copy(update={"validation": split.labelled[:5], "validation_split": "carved"})
+    monkeypatch.setattr(data, "read_split", lambda *given: shared)
+    found = data.sides_differ(config, None)
+    assert str(found.doubt).startswith("5 of 5 validation images nearly equal a labelled one") and "data.group" in str(
+        found.doubt
+    )
+    monkeypatch.setattr(data, "SAMPLE_OF_IMAGES", 3)
+    assert "3 of 8 labelled and 3 of 5 validation" in data.sides_differ(config, None).value
 
 
 def test_the_split_of_a_run_that_has_begun(config: Config, tmp_path: Path) -> None:

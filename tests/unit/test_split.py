@@ -1,5 +1,6 @@
 """Why: a result is only comparable if its split is the same tomorrow, and nested in that of a greater label count."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_records import manifest_of, write_part
+from threestage.config import load
 from threestage.data.records import DataSettings
 from threestage.data.split import Split, _carve, make_split
 from threestage.errors import InputError
@@ -98,3 +100,112 @@ def test_a_list_that_cannot_be_taken(tmp_path: Path, content: bytes | None, word
         (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(InputError, match=words):
         split_of(tmp_path / "data", IDS, val=True, labelled=str(tmp_path / "list.txt"))
+
+
+# ---- Groups
+
+
+def drives(*sizes: int) -> list[str]:
+    """Frames of drives of so many frames: d0_000, d0_001 …"""
+    return [f"d{drive}_{frame:03d}" for drive, size in enumerate(sizes) for frame in range(size)]
+
+
+def drives_of(ids: Iterable[str]) -> set[str]:
+    return {image_id.split("_")[0] for image_id in ids}
+
+
+GROUP = r"^(d\d+)_"
+
+
+@pytest.mark.parametrize("labelled", ["all", 40, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_group_is_on_one_side(tmp_path: Path, labelled: int | float | str, seed: int) -> None:
+    split = split_of(tmp_path, drives(10, 20, 5, 5, 30, 10), group=GROUP, labelled=labelled, split_seed=seed)
+    assert split.labelled and split.validation
+    assert not drives_of(split.labelled) & drives_of(split.validation)
+    assert split.groups == {image_id: image_id.split("_")[0] for image_id in split.validation}
+    count = {"all": 80}.get(str(labelled), 40)
+    assert len(split.labelled) + len(split.validation) == count, "no more labels than asked for"
+    alone = split_of(tmp_path, drives(10, 20, 5, 5, 30, 10), labelled=labelled, split_seed=seed)
+    assert drives_of(alone.labelled) & drives_of(alone.validation), "a random split mixes them"
+
+
+def test_the_rule_for_groups_is_frozen(tmp_path: Path) -> None:
+    """The order of `printf 0:dN | sha256sum`, then that of `printf 0:dN_NNN | sha256sum`. Of three frames none validates yet:
+    1.5 < ceil(0.2 · 3) is false, as is 2 < ceil(0.2 · 7); 0.5 < ceil(0.2 · 8) is true."""
+    split = split_of(tmp_path, drives(3, 4, 3), group=GROUP, labelled=8)
+    assert split.labelled == ("d0_000", "d0_001", "d0_002", "d1_001", "d1_003", "d1_002", "d1_000")
+    assert split.validation == ("d2_001",)
+
+
+def test_labels_are_drawn_group_by_group(tmp_path: Path) -> None:
+    few, many = (
+        split_of(tmp_path, drives(10, 10, 10), group=GROUP, labelled=n, validation=0).labelled for n in (13, 25)
+    )
+    assert len(few) == 13 and len(drives_of(few)) == 2 and len(drives_of(many)) == 3
+    assert few == many[:13], "a smaller count is a subset of a greater one"
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=12), st.integers(1, 60))
+def test_carved_groups_are_whole_and_the_share_is_near(sizes: list[int], percent: int) -> None:
+    ids = drives(*sizes)
+    split = _carve(ids, percent / 100, {image_id: image_id.split("_")[0] for image_id in ids})
+    assert sorted(split.validation + split.labelled) == sorted(ids)
+    assert split.validation and split.labelled and not drives_of(split.labelled) & drives_of(split.validation)
+    assert abs(len(split.validation) - len(ids) * percent / 100) <= max(sizes)
+
+
+def test_groups_of_a_list_and_expressions_without_brackets(tmp_path: Path) -> None:
+    ids = drives(6, 6, 6)
+    (tmp_path / "scenes.csv").write_text(
+        "\n".join(["name,group,image_id", *(f"x,{i.split('_')[0]},{i}.png" for i in ids), "a,b,c"])
+    )
+    expected = split_of(tmp_path / "data", ids, group=GROUP)
+    assert split_of(tmp_path / "data", ids, group=str(tmp_path / "scenes.csv")) == expected
+    assert split_of(tmp_path / "data", ids, group=r"d\d+") == expected
+    assert split_of(tmp_path / "data", ids, group=r"nothing|(d\d+)_") == expected
+
+
+def test_a_group_of_the_val_split_is_not_learnt_from(tmp_path: Path) -> None:
+    ids = ["v1_1", "v1_2", "a_1", "a_2"]
+    split = split_of(tmp_path, ids, val=True, group=r"[a-z]\d?")
+    assert sorted(split.labelled) == ["a_1", "a_2"] and split.validation == ("v1", "v2")
+    assert split.groups == {"v1": "v1", "v2": "v2"}
+    assert len(split_of(tmp_path, ids, val=True).labelled) == 4, "without groups, all are"
+    (tmp_path / "list.txt").write_text("a_1\nv1_2\n")
+    with pytest.raises(InputError, match=r"1 of its 2 images .* v1_2 first.*data/group-on-both-sides"):
+        split_of(tmp_path, ids, val=True, group=r"[a-z]\d?", labelled=str(tmp_path / "list.txt"))
+    with pytest.raises(InputError, match="has 2 labelled train images outside the groups of its val split"):
+        split_of(tmp_path, ids, val=True, group=r"[a-z]\d?", labelled=3)
+    with pytest.raises(InputError, match="data/group-on-both-sides"):
+        split_of(tmp_path, ["v1_1", "v2_2"], val=True, group=r"[a-z]\d?")
+
+
+@pytest.mark.parametrize(
+    ("group", "content", "expected"),
+    [
+        (r"^x", None, r"data\.group=\^x: 12 of 12 labelled images have no group, d0_000 first.*\[data/no-group\]"),
+        ("scenes.csv", None, "no such file"),
+        ("scenes.csv", b"\xff\xfe", "not UTF-8 text"),
+        ("scenes.csv", b"", r"columns none.*\[data/group-columns\]"),
+        ("scenes.csv", b"image,scene\nd0_000,a\n", r"columns \['image', 'scene'\].*\[data/group-columns\]"),
+        ("scenes.csv", b"image_id,group\nd0_000,a\n,b\nd0_001\n", r"11 of 12 .* d0_001 first.*\[data/no-group\]"),
+        ("scenes.csv", b"image_id,group\nd0_000,\x00\n", "data/"),
+    ],
+)
+def test_groups_that_cannot_be_taken(tmp_path: Path, group: str, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / group).write_bytes(content)
+    place = str(tmp_path / group) if group.endswith(".csv") else group
+    with pytest.raises(InputError, match=expected):
+        split_of(tmp_path / "data", drives(6, 6), group=place)
+
+
+def test_an_expression_that_is_none_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.group='\(d': is neither a regular expression"):
+        load("demo", ["data.root=x", "data.group=(d"])
+
+
+def test_one_group_cannot_be_divided(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"in 1 group by data\.group, and data\.validation 0\.2 takes them all"):
+        split_of(tmp_path, drives(12), group=GROUP)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from itertools import permutations, product
@@ -20,6 +21,8 @@ from threestage import local, runs
 from threestage.cli import main
 from threestage.config import StageName
 from threestage.data import storage
+from threestage.data.records import labelled_ids, load_manifest
+from threestage.errors import InputError
 from threestage.evaluation import read_image_counts, write_image_counts
 from threestage.local import run_local
 from threestage.predict import open_model
@@ -28,7 +31,18 @@ from threestage.registry.models import _decide
 from threestage.report_page.figures import read_run
 from threestage.seeds import derive_seed
 from threestage.training.metrics import class_counts, mean_iou
-from threestage.verdict import FEWEST, RESAMPLES, Verdict, best_stage, interval, judge, outcome, text, verdict_in
+from threestage.verdict import (
+    FEWEST,
+    NO_CONTROL,
+    RESAMPLES,
+    Verdict,
+    best_stage,
+    interval,
+    judge,
+    outcome,
+    text,
+    verdict_in,
+)
 
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
@@ -48,7 +62,7 @@ def matrices(images: int, right: float, seed: int = 0) -> Tensor:
     return torch.from_numpy(found)
 
 
-def judged(folder: Path, last: Tensor, control: Tensor, seed: int = 0, groups: tuple[str, ...] = ()) -> Verdict:
+def judged(folder: Path, last: Tensor, control: Tensor, seed: int = 0, groups: Mapping[str, str] = {}) -> Verdict:
     ids = [str(number) for number in range(len(last))]
     for name, found in (("last", last), ("control", control)):
         write_image_counts(str(folder / name), ids, class_counts(found))
@@ -140,7 +154,7 @@ def test_images_of_a_group_count_together(tmp_path: Path) -> None:
     """Twenty frames of four scenes are four independent images."""
     last, control = matrices(20, 0.9, seed=1), matrices(20, 0.6, seed=2)
     alone = judged(tmp_path, last, control)
-    grouped = judged(tmp_path, last, control, groups=tuple(f"scene{i % 4}" for i in range(20)))
+    grouped = judged(tmp_path, last, control, groups={str(i): f"scene{i % 4}" for i in range(20)})
     assert (alone.outcome, alone.groups) == ("pays", None)
     assert (grouped.outcome, grouped.groups, grouped.images) == ("cannot be told", 4, 20)
     assert grouped.difference == alone.difference and grouped.interval != alone.interval
@@ -204,6 +218,7 @@ def test_a_run_without_a_verdict_says_so_and_one_without_unlabelled_images_says_
         assert verdict_in(results) is None
         assert "was not measured" in (text({"stages": dict.fromkeys(STAGES), **results}) or "")
         assert text({"stages": {"stage1": {}}, **results}) is None
+        assert "no control" in (text({"stages": {"stage1": {}}, **results, "no_verdict": NO_CONTROL}) or "")
     assert verdict_in([]) is None
 
 
@@ -289,9 +304,50 @@ def test_a_stage_of_an_earlier_version_gives_no_verdict(scenes: Path, run: Path)
     assert open_model(str(run), RegistrySettings())[1].stage == "stage2", "as such a run always was read"
 
 
-def test_one_stage_alone_has_no_verdict(scenes: Path, tmp_path: Path) -> None:
-    results = run_local(tiny_config(scenes, stages=1), str(tmp_path), quiet)
-    assert results["verdict"] is None and text(results) is None
+def test_groups_are_resampled_and_belong_to_the_run(scenes: Path, tmp_path: Path) -> None:
+    """Scenes 0 to 5 validate; by their last digit's half they are three groups."""
+    (tmp_path / "scenes.csv").write_text("image_id,group\n" + "".join(f"{i},{group_of(i)}\n" for i in every_id(scenes)))
+    config = tiny_config(scenes, stages=2, data__group=str(tmp_path / "scenes.csv"))
+    results = run_local(config, str(tmp_path / "run"), quiet)
+    verdict = verdict_in(results)
+    assert verdict is not None and (verdict.images, verdict.groups, verdict.outcome) == (6, 3, "cannot be told")
+    assert len(json.loads((tmp_path / "run/split.json").read_text())["split"]["groups"]) == 6
+    (tmp_path / "scenes.csv").unlink()
+    assert run_local(config, str(tmp_path / "run"), quiet)["verdict"] == results["verdict"], "the split is read again"
+    with pytest.raises(InputError, match=r"split.json was made with data.group="):
+        run_local(tiny_config(scenes, stages=2), str(tmp_path / "run"), quiet)
+
+
+def every_id(scenes: Path) -> list[str]:
+    manifest = load_manifest(str(scenes))
+    return [*labelled_ids(str(scenes), manifest, "train"), *labelled_ids(str(scenes), manifest, "val")]
+
+
+def group_of(image_id: str) -> str:
+    split, number = image_id.rsplit("/", 1)[0], int(re.sub(r"\D", "", image_id))
+    return f"{split}{number // 2}"
+
+
+def test_near_copies_are_a_warning_of_the_run(scenes: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    ids = sorted(labelled_ids(str(scenes), load_manifest(str(scenes)), "train"))[:4]
+    split = {"labelled": ids, "validation": ids[:2], "validation_split": "carved"}
+    settings = {"labelled": 8, "split_seed": 0, "validation": 0.2}
+    storage.write_json(str(tmp_path / "run/split.json"), {"settings": settings, "split": split})
+    config = tiny_config(scenes, stages=1, pseudo_mask__of_last_stage=False)
+    run_local(config, str(tmp_path / "run"), quiet, warnings.append)
+    assert (
+        len([text for text in warnings if text.startswith("2 of 2 validation images nearly equal a labelled one")]) == 1
+    )
+
+
+@pytest.mark.parametrize("unlabelled", [0, 2])
+def test_one_stage_alone_has_no_verdict(scenes: Path, tmp_path: Path, unlabelled: int) -> None:
+    """It is the control, unless it learns the pool too."""
+    config = tiny_config(scenes, stages=1, stage1__unlabelled_batch=unlabelled)
+    results = run_local(config, str(tmp_path), quiet)
+    assert results["verdict"] is None
+    assert (text(results) is None) == (unlabelled == 0) and ("no control" in (text(results) or "")) == (unlabelled > 0)
 
 
 @pytest.mark.parametrize("choice", ["stage1", "stage2"])

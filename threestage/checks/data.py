@@ -1,22 +1,32 @@
-"""Whether the data set fits the settings: images against batches, the ids in its masks against its classes."""
+"""Whether the data set fits the settings: images against batches, masks against classes, validation against training."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from threestage.checks.lines import Found
 from threestage.config import Config
-from threestage.data import storage
+from threestage.data import near_copies, storage
 from threestage.data.batches import SampleSet
 from threestage.data.class_pixels import LEAST_CLASSES, check_class_pixels
-from threestage.data.records import Manifest, SplitName, decode_mask, files_with_masks, load_manifest, pool_files
-from threestage.data.samples import Sample
+from threestage.data.records import (
+    Manifest,
+    SplitName,
+    decode_mask,
+    files_with_masks,
+    labelled_rows,
+    load_manifest,
+    pool_files,
+)
+from threestage.data.samples import Sample, samples_of
 from threestage.data.split import Split, make_split, saved_split
-from threestage.errors import InputError
+from threestage.errors import InputError, StageFailure
 from threestage.models.network import check_settings
 from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
 
 SAMPLE = 64  # masks
+SAMPLE_OF_IMAGES = 256  # on each side of a split
 
 
 def read_split(config: Config, manifest: Manifest, out: str | None) -> Split:
@@ -71,6 +81,36 @@ def classes_fit(config: Config, out: str | None) -> Found:
 def sample_of(ids: Sequence[str]) -> Sequence[str]:
     """At most SAMPLE ids, evenly among them."""
     return ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
+
+
+def sides_differ(config: Config, out: str | None) -> Found:
+    """Doubts near-copies of labelled images among the validation images, in a sample of both. Raises InputError where an image
+    cannot be read."""
+    root, manifest = config.data.root, load_manifest(config.data.root)
+    split = read_split(config, manifest, out)
+    validating: SplitName = "val" if split.validation_split == "val" else "train"
+    labelled, validation = _evenly(split.labelled), _evenly(split.validation)
+    doubt = near_copies.doubt(
+        *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
+    )
+    sides = ((labelled, split.labelled, "labelled"), (validation, split.validation, "validation"))
+    looked_at = " and ".join(f"{len(some)} of {len(every)} {name}" for some, every, name in sides)
+    return Found(f"no near-copies between {looked_at} images of {root}", doubt)
+
+
+def _evenly(ids: Sequence[str]) -> Sequence[str]:
+    return ids[:: max(1, math.ceil(len(ids) / SAMPLE_OF_IMAGES))]
+
+
+def _seen(
+    config: Config, manifest: Manifest, split: SplitName, ids: Sequence[str]
+) -> tuple[list[str], list[near_copies.Gradients]]:
+    rows = labelled_rows(config.data.root, manifest, split, ids)
+    samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale)
+    try:
+        return samples.ids, [near_copies.gradients(samples.decoded(index).image) for index in range(len(samples))]
+    except StageFailure as error:
+        raise InputError(f"{error}; ingest it again", "data/unreadable-image") from None
 
 
 def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> np.ndarray:

@@ -100,6 +100,10 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def ids(self) -> list[str]:
+        return [sample.image_id for sample in self.samples]
+
     def digest(self) -> str:
         """sha256 over ids, images and masks: what was trained or validated on."""
         whole = hashlib.sha256()

@@ -9,6 +9,7 @@ root/shards/, root/listing/             what an ingest has done, so that it can 
 """
 
 import io
+import re
 import struct
 from collections.abc import Collection
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from threestage.data import storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
@@ -72,6 +73,7 @@ RECORD_SCHEMA = pa.schema(
 )
 
 
+GROUP_LIST = ".csv"
 LabelledIds = Annotated[str, Field(min_length=1)]
 """\"all\", or where the list of them lies."""
 
@@ -100,10 +102,32 @@ class DataSettings(Settings):
         lt=1,
         description="share of the labels set aside to validate on, where the data set has no val split",
     )
+    group: str | None = Field(
+        default=None,
+        min_length=1,
+        description="what images of one scene share, so that they stay on one side of training and validation: a regular "
+        "expression on the image id (its first group in brackets, else all that matches), or a path or URI of a .csv file with "
+        "the columns image_id and group",
+    )
     downscale: int = Field(default=1, ge=1)
     fixed_void: float | None = Field(default=None, gt=0, le=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
+
+    @field_validator("group")
+    @classmethod
+    def _group_is_an_expression(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(GROUP_LIST):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is neither a regular expression ({error}) nor a {GROUP_LIST} file") from None
+        return value
+
+    @property
+    def group_list(self) -> str | None:
+        """Where the groups of the images are listed."""
+        return self.group if self.group is not None and self.group.endswith(GROUP_LIST) else None
 
     @property
     def labelled_list(self) -> str | None:

@@ -1,10 +1,16 @@
 """Which labels a run may see and what it validates on: one rule, from a seed and the image ids alone."""
 
+import csv
 import hashlib
 import math
 import posixpath
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import groupby
 from typing import Any, Literal
+
+from pydantic import Field
 
 from threestage.data import storage
 from threestage.data.pairs import Paths
@@ -15,11 +21,13 @@ from threestage.settings import Settings
 
 class Split(Settings):
     """Image ids. `labelled`: train rows whose masks may be used. `validation`: rows of the val split ("val"), or train
-    rows taken out of the labelled ones ("carved"), which the pool must leave out as well."""
+    rows taken out of the labelled ones ("carved"), which the pool must leave out as well. `groups`: of each validation image,
+    empty without `data.group`."""
 
     labelled: tuple[str, ...]
     validation: tuple[str, ...]
     validation_split: Literal["carved", "val"]
+    groups: dict[str, str] = Field({})
 
 
 def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
@@ -41,32 +49,98 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
        n, which are ceil(n·v) images for v = `validation`, are carved off to validate; the rest are trained on.
 
     So a smaller `labelled` gives subsets of what a greater one gives, and images added later leave the others' order.
+
+    With `group`, the order is that of sha256("{split_seed}:{group}") first, the last group of the n may be cut, whole groups are
+    carved (see `_carve`), and candidates of a group that the val split has are left out.
+
     Raises InputError when there are fewer candidates than asked for, or too few to carve from, or a listed one has no mask.
     """
-    candidates = sorted(labelled_ids(root, manifest, "train"), key=lambda image_id: _key(settings.split_seed, image_id))
+    train, validation = labelled_ids(root, manifest, "train"), labelled_ids(root, manifest, "val")
+    groups = _groups(settings, [*train, *validation])
+
+    def order(image_id: str) -> tuple[str, str]:
+        group = groups.get(image_id, image_id)
+        return _key(settings.split_seed, group), _key(settings.split_seed, image_id)
+
+    validating = {groups[image_id] for image_id in validation} if groups else set()
+    candidates = sorted((i for i in train if groups.get(i) not in validating), key=order)
+    if train and not candidates:
+        raise InputError(
+            f"{root}: every labelled train image is of a group that the val split has, by data.group={settings.group}; "
+            "change data.group, or the val split",
+            "data/group-on-both-sides",
+        )
     if settings.labelled_list is not None:
-        chosen = _listed(root, settings.labelled_list, candidates)
+        chosen = _listed(root, settings.labelled_list, candidates, set(train) - set(candidates))
     else:
-        chosen = candidates[: _count(root, settings, len(candidates))]
-    validation = labelled_ids(root, manifest, "val")
+        chosen = candidates[: _count(root, settings, len(candidates), len(train))]
     if validation:
-        return Split(labelled=tuple(chosen), validation=tuple(validation), validation_split="val")
-    return _carve(chosen, settings.validation)
+        return Split(
+            labelled=tuple(chosen),
+            validation=tuple(validation),
+            validation_split="val",
+            groups={image_id: groups[image_id] for image_id in validation} if groups else {},
+        )
+    return _carve(chosen, settings.validation, groups)
+
+
+def _groups(settings: DataSettings, ids: Sequence[str]) -> dict[str, str]:
+    """The group of every image; empty without `data.group`. InputError where an image has none."""
+    if settings.group is None:
+        return {}
+    if settings.group_list is not None:
+        found = _listed_groups(settings.group_list, Paths({image_id: image_id for image_id in ids}))
+    else:
+        matches = {image_id: re.search(settings.group, image_id) for image_id in ids}
+        found = {image_id: _matched(match) for image_id, match in matches.items() if match is not None}
+    if missing := [image_id for image_id in ids if not found.get(image_id)]:
+        raise InputError(
+            f"data.group={settings.group}: {len(missing)} of {len(ids)} labelled images have no group, {missing[0]} first; "
+            "change it so that every labelled image has one",
+            "data/no-group",
+        )
+    return found
+
+
+def _matched(match: re.Match[str]) -> str:
+    return next((group for group in match.groups() if group is not None), match[0])
+
+
+def _listed_groups(uri: str, known: Paths) -> dict[str, str]:
+    """From the columns image_id (or a file's name) and group."""
+    rows = csv.DictReader(_lines(f"data.group={uri}", uri, "a .csv file with the columns image_id and group"))
+    try:
+        table = [(row.get("image_id") or "", row.get("group") or "") for row in rows]
+    except csv.Error as error:
+        raise InputError(f"data.group={uri}: is no .csv file ({error}); write it again", "data/group-columns") from None
+    if not {"image_id", "group"} <= set(rows.fieldnames or ()):
+        raise InputError(
+            f"data.group={uri}: its first line has the columns {rows.fieldnames or 'none'}; name them image_id and group",
+            "data/group-columns",
+        )
+    found = {_id_of(name.strip(), known): group.strip() for name, group in table if name.strip()}
+    return {image_id: group for image_id, group in found.items() if image_id is not None}
 
 
 def _key(seed: int, image_id: str) -> str:
     return hashlib.sha256(f"{seed}:{image_id}".encode()).hexdigest()
 
 
-def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
-    """The candidates that the lines of a file name: a line is an id or a file's name, or begins with one and a space."""
+def _lines(key: str, uri: str, instead: str) -> list[str]:
+    """Of a text file that a setting names. InputError says what to give `instead`."""
     try:
-        named = storage.read_lines(uri)
+        return storage.read_lines(uri)
     except FileNotFoundError:
-        raise InputError(
-            f"data.labelled={uri}: no such file; give a count, a fraction below 1, all, or a file with an image id a line"
-        ) from None
-    known = Paths({image_id: image_id for image_id in candidates})
+        raise InputError(f"{key}: no such file; give {instead}") from None
+
+
+def _listed(root: str, uri: str, candidates: list[str], left_out: set[str]) -> list[str]:
+    """The candidates that the lines of a file name: a line is an id or a file's name, or begins with one and a space.
+
+    left_out: train images of a group that the val split has; InputError where one is listed.
+    """
+    named = _lines(f"data.labelled={uri}", uri, "a count, a fraction below 1, all, or a file with an image id a line")
+    known = Paths({image_id: image_id for image_id in (*candidates, *left_out)})
     wanted = [_id_of(line, known) for line in named]
     if not named:
         raise InputError(f"data.labelled={uri} is empty; give a file with an image id a line")
@@ -74,6 +148,12 @@ def _listed(root: str, uri: str, candidates: list[str]) -> list[str]:
         raise InputError(
             f"data.labelled={uri}: {len(missing)} of its {len(named)} images are no train images with a mask in {root}, "
             f"{missing[0]} first (there, ids are like {candidates[0] if candidates else 'none'}): mend the list, or ingest them"
+        )
+    if both := sorted(left_out & set(wanted)):
+        raise InputError(
+            f"data.labelled={uri}: {len(both)} of its {len(named)} images are of a group of the val split, {both[0]} first; take "
+            " them out of the list, or change data.group",
+            "data/group-on-both-sides",
         )
     chosen = set(wanted)
     return [image_id for image_id in candidates if image_id in chosen]
@@ -85,7 +165,7 @@ def _id_of(line: str, known: Paths) -> str | None:
     return next(filter(None, map(known.find, candidates)), None)
 
 
-def _count(root: str, settings: DataSettings, candidates: int) -> int:
+def _count(root: str, settings: DataSettings, candidates: int, labelled: int) -> int:
     if candidates == 0:
         raise InputError(f"{root}: no train image has a mask; add labels with `threestage ingest`")
     if settings.labelled == "all":
@@ -94,22 +174,35 @@ def _count(root: str, settings: DataSettings, candidates: int) -> int:
         return max(1, round(settings.labelled * candidates))
     assert isinstance(settings.labelled, int)
     if settings.labelled > candidates:
+        outside = "" if candidates == labelled else " outside the groups of its val split"
         raise InputError(
-            f"data.labelled is {settings.labelled}, but {root} has {candidates} labelled train images; ask for fewer"
+            f"data.labelled is {settings.labelled}, but {root} has {candidates} labelled train images{outside}; ask for fewer"
         )
     return settings.labelled
 
 
-def _carve(chosen: list[str], share: float) -> Split:
+def _carve(chosen: Sequence[str], share: float, groups: Mapping[str, str] = {}) -> Split:
+    """A group of g images validates if v validate so far and v + g/2 < ceil(share · images up to its last); where none does, the
+    smallest group does. Without groups every image is one, so exactly ceil(share · n) validate."""
     exact = Fraction(str(share))
-    carved = [math.ceil((i + 1) * exact) > math.ceil(i * exact) for i in range(len(chosen))]
-    if all(carved):
+    whole = [list(members) for _, members in groupby(chosen, lambda image_id: groups.get(image_id, image_id))]
+    labelled, validation = list[str](), list[str]()
+    for members in whole:
+        seen = len(labelled) + len(validation) + len(members)
+        carved = len(validation) + len(members) / 2 < math.ceil(seen * exact)
+        (validation if carved else labelled).extend(members)
+    if not validation and share > 0:
+        validation = min(whole, key=len)
+        labelled = [image_id for image_id in labelled if image_id not in set(validation)]
+    if not labelled:
+        together = f", in {len(whole)} group{'s' * (len(whole) > 1)} by data.group," if groups else ""
         raise InputError(
-            f"data.labelled gives {len(chosen)} labelled and data.validation {share} takes them all; "
+            f"data.labelled gives {len(chosen)} labelled{together} and data.validation {share} takes them all; "
             "label more, or give the data set a val split"
         )
     return Split(
-        labelled=tuple(image_id for image_id, taken in zip(chosen, carved, strict=True) if not taken),
-        validation=tuple(image_id for image_id, taken in zip(chosen, carved, strict=True) if taken),
+        labelled=tuple(labelled),
+        validation=tuple(validation),
         validation_split="carved",
+        groups={image_id: groups[image_id] for image_id in validation} if groups else {},
     )

@@ -61,7 +61,7 @@ def check_by_job(config: Config, out: str, address: str) -> Iterator[Line]:
 def _travels(config: Config, out: str) -> Found:
     """Raises InputError for what means nothing on another machine, or should not be sent there."""
     paths = {"--out": out, "data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
-    paths["data.labelled"] = config.data.labelled_list
+    paths |= {"data.labelled": config.data.labelled_list, "data.group": config.data.group_list}
     for name, path in {**paths, "network.weights": config.network.weights}.items():
         if path is not None and not anywhere(path):
             raise InputError(

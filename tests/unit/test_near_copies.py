@@ -1,0 +1,47 @@
+"""Why: a validation image that nearly equals a labelled one makes every score too high."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from threestage.data import near_copies
+from threestage.data.near_copies import doubt, gradients
+
+
+def photo(seed: int) -> np.ndarray:
+    """Smooth shapes, as in a photo: noise of a few cells, enlarged."""
+    cells = np.random.default_rng(seed).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(cells).resize((160, 120), Image.Resampling.BICUBIC))
+
+
+def changed(image: np.ndarray) -> np.ndarray:
+    """The next frame: two pixels further, darker, with noise."""
+    moved = np.roll(image, 2, axis=1).astype(np.float32) * 0.8
+    return np.clip(moved + np.random.default_rng(0).normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+
+
+def test_a_neighbouring_frame_is_found_and_another_image_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled = [gradients(photo(seed)) for seed in range(30)]
+    validation = [gradients(photo(seed)) for seed in range(100, 105)] + [gradients(changed(photo(7)))]
+    for at_once in (1, 4, 256):
+        monkeypatch.setattr(near_copies, "AT_ONCE", at_once)
+        assert list(near_copies.near_copies(validation, labelled)) == [(5, 7)]
+    ids = [f"l{number}" for number in range(30)], [f"v{number}" for number in range(6)]
+    said = doubt(ids[0], labelled, ids[1], validation)
+    assert said is not None and said.startswith(
+        "1 of 6 validation images nearly equal a labelled one (v5 and l7 first)"
+    )
+    assert "data.group" in said
+    assert doubt(ids[0], labelled, ids[1][:5], validation[:5]) is None
+
+
+def test_images_of_one_colour_and_no_images_are_no_copies() -> None:
+    plain = [gradients(np.full((40, 40, 3), value, np.uint8)) for value in (0, 120)]
+    assert doubt(["a", "b"], plain, ["c", "d"], plain) is None
+    assert doubt([], [], ["c", "d"], plain) is None and doubt(["a", "b"], plain, [], []) is None
+
+
+def test_images_of_any_size_are_compared() -> None:
+    image = photo(1)
+    assert float(gradients(image) @ gradients(image.repeat(2, 0).repeat(2, 1))) > 0.99
+    assert gradients(np.zeros((1, 1, 3), np.uint8)).shape == (2 * near_copies.SIDE**2,)
