@@ -377,15 +377,16 @@ def test_the_page_begins_with_the_verdict(run: Path) -> None:
 
 
 def test_the_end_of_a_run_prints_the_verdict(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = results_of(finished)
     expected = text(results)
     assert expected is not None
+    settings = ["--set", f"data.root={scenes}", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(runs, "run", lambda *arguments: results)
-    monkeypatch.setattr("sys.argv", ["threestage", "run", "demo", "--local", "--set", "data.root=x"])
+    monkeypatch.setattr("sys.argv", ["threestage", "run", "demo", "--local", *settings])
     with pytest.raises(SystemExit):
         main()
     assert expected in " ".join(capsys.readouterr().out.split())
-    assert local.main(["demo", "--out", "x", "--set", "data.root=x"]) == 0
+    assert local.main(["demo", *settings]) == 0
     assert expected in capsys.readouterr().out
