@@ -13,12 +13,13 @@ from threestage.checks.data import classes_fit, input_fits, sides_differ
 from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.checks.steps import Measured, Specification, measure_here
 from threestage.checks.words import duration_line, step_line
-from threestage.config import Config
+from threestage.config import Config, changed, refuse_unconfirmed_hosts
 from threestage.data import storage, store_check
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.store_check import Outcome, Probe
 from threestage.errors import InputError
-from threestage.tracking import redact, resolve_uri, sqlite_path, talking_to
+from threestage.registry import RegistrySettings
+from threestage.tracking import confirmed_uri, redact, resolve_uri, sqlite_path, talking_to
 from threestage.training.worker import default_device
 
 
@@ -38,10 +39,11 @@ def check(
             raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
         from threestage.on_ray.check_job import check_by_job
 
+        refuse_unconfirmed_hosts(config)
         yield from check_by_job(config, out, address)
         return
     if address is not None:
-        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": address})})
+        config = changed(config, {"cluster.address": address})
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     outcomes = store_check.try_all([*places(config, out), *([] if local else [_tracking(config)])])
@@ -188,12 +190,13 @@ def merged(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _tracking(config: Config) -> Probe:
-    uri = resolve_uri(config.registry.tracking_uri)
-    return Probe("registry.tracking_uri", redact(uri), lambda: _reach_tracking(uri))
+    settings = config.registry
+    return Probe("registry.tracking_uri", redact(resolve_uri(settings.tracking_uri)), lambda: _reach_tracking(settings))
 
 
-def _reach_tracking(uri: str) -> None:
+def _reach_tracking(settings: RegistrySettings) -> None:
     """The store answers; a database in a file that a run would make can be made."""
+    uri = confirmed_uri(settings.tracking_uri, settings.host_from)
     path = sqlite_path(uri)
     if path is None or path.exists():
         with talking_to(uri):

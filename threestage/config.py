@@ -3,7 +3,7 @@
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -15,6 +15,7 @@ from threestage.data import storage
 from threestage.data.records import DataSettings
 from threestage.data.storage import StorageSettings
 from threestage.errors import InputError, did_you_mean
+from threestage.hosts import CONFIRMING, host_of, refuse_unconfirmed
 from threestage.models.network import NetworkSettings, crop_fits, size_multiple
 from threestage.on_ray.settings import ClusterSettings
 from threestage.presets import preset_names as preset_names
@@ -289,7 +290,19 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     tree = config.model_dump(mode="json")
     for path, value in changes.items():
         _put(tree, path, value)
-    return validated(Config, tree)
+    files = {key: getattr(config, key.partition(".")[0]).host_from for key in CONFIRMING}
+    return _with_hosts_from(validated(Config, tree), files, changes)
+
+
+def _with_hosts_from(config: Config, files: Mapping[str, str | None], given: Collection[str]) -> Config:
+    """The configuration that knows which file named each host (dotted key → file); the user has named the keys, or whole
+    sections, in `given`."""
+    sections = {}
+    for key, file in files.items():
+        section = key.partition(".")[0]
+        if file is not None and not {key, section} & set(given):
+            sections[section] = getattr(config, section).with_host_from(file)
+    return config.model_copy(update=sections) if sections else config
 
 
 def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,6 +312,24 @@ def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         before = merged.get(key)
         merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
+
+
+def refuse_unconfirmed_hosts(config: Config) -> None:
+    """Raise InputError for a host that only a file names and that would get credentials, here or on another machine."""
+    for key, uri, file in _hosts(config):
+        refuse_unconfirmed(key, uri, file)
+
+
+def confirmed_hosts(config: Config) -> list[str]:
+    """The hosts that a file names, after `refuse_unconfirmed_hosts`."""
+    found = [host_of(key, uri) for key, uri, file in _hosts(config) if uri is not None and file is not None]
+    return sorted({host for host in found if host is not None})
+
+
+def _hosts(config: Config) -> list[tuple[str, str | None, str | None]]:
+    """Key, value and file of every setting that names a host."""
+    sections = {key: getattr(config, key.split(".")[0]) for key in CONFIRMING}
+    return [(key, getattr(section, key.split(".")[1]), section.host_from) for key, section in sections.items()]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -329,7 +360,10 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     tree = _read(source)
     for override in overrides:
         _apply(tree, override)
-    return validated(Config, tree)
+    file = None if source in preset_names() else source
+    return _with_hosts_from(
+        validated(Config, tree), dict.fromkeys(CONFIRMING, file), [text.partition("=")[0] for text in overrides]
+    )
 
 
 def validated(model: type[Model], tree: dict[str, Any]) -> Model:

@@ -202,14 +202,14 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
         raise InputError(f"{uri}: holds no settings of a run: bring it back from a copy, or give another run")
     reserve_variables()
     with lease.held(out, warn):
-        sender = Sender(open_registry(registry_of(settings, tracking_uri)), out, settings)
+        sender = Sender(open_registry(registry_of(settings, tracking_uri, uri)), out, settings)
         sender.send()
         sender.finish("FINISHED" if sender.complete else "KILLED")  # nobody drives it: the lease is ours
     return list(sender.versions.values())
 
 
-def registry_of(settings: Mapping[str, Any], tracking_uri: str | None) -> RegistrySettings:
-    """Where a run was recorded, from its config.json; `tracking_uri` instead, where it is given.
+def registry_of(settings: Mapping[str, Any], tracking_uri: str | None, file: str) -> RegistrySettings:
+    """Where a run was recorded, from `settings`, which `file` (config.json) holds; `tracking_uri` instead, if it is given.
 
     A password was left out of config.json: MLFLOW_TRACKING_URI counts, where it names the same store with one.
     """
@@ -217,7 +217,9 @@ def registry_of(settings: Mapping[str, Any], tracking_uri: str | None) -> Regist
     here = resolve_uri(None)
     if tracking_uri is None and where.tracking_uri == redact(here):
         tracking_uri = here
-    return where if tracking_uri is None else where.model_copy(update={"tracking_uri": tracking_uri})
+    if tracking_uri is None:
+        return where.with_host_from(file)
+    return where.model_copy(update={"tracking_uri": tracking_uri})
 
 
 def _outcome(out: str, stage: StageName) -> tuple[StageOutcome, str] | None:

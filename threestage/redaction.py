@@ -11,9 +11,7 @@ SECRET_KEYS = (
     "|(?:access|account|api|private)[_-]?key(?:_?id)?"
 )
 WEAK_KEYS = "auth|key|pass|pw|sas|jwt|pat|code|creds?|session"  # only where a URI or a connection string has its fields
-IN_QUERY = re.compile(
-    rf"(?i)(?<=[?&])((?:[\w.%-]{{0,80}}(?:{SECRET_KEYS})|{WEAK_KEYS})(?:%3d|=))[^&\s#'\"]+"
-)
+IN_QUERY = re.compile(rf"(?i)(?<=[?&])((?:[\w.%-]{{0,80}}(?:{SECRET_KEYS})|{WEAK_KEYS})(?:%3d|=))[^&\s#'\"]+")
 IN_FIELDS = re.compile(rf"(?i)(?<=[;#])((?:[\w.%-]{{0,80}}(?:{SECRET_KEYS})|{WEAK_KEYS})=)[^;&\s#'\"]+")
 IN_WORDS = re.compile(rf"(?i)((?<![^\s,({{'\"])[\w.-]{{0,80}}(?:{SECRET_KEYS})=['\"]?)[^;&\s#'\",]+")
 HEADER = re.compile(

@@ -7,7 +7,7 @@ from typing import Any
 
 from threestage import lease, pipeline
 from threestage.check import check_store, check_writable
-from threestage.config import Config, load
+from threestage.config import Config, load, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
@@ -48,6 +48,8 @@ def run(
     `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
     Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
     """
+    if not local:
+        refuse_unconfirmed_hosts(config)
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     if storage.exists(storage.join(out, "sweep.json")):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from threestage.budget import parse as parse_budget
-from threestage.config import Config, load
+from threestage.config import Config, confirmed_hosts, load, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.store_errors import without_secrets
 from threestage.errors import InputError
+from threestage.hosts import TRUSTED
 
 LIMIT_BYTES = 100 * 2**20  # Ray's own, of an upload
 SHOWN_FILES = 5
@@ -183,7 +184,9 @@ def _reachable(option: str, uri: str | None) -> str:
 
 
 def _refuse_what_travels(config: Config) -> None:
-    """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere."""
+    """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere.
+    A host that only a file names would get the cluster's credentials."""
+    refuse_unconfirmed_hosts(config)
     places = {"data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
     for key, place in {**places, "network.weights": config.network.weights}.items():
         if place is not None and not anywhere(place):
@@ -254,9 +257,17 @@ def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict
         required.append(TRACKING)
     if any(name in here for name in ENDPOINT) and job.needs_endpoint and sent.keys().isdisjoint(ENDPOINT):
         required.append("|".join(ENDPOINT))
+    if job.config is not None and TRUSTED not in sent:
+        sent |= _trusted(job.config)
     missed = [f"{name}?" for name in OF_STORAGE_AND_MLFLOW if name in here and name not in (*sent, *required)]
     names = list(dict.fromkeys([*required, *missed]))
     return sent | ({EXPECTED: ",".join(names)} if names else {})
+
+
+def _trusted(config: Config) -> dict[str, str]:
+    """The hosts that the job's file names and that are confirmed here: there, the job reads the same file."""
+    hosts = confirmed_hosts(config)
+    return {TRUSTED: ",".join(hosts)} if hosts else {}
 
 
 def resources(text: str | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from threestage.errors import InputError
+from threestage.hosts import refuse_unconfirmed
 from threestage.redaction import redact as redact
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 500, 5000, 250
@@ -101,6 +102,12 @@ def resolve_uri(setting: str | None) -> str:
     uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     path = sqlite_path(uri)
     return uri if path is None else f"sqlite:///{path}"
+
+
+def confirmed_uri(setting: str | None, file: str | None) -> str:
+    """As `resolve_uri`. Raise InputError for a host that only `file` names and that would get credentials."""
+    refuse_unconfirmed("registry.tracking_uri", setting, file)
+    return resolve_uri(setting)
 
 
 def sqlite_path(uri: str) -> Path | None:

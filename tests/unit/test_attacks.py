@@ -286,5 +286,5 @@ def test_a_pulled_model_brings_its_own_files_only(tmp_path: Path, monkeypatch: p
     version = type("Version", (), {"source": "", "tags": {}})
     monkeypatch.setattr(Models, "_find", lambda self, uri: version)
     monkeypatch.setattr(Models, "_download", lambda self, source, temporary: fetched)
-    folder = Models(f"sqlite:///{tmp_path}/mlflow.db", None).pull("models:/a/1", tmp_path / "work")
+    folder = Models(f"sqlite:///{tmp_path}/mlflow.db", None, "threestage").pull("models:/a/1", tmp_path / "work")
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "model.json"}

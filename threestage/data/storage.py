@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from threestage.errors import InputError
+from threestage.hosts import refuse_unconfirmed
 from threestage.redaction import redact
 from threestage.settings import Settings
 from threestage.user_text import lines_of
@@ -97,7 +98,11 @@ def _without_checksums() -> dict[str, str]:
 
 
 def configure(settings: StorageSettings) -> None:
-    """Make the settings this process's own, and those of the processes that it starts."""
+    """Make the settings this process's own, and those of the processes that it starts.
+
+    Raises InputError for an endpoint that only a file names (hosts.py).
+    """
+    refuse_unconfirmed("storage.endpoint", settings.endpoint, settings.host_from)
     os.environ.update(environment(settings))
 
 

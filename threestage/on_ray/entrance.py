@@ -14,6 +14,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from threestage.checks.lines import Found
 from threestage.errors import InputError
+from threestage.hosts import refuse_unconfirmed
 from threestage.on_ray.settings import ClusterSettings
 
 ANSWER_S = 5.0
@@ -22,10 +23,13 @@ OPEN = "it asks for no token: whoever reaches it can run programs there; start i
 
 
 def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
-    """What names the cluster that a run connects to, and its address; None where a run starts Ray on its machine."""
+    """What names the cluster that a run connects to, and its address; None where a run starts Ray on its machine.
+
+    Raises InputError for an address that only a file names (hosts.py)."""
     if ray.is_initialized():
         return "cluster.address", ray.get_runtime_context().gcs_address
     if cluster.address is not None:
+        refuse_unconfirmed("cluster.address", cluster.address, cluster.host_from)
         return "cluster.address", cluster.address
     return ("RAY_ADDRESS", os.environ["RAY_ADDRESS"]) if os.environ.get("RAY_ADDRESS") else None
 

@@ -12,6 +12,7 @@ from typing import Any
 from threestage.errors import InputError, did_you_mean
 from threestage.lineage import AT_SIZE, Lineage
 from threestage.registry.records import StageRecord
+from threestage.registry.sources import refuse_foreign_source
 from threestage.tracking import TRANSFER_S, clean_tags, quoted, redact, redact_tree, talking_to
 
 RUN_KEY, STAGE, DIGEST, COMPLETE = (f"threestage.{key}" for key in ("run_key", "stage", "model_digest", "complete"))
@@ -27,9 +28,10 @@ PULLED = (WEIGHTS, CARD, "program.pt2", "lineage.json", "README.md")
 class Models:
     """What is registered in one store. Every method may raise InputError: a store that does not answer, or no such model."""
 
-    def __init__(self, uri: str, client: Any) -> None:
+    def __init__(self, uri: str, client: Any, experiment: str) -> None:
         self.uri = uri
         self._client = client
+        self._experiment = experiment
 
     def versions(self) -> list[dict[str, Any]]:
         """Every version that threestage registered in this store: by name, then newest first.
@@ -52,6 +54,7 @@ class Models:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             with talking_to(self.uri, TRANSFER_S):
                 version = self._find(model_uri)
+                refuse_foreign_source(model_uri, version.source, self.uri, self._locations)
                 fetched = self._download(version.source, temporary)
             _check_digest(model_uri, fetched / WEIGHTS, version.tags.get(DIGEST))
             _refuse_files_of_others(folder)
@@ -171,6 +174,12 @@ class Models:
             "run": version.tags.get("run"),
             "run_id": version.run_id,
         }
+
+    def _locations(self) -> list[str]:
+        """Where the registry keeps files: of MLflow's default experiment, and of ours."""
+        wanted = {"Default", self._experiment}
+        found = [self._client.get_experiment_by_name(name) for name in sorted(wanted)]
+        return [experiment.artifact_location for experiment in found if experiment is not None]
 
     def _download(self, source: str, destination: str) -> Path:
         from mlflow.artifacts import download_artifacts

@@ -34,11 +34,13 @@ from threestage.registry.records import (
     TrialRecord,
     TrialStatus,
 )
+from threestage.registry.sources import refuse_foreign_source
 from threestage.tracking import (
     CONNECT_S,
     TRANSFER_S,
     MetricPoint,
     clean_tags,
+    confirmed_uri,
     key_of,
     metric_points,
     model_name_of,
@@ -47,7 +49,6 @@ from threestage.tracking import (
     quoted,
     redact,
     redact_tree,
-    resolve_uri,
     shortened,
     sqlite_path,
     talking_to,
@@ -64,23 +65,23 @@ def open_registry(settings: RegistrySettings) -> "Registry":
     A sqlite store keeps its artifacts in `mlartifacts` beside it. Raises InputError, naming the URI, within seconds
     when the store does not answer.
     """
-    uri = resolve_uri(settings.tracking_uri)
+    uri = confirmed_uri(settings.tracking_uri, settings.host_from)
     path = sqlite_path(uri)
     location = None if path is None else (path.parent / "mlartifacts").as_uri()
     client = _client(uri)
     with talking_to(uri, CONNECT_S):
-        experiment_id = _experiment_id(client, settings.experiment, location)
-    return Registry(uri, client, experiment_id, settings.model_name)
+        experiment_id = _experiment_id(client, uri, settings.experiment, location)
+    return Registry(uri, client, experiment_id, settings)
 
 
 def open_models(settings: RegistrySettings) -> Models:
     """Connect to what is registered, to read it: nothing is created. Raises InputError like open_registry, and where a
     sqlite store is not there."""
-    uri = resolve_uri(settings.tracking_uri)
+    uri = confirmed_uri(settings.tracking_uri, settings.host_from)
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         raise InputError(f"tracking store {uri}: there is none; name yours with --tracking-uri or MLFLOW_TRACKING_URI")
-    return Models(uri, _client(uri))
+    return Models(uri, _client(uri), settings.experiment)
 
 
 def _client(uri: str) -> Any:
@@ -90,7 +91,7 @@ def _client(uri: str) -> Any:
         return MlflowClient(uri, registry_uri=uri)
 
 
-def _experiment_id(client: Any, name: str, artifact_location: str | None) -> str:
+def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -101,6 +102,8 @@ def _experiment_id(client: Any, name: str, artifact_location: str | None) -> str
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)
+    location = found.artifact_location
+    refuse_foreign_source(f"registry.experiment={name}", location, uri, lambda: [location])
     if found.lifecycle_stage != "active":
         raise InputError(f"registry.experiment={name} was deleted in MLflow: restore it there or choose another name")
     return str(found.experiment_id)
@@ -109,12 +112,12 @@ def _experiment_id(client: Any, name: str, artifact_location: str | None) -> str
 class Registry:
     """The mirror of runs in one experiment of one store. Every method may raise InputError, like open_registry."""
 
-    def __init__(self, uri: str, client: Any, experiment_id: str, model_name: str | None) -> None:
+    def __init__(self, uri: str, client: Any, experiment_id: str, settings: RegistrySettings) -> None:
         self.uri = uri
-        self.models = Models(uri, client)
+        self.models = Models(uri, client, settings.experiment)
         self._client = client
         self._experiment_id = experiment_id
-        self._model_name = model_name
+        self._model_name = settings.model_name
 
     def record_rows(self, stage: StageRows) -> str:
         """Send rows of a stage that still trains to its run, nested in its parent. Returns the stage run's id.

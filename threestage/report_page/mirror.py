@@ -19,7 +19,7 @@ def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = Non
     if not finished:
         return "the page is not logged to MLflow: the run is not finished, its end will do that"
     config = storage.join(storage.absolute(run), CONFIG_NAME)
-    settings = registry_of(storage.read_json(config) if storage.exists(config) else {}, tracking_uri)
+    settings = registry_of(storage.read_json(config) if storage.exists(config) else {}, tracking_uri, config)
     store = sqlite_path(resolve_uri(settings.tracking_uri))
     if store is not None and not os.path.exists(store):
         return f"the page is not logged to MLflow: there is no store {store}; name the run's with --tracking-uri"

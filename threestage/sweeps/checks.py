@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from threestage.config import STAGES, Config, Section, changed, flatten
 from threestage.errors import InputError, did_you_mean
+from threestage.hosts import CODE, CONFIRMING
 from threestage.settings import Settings
 from threestage.sweeps.space import Asha, Space, counts, most_steps, paths, stage_name, with_own_value, with_parents
 
@@ -20,6 +21,8 @@ def check_space(space: Space, config: Config) -> None:
         _check_known("fixed", key, known)
         if key in SET_BY_THE_SWEEP:
             raise InputError(f"fixed.{key}: the sweep sets it itself: take it out")
+        if key in CONFIRMING:
+            raise InputError(f"fixed.{key}: a space names no host: give it with --set {key}=VALUE", CODE)
     base = changed(config, space.fixed)
     for key in space.search:
         _check_known("search", key, known)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from threestage.check import check_store
-from threestage.config import STAGES, Config, changed, flatten
+from threestage.config import STAGES, Config, changed, flatten, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
@@ -50,6 +50,7 @@ def checked(asked: Sweep) -> Sweep:
     not fit each other, or a place cannot be reached."""
     check_space(asked.space, asked.config)
     config = changed(asked.config, asked.space.fixed)
+    refuse_unconfirmed_hosts(asked.config)
     check_store(config, asked.out)
     return replace(asked, config=config.with_absolute_paths(), out=storage.absolute(asked.out))
 

@@ -1,0 +1,82 @@
+"""Hosts that get the user's credentials: only those that the user has named, on the command line or in the environment.
+
+A configuration or a run's folder may be somebody else's. A host that only such a file names gets no credential.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from threestage.errors import InputError
+from threestage.redaction import redact
+
+TRUSTED = "THREESTAGE_TRUSTED_HOSTS"
+CODE = "hosts/not-confirmed"
+OF_THIS_MACHINE = ("", "file", "sqlite")  # schemes that name no host
+MLFLOW_CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+)
+CONFIRMING = {
+    "registry.tracking_uri": ("MLFLOW_TRACKING_URI",),
+    "storage.endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "cluster.address": ("RAY_ADDRESS",),
+}
+"""Settings that name a host which gets credentials, and the variables that may name the same host."""
+
+
+def refuse_unconfirmed(key: str, uri: str | None, file: str | None) -> None:
+    """Raise InputError if `uri`, the value of the setting `key`, would send credentials to a host that only `file` names.
+
+    `file` is None for a value that the user gave otherwise. MLflow over HTTP is refused only where credentials for it are
+    set up: without them none is sent.
+    """
+    if uri is None or file is None or (host := host_of(key, uri)) is None:
+        return
+    variables = CONFIRMING[key]
+    if uri in map(os.environ.get, variables) or is_trusted(host, filter(None, map(os.environ.get, variables)), key):
+        return
+    if key == "registry.tracking_uri" and host.startswith(("http://", "https://")) and not _mlflow_credentials():
+        return
+    raise InputError(
+        f"{key}={redact(uri)}: {file} names this host, and your credentials would be sent to it; if you trust it, set "
+        f"{TRUSTED}={host.rpartition('//')[2]}, or set {variables[-1]}={redact(uri)}",
+        CODE,
+    )
+
+
+def host_of(key: str, uri: str) -> str | None:
+    """`scheme://host:port` of a URI, without credentials; None if it is on this machine alone.
+
+    A URI that clients may read differently (a backslash, a space) is its own host: it equals no other.
+    """
+    if key == "cluster.address":
+        return None if uri in ("auto", "local") else uri if "://" in uri else f"ray://{uri}"
+    if re.search(r"[\s\\]", uri):
+        return uri
+    parts = urlsplit(uri)
+    if parts.scheme in OF_THIS_MACHINE:
+        return None
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2].lower()}"
+
+
+def is_trusted(host: str, named: Iterator[str] | Sequence[str] = (), key: str = "") -> bool:
+    """Whether the host is one of `named` (URIs), or is listed in THREESTAGE_TRUSTED_HOSTS: `host`, `host:port` or
+    `scheme://host:port`, with commas between them."""
+    if host in (host_of(key, uri) for uri in named):
+        return True
+    with_port = host.rpartition("//")[2]
+    without_port = re.sub(r":\d+$", "", with_port)
+    listed = (entry.strip().rstrip("/").lower() for entry in os.environ.get(TRUSTED, "").split(","))
+    return any(entry in (host.lower(), with_port.lower(), without_port.lower()) for entry in listed if entry)
+
+
+def _mlflow_credentials() -> bool:
+    """Whether MLflow would send credentials to any server."""
+    return any(map(os.environ.get, MLFLOW_CREDENTIALS)) or (Path.home() / ".mlflow" / "credentials").exists()
