@@ -86,7 +86,9 @@ class Guard:
     def __init__(self, folder: Path) -> None:
         """Raises RuntimeError when another cluster holds the folder."""
         self.folder = folder
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "logs").mkdir(mode=0o700, exist_ok=True)
+        (folder / "logs").chmod(0o700)  # Ray's own logs, which move there, may be written by all
         command = [sys.executable, __file__, "--undo", "--folder", str(folder)]
         read, self._pipe = os.pipe()
         with open(read) as pipe, open(folder / "lock", "w") as lock:
@@ -345,11 +347,11 @@ class Cluster:
         self._guard, self._network, self._ray_options = guard, network, options
 
     def launch_s3(self) -> None:
-        """An S3 endpoint that keeps everything in memory, takes any credentials and has one bucket."""
+        """An S3 endpoint that keeps everything in memory, takes any credentials and has one bucket (s3.py)."""
         host = self._network.services_ip
         port = free_port(host)
         self.environment |= s3_environment(f"http://{host}:{port}", dict.fromkeys(CREDENTIALS, "local"))
-        command = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
+        command = [sys.executable, str(Path(__file__).with_name("s3.py")), host, str(port)]
         probe = Request(f"http://{host}:{port}/{BUCKET}", method="PUT")
         self.s3 = Server(self._guard, "s3", probe, command, self._inherited())
 

@@ -1,12 +1,13 @@
 """Known holes in what is installed: `python -m tests.audit`, or `make audit`. Asks the database of OSV through pip-audit.
 
 Fails on every finding that tests/audit_ignored.txt does not name. Where the database cannot be reached, nothing is known and
-nothing fails.
+nothing fails. Lists the container images and the workflow actions too, which OSV does not know: look them up by hand.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 DATABASE = "https://api.osv.dev/v1/query"
+ROOT = Path(__file__).parents[1]
+NAMED = re.compile(r"^ *(?:- )?(?:image: |uses: |ARG BASE=)(\S+)", re.MULTILINE)
 IGNORED = Path(__file__).with_name("audit_ignored.txt")
 PROBE_S, ANSWER_S, LIMIT_S = 5, 10, 300
 
@@ -86,9 +89,24 @@ def audit(database: str, reasons: Mapping[str, str], options: Sequence[str] = ()
     return 1 if wrong else 0
 
 
+def third_party() -> list[str]:
+    """A line for each image and action that our files name: what it is, and whether it is pinned."""
+    places = [*(ROOT / "cluster").rglob("*.yaml"), ROOT / "cluster/Dockerfile", *(ROOT / ".github").rglob("*.yml")]
+    named = {name for file in places for name in NAMED.findall(file.read_text())}
+    return [f"{name}  {_pinned(name)}" for name in sorted(named)]
+
+
+def _pinned(name: str) -> str:
+    if re.search(r"@(?:sha256:[0-9a-f]{64}|[0-9a-f]{40})$", name):
+        return "pinned"
+    return "built here" if re.search(r"(?:^|/)threestage(?:-mlflow)?:", name) else "NOT PINNED"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--database", default=DATABASE, metavar="URL")
+    for line in third_party():
+        print(f"audit: {line}")
     return audit(parser.parse_args().database, ignored(IGNORED.read_text()))
 
 

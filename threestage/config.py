@@ -299,8 +299,9 @@ def _with_hosts_from(config: Config, files: Mapping[str, str | None], given: Col
     sections, in `given`."""
     sections = {}
     for key, file in files.items():
-        section = key.partition(".")[0]
-        if file is not None and not {key, section} & set(given):
+        section, _, name = key.partition(".")
+        named = getattr(getattr(config, section), name) is not None and not {key, section} & set(given)
+        if file is not None and named:
             sections[section] = getattr(config, section).with_host_from(file)
     return config.model_copy(update=sections) if sections else config
 

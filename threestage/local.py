@@ -20,6 +20,7 @@ from threestage.data.pool import PoolFile
 from threestage.data.store_errors import explain
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import load_model
+from threestage.plain_text import one_line, visible
 from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask, local_unlabelled, train_stage
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         config = load(options.config, [*options.set, *seed])
-        results = runs.run(config, options.out, True, _print_row, print, _print_count)
+        results = runs.run(config, options.out, True, _print_row, _print, _print_count)
     except (InputError, StageFailure) as error:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:
@@ -86,17 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return code
+
+
+def _print(text: str) -> None:
+    print(visible(text), flush=True)
 
 
 def _print_row(stage: str, row: Mapping[str, float]) -> None:
     values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-    print(f"{stage} step {int(row['step'])}  {values}", flush=True)
+    _print(f"{stage} step {int(row['step'])}  {values}")
 
 
 def _print_count(what: str, done: int, total: int) -> None:
-    print(f"{what}: {done} of {total} images", flush=True)
+    _print(f"{what}: {done} of {total} images")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from threestage.data import storage
 from threestage.data.store_errors import without_secrets
 from threestage.errors import InputError
 from threestage.hosts import TRUSTED
+from threestage.redaction import may_be_secret
 
 LIMIT_BYTES = 100 * 2**20  # Ray's own, of an upload
 SHOWN_FILES = 5
@@ -37,7 +38,17 @@ OF_STORAGE_AND_MLFLOW = (
     "THREESTAGE_S3_ADDRESSING_STYLE",
     "THREESTAGE_S3_ANONYMOUS",
 )
-SECRET_WORDS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL")
+SECRET_NAME = re.compile(
+    r"KEY|SECRET|TOKEN(?!IZE)|PASSW|PASSPHRASE|PASS(?![A-Z])|PWD|CRED|COOKIE|(?<![A-Z])(?:O?AUTH|PAT|PRIV|SAS|SIG|JWT)(?![A-Z])",
+    re.IGNORECASE,
+)
+SECRET_FILES = re.compile(
+    r"(?i)(?:^|/)(?:\.env(?:\..+)?|env\.sh|\.?netrc|_netrc|\.pgpass|\.my\.cnf|\.htpasswd|\.git-credentials|\.npmrc|\.pypirc"
+    r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow)/.+|id_(?:rsa|dsa|ecdsa|ed25519)|kubeconfig(?:\..+)?"
+    r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|ya?ml|txt|ini|toml|csv|env))?"
+    r"|.*\.(?:pem|key|p12|pfx|jks|keystore|kdbx|ppk|tfstate))$"
+)
+"""Names of files that usually hold credentials: paths below the working directory."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
     if not Path(folder).is_dir():
         raise InputError(f"--working-dir {folder}: no such folder")
     for argument in arguments:
-        if without_secrets(argument) != argument:
+        if without_secrets(argument) != argument or may_be_secret(argument.rpartition("=")[2]):
             raise InputError(
                 f"the arguments of a job are shown in Ray's dashboard and {without_secrets(argument)!r} holds a credential: "
                 "leave it out and set it in the cluster's environment"
@@ -234,6 +245,32 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
         )
 
 
+def check_secrecy(folder: str, paths: Collection[str], links: Collection[str], with_secrets: bool) -> list[str]:
+    """The files (paths below the folder) that look like credentials and travel all the same, `with_secrets`.
+
+    Raises InputError for links that lead out of the folder, and for such files.
+    """
+    if links:
+        raise InputError(
+            f"--working-dir {folder}: {_some(links)} would put files from outside the folder into the job's package: remove "
+            f"the link, or name it in {folder}/.rayignore",
+            "submit/link-outside",
+        )
+    found = sorted(path for path in paths if SECRET_FILES.search(path))
+    if found and not with_secrets:
+        raise InputError(
+            f"--working-dir {folder}: {_some(found)} would travel, and whoever may see the cluster's jobs can read it; name it "
+            f"in {folder}/.rayignore, or give --with-secrets",
+            "submit/secret-file",
+        )
+    return found
+
+
+def _some(paths: Collection[str]) -> str:
+    more = f" and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else ""
+    return ", ".join(sorted(paths)[:SHOWN_FILES]) + more
+
+
 def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
@@ -281,10 +318,12 @@ def resources(text: str | None) -> dict[str, float]:
 
 
 def _harmless(name: str, value: str) -> str:
-    if any(word in name.upper() for word in SECRET_WORDS) or without_secrets(value) != value:
+    is_digest = re.search(r"(?i)commit|sha|digest|hash|revision", name) and re.fullmatch(r"[0-9a-f]+", value)
+    if SECRET_NAME.search(name) or without_secrets(value) != value or (may_be_secret(value) and not is_digest):
         raise InputError(
-            f"--env {name}=…: Ray shows a job's variables in its dashboard and its logs: set {name} in the cluster's "
-            f"environment (a Secret, the node's role) and give --env {name}"
+            f"--env {name}=…: Ray shows a job's variables in its dashboard and its logs, and this looks like a credential; set "
+            f"{name} in the cluster's environment (a Secret, the node's role) and give --env {name}",
+            "submit/secret-variable",
         )
     return value
 
@@ -298,7 +337,7 @@ def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> N
         if name.endswith("?"):
             warn(f"{names[0]} is set where this job was submitted, and not here")
             continue
-        also = "" if any(word in names[0] for word in SECRET_WORDS) else f", or submit with --env {names[0]}=VALUE"
+        also = "" if SECRET_NAME.search(names[0]) else f", or submit with --env {names[0]}=VALUE"
         raise InputError(
             f"{' or '.join(names)} is not set on the cluster: set it in the environment of its nodes (a Secret, the pod, the "
             f"machine){also}"

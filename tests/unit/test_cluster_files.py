@@ -262,10 +262,32 @@ def images() -> Iterator[tuple[str, str]]:
     yield "aws", load(CLUSTER / "aws.yaml")["docker"]["image"]
 
 
+OURS = r"(?:CHANGE-ME\.\S+/)?threestage(?:-mlflow)?:\S+"
+USES = re.compile(r"uses: +(\S+)")
+DIGEST, COMMIT = r"\S+:[\w.-]+@sha256:[0-9a-f]{64}", r"\S+@[0-9a-f]{40}"
+
+
+def test_what_others_publish_is_pinned_by_its_digest_or_commit() -> None:
+    """A tag can be moved. Our own images are built by the reader: they have no digest yet."""
+    for where, image in images():
+        assert re.fullmatch(OURS, image) or re.fullmatch(DIGEST, image), (where, image)
+    [base] = re.findall(r"^ARG BASE=(\S+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert re.fullmatch(DIGEST, base)
+    used = [word for file in (ROOT / ".github/workflows").glob("*.y*ml") for word in USES.findall(file.read_text())]
+    assert used and all(re.fullmatch(COMMIT, action) for action in used), used
+
+
+def test_the_audit_lists_every_image_and_action() -> None:
+    listed = dict(line.split("  ") for line in third_party())
+    assert {image for _, image in images()} <= set(listed)
+    assert {listed[image] for _, image in images() if re.fullmatch(OURS, image)} == {"built here"}
+    assert set(listed.values()) == {"built here", "pinned"}
+
+
 def test_every_image_has_a_tag_and_ours_is_the_version() -> None:
     others: dict[str, set[str]] = {}
     for where, image in images():
-        name, _, tag = image.rpartition(":")
+        name, _, tag = image.partition("@")[0].rpartition(":")
         assert name and "/" not in tag and tag != "latest", (where, image)
         if name.rpartition("/")[2] in ("threestage", "threestage-mlflow"):
             assert tag == threestage.__version__, (where, image)

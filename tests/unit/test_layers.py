@@ -12,8 +12,8 @@ import threestage
 LAYERS = tuple(
     names.split()
     for names in (
-        "threestage allocator background errors hosts lineage lineage_tree presets redaction seeds settings terminal "
-        "user_text yaml_text",
+        "threestage allocator background errors hosts lineage lineage_tree plain_text presets private_folder "
+        "redaction seeds settings terminal user_text yaml_text",
         "augment",
         "data",
         "models",

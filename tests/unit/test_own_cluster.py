@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from ray._private import ray_constants
 
+from threestage import private_folder as module
 from threestage.errors import InputError
-from threestage.on_ray import own_cluster
-from threestage.on_ray.own_cluster import CLOSED, closed_to_others, keep_token_private, private_folder
+from threestage.on_ray.own_cluster import CLOSED, closed_to_others, keep_token_private
+from threestage.private_folder import private_folder
 
 
 def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
@@ -41,9 +42,9 @@ def test_a_token_of_the_user_s_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_cluster, "Path", lambda name: tmp_path / name.strip("/").replace("/", "-"))
-    folder = Path(private_folder()).parent
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and private_folder() == f"{folder}/ray"
+    monkeypatch.setattr(module, "Path", lambda name: tmp_path / name.strip("/").replace("/", "-"))
+    folder = private_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and private_folder() == folder
     folder.chmod(0o777)
     with pytest.raises(InputError, match="not a folder of yours alone"):
         private_folder()

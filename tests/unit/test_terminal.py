@@ -6,7 +6,8 @@ import pytest
 from rich.table import Table
 
 from threestage.cli import main
-from threestage.terminal import Terminal, visible
+from threestage.plain_text import visible
+from threestage.terminal import Terminal
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.\u200bé😀"
 

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from threestage.plain_text import visible
+
 TEXT = """Run a command as a job on a cluster, and follow it.
 
 `threestage submit run camvid --set … --out s3://bucket/run --address http://127.0.0.1:8265`: the options below may stand
 anywhere after the command; all else is the command's own (`threestage run --help`), read as in --working-dir.
 
-The working directory travels (less what .gitignore and .rayignore name; 100 MiB at most). The code is that of the
+The working directory travels (less what .gitignore and .rayignore name; 100 MiB at most). Links that lead out of it are
+refused, and so are files that look like credentials, unless --with-secrets is given. The code is that of the
 cluster's image, or --wheel. Of the environment nothing travels: storage and MLflow are reached there with what the nodes
 have (a Secret, the node's role). --env NAME makes sure that NAME is set there, --env NAME=VALUE sends a value that is
 no secret, such as an endpoint: Ray shows it in its dashboard. An S3 endpoint that is set here must be set there, and so
@@ -50,6 +53,9 @@ Resources = Annotated[
     str | None,
     typer.Option("--entrypoint-resources", metavar="JSON", help='Of the node for its driver, e.g. {"driver": 1}.'),
 ]
+WithSecrets = Annotated[
+    bool, typer.Option("--with-secrets", help="send files that look like credentials too (.env, *.pem, token, …)")
+]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Print the job's id and end.")]
 
 
@@ -60,6 +66,7 @@ def _submit(
     wheel: Wheel = None,
     env: Env = None,
     entrypoint_resources: Resources = None,
+    with_secrets: WithSecrets = False,
     no_wait: NoWait = False,
 ) -> None:
     from threestage import submission
@@ -69,8 +76,11 @@ def _submit(
     resources = submission.resources(entrypoint_resources)
     from threestage.on_ray import submit
 
-    sizes = submit.working_files(working_dir)
+    sizes, links = submit.what_travels(working_dir)
+    secret = submission.check_secrecy(working_dir, sizes, links, with_secrets)
     submission.check_package(working_dir, sizes, job.files)
+    for path in secret:
+        _say(f"warning: {path} looks like a credential and travels with the job")
     client = submit.connect(address)
     _say(_what_travels(working_dir, sizes, wheel))
     job_id = submit.submit(client, job, submit.Shipment(working_dir, wheel, variables, resources), _say)
@@ -92,7 +102,7 @@ def _what_travels(folder: str, sizes: dict[str, int], wheel: str | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

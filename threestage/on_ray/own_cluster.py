@@ -3,13 +3,10 @@
 import contextlib
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from ray._private import ray_constants
-
-from threestage.errors import InputError
 
 CLOSED = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}  # Ray's own way on macOS: every port on 127.0.0.1
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -29,17 +26,6 @@ def closed_to_others() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
         for name, value in before[0].items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def private_folder() -> str:
-    """For what Ray keeps (sockets, logs, code of jobs), which it opens to all users. Short: the path of a socket has 107 bytes
-    at most. Raises InputError when somebody else has made it."""
-    folder = Path(f"/tmp/threestage-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError(f"{folder}: is not a folder of yours alone: remove it, or chmod 700")
-    return str(folder / "ray")
 
 
 def keep_token_private(file: Path) -> None:

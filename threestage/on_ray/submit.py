@@ -23,6 +23,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from threestage.errors import InputError, StageFailure
 from threestage.on_ray.entrance import TOKEN
+from threestage.plain_text import one_line as shown
+from threestage.plain_text import visible_log
 from threestage.submission import LIMIT_BYTES, Job, mebibytes
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -96,23 +98,44 @@ def _explained(url: str, error: Exception) -> Exception:
 
 def one_line(text: object) -> str:
     """What Ray says, for the end of a line."""
-    return " ".join(str(text).split())[:300]
+    return shown(text)[:300]
+
+
+class WorkingFiles(NamedTuple):
+    """What Ray would upload of a working directory: path below it → bytes; and the links in it that lead out of it, which
+    are not followed."""
+
+    sizes: dict[str, int]
+    links: list[str]
 
 
 def working_files(folder: str) -> dict[str, int]:
-    """What Ray would upload of a working directory: path below it → bytes. Its ignore files and defaults are honoured."""
-    root, sizes = Path(folder).absolute(), {}
+    """The files below the folder, and their bytes, of `what_travels`."""
+    return what_travels(folder).sizes
+
+
+def what_travels(folder: str) -> WorkingFiles:
+    """The files and links below the folder. Ray's ignore files and defaults are honoured."""
+    root, found = Path(folder).absolute(), WorkingFiles({}, [])
+    real = root.resolve()
 
     def note(path: Path) -> None:
         if path.is_file():
-            sizes[str(path.relative_to(root))] = path.stat().st_size
+            found.sizes[str(path.relative_to(root))] = path.stat().st_size
+
+    def leads_out(path: Path) -> bool:
+        if path == root or not path.is_symlink() or path.resolve().is_relative_to(real):
+            return False
+        if not any(excluded(path) for excluded in excludes if excluded is not leads_out):
+            found.links.append(str(path.relative_to(root)))
+        return True
 
     with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.getLogger("threestage.quiet")
     quiet.setLevel(logging.ERROR)
-    excludes = [_get_excludes(root, get_runtime_env_default_excludes())]
+    excludes = [_get_excludes(root, get_runtime_env_default_excludes()), leads_out]
     _dir_travel(root, excludes, note, include_gitignore=with_gitignore, logger=quiet)
-    return sizes
+    return found
 
 
 @contextlib.contextmanager
@@ -266,7 +289,7 @@ class _Log:
                 seen += len(text)
                 self._printed = max(self._printed, seen)
                 self._heard()
-                sys.stdout.write(new)
+                sys.stdout.write(visible_log(new))
                 sys.stdout.flush()
         except (StopAsyncIteration, TimeoutError):
             return None
@@ -279,7 +302,7 @@ class _Log:
         """What a connection that broke off has left out."""
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
             text = await asyncio.to_thread(self._client.get_job_logs, self._id)
-            sys.stdout.write(text[self._printed :])
+            sys.stdout.write(visible_log(text[self._printed :]))
             sys.stdout.flush()
 
     def _heard(self) -> None:

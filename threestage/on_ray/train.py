@@ -28,7 +28,7 @@ from threestage.on_ray.check_room import room_there
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
 from threestage.on_ray.nodes import warn_of_folders
-from threestage.on_ray.own_cluster import closed_to_others, private_folder
+from threestage.on_ray.own_cluster import closed_to_others
 from threestage.on_ray.patience import Membership, Patience, await_resources, noticing_silence
 from threestage.on_ray.predict_pool import predict_pool
 from threestage.on_ray.pulse import News, start_monitor
@@ -36,6 +36,7 @@ from threestage.on_ray.room import SPARE_CPUS
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
 from threestage.on_ray.worker import train_worker
+from threestage.private_folder import private_folder
 from threestage.pseudo_masks import FileReport, PoolTask
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
@@ -121,7 +122,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
-        options["_temp_dir"] = private_folder()
+        options["_temp_dir"] = str(private_folder() / "ray")
     with contextlib.nullcontext() if named else closed_to_others():
         try:
             ray.init(address=named[1] if named else "local", **options)

@@ -1,10 +1,12 @@
 """The model card: what a person must know who finds a model in the registry and nobody to ask."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from threestage.lineage import Lineage, PseudoMaskSet, short_digest
 from threestage.models.export import ModelCard
+from threestage.plain_text import markdown, one_line
 from threestage.registry.records import StageRecord
 from threestage.tracking import redact
 
@@ -21,8 +23,8 @@ def write_card(name: str, card: ModelCard, record: StageRecord) -> str:
     """Markdown: use, data, method, figures per class, limits."""
     lineage = Lineage.model_validate(record.lineage)
     parts = [
-        f"# {name}, {record.stage}",
-        f"Semantic segmentation of RGB images into {len(card.classes)} classes: a {card.network.encoder} with a "
+        f"# {markdown(name)}, {record.stage}",
+        f"Semantic segmentation of RGB images into {len(card.classes)} classes: a {markdown(card.network.encoder)} with a "
         f"{card.network.head} head, {WHAT[record.stage]} (stage {record.stage[-1]} of the three-stage method, {METHOD}).",
         _use(name),
         _data(lineage),
@@ -34,9 +36,10 @@ def write_card(name: str, card: ModelCard, record: StageRecord) -> str:
 
 
 def _use(name: str) -> str:
+    uri = json.dumps(one_line(f"models:/{name}@champion"), ensure_ascii=False)
     return f"""## Use
 
-    model = mlflow.pyfunc.load_model("models:/{name}@champion")
+    model = mlflow.pyfunc.load_model({uri})
     class_ids = model.predict(images)                              # uint8 (N,H,W,3) RGB → uint8 (N,H,W)
     both = model.predict(images, params={{"confidence": True}})      # {{"class_ids": …, "confidence": float32 (N,H,W)}}
 
@@ -48,9 +51,9 @@ def _data(lineage: Lineage) -> str:
     lines = [
         "## Data",
         "",
-        f"- data set: {data.name}, version {data.version}, digest {short_digest(data.digest)} ({data.root})",
+        f"- data set: {markdown(data.name)}, version {data.version}, digest {short_digest(data.digest)} ({markdown(data.root)})",
         f"- labelled: {labelled.images} images, digest {short_digest(labelled.digest)}, split seed {lineage.split_seed}",
-        f"- validation: {validation.images} images of {validation.name}, digest {short_digest(validation.digest)}",
+        f"- validation: {validation.images} images of {markdown(validation.name)}, digest {short_digest(validation.digest)}",
     ]
     if lineage.learnt_from is not None and lineage.teacher is not None:
         made_by = f"made by {lineage.teacher.stage}, model {short_digest(lineage.teacher.model_digest)}"
@@ -87,14 +90,14 @@ def _figures(card: ModelCard, lineage: Lineage, summary: Mapping[str, float]) ->
     lines = [
         "## Figures",
         "",
-        f"On {lineage.validation.name} ({lineage.validation.images} images), whole images, one scale.",
+        f"On {markdown(lineage.validation.name)} ({lineage.validation.images} images), whole images, one scale.",
         "",
         "| class | IoU |",
         "|---|---|",
     ]
     for name in card.classes:
         score = summary.get(f"iou/{name}")
-        lines.append(f"| {name.replace('|', '/')} | {'not in these images' if score is None else f'{score:.3f}'} |")
+        lines.append(f"| {markdown(name)} | {'not in these images' if score is None else f'{score:.3f}'} |")
     for key, name in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy")):
         if key in summary:
             lines.append(f"| **{name}** | {summary[key]:.3f} |")

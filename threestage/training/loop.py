@@ -1,6 +1,7 @@
 """The one training loop. A stage hands it a state, a source of steps and a way to evaluate."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Literal
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from threestage.errors import StageFailure
+from threestage.private_folder import private_folder
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training import losses
@@ -208,7 +210,11 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 def compiled(network: nn.Module, loop: LoopSettings) -> nn.Module:
     """The network as it is called, of the same parameters."""
-    return torch.compile(network) if loop.compile else network  # type: ignore[return-value]
+    if not loop.compile:
+        return network
+    # torch's own choice is a predictable folder in /tmp, whose code another user could write first
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "torchinductor"))
+    return torch.compile(network)  # type: ignore[return-value]
 
 
 def laid_out(image: Tensor, loop: LoopSettings) -> Tensor:

@@ -1,0 +1,20 @@
+"""A folder of this machine that only its user may enter, for what would else lie open or predictable in /tmp."""
+
+import os
+import stat
+from pathlib import Path
+
+from threestage.errors import InputError
+
+
+def private_folder() -> Path:
+    """/tmp/threestage-UID, made if it is not there. Short: the path of a socket has 107 bytes at most.
+
+    Raises InputError when somebody else has made it.
+    """
+    folder = Path(f"/tmp/threestage-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InputError(f"{folder}: is not a folder of yours alone: remove it, or chmod 700")
+    return folder
