@@ -19,6 +19,7 @@ import yaml
 
 import threestage
 from cluster.prepare import make_bucket
+from tests.audit import third_party
 from tests.unit.kustomize import Manifest, containers, render, select
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,7 @@
 """The guard of a local cluster, without Ray: what was started goes, whatever happens to the process that started it."""
 
+import contextlib
+import stat
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import Guard, members, split_cpus
+from cluster.s3 import closed_to_pages
 
 ROOT = Path(__file__).parents[2]
 # Starts a shell with a child in a session of its own, as a Ray job has, and prints the guard's and the shell's ids.
@@ -47,6 +50,32 @@ def test_nothing_outlives_a_killed_process(tmp_path: Path) -> None:
     _until(lambda: not members({int(guard), *started}))
     assert not Path(ray_folder).exists()
     assert (tmp_path / "logs" / "node1" / "raylet.out").read_text() == "kept"
+
+
+def test_the_logs_are_the_owner_s_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "cluster"
+    with contextlib.closing(Guard(folder)):
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "logs")] == [0o700, 0o700]
+    (folder / "logs").chmod(0o777)
+    with contextlib.closing(Guard(folder)):
+        assert stat.S_IMODE((folder / "logs").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ({"HTTP_HOST": "127.0.0.1:9"}, True),
+        ({"HTTP_HOST": "127.0.0.1:9", "HTTP_ORIGIN": "http://evil"}, False),
+        ({"HTTP_HOST": "127.0.0.1:9", "HTTP_ORIGIN": "null"}, False),
+        ({"HTTP_HOST": "evil:9"}, False),
+        ({}, False),
+    ],
+)
+def test_the_store_answers_no_web_page(headers: dict[str, str], passes: bool) -> None:
+    started: list[str] = []
+    app = closed_to_pages(lambda environ, start: [b"in"], ["127.0.0.1:9"])
+    answer = app(dict(headers), lambda status, _: started.append(status))
+    assert (list(answer) == [b"in"]) == passes and started == ([] if passes else ["403 Forbidden"])
 
 
 def _until(condition: Callable[[], bool], limit_s: float = 20) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,39 @@ def test_a_query_s_secrets_are_cut(uri: str, kept: str) -> None:
         holds_no_secret(cut(f"cannot read {uri} now"))
         assert kept in cut(uri)
     assert params_of({"uri": uri})["uri"] == redact(uri)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://u:p@ss/w@h/x", "http://h/x"),
+        ("http://h/#access_token=abc", "http://h/#access_token=…"),
+        ("jdbc:mysql://h/d;password=abc;ssl=true", "jdbc:mysql://h/d;password=…;ssl=true"),
+        ("http://h/x?auth=abc&key=zz&pass=q&page=2", "http://h/x?auth=…&key=…&pass=…&page=2"),
+        ("u:p@h:5000", "h:5000"),
+        ("http:\\\\u:p@h", "http:\\\\h"),
+        ("password=hunter2", "password=…"),
+        ("Authorization: Basic abc", "Authorization: Basic …"),
+        ("got ghp_0123456789abcdef here", "got … here"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY----- left", "… left"),
+        ("key=value: unknown key", "key=value: unknown key"),
+        ("repo:tag@sha256:18cfe3ef", "repo:tag@sha256:18cfe3ef"),
+        ("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token"),
+    ],
+)
+def test_credentials_of_every_kind_are_cut(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["a", "://", "://a:b", "a@", "?token", "token", "&key=", "token=", "eyJ-", "eyJaaaaa.", "bearer ", "authorization",
+     "u:p@h:5", "-----BEGIN PRIVATE KEY-----", "s3://a:b/", "http://u:p@", "password", "a.b-", "://a@b/", "(="],
+)  # fmt: skip
+def test_long_texts_take_no_longer_by_the_character(unit: str) -> None:
+    begun = time.process_time()
+    redact(unit * (80_000 // len(unit)))
+    assert time.process_time() - begun < 2  # a quadratic pattern takes a quarter of a minute
 
 
 def test_the_command_line_prints_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

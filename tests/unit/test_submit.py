@@ -176,6 +176,113 @@ def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
     assert "pass" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DB_PASS=hunter2",
+        "PGPASS=x",
+        "SMTP_PASSWD=x",
+        "SSH_PASSPHRASE=x",
+        "HF_AUTH=x",
+        "MYSQL_PWD=x",
+        "GITHUB_PAT=x",
+        "MY_CRED=x",
+        "COOKIE=session=abc",
+        "WANDB=0123456789abcdef0123456789abcdef01234567",
+        "CONN=AccountName=a;AccountKey=abc==",
+        "URL=?sv=1&sig=abcd",
+        "X=AKIAIOSFODNN7EXAMPLE",
+        "HEADER=Bearer abcdef",
+        "J=eyJhbGciOiJIUzI1NiJ9.e30.abc",
+        "DSN=postgresql://u:p@h/d",
+        "P=-----BEGIN RSA PRIVATE KEY-----",
+    ],
+)
+def test_a_secret_is_known_by_its_name_or_its_shape(text: str) -> None:
+    with pytest.raises(InputError) as raised:
+        submission.environment(read("run", *RUN), [text], {})
+    assert raised.value.code == "submit/secret-variable" and text.partition("=")[2] not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OMP_NUM_THREADS=1",
+        "PATH=/bin",
+        "PATTERN=x",
+        "COMPASSES=1",
+        "TOKENIZERS_PARALLELISM=false",
+        "AUTHOR=me",
+        "GIT_COMMIT=",
+        "MODE=bearer of news",
+    ],
+)
+def test_other_variables_travel(text: str) -> None:
+    text += "0123456789abcdef0123456789abcdef01234567" if text.endswith("=") else ""
+    name, _, value = text.partition("=")
+    assert submission.environment(read("run", *RUN), [text], {})[name] == value
+
+
+def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "home"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "id").write_text("x")
+    (outside / "deep" / "round").symlink_to(outside)
+    (project / "inside").mkdir()
+    (project / "inside" / "a.py").touch()
+    (project / "alias").symlink_to("inside")
+    assert submit.what_travels(".").links == []
+    (project / "ssh").symlink_to(outside)
+    (project / "inside" / "id").symlink_to(outside / "id")
+    found = submit.what_travels(".")
+    assert set(found.sizes) == {"mine.yaml", "inside/a.py", "alias/a.py"}
+    assert sorted(found.links) == ["alias/id", "inside/id", "ssh"]
+    with pytest.raises(InputError, match="alias/id, inside/id, ssh") as raised:
+        submission.check_secrecy(".", found.sizes, found.links, with_secrets=True)
+    assert raised.value.code == "submit/link-outside"
+    (project / ".rayignore").write_text("ssh\nid\n")
+    assert submit.what_travels(".").links == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".env",
+        "a/.env.local",
+        "env.sh",
+        ".netrc",
+        "key.pem",
+        ".aws/credentials",
+        "token",
+        "auth_token",
+        "my-secrets.yaml",
+        "id_ed25519",
+        ".ssh/config",
+        "service.p12",
+        "credentials.json",
+        "db_password.txt",
+    ],
+)
+def test_files_that_look_like_credentials_need_a_flag(path: str) -> None:
+    with pytest.raises(InputError, match="--with-secrets") as raised:
+        submission.check_secrecy(".", ["a.py", path], [], with_secrets=False)
+    assert raised.value.code == "submit/secret-file" and path in str(raised.value)
+    assert submission.check_secrecy(".", ["a.py", path], [], with_secrets=True) == [path]
+
+
+def test_other_files_travel_without_a_flag() -> None:
+    names = [
+        "tokens.py",
+        "tokenizer.json",
+        "environment.yaml",
+        "keyboard.yaml",
+        "src/secrets.py",
+        "monkey.png",
+        "env.py",
+    ]
+    assert submission.check_secrecy(".", names, [], with_secrets=False) == []
+
+
 @pytest.mark.parametrize("text", ["driver", "[1]", '{"driver": "much"}', "1"])
 def test_resources_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match=r"--entrypoint-resources .*: write "):

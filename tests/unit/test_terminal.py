@@ -1,12 +1,13 @@
 """Why: a file's name is text from strangers, and a terminal obeys text (it renames windows, clears the screen, hides letters)."""
 
+import html
 import io
 
 import pytest
 from rich.table import Table
 
 from threestage.cli import main
-from threestage.plain_text import visible
+from threestage.plain_text import markdown, visible, visible_log
 from threestage.terminal import Terminal
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.\u200bé😀"
@@ -32,3 +33,16 @@ def test_an_error_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: p
         main()
     error = capsys.readouterr().err
     assert "\\x1b" in error and "\x1b" not in error
+
+
+def test_the_log_of_a_job_is_shown_without_colours_and_commands() -> None:
+    assert visible_log("\x1b[36m(pid=1)\x1b[0m 10%\r20%\r\n\x1b]0;title\x07\x1b[2Jend") == (
+        "(pid=1) 10%\n20%\n\\x1b]0;title\\x07\\x1b[2Jend"
+    )
+
+
+def test_names_are_text_in_markdown() -> None:
+    shown = markdown("a|b\n# <script>x</script> ![p](http://h/t.png) `c` _d_ \x1b[2J")
+    assert not any(char in shown for char in "|<>[]`\n\x1b") and "_d_" not in shown
+    assert html.unescape(shown) == "a|b # <script>x</script> ![p](http://h/t.png) `c` _d_ \\x1b[2J"
+    assert markdown("road_sign 2 (val)") == "road_sign 2 (val)"
