@@ -45,7 +45,8 @@ SECRET_NAME = re.compile(
 SECRET_FILES = re.compile(
     r"(?i)(?:^|/)(?:\.env(?:\..+)?|env\.sh|\.?netrc|_netrc|\.pgpass|\.my\.cnf|\.htpasswd|\.git-credentials|\.npmrc|\.pypirc"
     r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow)/.+|id_(?:rsa|dsa|ecdsa|ed25519)|kubeconfig(?:\..+)?"
-    r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|ya?ml|txt|ini|toml|csv|env))?"
+    r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|txt|ini|toml|csv|env))?"
+    r"|(?:.*[._-])?(?:credentials?|tokens?|passwords?)\.ya?ml"  # secrets.yaml: mostly a manifest without values
     r"|.*\.(?:pem|key|p12|pfx|jks|keystore|kdbx|ppk|tfstate))$"
 )
 """Names of files that usually hold credentials: paths below the working directory."""

@@ -115,7 +115,7 @@ def test_each_place_of_use_refuses(tmp_path: Path) -> None:
     space = Space.model_validate(
         {
             "stages": [1],
-            "search": {"consistency.weight": {"choices": [0.1, 0.2]}},
+            "search": {"consistency.weight": {"uniform": [0, 0.9]}},
             "fixed": {"storage.endpoint": "http://store.other:9000"},
         }
     )
