@@ -112,12 +112,9 @@ def test_each_place_of_use_refuses(tmp_path: Path) -> None:
     refused(lambda: address_of(config.cluster), "cluster.address")
     job = ("other.yaml", "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
     refused(lambda: submission.read_job("run", job, "."))
+    searched = {"consistency.confidence_threshold": {"uniform": [0, 0.9]}}
     space = Space.model_validate(
-        {
-            "stages": [1],
-            "search": {"consistency.weight": {"uniform": [0, 0.9]}},
-            "fixed": {"storage.endpoint": "http://store.other:9000"},
-        }
+        {"stages": [2], "trials": 3, "search": searched, "fixed": {"storage.endpoint": "http://store.other"}}
     )
     with pytest.raises(InputError, match=r"fixed\.storage\.endpoint") as raised:
         check_space(space, load("demo"))
