@@ -15,6 +15,7 @@ from threestage.checks.steps import Measured, Specification, measure_here
 from threestage.checks.words import duration_line, step_line
 from threestage.config import Config, changed, refuse_unconfirmed_hosts
 from threestage.data import storage, store_check
+from threestage.data.outputs import RUN, Output, claim
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.store_check import Outcome, Probe
 from threestage.errors import InputError
@@ -139,14 +140,15 @@ def _steps(found: Specification, stages: Iterator[Measured], workers: int, budge
         yield tried("budget", budget, lambda: Found(bought(budget, config, found.manifest, measured).describe()))
 
 
-def check_store(config: Config, out: str) -> None:
-    """Raises InputError within seconds when a place of the run cannot be reached, read or written.
+def check_store(config: Config, out: str, output: Output = RUN) -> None:
+    """Raises InputError within seconds when a place of the run cannot be reached, read or written, or `out` holds something
+    other than such an output.
 
     A store that is only busy passes: the run waits for it.
     """
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    _refuse_unusable(places(config, out))
+    _refuse_unusable(places(config, out, output))
 
 
 def check_writable(config: Config, out: str) -> None:
@@ -161,7 +163,7 @@ def _refuse_unusable(probes: Sequence[Probe]) -> None:
         raise InputError("; ".join(f"{outcome.name}: {outcome.problem}" for outcome in merged(wrong)))
 
 
-def places(config: Config, out: str) -> list[Probe]:
+def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     """Every place that the configuration names, and what the run does there."""
     probes = [store_check.data_set("data.root", config.data.root)]
     if config.data.unlabelled is not None:
@@ -172,7 +174,13 @@ def places(config: Config, out: str) -> list[Probe]:
         probes.append(store_check.file("data.group", config.data.group_list))
     if config.network.weights is not None:
         probes.append(store_check.file("network.weights", config.network.weights))
-    return [*probes, store_check.writable("--out", out)]
+    writable = store_check.writable("--out", out)
+
+    def try_out() -> None:
+        claim(out, output)
+        writable.try_it()
+
+    return [*probes, writable._replace(try_it=try_out)]
 
 
 def merged(outcomes: Sequence[Outcome]) -> list[Outcome]:

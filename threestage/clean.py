@@ -4,7 +4,9 @@ Checkpoints and Ray Train's folder serve a stage until it is done: its marker, w
 stays with the pseudo-masks: pool.parquet names its files, and a run that reuses this one reads them.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pyarrow.fs as pafs
@@ -12,6 +14,7 @@ import pyarrow.fs as pafs
 from threestage import lease
 from threestage.config import STAGES
 from threestage.data import storage
+from threestage.data.split import saved_split
 from threestage.errors import InputError
 from threestage.mirror import ATTEMPT_NAME, RECORD, RUN_NAME
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
@@ -78,6 +81,7 @@ def _refuse_no_run(folder: str) -> None:
         sweep = storage.exists(storage.join(folder, "sweep.json"))
         hint = "it is a sweep: name one of its runs" if sweep else "give the --out of a run"
         raise InputError(f"{folder}: no run is there, it has no split.json: {hint}")
+    saved_split(storage.join(folder, "split.json"))
 
 
 def _kind(path: str, done: set[str]) -> tuple[str, bool]:
@@ -115,21 +119,27 @@ def _remove(folder: str, gone: Sequence[str]) -> None:
     for name in sorted(
         gone, key=lambda name: name == "split.json"
     ):  # the last: so that the rest can be removed by a rerun
-        storage.delete(storage.join(folder, name))
+        storage.delete(storage.join(folder, name), within=folder)
     if not storage.is_s3(folder):
         for stage in STAGES:
-            _remove_empty(storage.join(folder, stage))
-
-
-def _remove_empty(folder: str) -> None:
-    files, path = storage.filesystem(folder)
-    if files.get_file_info(path).type == pafs.FileType.Directory and not files.get_file_info(pafs.FileSelector(path)):
-        files.delete_dir(path)
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(storage.join(folder, stage))
 
 
 def _sizes(folder: str) -> dict[str, int]:
-    """Path below the folder → bytes, of all its files but the lease; nothing where there is none."""
-    files, path = storage.filesystem(folder)
-    infos = files.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    below = {info.path.removeprefix(path + "/"): info.size for info in infos if info.type == pafs.FileType.File}
+    """Path below the folder → bytes, of all its files but the lease. A link is a file, wherever it leads."""
+    if storage.is_s3(folder):
+        files, path = storage.filesystem(folder)
+        infos = files.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+        below = {info.path.removeprefix(path + "/"): info.size for info in infos if info.type == pafs.FileType.File}
+    else:
+        below = dict(_local_sizes(folder))
     return {name: size for name, size in below.items() if name != lease.NAME}
+
+
+def _local_sizes(folder: str) -> Iterator[tuple[str, int]]:
+    for above, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        for path in (os.path.join(above, name) for name in [*names, *links]):
+            with contextlib.suppress(FileNotFoundError):
+                yield os.path.relpath(path, folder), os.lstat(path).st_size

@@ -101,7 +101,7 @@ class Lease:
         with contextlib.suppress(Exception):
             if self._other() is not None:
                 return
-            storage.delete(self._uri)
+            storage.delete(self._uri, self._out)
             if not storage.is_s3(self._out):
                 os.rmdir(storage.filesystem(self._out)[1])  # where the driver was refused before it wrote anything
 

@@ -8,15 +8,17 @@ stage1/checkpoints/attempt.json    names one training of a stage
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from threestage import lease
 from threestage.background import Background, in_time
 from threestage.config import STAGES, Config, StageName
-from threestage.data import storage
+from threestage.data import folders, storage
+from threestage.data.outputs import RUN, is_marked
 from threestage.errors import InputError, reason_of
+from threestage.models.export import CARD, WEIGHTS
 from threestage.pipeline import StageOutcome
 from threestage.registry import Registry, RegistrySettings, StageRecord, StageRows, Status, open_registry
 from threestage.registry.records import RegisteredVersion
@@ -88,6 +90,7 @@ class Sender:
         rejects = [f"pseudo_masks{n}/rejects.parquet" for n in (1, 2, 3)]
         uris = {name: storage.join(self._out, name) for name in (*FILES, *rejects)}
         files = {name: uri for name, uri in uris.items() if storage.exists(uri)}
+        _refuse_links_out(self._out, files)
         summary = {}
         if "results.json" in files:
             stages = storage.read_json(files["results.json"])["stages"]
@@ -117,6 +120,7 @@ class Sender:
 
     def _record(self, outcome: StageOutcome, attempt: str) -> StageRecord:
         folder = part(self._out, outcome.stage)
+        _refuse_links_out(folder, [f"model/{name}" for name in (WEIGHTS, CARD)])
         return StageRecord(
             run_name=str(self._settings["name"]),
             run_key=self._key,
@@ -200,6 +204,10 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     settings = storage.read_json(uri)
     if not isinstance(settings, dict):
         raise InputError(f"{uri}: holds no settings of a run: bring it back from a copy, or give another run")
+    if not is_marked(out, RUN):
+        raise InputError(
+            f"{run}: has a {CONFIG_NAME} and no split.json of a run; give the --out of a run", "data/foreign-folder"
+        )
     reserve_variables()
     with lease.held(out, warn):
         sender = Sender(open_registry(registry_of(settings, tracking_uri, uri)), out, settings)
@@ -238,6 +246,13 @@ def _outcome(out: str, stage: StageName) -> tuple[StageOutcome, str] | None:
     if stage in parts_elsewhere(out):
         raise InputError(f"{folder}: {out} reuses it, and it is gone or was trained again: bring it back")
     return None
+
+
+def _refuse_links_out(folder: str, sent: Iterable[str]) -> None:
+    """Whoever made the run's folder must not choose which other file is sent."""
+    if not storage.is_s3(folder):
+        for name in sent:
+            folders.refuse_link_out(folder, name)
 
 
 def _attempt(folder: str) -> str | None:

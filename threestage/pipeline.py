@@ -319,7 +319,7 @@ class _Run:
         self._claim(stage, inputs)
         if not storage.exists(storage.join(folder, "done.json")):
             if not _begun(folder):
-                storage.delete(storage.join(folder, "rejects"))
+                storage.delete(storage.join(folder, "rejects"), folder if stage in self.elsewhere else self.out)
             self.run_stage(
                 StageTask(
                     stage=stage,

@@ -19,6 +19,7 @@ from threestage.allocator import keep_freed_memory
 from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.listing import Each, in_threads
+from threestage.data.outputs import PREDICTIONS, claim
 from threestage.data.pool import rows_of
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError, StageFailure
@@ -141,9 +142,10 @@ def predict_input(
     if kind != "data set" and f"{out}/".startswith(f"{source}/"):
         raise InputError(f"{out}: it lies inside the input {source} and would become a part of it; give another folder")
     record = _record(model, source, settings)
+    claim(out, PREDICTIONS)
     _check_record(out, record)
-    parts = plan(source, kind, storage.join(out, "listing"), settings.rows_per_part, each)
     storage.write_json(storage.join(out, RECORD_NAME), record)
+    parts = plan(source, kind, storage.join(out, "listing"), settings.rows_per_part, each)
     task = PredictionTask(
         destination=out,
         model_digest=_digest(model),

@@ -10,6 +10,7 @@ from threestage.check import check_store, check_writable
 from threestage.config import Config, load, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
 from threestage.data.split import saved_split
@@ -52,8 +53,7 @@ def run(
         refuse_unconfirmed_hosts(config)
     check_store(config, out)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    if storage.exists(storage.join(out, "sweep.json")):
-        raise InputError(f"--out {out}: holds a sweep: give another folder")
+    claim(out, RUN)  # a busy store passes the check above
     _warn_of_the_demos_network(config, warn)
     reserve_variables()
     with lease.held(out, warn) as held:
@@ -167,6 +167,8 @@ def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
                 "demo/other-data",
             )
     else:
+        claim(out, RUN)
+        mark(out, DEMO_MARK, "threestage demo")
         write_scenes(scenes, DEMO_SCENES, seed)
         ingest(
             scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from threestage.data import storage
+from threestage.data.outputs import SCORES, claim
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,10 +23,11 @@ BAR, LINE, INK = (86, 135, 190), (190, 60, 50), "black"
 
 def write_scores(folder: str, scores: Mapping[str, Any]) -> None:
     """`metrics.json` and `reliability.png`, in a folder or below a prefix."""
+    claim(folder, SCORES)
     stream = io.BytesIO()
     reliability_diagram(scores).save(stream, format="PNG")
-    storage.write_bytes(storage.join(folder, DIAGRAM_NAME), stream.getvalue())
     storage.write_json(storage.join(folder, METRICS_NAME), dict(scores))
+    storage.write_bytes(storage.join(folder, DIAGRAM_NAME), stream.getvalue())
 
 
 def reliability_diagram(scores: Mapping[str, Any]) -> Image.Image:

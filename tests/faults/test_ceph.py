@@ -63,9 +63,9 @@ def test_round_trip(bucket: str) -> None:
         storage.write_bytes(f"{bucket}/a/{name}", content)
         assert storage.read_bytes(f"{bucket}/a/{name}") == content
     assert storage.list_files(bucket) == [f"{bucket}/a/{name}" for name in ("empty", "large", "small")]
-    storage.delete(f"{bucket}/a/large")
+    storage.delete(f"{bucket}/a/large", bucket)
     assert not storage.exists(f"{bucket}/a/large") and storage.exists(f"{bucket}/a/small")
-    storage.delete(f"{bucket}/a")
+    storage.delete(f"{bucket}/a", bucket)
     assert storage.list_files(bucket) == []
 
 

@@ -106,8 +106,8 @@ def test_objects_deleted_between_listing_and_reading_cost_themselves_only(
 ) -> None:
     def list_then_delete(*arguments: object) -> None:
         list_images(*arguments)  # type: ignore[arg-type]
-        storage.delete(photo(5))
-        storage.delete(photo(6))
+        storage.delete(photo(5), BUCKET)
+        storage.delete(photo(6), BUCKET)
 
     monkeypatch.setattr("threestage.pipeline.list_images", list_then_delete)
     warnings: list[str] = []
@@ -125,7 +125,7 @@ def test_objects_deleted_before_the_second_stage_reads_them(config: Config) -> N
         return config.model_copy(update={"stages": number, "data": lenient})
 
     run(only_stage(1), [])
-    storage.delete(photo(9))
+    storage.delete(photo(9), BUCKET)
     warnings: list[str] = []
     run(only_stage(2), warnings)
     assert [reject.source for reject in read_rejects(f"{BUCKET}/run/stage2/rejects.parquet")] == [photo(9)]

@@ -67,7 +67,7 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
 
     lost = storage.list_files(f"{out}/parts")[0]  # as if the job had been killed before it was written
     rows = storage.read_table(lost).num_rows
-    storage.delete(lost)
+    storage.delete(lost, out)
     report = predict(settings)
     rejected = rows - (19 - report.kept)
     assert report.images == 19 and rejected in (0, 1), "only the lost part is predicted again"

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,7 @@ from threestage.data import storage
 from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder, ingest
 from threestage.data.known import _bits, build_index, look_up
 from threestage.data.listing import Each, list_images
+from threestage.data.outputs import DATA_SET_MARK, mark
 from threestage.data.publish import Known, digest_of, next_manifest
 from threestage.data.records import Bytes, Manifest, decode_mask, labelled_rows, load_manifest, pool_files
 from threestage.data.rejects import read_rejects
@@ -397,6 +400,8 @@ def test_what_is_finished_is_not_read_again(source: Path, format: str, reads: li
 
 
 def listing_of(source: Path) -> str:
+    """Where an ingest lists the images, in a data set that is begun."""
+    mark(f"{source}/ds", DATA_SET_MARK, "threestage ingest")
     job = Job(f"{source}/ds", 4, None, "", None, None)
     return _listing_folder(job, f"{source}/images")
 
@@ -495,7 +500,7 @@ def test_two_files_of_one_id_and_an_absurdly_large_one(source: Path, monkeypatch
     (source / "images" / "04.png").write_bytes(bytes(5000))
     monkeypatch.setattr("threestage.data.shards.MAX_IMAGE_BYTES", 4999)
     for format in ("images", "folders"):
-        root = f"{source}/{format}"
+        root = f"{source}/of {format}"
         settings = IngestSettings(
             format=format,
             masks=f"{source}/masks" if format == "folders" else None,
@@ -561,9 +566,57 @@ def test_an_ingest_that_another_overtook_is_refused(source: Path, monkeypatch: p
         return next_manifest(*arguments)
 
     monkeypatch.setattr("threestage.data.ingest.next_manifest", overtaken)
-    with pytest.raises(InputError, match="another ingest has changed it"):
+    with pytest.raises(InputError, match="another ingest changed it"):
         run(source)
     assert load_manifest(f"{source}/ds").version == 1
+
+
+@pytest.mark.parametrize("extends", [False, True])
+def test_of_two_ingests_at_once_one_says_run_again_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extends: bool
+) -> None:
+    """Both have read the same manifest, and both have compared it, before either publishes."""
+    barrier, write = Barrier(2), storage.write_if_unchanged
+    root, settings = f"{tmp_path}/ds", IngestSettings(format="images")
+    for number, name in enumerate(("first", "left", "right")):
+        draw(tmp_path / name, name, number)
+    if extends:
+        ingest(f"{tmp_path}/first/images", root, settings)
+
+    def together(*arguments: Any) -> bool:
+        barrier.wait(timeout=60)
+        return write(*arguments)
+
+    def try_it(name: str) -> str | None:
+        try:
+            ingest(f"{tmp_path}/{name}/images", root, settings)
+        except InputError as error:
+            assert error.code == "data/concurrent-ingest" and "run this one again" in str(error)
+            return name
+        return None
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as threads:
+        patched.setattr(storage, "write_if_unchanged", together)
+        failed = [name for name in threads.map(try_it, ("left", "right")) if name]
+    assert len(failed) == 1
+    first = ["first"] if extends else []
+    (published,) = {"left", "right"} - set(failed)
+    assert sorted(rows_of(Path(root))) == sorted([published, *first])
+    ingest(f"{tmp_path}/{failed[0]}/images", root, settings)
+    assert sorted(rows_of(Path(root))) == sorted(["left", "right", *first])
+    for version in range(1, load_manifest(root).version + 1):
+        assert load_manifest(root, version).version == version
+
+
+def test_an_ingest_that_was_killed_before_it_kept_its_version(source: Path) -> None:
+    run(source)
+    version = source / "ds" / "manifests" / "v0001.json"
+    version.unlink()
+    assert load_manifest(f"{source}/ds", 1) == load_manifest(f"{source}/ds")
+    run(source)
+    assert version.exists()
+    with pytest.raises(InputError, match=r"v0002\.json: no data set there"):
+        load_manifest(f"{source}/ds", 2)
 
 
 def test_a_store_that_fails_is_no_bad_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

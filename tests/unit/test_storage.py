@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from PIL import Image
 
 from tests.failing_s3 import ERRORS, failing_s3
@@ -38,9 +38,9 @@ def round_trip(root: str) -> None:
     assert storage.read_bytes(f"{root}/manifest.json") == b"new"
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{root}/absent")
-    storage.delete(f"{root}/manifest.json")
-    storage.delete(f"{root}/images")
-    storage.delete(f"{root}/absent")
+    storage.delete(f"{root}/manifest.json", root)
+    storage.delete(f"{root}/images", root)
+    storage.delete(f"{root}/absent", root)
     assert storage.list_files(root) == []
 
 
@@ -58,8 +58,8 @@ def test_what_is_deleted_is_a_name_not_a_pattern(bucket: str) -> None:
         storage.write_bytes(uri, b"x")
     files = storage.s3fs_filesystem()
     files.pipe_file(f"{bucket}/runs/a[1]/folder/", b"")  # as consoles make folders
-    storage.delete(f"{bucket}/runs/a[1]")
-    storage.delete(f"{bucket}/runs/a*/b")
+    storage.delete(f"{bucket}/runs/a[1]", bucket)
+    storage.delete(f"{bucket}/runs/a*/b", bucket)
     assert storage.list_files(bucket) == others
     answer = files.call_s3("list_objects_v2", Bucket="bucket", Prefix="some/folder/runs/")
     assert [f"s3://bucket/{entry['Key']}" for entry in answer["Contents"]] == others
@@ -72,7 +72,7 @@ def test_a_store_that_does_not_answer_is_an_os_error_of_deleting_too(monkeypatch
 
     monkeypatch.setattr(storage, "s3fs_filesystem", Away)
     with pytest.raises(OSError, match=r"^s3://bucket/a: Could not connect"):
-        storage.delete("s3://bucket/a")
+        storage.delete("s3://bucket/a", "s3://bucket")
 
 
 def test_more_than_a_page_is_deleted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_more_than_a_page_is_deleted(bucket: str, monkeypatch: pytest.MonkeyPatc
             return files.call_s3(method, **arguments, **({"MaxKeys": 2} if method == "list_objects_v2" else {}))
 
     monkeypatch.setattr(storage, "s3fs_filesystem", SmallPages)
-    storage.delete(f"{bucket}/a")
+    storage.delete(f"{bucket}/a", bucket)
     assert not storage.exists(f"{bucket}/a")
 
 
@@ -371,3 +371,78 @@ def test_what_a_killed_write_left_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".hidden.png").write_bytes(b"somebody's")
     (tmp_path / "a.tmp").write_bytes(b"somebody's")
     assert storage.list_files(str(tmp_path)) == [f"{tmp_path}/.hidden.png", f"{tmp_path}/a.tmp"]
+
+
+def test_no_deletion_follows_a_link(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "stage1", outside / "checkpoints"):
+        folder.mkdir(parents=True)
+    (outside / "checkpoints" / "thesis.txt").write_text("mine")
+    (root / "stage2").symlink_to(outside)
+    (root / "stage1" / "checkpoints").symlink_to(outside / "checkpoints")
+    (root / "stage1" / "thesis.txt").symlink_to(outside / "checkpoints" / "thesis.txt")
+    for below in ("stage2/checkpoints", "stage2/checkpoints/thesis.txt"):
+        with pytest.raises(InputError, match=r"stage2: is a link.*\[data/link\]"):
+            storage.delete(f"{root}/{below}", str(root))
+    storage.delete(f"{root}/stage1/checkpoints", str(root))
+    storage.delete(f"{root}/stage1", str(root))
+    storage.delete(f"{root}/stage2", str(root))
+    storage.delete(str(root), str(root))
+    assert not root.exists() and (outside / "checkpoints" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="is not within"):
+        storage.delete(str(outside), str(root))
+
+
+def one_of_two_writes(uri: str) -> None:
+    """Of writers that read the same, one replaces the file."""
+    assert storage.write_if_unchanged(uri, None, b"1") and not storage.write_if_unchanged(uri, None, b"2")
+    assert storage.read_bytes(uri) == b"1" and not storage.write_if_unchanged(uri, b"2", b"3")
+    assert storage.write_if_unchanged(uri, b"1", b"2") and not storage.write_if_unchanged(uri, b"1", b"3")
+    assert storage.read_bytes(uri) == b"2" and not storage.write_if_unchanged(f"{uri}.absent", b"1", b"2")
+
+
+def test_one_of_two_writers_replaces_a_file(tmp_path: Path) -> None:
+    one_of_two_writes(f"{tmp_path}/new/manifest.json")
+
+
+def test_one_of_two_writers_replaces_an_object(bucket: str) -> None:
+    one_of_two_writes(f"{bucket}/manifest.json")
+
+
+@pytest.mark.parametrize("before", [None, b"1"])
+def test_the_store_compares_not_the_client(bucket: str, monkeypatch: pytest.MonkeyPatch, before: bytes | None) -> None:
+    """Another one writes between the comparison here and the request."""
+    uri = f"{bucket}/manifest.json"
+    if before is not None:
+        storage.write_bytes(uri, before)
+    files = storage.s3fs_filesystem()
+
+    class Overtaken:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            if method == "put_object":
+                storage.write_bytes(uri, b"theirs")
+            return files.call_s3(method, **arguments)
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", Overtaken)
+    assert not storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"theirs"
+
+
+@pytest.mark.parametrize("before", [None, b"1"])
+def test_a_store_without_conditional_writes(bucket: str, monkeypatch: pytest.MonkeyPatch, before: bytes | None) -> None:
+    uri = f"{bucket}/manifest.json"
+    if before is not None:
+        storage.write_bytes(uri, before)
+    files = storage.s3fs_filesystem()
+
+    class Without:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            if method != "put_object":
+                return files.call_s3(method, **arguments)
+            error = OSError("A header you provided implies functionality that is not implemented")
+            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            error.__cause__ = ClientError(answer, method)  # type: ignore[arg-type]
+            raise error
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", Without)
+    assert storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"ours"
+    assert not storage.write_if_unchanged(uri, before, b"others")

@@ -123,12 +123,15 @@ def evaluate(
 
     Example: threestage evaluate runs/camvid data/camvid --split test --flip --scales 0.75,1,1.25
     """
+    from threestage.data.outputs import SCORES, claim
     from threestage.evaluation import evaluate_model
     from threestage.predict import open_model
     from threestage.registry import RegistrySettings
     from threestage.scores import score_tables, write_scores
 
     protocol = protocol_of(window, stride, flip, scales)
+    if out is not None:
+        claim(out, SCORES)  # before the work
     network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
     with console.status("evaluating") as status:
         show = counter(status, "evaluated")

@@ -37,6 +37,16 @@ def entry(folder: str, path: str) -> Entry | None:
     return Entry(path, found.st_size if plain else NOT_INSIDE, found.st_mtime_ns)
 
 
+def refuse_link_out(folder: str, path: str) -> None:
+    """Raises InputError where a file below a folder is, or lies behind, a link that leads out of it: it must not be sent."""
+    whole = os.path.join(folder, path)
+    if not _inside(whole, os.path.realpath(folder)):
+        raise InputError(
+            f"{whole}: a link to {os.path.realpath(whole)}, which is outside of {folder}: remove it, or copy the file there",
+            "data/link",
+        )
+
+
 def _walk(folder: str, root: str, below: str) -> Iterator[str]:
     for name in _names(os.path.join(folder, below), root):
         if not name.endswith("/"):
@@ -64,7 +74,8 @@ def _is_link_to_folder(entry: os.DirEntry[str], root: str) -> bool:
         return True
     raise InputError(
         f"{entry.path}: a link to {os.path.realpath(entry.path)}, which is outside of {root}: remove it, and give that folder "
-        "by itself or copy it"
+        "by itself or copy it",
+        "data/link",
     )
 
 

@@ -10,6 +10,7 @@ for training.
 
 Besides the data set (`threestage.data.records`) the root holds
 
+ingest.json             written first: the folder is a data set's (`threestage.data.outputs`)
 rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA)
 listing/<digest>/       the listing of a source of format images. It is extended by a later ingest, which then reads only
                         images with new URIs: one that was changed in place is not seen
@@ -33,7 +34,8 @@ from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
 from threestage.data.copies import check_copies
 from threestage.data.formats import IngestSettings, SourceItem, discover, missing
 from threestage.data.known import build_index, look_up
-from threestage.data.listing import Each, list_images
+from threestage.data.listing import Each, forget, list_images
+from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import Additions, ShardReport, next_manifest, publish
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
@@ -78,11 +80,14 @@ def ingest(
     as it was, and what is finished is not done again.
     """
     root = storage.absolute(root)
+    claim(root, DATA_SET)
     current = load_manifest(root) if storage.exists(storage.join(root, MANIFEST_NAME)) else None
     class_map, map_name = _class_map(settings)
     _check_classes(root, current, class_map)
     if not storage.exists(source):
         raise missing(source, "images")
+    if current is None:
+        mark(root, DATA_SET_MARK, "threestage ingest")
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
@@ -97,15 +102,15 @@ def ingest(
     if rejects.count:
         rejects.write(listed)
     else:
-        storage.delete(listed)
+        storage.delete(listed, root)
     if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, listed):
-        storage.delete(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
+        forget(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
         raise InputError(f"{source}: {complaint}")
     warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
     warnings += check_copies(root, index, current.files if current else (), added.files)
     manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
     if manifest is not current:
-        storage.delete(storage.join(root, "index"))
+        storage.delete(storage.join(root, "index"), root)
     return IngestReport(
         manifest=manifest,
         added_images=added.images,

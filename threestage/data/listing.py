@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from threestage.data import folders, storage
+from threestage.data.outputs import LISTING, claim
 from threestage.data.pairs import IMAGE_SUFFIXES
 from threestage.data.records import PathBelow
 from threestage.errors import InputError
@@ -124,7 +125,7 @@ def list_images(source: str, destination: str, rows_per_file: int, each: Each = 
         pass
     files = _files_of_all(destination, len(partition.ranges))
     if not files:
-        _forget(destination)
+        storage.delete(destination, destination)  # another cut may fit the images that come
         expected = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{source}: no image below it; files in {expected} are expected")
     if files != before:
@@ -166,6 +167,7 @@ def list_range(task: RangeTask) -> int:
 
 def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
     """The partition that is there, else a new one. InputError when the one there is of another listing."""
+    claim(destination, LISTING)
     uri = storage.join(destination, "partitions.json")
     if not storage.exists(uri):
         partition = Partition(source=source, rows_per_file=rows_per_file, ranges=_cut(source))
@@ -188,10 +190,10 @@ def _cut(source: str) -> tuple[KeyRange, ...]:
     return cut_key_space(partial(_keys, bucket), prefix)
 
 
-def _forget(destination: str) -> None:
-    """So that a rerun looks again."""
-    storage.delete(storage.join(destination, "partitions.json"))
-    storage.delete(storage.join(destination, "ranges"))
+def forget(destination: str) -> None:
+    """Make a rerun list everything again. What shows that the folder is a listing stays."""
+    for name in ("ranges", "files.parquet"):
+        storage.delete(storage.join(destination, name), destination)
 
 
 def _range_uri(destination: str, number: int) -> str:

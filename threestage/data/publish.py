@@ -282,9 +282,11 @@ def _sizes(current: Manifest | None, added: Additions) -> SizeStatistics:
 def publish(root: str, current: Manifest | None, manifest: Manifest | None) -> Manifest:
     """Make a manifest the current one. With none to publish, the current one stays.
 
-    Raises InputError when there is nothing to publish and none before it, or when another ingest published meanwhile (a
-    check, not a lock: two that end within the same moment are not told apart).
+    Raises InputError when there is nothing to publish and none before it, or when another ingest published meanwhile: of two
+    at once, one fails (`storage.write_if_unchanged`).
     """
+    if current is not None and not storage.exists(version_uri(root, current.version)):
+        _keep_version(root, current)  # the ingest that published it was killed before it could
     if manifest is None:
         if current is None:
             listed = storage.join(root, "rejected")
@@ -292,13 +294,19 @@ def publish(root: str, current: Manifest | None, manifest: Manifest | None) -> M
                 f"{root}: no good image was found for it, so no data set was made: mend those that {listed} lists"
             )
         return current
-    if _version_now(root) != (current.version if current else 0):
-        raise InputError(f"{root}: another ingest has changed it meanwhile; run this one again")
-    content = manifest.model_dump(mode="json")
-    storage.write_json(version_uri(root, manifest.version), content)
-    storage.write_json(storage.join(root, MANIFEST_NAME), content)
+    uri = storage.join(root, MANIFEST_NAME)
+    before = storage.read_bytes(uri) if storage.exists(uri) else None
+    now = None if before is None else load_manifest(root)
+    if now != current or not storage.write_if_unchanged(
+        uri, before, storage.json_bytes(manifest.model_dump(mode="json"))
+    ):
+        raise InputError(
+            f"{root}: another ingest changed it in the meantime; run this one again, what it has checked is kept",
+            "data/concurrent-ingest",
+        )
+    _keep_version(root, manifest)
     return manifest
 
 
-def _version_now(root: str) -> int:
-    return load_manifest(root).version if storage.exists(storage.join(root, MANIFEST_NAME)) else 0
+def _keep_version(root: str, manifest: Manifest) -> None:
+    storage.write_json(version_uri(root, manifest.version), manifest.model_dump(mode="json"))

@@ -200,6 +200,8 @@ def load_manifest(root: str, version: int | None = None) -> Manifest:
     try:
         raw = storage.read_json(uri)
     except FileNotFoundError:
+        if version is not None and (current := load_manifest(root)).version == version:
+            return current  # published, and not yet kept under its number
         raise InputError(f"{uri}: no data set there; make one with `threestage ingest`, or mend the path") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
         raise InputError(f"{uri}: not a manifest of a threestage data set; mend the path")

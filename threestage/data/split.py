@@ -36,7 +36,9 @@ def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
     try:
         return Split.model_validate(saved["split"]), dict(saved.get("settings", {}))
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{uri}: is no split of a run: bring it back from a copy, or give another folder") from None
+        raise InputError(
+            f"{uri}: is no split of a run: bring it back from a copy, or give another folder", "data/foreign-folder"
+        ) from None
 
 
 def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:

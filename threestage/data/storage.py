@@ -12,9 +12,12 @@ import json
 import os
 import re
 import secrets
+import shutil
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -346,7 +349,11 @@ def _write(files: pafs.FileSystem, path: str, data: bytes | memoryview | pa.Buff
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def list_files(uri: str, recursive: bool = True) -> list[str]:
@@ -371,40 +378,162 @@ def of_the_store(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.startswith("botocore")
 
 
-def delete(uri: str) -> None:
-    """Remove a file, or a folder with all that is in it; absent is fine. Raises OSError when it cannot."""
+def write_if_unchanged(uri: str, before: bytes | None, data: bytes) -> bool:
+    """Replace a file only while it still holds `before` (None: while it is absent); whether that was done.
+
+    Two writers that read the same content cannot both succeed: S3 compares the ETag (If-Match, If-None-Match), a local
+    file is locked. A store that answers 501 to that, and a file system without locks, compares and writes in two steps.
+    """
     files, path = filesystem(uri)
+    if is_s3(uri):
+        return _write_on_s3_if_unchanged(files, path, before, data)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with _locked(path):
+        if _content(uri) != before:
+            return False
+        write_bytes(uri, data)
+        return True
+
+
+def _content(uri: str) -> bytes | None:
+    try:
+        return read_bytes(uri)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Be the only one who replaces a file, among all processes and threads; a killed process releases the lock."""
+    folder, name = os.path.split(path)
+    with open(os.path.join(folder, f".{name}.lock"), "ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_on_s3_if_unchanged(files: pafs.FileSystem, path: str, before: bytes | None, data: bytes) -> bool:
+    store, uri = s3fs_filesystem(), S3_SCHEME + path
+    bucket, _, key = path.partition("/")
+    condition = {"IfNoneMatch": "*"}
+    try:
+        if before is not None:
+            condition = {"IfMatch": _ask_s3(store, uri, "head_object", Bucket=bucket, Key=key)["ETag"]}
+            if _content(uri) != before:
+                return False
+        _ask_s3(store, uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+    except OSError as error:
+        status = _status(error)
+        if status not in (404, 409, 412, 501):
+            raise
+        if status == 501 and _content(uri) == before:
+            _write(files, path, data)
+        return _content(uri) == data  # a request that the SDK repeated may have been done before
+    return True
+
+
+def _status(error: OSError) -> int | None:
+    """The HTTP status of an error that s3fs has translated; None for one without an answer."""
+    response = getattr(error.__cause__, "response", {})
+    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
+
+
+def _ask_s3(store: Any, uri: str, operation: str, **arguments: Any) -> dict[str, Any]:
+    """One request through s3fs. Raises OSError, also where the SDK raises an error of its own for no answer."""
+    try:
+        return dict(store.call_s3(operation, **arguments))
+    except Exception as error:
+        if isinstance(error, OSError) or not of_the_store(error):
+            raise
+        raise OSError(f"{uri}: {error}") from error
+
+
+def delete(uri: str, within: str) -> None:
+    """Remove a file, or a folder with all that is in it; absent is fine. Raises OSError when it cannot.
+
+    `within`: the folder that the command was given, which holds `uri` or is it. No link is followed below it: one at `uri`
+    is removed itself, one on the way there is an InputError.
+    """
+    path, root = filesystem(uri)[1], filesystem(within)[1]
+    if not f"{path}/".startswith(f"{root.rstrip('/')}/"):
+        raise ValueError(f"{uri} is not within {within}")
     with contextlib.suppress(FileNotFoundError):
         if is_s3(uri):
             _delete_on_s3(path)
-        elif os.path.isdir(path):
-            files.delete_dir(path)
         else:
-            files.delete_file(path)
+            root = os.path.dirname(root) if path == root else root
+            _delete_locally(root, os.path.relpath(path, root).split("/"))
+
+
+def _delete_locally(root: str, names: Sequence[str]) -> None:
+    *between, last = names
+    folder = os.open(root, os.O_DIRECTORY)
+    try:
+        for number, name in enumerate(between, 1):
+            try:
+                inner = os.open(name, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            except NotADirectoryError:
+                link = os.path.join(root, *between[:number])
+                raise InputError(
+                    f"{link}: is a link, and nothing is deleted through links; remove it, or replace it by the folder itself",
+                    "data/link",
+                ) from None
+            os.close(folder)
+            folder = inner
+        if stat.S_ISDIR(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(last, dir_fd=folder, onerror=_unless_gone)
+        else:
+            os.unlink(last, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _unless_gone(function: Any, path: str, raised: Any) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]
 
 
 def _delete_on_s3(path: str) -> None:
     """One request an object: stores differ about a bulk delete (some want an MD5 that the SDK no longer sends), s3fs takes
     names for patterns, and pyarrow leaves an empty object in a folder's place."""
     bucket, _, name = path.partition("/")
-    store = s3fs_filesystem()
-
-    def request(operation: str, **arguments: str) -> dict[str, Any]:
-        try:
-            return dict(store.call_s3(operation, **arguments))
-        except Exception as error:
-            if isinstance(error, OSError) or not of_the_store(error):
-                raise
-            raise OSError(f"{S3_SCHEME}{path}: {error}") from error
-
-    request("delete_object", Bucket=bucket, Key=name)
+    ask = partial(_ask_s3, s3fs_filesystem(), S3_SCHEME + path)
+    ask("delete_object", Bucket=bucket, Key=name)
     more = True
     with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
         while more:
-            page = request("list_objects_v2", Bucket=bucket, Prefix=f"{name}/")
+            page = ask("list_objects_v2", Bucket=bucket, Prefix=f"{name}/")
             keys = [entry["Key"] for entry in page.get("Contents", ())]
-            list(threads.map(lambda key: request("delete_object", Bucket=bucket, Key=key), keys))
+            list(threads.map(lambda key: ask("delete_object", Bucket=bucket, Key=key), keys))
             more = page.get("IsTruncated", False)
+
+
+def first_names(uri: str, most: int = 100) -> list[str]:
+    """Sorted names of some files and folders in a folder, folders with a slash; [] when it is absent or empty.
+
+    Raises NotADirectoryError for a file.
+    """
+    path = filesystem(uri)[1]
+    if is_s3(uri):
+        return sorted(_first_names_on_s3(uri, path, most))
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name + "/" * entry.is_dir() for entry in islice(entries, most))
+    except FileNotFoundError:
+        return []
+
+
+def _first_names_on_s3(uri: str, path: str, most: int) -> Iterator[str]:
+    bucket, _, prefix = path.partition("/")
+    prefix += "/" * bool(prefix)
+    ask = partial(_ask_s3, s3fs_filesystem(), uri, "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/")
+    try:
+        page = ask(MaxKeys=most)
+    except FileNotFoundError:  # no such bucket: whoever writes says so
+        return
+    yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()) if entry["Key"] != prefix)
+    yield from (entry["Prefix"].removeprefix(prefix) for entry in page.get("CommonPrefixes", ()))
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

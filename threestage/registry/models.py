@@ -22,7 +22,7 @@ CHAMPION = "champion"
 MEAN_IOU = "mean_iou"
 PACKED_FOLDER = "model"
 WEIGHTS, CARD = "model.safetensors", "model.json"
-PULLED = (WEIGHTS, CARD, "program.pt2", "lineage.json", "README.md")
+PULLED = ("lineage.json", WEIGHTS, CARD, "program.pt2", "README.md")  # first what marks the folder
 
 
 class Models:
@@ -51,16 +51,15 @@ class Models:
         InputError when there is no such version, or its weights are not those that were registered.
         """
         folder = _make_folder(destination)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
             with talking_to(self.uri, TRANSFER_S):
                 version = self._find(model_uri)
                 refuse_foreign_source(model_uri, version.source, self.uri, self._locations)
                 fetched = self._download(version.source, temporary)
             _check_digest(model_uri, fetched / WEIGHTS, version.tags.get(DIGEST))
-            _refuse_files_of_others(folder)
-            for file in fetched.iterdir():
-                if file.name in PULLED:  # the folder may be the one that somebody works in
-                    os.replace(file, folder / file.name)
+            for name in PULLED:
+                if (fetched / name).is_file():
+                    os.replace(fetched / name, folder / name)
         return folder
 
     def promote(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -250,22 +249,18 @@ def _pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 def _make_folder(destination: str | Path) -> Path:
     from threestage.data import storage
+    from threestage.data.outputs import PULLED_MODEL, claim
 
     if storage.has_scheme(str(destination)):
         raise InputError(
             f"{destination}: a model is pulled into a folder of this machine: name one, then copy it there"
         )
+    claim(str(destination), PULLED_MODEL)
     try:
         Path(destination).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{destination} cannot be made a folder ({error.strerror}): name another") from error
     return Path(destination)
-
-
-def _refuse_files_of_others(folder: Path) -> None:
-    there = [name for name in PULLED if (folder / name).exists()]
-    if there and WEIGHTS not in there:  # an earlier pull is replaced
-        raise InputError(f"{folder} has a {there[0]} of other making: give another folder")
 
 
 def _check_digest(model_uri: str, weights: Path, expected: str | None) -> None:

@@ -7,13 +7,14 @@ from threestage.data import storage
 from threestage.data.store_errors import explain
 from threestage.errors import InputError, StageFailure
 from threestage.report_page import of_certainty, of_images, of_pool, of_run
-from threestage.report_page.document import page
+from threestage.report_page.document import TITLE, page
 from threestage.report_page.figures import PAGE_NAME, Run, read_run
 from threestage.report_page.markup import Html
 from threestage.report_page.validation import Measured, Show, Validation, choose
 
 IMAGES = 9
 INTRODUCTION = "Three-stage self-training for semantic segmentation, seen through the run's validation images."
+HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def write_report(
     Raises InputError where the folder holds no run, or `data` is not the run's data set.
     """
     found = read_run(run)
+    uri = out or storage.join(found.uri, PAGE_NAME)
+    _refuse_other_file(uri)
     seen, missing = None, list(found.missing)
     if found.stages:
         try:
@@ -63,9 +66,20 @@ def write_report(
     content = page(found.name, found.verdict or INTRODUCTION, _sections(found, seen, missing)).encode(
         "utf-8", "replace"
     )
-    uri = out or storage.join(found.uri, PAGE_NAME)
     storage.write_bytes(uri, content)
     return Written(uri, len(content), found.finished, tuple(missing))
+
+
+def _refuse_other_file(uri: str) -> None:
+    """Raises InputError where a file that is no page of ours would be overwritten."""
+    if not storage.exists(uri):
+        return
+    files, path = storage.filesystem(uri)
+    with files.open_input_stream(path) as stream:
+        if f"{TITLE}</title>".encode() not in stream.read(HEAD_BYTES):
+            raise InputError(
+                f"{uri}: exists, and is no page of threestage report; give another --out", "data/foreign-file"
+            )
 
 
 def _look(run: Run, data: str | None, images: int, measure: int | None, show: Show) -> _Seen:

@@ -10,6 +10,7 @@ from threestage.report_page.markup import Html, joined, tag
 
 # Even a mistake in the page could not make a browser fetch or run anything.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+TITLE = "the stages compared"  # ends the title of every page, of earlier versions too
 NAMES = {
     "overview": "At a glance",
     "images": "Pictures",
@@ -25,7 +26,7 @@ NAMES = {
 
 def page(name: str, intro: str, sections: Sequence[tuple[str, Html]]) -> str:
     """`sections`: (a key of NAMES, markup) in their order."""
-    title = f"{name}: the stages compared"
+    title = f"{name}: {TITLE}"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

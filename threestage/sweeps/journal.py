@@ -105,7 +105,7 @@ class Journal:
             settled = time.monotonic() - self._ended.get(trial.number, 0.0) >= settle_s
             if trial.over and settled and trial not in kept and trial.number not in self._forgotten:
                 with contextlib.suppress(OSError):
-                    storage.delete(run_folder(self._out, trial.number))
+                    storage.delete(run_folder(self._out, trial.number), self._out)
                     self._forgotten.add(trial.number)
 
     def seconds(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from threestage.check import check_store
 from threestage.config import STAGES, Config, changed, flatten, refuse_unconfirmed_hosts
 from threestage.data import storage
+from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
 from threestage.errors import InputError
@@ -51,8 +52,10 @@ def checked(asked: Sweep) -> Sweep:
     check_space(asked.space, asked.config)
     config = changed(asked.config, asked.space.fixed)
     refuse_unconfirmed_hosts(asked.config)
-    check_store(config, asked.out)
-    return replace(asked, config=config.with_absolute_paths(), out=storage.absolute(asked.out))
+    check_store(config, asked.out, SWEEP)
+    out = storage.absolute(asked.out)
+    claim(out, SWEEP)  # a busy store passes the check above
+    return replace(asked, config=config.with_absolute_paths(), out=out)
 
 
 def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
@@ -99,8 +102,6 @@ def known(asked: Sweep) -> str | None:
     Raises InputError where that is another one, or --resume was not asked for.
     """
     uri = storage.join(asked.out, "sweep.json")
-    if storage.exists(storage.join(asked.out, "split.json")):
-        raise InputError(f"--out {asked.out}: holds a run: give another folder")
     if not storage.exists(uri):
         return None
     if not asked.resume:

@@ -158,7 +158,7 @@ class _Running:
             to_the_end = replace(self.asked, space=self.asked.space.model_copy(update={"scheduler": None}))
             self._trials(to_the_end, lambda seed=seed: self.journal.take("repeat", seed), self._open_repeats(seed))  # type: ignore[misc]
             if not self._open_repeats(seed):
-                storage.delete(shared_folder(self.asked.out, seed))
+                storage.delete(shared_folder(self.asked.out, seed), self.asked.out)
 
     def _add_repeats(self, seed: int) -> None:
         searched, repeats = self.journal.of("search"), self.journal.of("repeat")

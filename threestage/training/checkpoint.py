@@ -184,8 +184,9 @@ class Checkpoints:
         storage.write_json(storage.join(self._folder, ROWS), snapshot["history"])
         pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
         storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
+        stage_folder = self._folder.rpartition("/")[0]
         for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:
-            storage.delete(self._uri(step))
+            storage.delete(self._uri(step), within=stage_folder)
 
     def _refuse_when_taken_over(self) -> None:
         owner = storage.read_json(storage.join(self._folder, OWNER))
