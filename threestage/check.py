@@ -177,8 +177,8 @@ def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     writable = store_check.writable("--out", out)
 
     def try_out() -> None:
+        writable.try_it()  # first: a store that is away is found out sooner
         claim(out, output)
-        writable.try_it()
 
     return [*probes, writable._replace(try_it=try_out)]
 

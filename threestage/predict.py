@@ -144,8 +144,11 @@ def predict_input(
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
-    storage.write_json(storage.join(out, RECORD_NAME), record)
+    write_record = partial(storage.write_json, storage.join(out, RECORD_NAME), record)
+    if kind == "images":
+        write_record()  # it marks the folder, and a listing is written first
     parts = plan(source, kind, storage.join(out, "listing"), settings.rows_per_part, each)
+    write_record()
     task = PredictionTask(
         destination=out,
         model_digest=_digest(model),

@@ -101,7 +101,7 @@ run mine.yaml --local --set network.weights=text.pth | text.pth | state dict
 run mine.yaml --local --set network.weights=list.pth | list.pth | holds a list | state dict
 run mine.yaml --local --set network.weights=images   | images | is a folder | name a file
 run mine.yaml --local --out s3://b/x --set storage.endpoint=CLOSED | --out | CLOSED | mend storage.endpoint
-run mine.yaml --out run --local                      | split.json | is no split of a run | another folder
+run mine.yaml --out run --local                      | run | holds config.json | another folder
 run mine.yaml --out broken-run --local               | split.json | is damaged | a copy
 run mine.yaml --out sweep --local                    | sweep | holds a sweep | another folder
 run mine.yaml --out out --local --reuse nowhere      | nowhere | mend --reuse
@@ -113,7 +113,7 @@ sweep list.yaml mine.yaml                            | list.yaml | stages: and s
 sweep unknown-key.yaml mine.yaml                     | search.consistency.wieght | did you mean consistency.weight?
 sweep unknown-range.yaml mine.yaml                   | unifrm | did you mean uniform?
 sweep thresholds mine.yaml --out sweep               | sweep | --resume
-sweep thresholds mine.yaml --out run                 | run | holds a run | another folder
+sweep thresholds mine.yaml --out run                 | run | holds config.json | another folder
 sweep thresholds demo --set data.root=nowhere        | data.root | nowhere | threestage ingest
 check camvd                                          | camvd | did you mean camvid?
 check mine.yaml --local --address x:1                | --address x:1 | leave one of them out
@@ -125,7 +125,7 @@ IMAGES = """
 ingest nowhere out --format images --local           | nowhere | does not exist | expected
 ingest file out --format images --local              | file | not a directory | mend the path
 ingest empty out --format images --local             | empty | no image below it | .jpg
-ingest images file --format images --local           | file | mend the path
+ingest images file --format images --local           | file | another folder
 ingest images s3:/b/x --format images --local        | s3:/b/x | s3://bucket/prefix
 ingest images out --format cityscape                 | format='cityscape' | did you mean cityscapes?
 ingest images out --format images --split tran       | split='tran' | did you mean train?
@@ -161,14 +161,14 @@ evaluate models:/x data --tracking-uri sqlite:///empty.db  | models:/x | models:
 evaluate models:/x/1 data --tracking-uri CLOSED      | CLOSED | is it up
 predict model nowhere out                            | nowhere | give the folder
 predict model empty out                              | empty | no images there | give the folder
-predict model bad.parquet out                        | bad.parquet | not a Parquet file | remove it
-predict model other.parquet out                      | other.parquet | picture | rename or convert it
+predict model bad.parquet pre                        | bad.parquet | not a Parquet file | remove it
+predict model other.parquet pre                      | other.parquet | picture | rename or convert it
 predict model images images/out                      | images/out | give another folder
-predict model images file --local                    | file | not a directory | mend the path
+predict model images file --local                    | file | is a file | another folder
 predict model images out --format pngg               | format='pngg' | did you mean png?
 predict newer-model images out                       | newer-model | format 2 | upgrade threestage
 predict model s3:/b/x out                            | s3:/b/x | s3://bucket/prefix
-predict model images out --address 127.0.0.1:9       | 127.0.0.1:9 | mend the address
+predict model images pre --address 127.0.0.1:9       | 127.0.0.1:9 | mend the address
 """
 RESULTS = """
 report nowhere                                       | nowhere | split.json | the folder that a run got as --out
@@ -182,7 +182,7 @@ clean sweep --yes                                    | sweep | name one of its r
 models list --tracking-uri CLOSED                    | CLOSED | is it up
 models list --tracking-uri sqlite:///text.pth        | text.pth | not a database | registry.tracking_uri
 models list --tracking-uri sqlite:///no.db           | no.db | there is none | --tracking-uri
-models pull camvid out --tracking-uri sqlite:///empty.db   | camvid | models:/NAME@champion
+models pull camvid mod --tracking-uri sqlite:///empty.db   | camvid | models:/NAME@champion
 models promote models:/camvid/9 --tracking-uri sqlite:///empty.db | models:/camvid/9 | threestage models list
 models lineage models:/camvid@stage9 --tracking-uri sqlite:///empty.db | models:/camvid@stage9 | threestage models list
 submit run demo                                      | --out is not given | s3://bucket/prefix
@@ -252,7 +252,7 @@ def place(scenes: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFact
         "run/config.json": "[]",
         "broken-run/split.json": "{",
         "broken-run/config.json": "{",
-        "sweep/sweep.json": "{}",
+        "sweep/sweep.json": '{"sweep_key": "a"}',
         "empty/nothing.txt": "",
         "an ö folder/nothing.txt": "",
         "newer-data/" + MANIFEST_NAME: json.dumps({"format": 99}),
@@ -381,6 +381,8 @@ def test_a_question_that_nobody_answers(
     for name in ("split.json", "stage1/done.json", "stage1/checkpoints/1"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("{}")
+    split = {"labelled": [], "validation": [], "validation_split": "val"}
+    (tmp_path / "split.json").write_text(json.dumps({"split": split}))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert run_program(f"clean {tmp_path}", monkeypatch) == 1
     assert "give --yes" in capsys.readouterr().err and (tmp_path / "stage1/checkpoints/1").exists()

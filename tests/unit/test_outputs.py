@@ -48,7 +48,8 @@ def test_who_may_write_where(root: str, output: Output) -> None:
     storage.write_bytes(f"{root}/lost+found/1", b"of the file system")
     claim(root, output)
     storage.write_bytes(f"{root}/thesis.txt", b"mine")
-    storage.write_bytes(f"{root}/{'split.json' if output is DATA_SET else 'manifest.json'}", b"no JSON")
+    junk = "split.json" if output is DATA_SET else "manifest.json"
+    storage.write_bytes(f"{root}/{junk}", b"no JSON")
     assert f"{root}: holds " in refused(lambda: claim(root, output)) and "thesis.txt" in refused(
         lambda: claim(root, output)
     )
@@ -59,7 +60,7 @@ def test_who_may_write_where(root: str, output: Output) -> None:
         storage.write_json(f"{root}/{name}", {key: 1})
         claim(root, output)
         for other in OUTPUTS:
-            if other is not output:
+            if other is not output and junk not in other.marks:
                 assert f"holds {output.name};" in refused(lambda other=other: claim(root, other))  # type: ignore[misc]
         storage.delete(f"{root}/{name}", root)
 

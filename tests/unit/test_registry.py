@@ -169,6 +169,7 @@ def test_variables_have_their_places_before_a_lease_beats(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("threestage.lease.held", held)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "split.json").write_text('{"split": {}}')
     with pytest.raises(Begun):
         if command == "run":
             runs.run(tiny_config(scenes), str(tmp_path), False, lambda *_: None, pytest.fail)

@@ -86,12 +86,14 @@ def ingest(
     _check_classes(root, current, class_map)
     if not storage.exists(source):
         raise missing(source, "images")
-    if current is None:
-        mark(root, DATA_SET_MARK, "threestage ingest")
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
+    if current is None and settings.format == "images":
+        mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
     plan = _plan(job, source, settings, each)
+    if current is None:
+        mark(root, DATA_SET_MARK, "threestage ingest")
     added, rejects = Additions(), RejectList()
     for report in _reports(job, plan.shards, current, each):
         added.add(report)

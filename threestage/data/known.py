@@ -80,7 +80,9 @@ def parts_of(folder: str) -> Iterator[Entries]:
 
 
 def _overtaken(folder: str) -> InputError:
-    return InputError(f"{folder}: another ingest has changed the data set meanwhile; run this one again")
+    return InputError(
+        f"{folder}: another ingest has changed the data set meanwhile; run this one again", "data/concurrent-ingest"
+    )
 
 
 def _sorted_entries(root: str, manifest: Manifest) -> Entries:

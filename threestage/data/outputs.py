@@ -24,7 +24,7 @@ DATA_SET_MARK = "ingest.json"
 DEMO_MARK = "demo.json"
 LEASE = {"lease.json": "beat"}
 
-DATA_SET = Output("a data set", {DATA_SET_MARK: "made_by", "manifest.json": "files"})
+DATA_SET = Output("a data set", {DATA_SET_MARK: "made_by", "manifest.json": "format"})
 LISTING = Output("a listing", {"partitions.json": "ranges"})
 PREDICTIONS = Output("predictions", {"prediction.json": "model"})
 RUN = Output("a run", {"split.json": "split", DEMO_MARK: "made_by"}, leased=True)
@@ -40,12 +40,14 @@ def claim(folder: str, output: Output) -> None:
     Raises InputError that names what is there.
     """
     try:
+        if is_marked(folder, output):
+            return
         found = [name for name in storage.first_names(folder) if not _passed_over(name)]
     except NotADirectoryError:
         raise InputError(
             f"{folder}: is a file, or lies below one; give another folder", "data/foreign-folder"
         ) from None
-    if not found or is_marked(folder, output):
+    if not found:
         return
     other = _other(folder, output)
     if other is None and output.leased and _has_one(folder, LEASE):
