@@ -440,7 +440,7 @@ def test_a_store_without_conditional_writes(bucket: str, monkeypatch: pytest.Mon
                 return files.call_s3(method, **arguments)
             error = OSError("A header you provided implies functionality that is not implemented")
             answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
-            error.__cause__ = ClientError(answer, method)  # type: ignore[arg-type]
+            error.__cause__ = ClientError(answer, method)
             raise error
 
     monkeypatch.setattr(storage, "s3fs_filesystem", Without)
