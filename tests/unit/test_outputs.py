@@ -122,7 +122,7 @@ def test_a_demo_continues_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_model_is_not_pulled_over_another(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "model.safetensors").write_text("mine")
-    assert "README.md" in refused(lambda: Models("none", None).pull("models:/a@champion", tmp_path))
+    assert "README.md" in refused(lambda: Models("none", None, "x").pull("models:/a@champion", tmp_path))
     assert PULLED[0] == "lineage.json", "what marks the folder is the first that a pull writes"
 
 
