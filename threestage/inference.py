@@ -5,8 +5,10 @@ Windows: their logits are averaged where they overlap. Mirrored and scaled views
 are averaged at the image's size. Images are scaled as training scales them: bilinear, without a low-pass filter.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
+from types import EllipsisType
 from typing import Annotated
 
 import torch
@@ -23,6 +25,8 @@ Size = tuple[PositiveInt, PositiveInt]
 Scale = Annotated[float, Field(gt=0, le=16)]
 LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 VIEW_PIXELS = 2**22
+WINDOW_SIDE = 2048
+"""Of windows that an image is cut into because it does not fit into the memory."""
 
 
 class Protocol(Settings):
@@ -98,6 +102,87 @@ def predict(network: nn.Module, image: Tensor, protocol: Protocol, multiple: int
     ]
     class_ids, confidence, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
     return class_ids, confidence, entropy
+
+
+@torch.inference_mode()
+def predict_in_windows(
+    network: nn.Module, image: Tensor, protocol: Protocol, multiple: int, most_pixels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `predict`, of images (N,3,H,W) that are too large for the memory, of which `most_pixels` fit: in the windows of the
+    protocol, or else in windows that fit. What is averaged where windows overlap is kept for one band of them only.
+
+    With several views, the probabilities of a window's views are averaged first.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    if protocol.window is None or math.prod(protocol.window) > most_pixels:
+        protocol = protocol.model_copy(update={"window": fitting_window(size, multiple, most_pixels), "stride": None})
+    class_ids = image.new_empty((len(image), *size))
+    confidence, entropy = (image.new_empty(class_ids.shape, dtype=torch.float32) for _ in range(2))
+    for place, scores in _bands(network, image, protocol, multiple):
+        class_ids[place], confidence[place], entropy[place] = certainty(scores)
+    return class_ids, confidence, entropy
+
+
+def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tuple[int, int]:
+    """Sides (h,w) of the windows for an image (H,W): one window and a third of a band of them have `most_pixels` at most.
+
+    Their sides are WINDOW_SIDE where that fits, else a half, a quarter … of it: no answer follows each change of the memory.
+    """
+    across = min(size)  # the bands lie across the longer side
+    room = (math.sqrt(across**2 / 9 + 4 * most_pixels) - across / 3) / 2
+    side = min(WINDOW_SIDE, 2 ** math.floor(math.log2(max(room, 1))))
+    side = max(1, side // multiple) * multiple
+    height, width = (min(side, -(-long // multiple) * multiple) for long in size)
+    return height, width
+
+
+def _bands(
+    network: nn.Module, image: Tensor, protocol: Protocol, multiple: int
+) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
+    """Logits, or of several views log-probabilities, of bands side by side: where they are, and (N,C,h,w) of them."""
+    assert protocol.window is not None
+    size = (image.shape[-2], image.shape[-1])
+    starts = [window_starts(*sides) for sides in zip(size, protocol.window, protocol.step, strict=True)]
+    long = 0 if size[0] >= size[1] else 1  # the side along which bands follow each other
+    total: Tensor | None = None
+    for start, following in zip(starts[long], [*starts[long][1:], size[long]], strict=True):
+        band = slice(start, min(start + protocol.window[long], size[long]))
+        for other in starts[1 - long]:
+            across = slice(other, min(other + protocol.window[1 - long], size[1 - long]))
+            scores = _window_scores(network, image[_at(long, band, across)], protocol, multiple)
+            if total is None:
+                sides = [0, 0]
+                sides[long], sides[1 - long] = band.stop - start, size[1 - long]
+                total, count = scores.new_zeros((*scores.shape[:2], *sides)), scores.new_zeros(sides)
+            place = _at(long, slice(0, band.stop - start), across)
+            total[place] += scores
+            count[place[1:]] += 1
+        assert total is not None
+        done = _at(long, slice(0, following - start), slice(None))
+        averaged = total[done] / count[done[1:]]
+        yield _at(long, slice(start, following), slice(None)), averaged if protocol.single_view else averaged.log()
+        kept = _at(long, slice(following - start, None), slice(None))
+        total, count = _moved(total, kept, long), _moved(count, kept[1:], long)
+
+
+def _at(long: int, along: slice, across: slice) -> tuple[EllipsisType | slice, ...]:
+    """Rows and columns, by which of them the long side is."""
+    return (..., along, across) if long == 0 else (..., across, along)
+
+
+def _moved(band: Tensor, kept: tuple[EllipsisType | slice, ...], long: int) -> Tensor:
+    """The band that follows: it begins with what it shares with this one."""
+    moved = torch.zeros_like(band)
+    rest = band[(..., *kept[-2:])]
+    moved[_at(long, slice(0, rest.shape[long - 2]), slice(None))] = rest
+    return moved
+
+
+def _window_scores(network: nn.Module, window: Tensor, protocol: Protocol, multiple: int) -> Tensor:
+    if protocol.single_view:
+        return network(window.float() / 255)[0].float()
+    whole = protocol.model_copy(update={"window": None, "stride": None})
+    return predict_probabilities(network, window, whole, multiple).clamp_min(LEAST_PROBABILITY)
 
 
 @torch.inference_mode()

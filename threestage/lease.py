@@ -8,7 +8,6 @@ them. Where a store was so slow that both went on, the one that the file does no
 """
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -27,6 +26,7 @@ from threestage.errors import InputError, StageFailure
 from threestage.settings import Settings
 
 NAME = "lease.json"
+MOST_BYTES = 2**16
 INTERVAL_S = 10.0
 MISSED = 4
 SETTLE_S = {"s3": 1.0, "local": 0.25}
@@ -109,7 +109,7 @@ class Lease:
         while not self._ended.wait(self._holder.interval_s):
             try:
                 self._renew()
-            except OSError:  # the store is tried again at the next beat: an outage does not end a run
+            except (OSError, InputError):  # tried again at the next beat: an outage does not end a run
                 continue
             if self.lost is not None:
                 if main_thread is not None:
@@ -201,7 +201,7 @@ def _watch(uri: str, content: bytes, patience_s: float) -> bytes | None:
 
 def _read(uri: str) -> bytes | None:
     try:
-        return storage.read_bytes(uri)
+        return storage.read_small(uri, MOST_BYTES)
     except FileNotFoundError:
         return None
 
@@ -209,8 +209,8 @@ def _read(uri: str) -> bytes | None:
 def _parsed(content: bytes) -> Holder:
     """Also of a lease that a later version wrote, or nobody did: it has a holder, nobody knows which."""
     try:
-        return Holder.model_validate(json.loads(content))
-    except (ValueError, ValidationError):
+        return Holder.model_validate(storage.parse_json(content, NAME))
+    except (InputError, ValidationError):
         return Holder(id="", host="an unknown host", pid=0, machine="", process="", started="an unknown time")
 
 

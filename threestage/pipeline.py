@@ -35,8 +35,9 @@ from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.fixed_void import fixed_void
 from threestage.data.listing import Each, in_threads, list_images
+from threestage.data.places import holds_data_set
 from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
-from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
+from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split, saved_split
@@ -216,7 +217,7 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
             )
         return pool
     if (more := config.data.unlabelled) is not None:
-        if storage.exists(storage.join(more, MANIFEST_NAME)):
+        if holds_data_set(more):
             files += data_set_files(more, load_manifest(more), own=False)
         else:
             listing = storage.join(out, "listing", hashlib.sha256(more.encode()).hexdigest()[:16])

@@ -12,7 +12,7 @@ are a function of a file's rows alone: a file predicted again is the same to the
 import struct
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -35,7 +35,10 @@ from threestage.data.pseudo_mask_files import AGREEMENT, PSEUDO_MASK_SCHEMA, pse
 from threestage.data.records import DECODER_ERRORS, decoder_complaint
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
+from threestage.forward_memory import LEAST_PIXELS, most_pixels
+from threestage.inference import Protocol, predict_in_windows
 from threestage.models.export import load_model
+from threestage.models.network import Network, size_multiple
 from threestage.pseudo_masks import (
     DIGEST_KEY,
     REPORT_KEY,
@@ -64,10 +67,19 @@ Item = TypeVar("Item")
 Encoded = tuple[bytes | str | int | None, ...]  # a row's columns after its id
 
 
+class Unwritable(Exception):
+    """Raised by `Product.encode`: what comes of one image cannot be written, and others can."""
+
+    def __init__(self, row: PoolRow, reason: str) -> None:
+        super().__init__(reason)
+        self.reject = Reject(image_id=row.image_id, source=row.source, reason=reason)
+
+
 class Product:
     """What becomes of images once they are predicted. This one: pseudo-masks; others derive from it."""
 
     schema = PSEUDO_MASK_SCHEMA
+    protocol = Protocol()
     precision = "auto"
     writers = 0
     """Threads that encode, where that waits for a store; 0: those that decode."""
@@ -84,12 +96,16 @@ class Product:
         """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
         return predict(network, pixels)
 
-    def agreement(self, pixels: Tensor, class_ids: Tensor) -> Tensor | None:
-        """(N,) uint8, the last column of the schema, where there is something to compare the predictions with."""
+    def agreement(self, class_ids: Tensor, ask: Callable[[nn.Module], tuple[Tensor, Tensor, Tensor]]) -> Tensor | None:
+        """(N,) uint8, the last column of the schema, where there is something to compare the predictions with.
+
+        `ask`: predicts the same images with another network.
+        """
         return None
 
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
-        """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted."""
+        """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted. Raises Unwritable
+        where that costs the image only."""
         return encode_class_ids(class_ids), confidence.tobytes()
 
 
@@ -101,8 +117,8 @@ class Compared(Product):
     def __init__(self, other: nn.Module, num_classes: int) -> None:
         self._other, self._num_classes = other, num_classes
 
-    def agreement(self, pixels: Tensor, class_ids: Tensor) -> Tensor:
-        return agreement(class_ids, predict(self._other, pixels)[0], self._num_classes)
+    def agreement(self, class_ids: Tensor, ask: Callable[[nn.Module], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        return agreement(class_ids, ask(self._other)[0], self._num_classes)
 
 
 def pseudo_masks_of(task: PoolTask, device: torch.device) -> Product:
@@ -131,6 +147,7 @@ def predict_files(
     cannot be used is a reject and a null row. Raises OSError when the store fails.
     """
     product = product or pseudo_masks_of(task, device)
+    predictor = _Predictor(network, task, device, product)  # it measures the memory: no other thread may take some yet
     threads = max(2, torch.get_num_threads())
     with ExitStack() as stack:
         workers, writer, publishers = (
@@ -139,10 +156,9 @@ def predict_files(
         encoders = stack.enter_context(ThreadPoolExecutor(product.writers)) if product.writers else workers
         jobs = _jobs(task, files, writer, product)
         images = stack.enter_context(closing(_decoded(jobs, task, workers, task.batch_size + threads)))
-        predictor = _Predictor(network, task, device, encoders, product)
         reports: deque[Future[FileReport]] = deque()
         for job, found in groupby(images, key=itemgetter(0)):
-            predictor.predict(job, (image for _, image in found if image is not None))
+            predictor.predict(job, (image for _, image in found if image is not None), encoders)
             reports.append(publishers.submit(job.publish))
             while reports and (len(reports) >= UNPUBLISHED_FILES or reports[0].done()):
                 yield reports.popleft().result()
@@ -173,7 +189,7 @@ class _Image:
 
 def _decode(position: int, row: PoolRow, task: PoolTask) -> _Image:
     """A row's image at the size in which it is predicted, with its mask where that was not trained on."""
-    if row.image_id in task.excluded_ids:
+    if row.replaced or row.image_id in task.excluded_ids:
         return _Image(position, row, None, None)
     if row.problem is not None:
         return _Image(position, row, None, row.problem)
@@ -224,10 +240,16 @@ def _decoded(
             waiting.append((job, None))
             for row in rows:
                 waiting.append((job, workers.submit(_decode, job.next_position(), row, task)))
-                while len(waiting) > depth:
+                while len(waiting) > depth or _held_bytes(waiting) > WAITING_BYTES:
                     yield _finished(waiting.popleft())
         while waiting:
             yield _finished(waiting.popleft())
+
+
+def _held_bytes(waiting: Iterable[tuple["_Job", Future[_Image] | None]]) -> int:
+    """Of the images that are decoded."""
+    images = (future.result() for _, future in waiting if future is not None and future.done())
+    return sum(image.pixels.nbytes for image in images if image.decoded is not None)
 
 
 def _finished(entry: tuple["_Job", "Future[_Image] | None"]) -> tuple["_Job", _Image | None]:
@@ -235,8 +257,8 @@ def _finished(entry: tuple["_Job", "Future[_Image] | None"]) -> tuple["_Job", _I
     return job, None if image is None else image.result()
 
 
-def one_size_batches(images: Iterable[_Image], batch_size: int) -> Iterator[list[_Image]]:
-    """Batches of images of one size, at most as many as `images_at_once` says.
+def one_size_batches(images: Iterable[_Image], batch_size: int, most_pixels: int = 2**62) -> Iterator[list[_Image]]:
+    """Batches of images of one size, at most as many as `images_at_once` says and as have `most_pixels` together.
 
     An image waits for others of its size until WAITING_ROWS more rows have come, WAITING_BYTES wait, or the file ends.
     """
@@ -246,7 +268,7 @@ def one_size_batches(images: Iterable[_Image], batch_size: int) -> Iterator[list
         size = image.pixels.shape
         waiting.setdefault(size, []).append(image)
         held += image.pixels.nbytes
-        if len(waiting[size]) >= images_at_once(size, batch_size):
+        if len(waiting[size]) >= min(images_at_once(size, batch_size), max(1, most_pixels // (size[0] * size[1]))):
             held -= len(waiting[size]) * image.pixels.nbytes
             yield waiting.pop(size)
         while waiting and (held > WAITING_BYTES or image.position - _oldest(waiting)[0].position >= WAITING_ROWS):
@@ -289,68 +311,79 @@ class _Outcome:
 class _Predictor:
     """Gives batches to the device, at most BATCHES_IN_FLIGHT before the first of them is encoded."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        task: PoolTask,
-        device: torch.device,
-        encoders: ThreadPoolExecutor,
-        product: Product,
-    ) -> None:
+    def __init__(self, network: nn.Module, task: PoolTask, device: torch.device, product: Product) -> None:
         self._network = network
         self._task = task
         self._device = device
-        self._encoders = encoders
         self._product = product
         self._dtype = autocast_dtype(product.precision, device)
         self._void = None
         if task.fixed_void is not None:
             self._void = torch.from_numpy(unpacked(task.fixed_void)).bool().to(device)
         self._in_flight: deque[list[Future[Encoded]]] = deque()
+        self._multiple = size_multiple(network.settings) if isinstance(network, Network) else 1
+        key = (type(product), product.protocol)
+        self._most_pixels = most_pixels(network, lambda pixels: self._classes(pixels, 2**62), device, key)
 
-    def predict(self, job: "_Job", images: Iterable[_Image]) -> None:
+    def predict(self, job: "_Job", images: Iterable[_Image], encoders: ThreadPoolExecutor) -> None:
         """Predict the images of one file; all of its rows are settled then."""
-        for batch in one_size_batches(job.usable(images), self._task.batch_size):
-            self._predict_batch(job, batch)
+        for batch in one_size_batches(job.usable(images), self._task.batch_size, self._most_pixels):
+            self._predict_batch(job, batch, encoders)
         job.send_rest()
 
-    def _predict_batch(self, job: "_Job", batch: list[_Image]) -> None:
-        """A batch that does not fit into the device's memory is tried image by image."""
+    def _predict_batch(self, job: "_Job", batch: list[_Image], encoders: ThreadPoolExecutor) -> None:
+        """A batch that does not fit into the device's memory is tried image by image, an image in smaller windows."""
         while len(self._in_flight) >= BATCHES_IN_FLIGHT:
             wait(self._in_flight.popleft())
-        outcome = self._launch(batch)
+        height, width = batch[0].pixels.shape[:2]
+        most = self._most_pixels
+        outcome = self._launch(batch, most)
+        while outcome is None and len(batch) == 1 and (most := min(most, height * width) // 4) >= LEAST_PIXELS:
+            outcome = self._launch(batch, most)
         if outcome is not None:
             encoded = [
-                self._encoders.submit(outcome.encoded, self._product, index, image) for index, image in enumerate(batch)
+                encoders.submit(outcome.encoded, self._product, index, image) for index, image in enumerate(batch)
             ]
-            job.settle(batch, encoded, self._encoders.submit(outcome.total))
+            job.settle(batch, encoded, encoders.submit(outcome.total), in_windows=height * width > most)
             self._in_flight.append(encoded)
         elif len(batch) == 1:
-            height, width = batch[0].pixels.shape[:2]
             job.reject(
                 batch[0], f"its {width}x{height} pixels do not fit into the memory of the device ({self._device})"
             )
         else:
             for image in batch:
-                self._predict_batch(job, [image])
+                self._predict_batch(job, [image], encoders)
 
-    def _launch(self, batch: list[_Image]) -> _Outcome | None:
+    def _launch(self, batch: list[_Image], most_pixels: int) -> _Outcome | None:
         """None where the device has too little memory."""
         try:
-            return self._forward(batch)
-        except torch.OutOfMemoryError:
+            return self._forward(batch, most_pixels)
+        except (torch.OutOfMemoryError, MemoryError):
+            return None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # of torch's allocator of the CPU
+                raise
             return None
 
+    def _classes(
+        self, pixels: Tensor, most_pixels: int, network: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Class, confidence and entropy of images (N,3,H,W); larger ones than `most_pixels` are cut into windows."""
+        network, product = network or self._network, self._product
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            if pixels.shape[-2] * pixels.shape[-1] <= most_pixels:
+                return product.predict(network, pixels)
+            return predict_in_windows(network, pixels, product.protocol, self._multiple, most_pixels)
+
     @torch.inference_mode()
-    def _forward(self, batch: list[_Image]) -> _Outcome:
+    def _forward(self, batch: list[_Image], most_pixels: int) -> _Outcome:
         """Does not wait for a GPU: results are copied to the CPU behind the computation. The sums are of whole images."""
         pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            pixels = pixels.permute(0, 3, 1, 2)
-            class_ids, confidence, entropy = self._product.predict(self._network, pixels)
-            agreed = self._product.agreement(pixels, class_ids)
+        pixels = pixels.permute(0, 3, 1, 2)
+        class_ids, confidence, entropy = self._classes(pixels, most_pixels)
+        agreed = self._product.agreement(class_ids, lambda other: self._classes(pixels, most_pixels, other))
         masks = [image.mask for image in batch]
         sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
         if agreed is not None:
@@ -390,6 +423,8 @@ class _Job:
         self._predicted: list[_Summary] = []
         self._sums: list[Future[np.ndarray]] = []
         self._rejects: list[tuple[int, Reject]] = []
+        self._unwritten: set[int] = set()
+        self._in_windows = 0
         self._parquet = _ParquetFile(product.schema)
         self.stored = stored_report(self._uri, self._digest)
 
@@ -412,8 +447,11 @@ class _Job:
         self._rejects.append((image.position, Reject(image_id=row.image_id, source=row.source, reason=reason)))
         self._settle(image, None)
 
-    def settle(self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray]) -> None:
+    def settle(
+        self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray], in_windows: bool
+    ) -> None:
         self._sums.append(sums)
+        self._in_windows += len(batch) * in_windows
         for image, result in zip(batch, encoded, strict=True):
             height, width = image.pixels.shape[:2]
             self._predicted.append(_Summary(image.position, image.row.image_id, height, width))
@@ -428,8 +466,20 @@ class _Job:
 
     def _send(self, rows: int) -> None:
         group = [self._settled.pop(position) for position in range(self._left, self._left + rows)]
+        self._writes.append(self._writer.submit(self._write, self._left, group))
         self._left += rows
-        self._writes.append(self._writer.submit(self._parquet.write, group))
+
+    def _write(self, first: int, group: list[tuple[str, Future[Encoded] | None]]) -> None:
+        """Add a row group, when all of it is encoded."""
+        rows = list[tuple[str, Encoded | None]]()
+        for position, (image_id, result) in enumerate(group, first):
+            try:
+                rows.append((image_id, None if result is None else result.result()))
+            except Unwritable as error:
+                rows.append((image_id, None))
+                self._unwritten.add(position)
+                self._rejects.append((position, error.reject))
+        self._parquet.write(rows)
 
     def send_rest(self) -> None:
         if self._complete > self._left:
@@ -439,20 +489,21 @@ class _Job:
         """The report, of the file published now or found."""
         if self.stored is not None:
             return self.stored
-        report = self._report()
         for write in self._writes:
             write.result()
+        report = self._report()
         metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest}
         storage.write_bytes(self._uri, self._parquet.close(metadata))
         return report
 
     def _report(self) -> FileReport:
-        predicted = sorted(self._predicted)
+        predicted = sorted(image for image in self._predicted if image.position not in self._unwritten)
         number = self._task.num_classes
         sums = [part.result() for part in self._sums]
         return FileReport(
             file=self._file.name,
             statistics=Statistics.of(len(predicted), len(self._rejects), sums, number),
+            in_windows=self._in_windows,
             max_height=max((image.height for image in predicted), default=0),
             max_width=max((image.width for image in predicted), default=0),
             labelled_ids=tuple(
@@ -480,10 +531,10 @@ class _ParquetFile:
         self._sink = pa.BufferOutputStream()
         self._writer: pq.ParquetWriter | None = None
 
-    def write(self, rows: list[tuple[str, Future[Encoded] | None]]) -> None:
-        """Add a row group of ids and what belongs to them, when all of that is encoded."""
+    def write(self, rows: list[tuple[str, Encoded | None]]) -> None:
+        """Add a row group of ids and what belongs to them."""
         nothing = (None,) * (len(self._schema) - 1)
-        results = [nothing if result is None else result.result() for _, result in rows]
+        results = [result or nothing for _, result in rows]
         columns = [[image_id for image_id, _ in rows], *zip(*results, strict=True)]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
         self._open().write_table(pa.table(arrays, self._schema))

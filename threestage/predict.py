@@ -27,8 +27,16 @@ from threestage.inference import Protocol, check_protocol
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network
 from threestage.pool_prediction import predict_files
-from threestage.prediction_output import PARTS_FOLDER, Format, Predictions, PredictionTask, part_uri
-from threestage.prediction_parts import Part, kind_of, plan, repeated_ids
+from threestage.prediction_output import (
+    PARTS_FOLDER,
+    Format,
+    Predictions,
+    PredictionTask,
+    names_written,
+    part_uri,
+    without_replaced,
+)
+from threestage.prediction_parts import Kind, Part, crowded_names, kind_of, plan
 from threestage.pseudo_masks import REJECTS_NAME, FileReport, file_digest, stored_report
 from threestage.registry import RegistrySettings, open_models
 from threestage.reused import part
@@ -50,25 +58,27 @@ Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Iterator[FileReport
 
 class PredictSettings(Settings):
     """`overlays`: of format png only. `confidence`: write it too. `rows_per_part`: images in one part, which is predicted
-    whole or again."""
+    whole or again. `input_format`: of a folder that holds more than one kind."""
 
     protocol: Protocol = Protocol()
     format: Format = "png"
     overlays: bool = True
     confidence: bool = False
+    input_format: Kind | None = None
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     rows_per_part: int = Field(default=256, ge=1)
 
 
 class PredictReport(Settings):
-    """`images`: predicted, now or before; `kept`: those before. `bad`: left out; `rejected`: the first of them, at most
-    20; `rejects_uri`: where all are listed."""
+    """`images`: predicted, now or before; `kept`: those before; `in_windows`: those too large for the memory as a whole.
+    `bad`: left out; `rejected`: the first of them, at most 20; `rejects_uri`: where all are listed."""
 
     images: int
     kept: int
     bad: int
     rejected: tuple[Reject, ...]
     rejects_uri: str
+    in_windows: int = 0
 
 
 def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
@@ -96,7 +106,8 @@ def _models_of_run(run: str) -> list[str]:
 def _files_of(folder: str) -> ModelFiles:
     if not storage.exists(storage.join(folder, WEIGHTS)):
         raise InputError(f"{folder}: has {CARD} and no {WEIGHTS}: {RESTORE}")
-    files = {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
+    card = storage.read_small(storage.join(folder, CARD), storage.MAX_JSON_BYTES)
+    files = {WEIGHTS: storage.read_bytes(storage.join(folder, WEIGHTS)), CARD: card}
     parse_card(files[CARD], folder)
     parse_weights(files[WEIGHTS], folder)
     return files
@@ -138,7 +149,7 @@ def predict_input(
     source, out = storage.absolute(source), storage.absolute(out)
     card = ModelCard.model_validate_json(model[CARD])
     check_protocol(settings.protocol, card.network)
-    kind = kind_of(source)
+    kind = kind_of(source, settings.input_format)
     if kind != "data set" and f"{out}/".startswith(f"{source}/"):
         raise InputError(f"{out}: it lies inside the input {source} and would become a part of it; give another folder")
     record = _record(model, source, settings)
@@ -160,8 +171,10 @@ def predict_input(
         format=settings.format,
         overlays=settings.overlays and settings.format == "png",
         confidences=settings.confidence,
-        repeated=repeated_ids(parts, kind) if settings.format == "png" else frozenset(),
     )
+    if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
+        crowded = crowded_names(parts, source, kind, lambda: dict(_named(task, parts)))
+        task = task.model_copy(update={"crowded": crowded})
     return _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
 
 
@@ -173,7 +186,8 @@ def _digest(model: ModelFiles) -> str:
 
 def _record(model: ModelFiles, source: str, settings: PredictSettings) -> dict[str, Any]:
     """What decides what the predictions are, as JSON; and the protocol in words."""
-    chosen = settings.model_dump(mode="json", exclude={"max_bad_fraction", "rows_per_part"})
+    left_out = {"max_bad_fraction", "rows_per_part"} | ({"input_format"} if settings.input_format is None else set())
+    chosen = settings.model_dump(mode="json", exclude=left_out)
     words = settings.protocol.describe()
     return {"version": RECORD_FORMAT, "model": _digest(model)[:16], "input": source, **chosen, WORDS_KEY: words}
 
@@ -201,12 +215,13 @@ def _gather(
 ) -> PredictReport:
     """Predict the parts that are missing, and take the reports of all."""
     missing = {part.name: part for part in parts}
-    images, total, rejects = 0, rows_of(parts), RejectList()
+    images, in_windows, total, rejects = 0, 0, rows_of(parts), RejectList()
 
     def take(report: FileReport) -> None:
-        nonlocal images
+        nonlocal images, in_windows
         if missing.pop(report.file, None) is not None:  # a part that was lost and predicted again may report twice
             images += report.statistics.images
+            in_windows += report.in_windows
             rejects.add(report.rejects)
             show(images + rejects.count, total)
 
@@ -219,16 +234,38 @@ def _gather(
     listed = storage.join(task.destination, REJECTS_NAME)
     rejects.write(listed)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
-        raise StageFailure(f"{complaint}; raise --max-bad-fraction, or mend them and predict into another folder")
-    return PredictReport(images=images, kept=kept, bad=rejects.count, rejected=tuple(rejects.first), rejects_uri=listed)
+        raise StageFailure(f"{complaint}; raise --max-bad-fraction, or replace them and run this again")
+    return PredictReport(
+        images=images,
+        kept=kept,
+        bad=rejects.count,
+        rejected=tuple(rejects.first),
+        rejects_uri=listed,
+        in_windows=in_windows,
+    )
 
 
 def _stored(task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
-    """The reports of the parts that are done, from the footers of their files."""
+    """The reports of the parts that are done, less the images that were replaced since."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(lambda found: without_replaced(task, *found), _done(task, parts))
+
+
+def _named(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[str, list[str]]]:
+    for done, _ in _done(task, parts):
+        yield done.name, names_written(task, done)
+
+
+def _done(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[Part, FileReport]]:
+    """The parts that are done, and the reports in the footers of their files."""
     there = set(storage.list_files(storage.join(task.destination, PARTS_FOLDER)))
     digest = task.digest()
     done = [part for part in parts if part_uri(task, part) in there]
+
+    def report_of(part: Part) -> FileReport | None:
+        return stored_report(part_uri(task, part), file_digest(digest, part))
+
     with ThreadPoolExecutor(READERS) as pool:
-        for report in pool.map(lambda part: stored_report(part_uri(task, part), file_digest(digest, part)), done):
+        for part, report in zip(done, pool.map(report_of, done), strict=True):
             if report is not None:
-                yield report
+                yield part, report

@@ -10,39 +10,45 @@ Masks and confidences have the size of the image as it was given. A part's Parqu
 the part's report and a digest of all that decides what its predictions are, so a rerun knows what is done.
 """
 
+import errno
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.data.palette import palette_png
 from threestage.data.pool import PoolFile, PoolRow
-from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, encode_mask
+from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, decode_image, encode_mask
 from threestage.evaluation import BATCH
 from threestage.inference import Protocol, predict
 from threestage.models.export import ModelCard
 from threestage.models.network import size_multiple
-from threestage.pool_prediction import Encoded, Product, encode_class_ids
+from threestage.pool_prediction import Encoded, Product, Unwritable, encode_class_ids
 from threestage.prediction_parts import Kind, Part, output_name, read_part
-from threestage.pseudo_masks import PoolTask
+from threestage.pseudo_masks import REPORT_KEY, FileReport, PoolTask
 from threestage.report import overlay
 
 PARTS_FOLDER = "parts"
+MASKS, MASK_SUFFIX = "masks/", ".png"
 FILES_SCHEMA = pa.schema([("image_id", pa.string()), ("file", pa.string())])
 ROWS_SCHEMA = pa.schema([("image_id", pa.string()), ("mask", pa.binary()), ("confidence", pa.binary())])
+JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP, errno.EILSEQ)
+"""Of one file; after others, such as ENOSPC, no file can be written."""
 WRITERS = 16  # a put takes an object store tens of milliseconds
 
 Format = Literal["png", "parquet"]
 
 
 class PredictionTask(PoolTask):
-    """What is needed to predict any part of the input, on any machine, as plain JSON. `repeated`: see `repeated_ids`."""
+    """What is needed to predict any part of the input, on any machine, as plain JSON. `crowded`: see `crowded_names`."""
 
     source: str
     kind: Kind
@@ -50,7 +56,7 @@ class PredictionTask(PoolTask):
     format: Format
     overlays: bool
     confidences: bool
-    repeated: frozenset[int]
+    crowded: frozenset[int] = frozenset()
     batch_size: int = BATCH
     max_image_pixels: int = MAX_IMAGE_PIXELS
     used_ids: frozenset[str] = frozenset()
@@ -66,6 +72,37 @@ def part_uri(task: PoolTask, file: PoolFile) -> str:
     return storage.join(task.destination, PARTS_FOLDER, file.name)
 
 
+def names_written(task: PredictionTask, part: Part) -> list[str]:
+    """The names of the masks of a part that is done, less those of images that were replaced since."""
+    files = storage.read_table(part_uri(task, part), ["file"]).column("file").to_pylist()
+    replaced = frozenset(part.replaced)
+    return [
+        file.removeprefix(MASKS).removesuffix(MASK_SUFFIX)
+        for row, file in enumerate(files)
+        if file is not None and row not in replaced
+    ]
+
+
+def without_replaced(task: PredictionTask, part: Part, report: FileReport) -> FileReport:
+    """Empty the rows of a part whose images were replaced since they were predicted: another part has them now."""
+    images = part.rows - len(part.replaced) - len(report.rejects)
+    if not part.replaced or report.statistics.images == images:
+        return report
+    uri, sources = part_uri(task, part), storage.read_table(part.uri, ["image_uri"]).column("image_uri")
+    gone = {sources[row].as_py() for row in part.replaced}
+    rejects = tuple(reject for reject in report.rejects if reject.source not in gone)
+    counts = {"images": part.rows - len(gone) - len(rejects), "unreadable": len(rejects)}
+    statistics = report.statistics.model_copy(update=counts)
+    report = report.model_copy(update={"statistics": statistics, "rejects": rejects})
+    table = storage.read_table(uri)
+    kept = pa.array([row not in part.replaced for row in range(part.rows)])
+    for number, name in enumerate(table.column_names[1:], 1):
+        table = table.set_column(number, name, pc.if_else(kept, table.column(name), None))
+    metadata = (table.schema.metadata or {}) | {REPORT_KEY: report.model_dump_json().encode()}
+    storage.write_table(uri, table.replace_schema_metadata(metadata))
+    return report
+
+
 class Predictions(Product):
     """Masks of images, in the format of the task."""
 
@@ -74,6 +111,7 @@ class Predictions(Product):
 
     def __init__(self, task: PredictionTask, card: ModelCard) -> None:
         self._task = task
+        self.protocol = task.protocol
         self._card = card
         self._multiple = size_multiple(card.network)
         self.schema = FILES_SCHEMA if task.format == "png" else ROWS_SCHEMA
@@ -99,14 +137,25 @@ class Predictions(Product):
 
     def _write(self, row: PoolRow, pixels: np.ndarray, mask: np.ndarray, confidence: np.ndarray) -> str:
         """The mask's path below the output."""
-        task, name = self._task, output_name(row, self._task.source, self._task.kind, self._task.repeated)
-        file = f"masks/{name}.png"
-        storage.write_bytes(storage.join(task.destination, file), palette_png(mask, self._card.colours))
+        task, name = self._task, output_name(row, self._task.source, self._task.kind, self._task.crowded)
+        file = f"{MASKS}{name}{MASK_SUFFIX}"
+        colours = self._card.colours
+        contents: dict[str, Callable[[], bytes]] = {file: lambda: palette_png(mask, colours)}
         if task.confidences:
-            storage.write_bytes(storage.join(task.destination, "confidence", f"{name}.png"), encode_mask(confidence))
+            contents[f"confidence/{name}.png"] = lambda: encode_mask(confidence)
         if task.overlays:
-            picture = _jpeg(overlay(pixels, mask, self._card.colours))
-            storage.write_bytes(storage.join(task.destination, "overlays", f"{name}.jpg"), picture)
+            contents[f"overlays/{name}.jpg"] = lambda: _jpeg(overlay(*_for_jpeg(pixels, mask), colours))
+        for path, encode in contents.items():
+            try:
+                content = encode()
+            except (*DECODER_ERRORS, MemoryError) as error:
+                raise Unwritable(row, f"its {path.split('/')[0]} cannot be encoded: {error}") from None
+            try:
+                storage.write_bytes(storage.join(task.destination, path), content)
+            except OSError as error:
+                if error.errno not in NAME_ERRORS:
+                    raise
+                raise Unwritable(row, f"{path} cannot be written: {error.strerror}") from None
         return file
 
 
@@ -116,6 +165,12 @@ def _enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndar
         return values
     whole = values.repeat(factor, 0).repeat(factor, 1)
     return np.pad(whole, [(0, long - short) for long, short in zip(size, whole.shape, strict=False)], mode="edge")
+
+
+def _for_jpeg(pixels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th row and column of an image whose sides are too long for a JPEG."""
+    step = -(-max(mask.shape) // JPEG_SIDE)
+    return pixels[::step, ::step], mask[::step, ::step]
 
 
 def _jpeg(picture: np.ndarray) -> bytes:

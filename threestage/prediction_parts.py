@@ -3,59 +3,95 @@ prefix, which are listed first; a data set of `threestage ingest`; or Parquet fi
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from threestage.data import folders, storage
 from threestage.data.known import id_hash
-from threestage.data.listing import Each, first_image, list_images
-from threestage.data.pool import FETCH_THREADS, PoolFile, PoolRow, listed_pool, read_rows
-from threestage.data.records import MANIFEST_NAME, MAX_IMAGE_BYTES, load_manifest
+from threestage.data.listing import Each, first_image, is_image_file, list_images
+from threestage.data.pairs import IMAGE_SUFFIXES
+from threestage.data.parquet import Damaged, ForeignParquet, Group, is_bytes, read_groups, shown
+from threestage.data.places import holds_data_set
+from threestage.data.pool import (
+    CHUNK_BYTES,
+    FETCH_THREADS,
+    PARQUET_SUFFIX,
+    PoolFile,
+    PoolRow,
+    listed_pool,
+    lost_rows,
+    pool_row,
+    read_rows,
+    unnamed,
+    values_of,
+)
+from threestage.data.records import load_manifest
 from threestage.errors import InputError
 
-PARQUET_SUFFIX = ".parquet"
-READ_BUFFER_BYTES = 8 * 2**20
 NAME_BYTES = 200  # of a file's or folder's name; file systems take 255
 PATH_BYTES = 800  # of names and folders together; S3 takes 1024
-CHUNK_BYTES = 256 * 2**20
+ONE_ROW = 0  # bytes at a time: few of them may stand for gigabytes
+ID_BYTES = 2**25  # of a batch of ids
+OF_NAMES = ("image_id", "source")
 
 Kind = Literal["images", "data set", "parquet"]
 
 
 class Part(PoolFile):
     """Some of the input's rows. `groups`: first and number of a Parquet file's row groups, where it is not a file of ours;
-    `first_row`: the number of its first row in that file."""
+    `first_row`: the number of its first row in that file. `problem`: why a file of others cannot be used; it then is one
+    bad row."""
 
     groups: tuple[int, int] | None = None
     first_row: int = 0
+    problem: str | None = None
 
     @property
     def name(self) -> str:
         return f"{self.digest[:16]}{PARQUET_SUFFIX}"
 
 
-def kind_of(source: str) -> Kind:
-    """Looks at few files. InputError where nothing is that could be predicted."""
+def kind_of(source: str, wanted: Kind | None = None) -> Kind:
+    """What an input is, or which of two it is `wanted` as. Looks at few files. Raises InputError where there is nothing to
+    predict, and where images lie beside a data set."""
     if not storage.exists(source):
-        raise InputError(f"{source}: not found; give the folder or prefix that holds the images")
-    if storage.exists(storage.join(source, MANIFEST_NAME)):
-        return "data set"
-    if source.endswith(PARQUET_SUFFIX):
-        return "parquet"
+        raise InputError(
+            f"{source}: not found; give an image, or the folder or prefix that holds images", "predict/not-found"
+        )
+    if storage.is_file(source):
+        return _kind_of_file(source)
+    if wanted is not None:
+        return wanted
     found = first_image(source)
+    if holds_data_set(source):
+        if found:
+            raise InputError(
+                f"{source}: holds a data set (manifest.json) and images ({found}); give --input-format data-set or images",
+                "predict/two-inputs",
+            )
+        return "data set"
     if not found and _parquet_files(source):
         return "parquet"
     if found is None:
-        raise InputError(f"{source}: no images there, and no Parquet files; give the folder that holds them")
+        raise InputError(
+            f"{source}: no images there, and no Parquet files; give the folder that holds them", "predict/no-images"
+        )
     return "images"
+
+
+def _kind_of_file(source: str) -> Kind:
+    if source.endswith(PARQUET_SUFFIX):
+        return "parquet"
+    if is_image_file(source):
+        return "images"
+    expected = ", ".join(sorted(IMAGE_SUFFIXES))
+    raise InputError(f"{source}: not an image ({expected}) and not a Parquet file; convert it", "predict/no-images")
 
 
 def plan(source: str, kind: Kind, listing: str, rows_per_part: int, each: Each) -> list[Part]:
@@ -72,26 +108,46 @@ def plan(source: str, kind: Kind, listing: str, rows_per_part: int, each: Each) 
             found = pool.map(partial(_parts_of, rows_per_part), _parquet_files(source))
             parts = [part for parts in found for part in parts]
     if not parts:
-        raise InputError(f"{source}: it holds no row; give another input")
+        raise InputError(f"{source}: it holds no row; give another input", "predict/empty-input")
+    if all(part.problem is not None for part in parts):
+        raise InputError(
+            f"{parts[0].uri}: {parts[0].problem}; remove it, or rename or convert its columns", "predict/no-images"
+        )
     return parts
 
 
 def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
     """The rows of a part in their order, in chunks; one without usable bytes says what is wrong. The source of a row of
     others' Parquet is URI#number."""
-    if part.groups is None:
+    if part.problem is not None:
+        yield [PoolRow(_below(source, part.uri), part.uri, b"", problem=part.problem)]
+    elif part.groups is None:
         yield from read_rows(part, masks=False)
-        return
-    files, path = storage.filesystem(part.uri)
-    with (
-        files.open_input_file(path) as stream,
-        pq.ParquetFile(stream, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as parquet,
-    ):
-        columns = [name for name in ("image_id", "image") if name in parquet.schema_arrow.names]
-        first, number = part.groups
-        groups = list(range(first, first + number))
-        batches = parquet.iter_batches(1, groups, columns, use_threads=False)  # a few bytes may stand for gigabytes
-        yield from _chunks(_row(source, part, row, batch) for row, batch in enumerate(batches, part.first_row))
+    else:
+        yield from _chunks(_rows_of_others(source, part))
+
+
+def _rows_of_others(source: str, part: Part) -> Iterator[PoolRow]:
+    name = _below(source, part.uri)
+    for group in _groups_of_others(part, ("image_id", "image"), ONE_ROW):
+        if group.table is None:
+            yield from chain.from_iterable(lost_rows(part.uri, name, group))
+            continue
+        (unnamed_id,), (image,) = unnamed(name, group), values_of(group.table, "image")
+        (image_id,) = values_of(group.table, "image_id") if "image_id" in group.table.column_names else (None,)
+        yield pool_row(unnamed_id, image_id, f"{part.uri}#{group.first}", image)
+
+
+def _groups_of_others(part: Part, columns: Sequence[str], most_bytes: int) -> Iterator[Group]:
+    """The rows of a part of others' Parquet, as many at a time as fit into `most_bytes`."""
+    assert part.groups is not None
+    first, number = part.groups
+    try:
+        with ForeignParquet(part.uri) as parquet:
+            there = [name for name in columns if name in parquet.schema.names]
+            yield from parquet.groups(range(first, first + number), there, most_bytes)
+    except (Damaged, FileNotFoundError, PermissionError) as error:  # since the parts were made
+        yield Group(part.first_row, part.rows, None, f"its file cannot be read: {error}")
 
 
 def _chunks(rows: Iterable[PoolRow]) -> Iterator[list[PoolRow]]:
@@ -107,29 +163,6 @@ def _chunks(rows: Iterable[PoolRow]) -> Iterator[list[PoolRow]]:
         yield chunk
 
 
-def _row(source: str, part: Part, number: int, batch: pa.RecordBatch) -> PoolRow:
-    image_id = _ids(batch.column("image_id"))[0] if "image_id" in batch.schema.names else None
-    if image_id is None:
-        image_id = f"{_below(source, part.uri).removesuffix(PARQUET_SUFFIX)}/{number:08d}"
-    place, image = f"{part.uri}#{number}", batch.column("image")[0]
-    if not image.is_valid:
-        return PoolRow(image_id, place, b"", problem="is null")
-    size = image.as_buffer().size
-    if size > MAX_IMAGE_BYTES:
-        return PoolRow(image_id, place, b"", problem=f"has {size} bytes, more than {MAX_IMAGE_BYTES}")
-    return PoolRow(image_id, place, image.as_py())
-
-
-def _ids(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
-    """The ids as text; bytes that are not UTF-8, which only a broken writer leaves there, as escapes."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode(errors="backslashreplace") for value in raw]
-    return [None if value is None else str(value) for value in column.to_pylist()]
-
-
 def _below(source: str, uri: str) -> str:
     """A file's path below the source; its name when it is the source."""
     below = uri.removeprefix(storage.absolute(source)).strip("/")
@@ -141,7 +174,7 @@ def _below(source: str, uri: str) -> str:
 
 def _parquet_files(source: str) -> list[str]:
     """URIs; names that begin with _ or . are left out, as Parquet's readers do."""
-    if source.endswith(PARQUET_SUFFIX) and _is_file(source):
+    if source.endswith(PARQUET_SUFFIX) and storage.is_file(source):
         return [storage.absolute(source)]
     below = len(storage.absolute(source))
     found = (uri for uri in _files_below(source) if uri.endswith(PARQUET_SUFFIX))
@@ -156,79 +189,143 @@ def _files_below(source: str) -> list[str]:
     return [storage.join(folder, entry.path) for entry in entries if entry.size != folders.NOT_INSIDE]
 
 
-def _is_file(uri: str) -> bool:
-    files, path = storage.filesystem(uri)
-    return bool(files.get_file_info(path).is_file)
-
-
 def _parts_of(rows_per_part: int, uri: str) -> list[Part]:
     """A file's row groups in runs of about `rows_per_part` rows; more where one group has more."""
     files, path = storage.filesystem(uri)
-    info, sizes = files.get_file_info(path), _group_sizes(uri)
+    info = files.get_file_info(path)
+    content = f"{uri}/{info.size}/{info.mtime_ns}"
+    try:
+        sizes = _group_sizes(uri)
+    except (Damaged, FileNotFoundError, PermissionError) as error:
+        return [Part(uri=uri, rows=1, digest=_digest(f"{content}/{error}"), problem=str(error))]
     parts, first, first_row = list[Part](), 0, 0
     for end, row in enumerate(accumulate(sizes), 1):
         if row - first_row >= rows_per_part or (end == len(sizes) and row > first_row):
-            content = f"{uri}/{info.size}/{info.mtime_ns}/{first}/{end}"
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            groups = (first, end - first)
+            digest, groups = _digest(f"{content}/{first}/{end}"), (first, end - first)
             parts.append(Part(uri=uri, rows=row - first_row, digest=digest, groups=groups, first_row=first_row))
             first, first_row = end, row
     return parts
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _group_sizes(uri: str) -> list[int]:
-    """Rows of each row group. InputError where the file is not Parquet or has no images."""
-    files, path = storage.filesystem(uri)
+    """Rows of each row group. Raises Damaged where the file is not Parquet, has no images, or two columns of ids."""
     try:
-        with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{uri}: not a Parquet file ({error}); remove it") from None
-    if "image" not in schema.names or not _is_bytes(schema.field("image").type):
-        names = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise InputError(
-            f"{uri}: a column image of bytes (encoded images) is expected, it has {names}; rename or convert it"
-        )
+        with ForeignParquet(uri) as parquet:
+            schema, sizes = parquet.schema, parquet.group_rows
+    except Damaged as damage:
+        raise Damaged(f"not a Parquet file ({damage})") from None
+    if schema.names.count("image") != 1 or not is_bytes(schema.field("image").type):
+        raise Damaged(f"one column image of bytes (encoded images) is expected, it has {shown(schema)}")
+    if schema.names.count("image_id") > 1:
+        raise Damaged(f"one column image_id, or none, is expected, it has {shown(schema)}")
     return sizes
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 # Names of what is written
 
 
-def repeated_ids(parts: Sequence[Part], kind: Kind) -> frozenset[int]:
-    """Hashes (see `id_hash`) of the image ids that more than one row has: their files need longer names.
+Written = Mapping[str, Sequence[str]]
+"""By part, the names of what is written of it."""
 
-    Memory: 8 bytes for each row of the input. A data set's ids are unique.
+
+def crowded_names(
+    parts: Sequence[Part], source: str, kind: Kind, find_written: Callable[[], Written] = dict
+) -> frozenset[int]:
+    """Hashes (see `id_hash`) of the names that more than one image would have, or that are folders of others'.
+
+    `find_written`: for what a rerun keeps; asked where names are crowded. Reads the ids, and then again.
+    Memory: 8 bytes for each image. Raises InputError where two images cannot have two names.
     """
-    if kind == "data set":
-        return frozenset()
-    with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        hashes = list(pool.map(_id_hashes, sorted({part.uri for part in parts})))
-    found, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    return frozenset(found[counts > 1].tolist())
+    crowded = frozenset[int]()
+    written: Written = {}
+    while True:
+        hashes = partial(_name_hashes, source, kind, crowded, written)
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            found = list(pool.map(hashes, _by_file(parts)))
+        folders = frozenset().union(*(folders for _, folders in found))
+        names, counts = np.unique(np.concatenate([names for names, _ in found]), return_counts=True)
+        clash = frozenset(names[counts > 1].tolist()) | folders.intersection(names.tolist() if folders else ())
+        if clash <= crowded:
+            break
+        written = written or find_written()
+        crowded |= clash
+    if clash:
+        names_of = partial(_names_of_file, source, kind, crowded, written)
+        name = next(name for of_file in _by_file(parts) for name in names_of(of_file) if id_hash(name) in clash)
+        raise InputError(
+            f"{source}: two images would be written to masks/{name}.png; rename one, or give another output folder",
+            "predict/same-name",
+        )
+    return crowded
 
 
-def _id_hashes(uri: str) -> npt.NDArray[np.uint64]:
-    """Those of a file that has ids; without them they are made, and unique."""
-    files, path = storage.filesystem(uri)
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
-        if "image_id" not in parquet.schema_arrow.names:
-            return np.empty(0, np.uint64)
-        ids = _ids(parquet.read(columns=["image_id"]).column("image_id"))
-    return np.array([id_hash(image_id) for image_id in ids if image_id is not None], np.uint64)
+def _by_file(parts: Sequence[Part]) -> list[list[Part]]:
+    files: dict[str, list[Part]] = {}
+    for part in parts:
+        files.setdefault(part.uri, []).append(part)
+    return list(files.values())
 
 
-def output_name(row: PoolRow, source: str, kind: Kind, repeated: Collection[int]) -> str:
+def _name_hashes(
+    source: str, kind: Kind, crowded: Collection[int], written: Written, parts: Sequence[Part]
+) -> tuple[npt.NDArray[np.uint64], frozenset[int]]:
+    """Of the names of a file's images, and of the folders in them that would be named as an image's file."""
+    names, folders = list[int](), set[int]()
+    for name in _names_of_file(source, kind, crowded, written, parts):
+        names.append(id_hash(name))
+        if ".png/" in name or ".jpg/" in name:
+            above = accumulate(name.split("/")[:-1], "{}/{}".format)
+            folders.update(id_hash(folder[:-4]) for folder in above if folder.endswith((".png", ".jpg")))
+    return np.array(names, np.uint64), frozenset(folders)
+
+
+def _names_of_file(
+    source: str, kind: Kind, crowded: Collection[int], written: Written, parts: Sequence[Part]
+) -> Iterator[str]:
+    for part in parts:
+        if part.name in written:
+            yield from written[part.name]
+        else:
+            yield from (output_name(row, source, kind, crowded) for row in _rows_without_images(source, part))
+
+
+def _rows_without_images(source: str, part: Part) -> Iterator[PoolRow]:
+    """Those that may be predicted."""
+    if part.problem is not None:
+        return
+    if part.by_reference:
+        table = storage.read_table(part.uri, ["image_id", "image_uri"]).to_pylist()
+        replaced = frozenset(part.replaced)
+        yield from (PoolRow(row["image_id"], row["image_uri"], b"") for n, row in enumerate(table) if n not in replaced)
+        return
+    others, name = part.groups is not None, _below(source, part.uri) if part.groups else part.name
+    read = partial(_groups_of_others, part, ["image_id"]) if others else partial(read_groups, part.uri, OF_NAMES)
+    for group in read(ID_BYTES):
+        if group.table is None:
+            continue
+        columns = group.table.column_names
+        ids = values_of(group.table, "image_id") if "image_id" in columns else [None] * group.rows
+        numbers = range(group.first, group.first + group.rows)
+        sources = [f"{part.uri}#{number}" for number in numbers] if others else values_of(group.table, "source")
+        rows = map(pool_row, unnamed(name, group), ids, sources, repeat(b""))
+        yield from (row for row in rows if row.problem is None)
+
+
+def output_name(row: PoolRow, source: str, kind: Kind, crowded: Collection[int]) -> str:
     """Path of what is written for a row, without an ending: the image's path below the source, or its id in a Parquet
-    file. Where others have the same, with its ending, or with a digest of the place that it came from."""
-    if id_hash(row.image_id) not in repeated:
-        return safe_name(row.image_id)
-    return safe_name(_below(source, row.source) if kind == "images" else f"{row.image_id}-{_short_digest(row.source)}")
+    file. Where that is crowded, with the image's ending or with a digest of the place that it came from; then with a longer
+    digest."""
+    name = safe_name(row.image_id)
+    if id_hash(name) in crowded:
+        longer = _below(source, row.source) if kind == "images" else f"{row.image_id}-{_short_digest(row.source)}"
+        name = safe_name(longer)
+        if id_hash(name) in crowded:
+            name = safe_name(f"{longer}-{_digest(row.source)[:32]}")
+    return name
 
 
 def safe_name(name: str) -> str:
@@ -245,4 +342,4 @@ def _shortened(part: str) -> str:
 
 
 def _short_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return _digest(text)[:8]

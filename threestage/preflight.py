@@ -8,11 +8,12 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.config import Config, StageName, changed
-from threestage.data import near_copies, storage
+from threestage.data import near_copies
 from threestage.data.batches import SampleSet, share_of
 from threestage.data.class_pixels import check_class_pixels
 from threestage.data.listing import first_image
-from threestage.data.records import MANIFEST_NAME, Manifest, pool_files
+from threestage.data.places import holds_data_set
+from threestage.data.records import Manifest, pool_files
 from threestage.errors import InputError
 from threestage.models.network import check_settings
 from threestage.training.step import pieces
@@ -65,10 +66,7 @@ def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, valid
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
-    elif (
-        not storage.exists(storage.join(config.data.unlabelled, MANIFEST_NAME))
-        and first_image(config.data.unlabelled) is None
-    ):
+    elif not holds_data_set(config.data.unlabelled) and first_image(config.data.unlabelled) is None:
         raise InputError(
             f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either: correct the path"
         )

@@ -254,7 +254,8 @@ class PoolTask(Settings):
 
 
 class FileReport(Settings):
-    """What came of one file of the pool. `file`: its PoolFile's name. `max_height` and `max_width`: of the predicted
+    """What came of one file of the pool. `file`: its PoolFile's name. `in_windows`: images that were cut into windows, since
+    the memory does not hold them whole. `max_height` and `max_width`: of the predicted
     images, downscaled; 0 without any. `labelled_ids`: those of `used_ids` that were predicted, in the file's order."""
 
     file: str
@@ -263,6 +264,7 @@ class FileReport(Settings):
     max_width: int
     labelled_ids: tuple[str, ...]
     rejects: tuple[Reject, ...]
+    in_windows: int = 0
 
 
 def stored_report(uri: str, digest: str | None = None) -> FileReport | None:

@@ -19,6 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 
 LEAST_WIDTH, MOST_WIDTH = 160, 480  # pixels of one picture in a panel
 GAP, FONT_SIZE = 8, 15
+BAND_ROWS = 256
 IGNORED = "ignored"
 ABSENT = "–"
 
@@ -30,8 +31,11 @@ def colourise(mask: Bytes, colours: Sequence[Colour]) -> Bytes:
 
 def overlay(image: Bytes, mask: Bytes, colours: Sequence[Colour], alpha: float = 0.5) -> Bytes:
     """Image (H,W,3) uint8 under the colours of its mask (H,W); `alpha` in [0,1] is the share of the colours."""
-    mixed = (1 - alpha) * image.astype(np.float32) + alpha * colourise(mask, colours)
-    return np.rint(mixed).astype(np.uint8)
+    mixed = np.empty_like(image)
+    for top in range(0, len(image), BAND_ROWS):  # as floats a large image takes gigabytes
+        rows = slice(top, top + BAND_ROWS)
+        mixed[rows] = np.rint((1 - alpha) * image[rows].astype(np.float32) + alpha * colourise(mask[rows], colours))
+    return mixed
 
 
 def panel(

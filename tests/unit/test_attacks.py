@@ -27,7 +27,7 @@ from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
 from threestage.data.records import decode_image, load_manifest
 from threestage.errors import InputError
-from threestage.prediction_parts import PATH_BYTES, Part, plan, read_part, repeated_ids, safe_name
+from threestage.prediction_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
 from threestage.registry.models import Models
 from threestage.sweeps.space import load_space
 
@@ -108,7 +108,7 @@ def test_a_table_of_a_few_bytes_does_not_fill_the_memory(tmp_path: Path, monkeyp
 
 
 def test_a_row_that_is_too_large_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction_parts, "MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr(pool, "MAX_IMAGE_BYTES", 100)
     ((first, second),) = rows_of(tmp_path, table(tmp_path, image=[b"x" * 101, b"x" * 100]))
     assert first.problem == "has 101 bytes, more than 100" and first.image == b""
     assert second.problem is None and len(second.image) == 100
@@ -118,7 +118,7 @@ def test_an_id_that_is_no_text_is_shown_escaped(tmp_path: Path) -> None:
     offsets = pa.array([0, 2], pa.int32()).buffers()[1]
     parts = table(tmp_path, image_id=pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xffa")), image=[b"x"])
     assert [row.image_id for (row,) in rows_of(tmp_path, parts)] == ["\\xffa"]
-    assert not repeated_ids(parts, "parquet")
+    assert not crowded_names(parts, str(tmp_path / "a.parquet"), "parquet")
 
 
 # ---- Text

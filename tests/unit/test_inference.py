@@ -14,7 +14,9 @@ from threestage.errors import InputError
 from threestage.inference import (
     Protocol,
     check_protocol,
+    fitting_window,
     predict,
+    predict_in_windows,
     predict_probabilities,
     scaled_size,
     window_logits,
@@ -116,6 +118,47 @@ def test_large_images_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     for mine, theirs in zip(predict(network, images(3), protocol, 1), together, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert len(network.sizes) == 12
+
+
+@pytest.mark.parametrize("sides", [(23, 31), (31, 23), (5, 64), (64, 5)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_image_that_is_too_large_is_predicted_in_the_windows_of_the_protocol(
+    sides: tuple[int, int], flip: bool
+) -> None:
+    """The same as with the logits of the whole image in memory; with several views a window's are averaged first."""
+    protocol = Protocol(window=(12, 10), stride=(7, 5), flip=flip)
+    picture = images(1, *sides)
+    class_ids, confidence, entropy = predict_in_windows(Toy(), picture, protocol, 1, 200)
+    assert class_ids.dtype == torch.uint8 and class_ids.shape == confidence.shape == entropy.shape == (1, *sides)
+    if not flip:
+        for mine, theirs in zip((class_ids, confidence, entropy), predict(Toy(), picture, protocol, 1), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        return
+    total, count = torch.zeros(1, CLASSES, *sides), torch.zeros(sides)
+    for top in window_starts(sides[0], 12, 7):
+        for left in window_starts(sides[1], 10, 5):
+            place = (..., slice(top, top + 12), slice(left, left + 10))
+            total[place] += predict_probabilities(Toy(), picture[place], Protocol(flip=True), 1)
+            count[place[1:]] += 1
+    best = (total / count).max(dim=1)
+    assert (best.indices == class_ids).float().mean() > 0.999
+    torch.testing.assert_close(best.values, confidence, rtol=1e-4, atol=1e-5)
+
+
+def test_without_windows_of_its_own_a_large_image_is_cut_into_some_that_fit() -> None:
+    network = Toy()
+    class_ids, *_ = predict_in_windows(network, images(1, 100, 60), Protocol(), 8, 1200)
+    assert len(network.sizes) > 4 and max(height * width for height, width in network.sizes) <= 1200
+    whole = predict(Toy(), images(1, 100, 60), Protocol(), 8)[0]
+    assert (class_ids == whole).float().mean() > 0.85, "they differ where a window ends, 2 pixels deep"
+
+
+@given(st.integers(1, 70_000), st.integers(1, 70_000), st.sampled_from([1, 8, 14, 32]), st.integers(2**16, 2**30))
+def test_windows_fit_with_their_band(height: int, width: int, multiple: int, most: int) -> None:
+    window = fitting_window((height, width), multiple, most)
+    assert all(side % multiple == 0 and 0 < side <= 2048 for side in window)
+    long = 0 if height >= width else 1
+    assert max(window) <= multiple or window[0] * window[1] + window[long] * min(height, width) / 3 <= most
 
 
 def test_with_flips_a_mirrored_image_gives_the_mirrored_answer() -> None:

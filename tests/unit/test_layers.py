@@ -17,7 +17,7 @@ LAYERS = tuple(
         "augment",
         "data",
         "models",
-        "training pseudo_masks inference pool_prediction prediction_parts",
+        "training forward_memory pseudo_masks inference pool_prediction prediction_parts",
         "registry tracking",
         "config on_ray.settings",
         "evaluation stages steps verdict",

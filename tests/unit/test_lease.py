@@ -214,3 +214,14 @@ def test_a_sweep_has_one_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_both_taking_over_a_dead_one_leave_one(tmp_path: Path) -> None:
     elsewhere(str(tmp_path))
     assert _race(str(tmp_path), 4) == ["InputError"] * 3 + ["drove"]
+
+
+@pytest.mark.timeout(60)
+def test_a_lease_that_is_no_file_of_ours_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / lease.NAME).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="storage/too-large"), lease.held(str(tmp_path), lambda text: None):
+        pass
+    (tmp_path / lease.NAME).unlink()
+    os.mkfifo(tmp_path / lease.NAME)
+    with pytest.raises(InputError, match="storage/not-a-file"), lease.held(str(tmp_path), lambda text: None):
+        pass

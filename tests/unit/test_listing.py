@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
 from bisect import bisect_right
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.list_objects import Bucket, NumberedKeys, answer, serving
 from tests.s3 import variables
-from threestage.data import listing, storage
+from threestage.data import listing, pool, storage
 from threestage.data.folders import walk
 from threestage.data.listing import KeyRange, ListedFile, cut_key_space, first_image, list_images, listed_files
 from threestage.errors import InputError
@@ -42,8 +43,8 @@ def keys_of(keys: Sequence[str]) -> listing.Keys:
     return ask
 
 
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+@pytest.fixture(name="pool")
+def numbered_pool(monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A bucket of 25,000 numbered images, without a server."""
     bucket = Bucket(list(NumberedKeys(25_000)))
     serve(monkeypatch, bucket)
@@ -190,7 +191,7 @@ def test_a_shard_mixes_its_window(pool: Bucket, tmp_path: Path) -> None:
 
 def test_windows_are_whole_shards(small_ranges: None) -> None:
     assert [listing._window_rows(rows) for rows in (1, 10, 64, 100)] == [64, 60, 64, 100]
-    tables = [listing._table("s", [(f"{page}/{row}.jpg", 1) for row in range(7)]) for page in range(10)]
+    tables = [listing._table("s", [(f"{page}/{row}.jpg", 1, 2) for row in range(7)]) for page in range(10)]
     windows = list(listing._windows(tables, 30))
     assert [window.num_rows for window in windows] == [30, 30, 10]
     assert pa.concat_tables(windows).equals(pa.concat_tables(tables))
@@ -337,6 +338,67 @@ def test_a_local_folder_is_listed_and_extended(tmp_path: Path, small_ranges: Non
     local_files(source, ["b/new.jpg"])
     assert sorted(file.rows for file in set(list_images(str(source), str(out), 16)) - set(first)) == [1]
     assert first_image(str(source)) == f"{source}/a b/0.png"
+
+
+def test_an_image_that_is_replaced_in_place_is_listed_again(tmp_path: Path, small_ranges: None) -> None:
+    """Other bytes, or the same number of bytes at another time; the same content again and again; the rest stays."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    local_files(source, [f"{number}.png" for number in range(40)])
+    first = list_images(str(source), str(out), 16)
+    image = source / "7.png"
+    for time, content in enumerate((b"longer", b"same-1", b"longer", b"same-1"), 1):
+        image.write_bytes(content)
+        os.utime(image, ns=(time, time))
+        again = list_images(str(source), str(out), 16)
+        assert list_images(str(source), str(out), 16) == again
+        replaced = [
+            storage.read_table(f"{out}/{file.path}").column("image_uri")[row].as_py()
+            for file in again
+            for row in file.replaced
+        ]
+        assert replaced == [str(image)] * time
+        assert len({file.path for file in again}) == len(first) + time and {file.path for file in first} < {
+            file.path for file in again
+        }
+        assert pool.rows_of(pool.listed_pool(str(out))) == 40
+    images = {row.image_id: row for file in pool.listed_pool(str(out)) for rows in pool.read_rows(file) for row in rows
+              if not row.replaced}  # fmt: skip
+    assert len(images) == 40 and images["7"].image == b"same-1" and not any(row.problem for row in images.values())
+
+
+def test_an_older_listing_without_stamps_notices_another_size(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    local_files(source, ["a.png", "b.png"])
+    (file,) = list_images(str(source), str(out), 16)
+    shard = f"{out}/{file.path}"
+    storage.write_table(shard, storage.read_table(shard).drop_columns(["stamp"]))
+    os.utime(source / "a.png", ns=(1, 1))
+    assert list_images(str(source), str(out), 16) == [file]
+    (source / "b.png").write_bytes(b"of another size")
+    assert sorted(len(file.replaced) for file in list_images(str(source), str(out), 16)) == [0, 1]
+
+
+def test_an_object_that_is_replaced_has_another_etag(bucket: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        storage.write_bytes(f"{bucket}/in/{name}.png", b"first")
+    list_images(f"{bucket}/in", str(tmp_path), 16)
+    storage.write_bytes(f"{bucket}/in/a.png", b"other")
+    assert sorted((file.rows, len(file.replaced)) for file in list_images(f"{bucket}/in", str(tmp_path), 16)) == [
+        (1, 0),
+        (2, 1),
+    ]
+
+
+def test_one_image_file_is_a_source(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for folder in (str(tmp_path / "in"), f"{bucket}/in"):
+        for name in ("a.png", "a.png.jpg"):
+            storage.write_bytes(f"{folder}/{name}", b"image")
+        out = f"{tmp_path}/out/{len(folder)}"
+        list_images(f"{folder}/a.png", out, 16)
+        assert [(row["image_id"], row["image_uri"], row["bytes"]) for row in rows_of(out)] == [
+            ("a", f"{folder}/a.png", 5)
+        ]
 
 
 def test_the_walk_has_the_order_of_s3(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from threestage.data import storage
+from threestage.data import parquet, storage
 from threestage.data.known import id_hash
 from threestage.data.palette import palette_png
+from threestage.data.parquet import ForeignParquet
 from threestage.data.pool import PoolRow
 from threestage.data.records import decode_image, downscale_image
 from threestage.data.rejects import read_rejects
@@ -33,7 +37,7 @@ from threestage.predict import (
     read_model,
 )
 from threestage.prediction_output import PredictionTask
-from threestage.prediction_parts import Part, kind_of, output_name, plan, safe_name
+from threestage.prediction_parts import Part, crowded_names, kind_of, output_name, plan, read_part, safe_name
 from threestage.pseudo_masks import FileReport, predict_images
 from threestage.registry import RegistrySettings
 from threestage.report import overlay
@@ -227,13 +231,45 @@ def test_another_model_input_or_setting_in_the_folder_is_refused(model: ModelFil
     assert files_below(out) == before
 
 
+def test_an_image_replaced_in_place_is_predicted_anew_and_the_rest_is_kept(model: ModelFiles, tmp_path: Path) -> None:
+    """Of another size; of the same number of bytes at another time; a bad one that was mended."""
+    for form in ("png", "parquet"):
+        source, out = photos(tmp_path / form / "in", 6), tmp_path / form / "out"
+        (source / "bad.jpg").write_bytes(b"no image")
+        settings: dict[str, Any] = {"format": form, "max_bad_fraction": 0.5, "rows_per_part": 4}
+        run(model, source, out, **settings)
+        (source / "bad.jpg").write_bytes(photo(2))
+        (source / "0.jpg").write_bytes(photo(3))
+        same = source / "deep/er/1.jpg"
+        os.utime(same, ns=(1, 1))
+        before = {path: path.stat().st_mtime_ns for path in (out / "masks").rglob("*.png")}
+        counting = Counting()
+        report = run(model, source, out, counting, **settings)
+        assert (report.images, report.kept, report.bad) == (7, 4, 0)
+        assert sum(part.rows for part in counting.parts) == 3
+        rows = {
+            row["image_id"]: row for row in parts_below(out) if row[("file", "mask")[form == "parquet"]] is not None
+        }
+        assert len(rows) == 7, "each image is there once"
+        if form == "png":
+            assert (out / "masks/0.png").read_bytes() == palette_png(by_hand(model, photo(3))[1], COLOURS)
+            changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+            assert changed == {"0.png", "1.png"} and (out / "masks/bad.png").is_file()
+        else:
+            with Image.open(io.BytesIO(rows["0"]["mask"])) as stored:
+                assert np.array_equal(np.asarray(stored), by_hand(model, photo(3))[1])
+        assert run(model, source, out, **settings) == report.model_copy(update={"kept": 7})
+
+
 # Bad images
 
 
 def test_bad_images_are_listed_and_too_many_of_them_fail_at_the_end(model: ModelFiles, tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in", 9), tmp_path / "out"
     (source / "bad.jpg").write_bytes(photo(0)[:200])
-    with pytest.raises(StageFailure, match=r"1 of 10 images are bad .*bad.jpg.*raise --max-bad-fraction, or mend"):
+    with pytest.raises(
+        StageFailure, match=r"1 of 10 images are bad .*bad.jpg.*raise --max-bad-fraction, or replace them"
+    ):
         run(model, source, out)
     assert len(list((out / "masks").rglob("*.png"))) == 9, "the others are predicted first"
     report = run(model, source, out, max_bad_fraction=0.1)
@@ -305,6 +341,163 @@ def test_two_images_whose_names_differ_in_the_ending(model: ModelFiles, tmp_path
     assert {path.name for path in (out / "masks").iterdir()} == {"0.jpg.png", "0.png.png", "other.png"}
 
 
+def masks_below(out: Path) -> set[str]:
+    return {path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*") if path.is_file()}
+
+
+def test_every_image_has_a_mask_of_its_own_whatever_the_others_are_called(model: ModelFiles, tmp_path: Path) -> None:
+    """Three names that would share a file; an id that is a folder of others; and the same when some are done before."""
+    names = ["a.jpg", "a.png", "a.png.jpg", "b.jpg", "b.png/c.jpg", "c.png/d.jpg", "c.jpg/e.jpg", "c.tif"]
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(photo(number))
+    report = run(model, tmp_path / "in", tmp_path / "out")
+    assert (report.images, report.bad) == (8, 0) and len(masks_below(tmp_path / "out")) == 8
+    files = {row["image_id"]: row["file"] for row in parts_below(tmp_path / "out")}
+    assert (
+        files["b"] == "masks/b.jpg.png" and files["b.png/c"] == "masks/b.png/c.png" and files["c"] == "masks/c.tif.png"
+    )
+    (tmp_path / "later").mkdir()
+    for number, name in enumerate(["a.png.jpg", "a.jpg", "a.png"]):
+        (tmp_path / "later" / name).write_bytes(photo(number))
+        run(model, tmp_path / "later", tmp_path / "out2")
+        assert len(masks_below(tmp_path / "out2")) == number + 1
+    rows = parts_below(tmp_path / "out2")
+    assert {row["file"].removeprefix("masks/") for row in rows} == masks_below(tmp_path / "out2")
+    assert next(row["file"] for row in rows if row["image_id"] == "a.png") == "masks/a.png.png"
+
+
+def test_two_images_that_cannot_have_two_names_are_refused_before_anything_is_predicted(tmp_path: Path) -> None:
+    ids = ["x", "x", "x"]
+    pq.write_table(pa.table({"image_id": ids, "image": [b"", b"", b""]}), tmp_path / "a.parquet", row_group_size=1)
+    source = str(tmp_path / "a.parquet")
+    parts = plan(source, "parquet", "", 1, one_by_one)
+    assert crowded_names(parts, source, "parquet") == {id_hash("x")}
+    with pytest.raises(InputError, match=r"masks/x\.png; rename one, .*\[predict/same-name\]"):
+        crowded_names(parts, source, "parquet", lambda: {part.name: ["x"] for part in parts[:2]})
+
+
+def test_a_part_of_others_that_is_damaged_costs_itself(model: ModelFiles, tmp_path: Path) -> None:
+    """A row, a row group, a file: all others are predicted, and what is lost is counted and listed."""
+    source = tmp_path / "in"
+    source.mkdir()
+    images = [photo(i) for i in range(4)]
+    pq.write_table(pa.table({"image": images}), source / "good.parquet", row_group_size=2)
+    pq.write_table(
+        pa.table({"image": images}), source / "page.parquet", row_group_size=2, compression="zstd", use_dictionary=False
+    )
+    place = pq.read_metadata(source / "page.parquet").row_group(0).column(0).data_page_offset
+    content = bytearray((source / "page.parquet").read_bytes())
+    content[place : place + 40] = b"\xff" * 40
+    (source / "page.parquet").write_bytes(content)
+    (source / "footer.parquet").write_bytes((source / "good.parquet").read_bytes()[:-20])
+    pq.write_table(pa.table({"picture": images}), source / "other.parquet")
+    twice = pa.Table.from_arrays([pa.array(images), pa.array(images)], ["image", "image"])
+    pq.write_table(twice, source / "twice.parquet")
+    names = pa.StringArray.from_buffers(4, pa.array([0, 1, 2, 3, 4], pa.int32()).buffers()[1], pa.py_buffer(b"ab\xffd"))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int32()), names)
+    pq.write_table(pa.table({"image_id": lists, "image": images}), source / "lists.parquet")
+    pq.write_table(
+        pa.Table.from_arrays(
+            [pa.array(["a"] * 4), pa.array(["b"] * 4), pa.array(images)], ["image_id", "image_id", "image"]
+        ),
+        source / "ids.parquet",
+    )
+    far = pa.array([2**62, 1, None, 2], pa.timestamp("us"))
+    pq.write_table(pa.table({"image_id": far, "image": images}), source / "time.parquet")
+    long = pa.table({"image_id": ["x" * 5000, "y", "z", "w"], "image": [*images[:3], None]})
+    pq.write_table(long, source / "long.parquet")
+    report = run(model, source, tmp_path / "out", max_bad_fraction=0.9)
+    reasons = {reject.source.removeprefix(f"{source}/"): reject.reason for reject in read_rejects(report.rejects_uri)}
+    assert report.images == 4 + 2 + 3 + 2 + 3 and report.bad == len(reasons) == 2 + 4 + 1 + 2 + 1
+    for place, why in {
+        "page.parquet#0": "row group 0 cannot be read",
+        "page.parquet#1": "row group 0 cannot be read",
+        "footer.parquet": "not a Parquet file",
+        "other.parquet": "one column image of bytes",
+        "twice.parquet": "one column image of bytes",
+        "ids.parquet": "one column image_id",
+        "lists.parquet#2": "its image_id cannot be read as list",
+        "time.parquet#0": r"its image_id cannot be read as timestamp\[us\]",
+        "long.parquet#0": "its image_id has 5000 letters",
+        "long.parquet#3": "is null",
+    }.items():
+        assert re.search(why, reasons[place]), reasons
+    assert run(model, source, tmp_path / "out", max_bad_fraction=0.9).kept == report.images
+
+
+def test_a_store_that_fails_while_a_table_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"image": [b"x"] * 4}), tmp_path / "a.parquet")
+    ((part,), source) = plan(str(tmp_path), "parquet", "", 9, one_by_one), str(tmp_path)
+
+    def fail(self: Any, size: int = -1) -> bytes:
+        self.failure = OSError("the store is down")
+        raise self.failure
+
+    with ForeignParquet(part.uri) as opened:
+        monkeypatch.setattr(parquet._Source, "read", fail)
+        with pytest.raises(OSError, match="the store is down"):
+            list(opened.groups([0], ["image"], 0))
+    with pytest.raises(OSError, match="the store is down"):
+        list(read_part(source, part))
+
+
+def test_one_image_that_cannot_be_written_costs_itself(
+    model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose side is too long for a JPEG, one whose name is taken by a folder, one that no encoder takes."""
+    source, out = photos(tmp_path / "in", 4), tmp_path / "out"
+    Image.new("RGB", (65_501, 1)).save(source / "wide.png")
+    (out / "masks/0.png").mkdir(parents=True)
+    encode = palette_png
+
+    def fails_at_one(mask: np.ndarray, colours: Any) -> bytes:
+        if mask.shape == SIZES[2]:
+            raise ValueError("not today")
+        return encode(mask, colours)
+
+    monkeypatch.setattr("threestage.prediction_output.palette_png", fails_at_one)
+    report = run(model, source, out, max_bad_fraction=0.5)
+    assert (report.images, report.bad) == (3, 2)
+    assert {Path(reject.source).name: reject.reason for reject in report.rejected} == {
+        "0.jpg": "masks/0.png cannot be written: Is a directory",
+        "2.jpg": "its masks cannot be encoded: not today",
+    }
+    with Image.open(out / "masks/wide.png") as mask, Image.open(out / "overlays/wide.jpg") as picture:
+        assert mask.size == (65_501, 1) and picture.size == (32_751, 1)
+    assert {row["image_id"] for row in parts_below(out) if row["file"] is None} == {"0", "2"}
+
+
+def test_one_image_is_an_input(model: ModelFiles, tmp_path: Path, bucket: str) -> None:
+    source = photos(tmp_path / "in", 3)
+    storage.write_bytes(f"{bucket}/in/0.jpg", photo(0))
+    storage.write_bytes(f"{bucket}/in/0.jpg.png", photo(1, "PNG"))
+    for place, out in ((f"{source}/0.jpg", tmp_path / "out"), (f"{bucket}/in/0.jpg", tmp_path / "of_s3")):
+        report = predict_input(model, place, str(out), PredictSettings())
+        assert report.images == 1 and masks_below(out) == {"0.png"}
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match="predict/no-images"):
+        run(model, tmp_path / "notes.txt", tmp_path / "out2")
+
+
+def test_a_manifest_beside_images(model: ModelFiles, scenes: Path, tmp_path: Path) -> None:
+    """Of somebody else: it does not make the folder a data set. Of ours: the user says which is meant."""
+    source = photos(tmp_path / "in", 3)
+    for number, content in enumerate(('{"name": "a web page"}', "[" * 100_000, "no JSON")):
+        (source / "manifest.json").write_text(content)
+        assert run(model, source, tmp_path / f"out{number}").images == 3
+    (source / "manifest.json").unlink()
+    os.mkfifo(source / "manifest.json")
+    assert run(model, source, tmp_path / "pipe").images == 3
+    (source / "manifest.json").unlink()
+    shutil.copytree(scenes, source, dirs_exist_ok=True)
+    with pytest.raises(InputError, match=r"--input-format data-set or images \[predict/two-inputs\]"):
+        run(model, source, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    assert run(model, source, tmp_path / "a", input_format="images").images == 3
+    assert run(model, source, tmp_path / "b", input_format="data set", overlays=False).images == 50
+
+
 def test_inputs_that_hold_nothing(model: ModelFiles, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -312,10 +505,10 @@ def test_inputs_that_hold_nothing(model: ModelFiles, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1")
     for name, said in (
-        ("nowhere", r"nowhere: not found; give the folder"),
+        ("nowhere", r"nowhere: not found; give an image, or the folder"),
         ("nowhere.parquet", r"nowhere.parquet: not found"),
         ("empty", "empty: no images there"),
-        ("text", r"a.parquet: a column image of bytes .* is expected, it has picture \(string\)"),
+        ("text", r"a.parquet: one column image of bytes .* is expected, it has picture \(string\)"),
         ("broken", "a.parquet: not a Parquet file"),
     ):
         with pytest.raises(InputError, match=said) as raised:

@@ -277,7 +277,7 @@ def test_an_object_in_an_archive_may_not_be_read(bucket: str) -> None:
 
 def test_a_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(InputError, match=r"a\.json: is damaged, it is no JSON \(.*\): bring it back from a copy"):
+    with pytest.raises(InputError, match=r"a\.json: is damaged, it is no JSON \(.*\); bring it back from a copy"):
         storage.read_json(str(tmp_path / "a.json"))
 
 
@@ -446,3 +446,23 @@ def test_a_store_without_conditional_writes(bucket: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(storage, "s3fs_filesystem", Without)
     assert storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"ours"
     assert not storage.write_if_unchanged(uri, before, b"others")
+
+
+@pytest.mark.timeout(60)
+def test_json_of_strangers_is_refused_in_one_line(tmp_path: Path) -> None:
+    """A pipe, a device, more than fits into the limit (of which the disk holds nothing), 100,000 brackets, no JSON."""
+    file = tmp_path / "manifest.json"
+    for make, code in (
+        (lambda: os.mkfifo(file), "storage/not-a-file"),
+        (lambda: file.symlink_to("/dev/zero"), "storage/not-a-file"),
+        (lambda: os.truncate(os.open(file, os.O_CREAT | os.O_WRONLY), 40 * 2**30), "storage/too-large"),
+        (lambda: file.write_text("[" * 100_000), "storage/damaged-json"),
+        (lambda: file.write_text("{"), "storage/damaged-json"),
+        (lambda: file.write_bytes(b'"\xff"'), "storage/damaged-json"),
+        (lambda: file.write_text("9" * 5_000), "storage/damaged-json"),
+    ):
+        file.unlink(missing_ok=True)
+        make()
+        with pytest.raises(InputError) as refused:
+            storage.read_json(str(file))
+        assert refused.value.code == code and str(file) in str(refused.value) and len(str(refused.value)) < 400

@@ -7,7 +7,7 @@ import numpy as np
 
 from threestage.checks.lines import Found
 from threestage.config import Config
-from threestage.data import near_copies, storage
+from threestage.data import near_copies, parquet, storage
 from threestage.data.batches import SampleSet
 from threestage.data.class_pixels import LEAST_CLASSES, check_class_pixels
 from threestage.data.records import (
@@ -130,7 +130,7 @@ def _masks_of(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str
     wanted, found = set(ids), {}
     for file in reversed(files_with_masks(manifest, split)):
         if wanted:
-            for row in storage.read_table(storage.join(root, file.path), ["image_id", "mask"]).to_pylist():
+            for row in parquet.read_file(storage.join(root, file.path), ["image_id", "mask"]).to_pylist():
                 if row["mask"] is not None and row["image_id"] in wanted:
                     found[row["image_id"]] = row["mask"]
                     wanted.remove(row["image_id"])

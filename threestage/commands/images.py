@@ -33,6 +33,12 @@ class SplitChoice(StrEnum):
     test = "test"
 
 
+class InputChoice(StrEnum):
+    images = "images"
+    data_set = "data-set"
+    parquet = "parquet"
+
+
 def ingest(
     source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
     out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
@@ -153,10 +159,13 @@ def evaluate(
 def predict(
     model: ModelArgument,
     images: Annotated[
-        str, typer.Argument(help="Folder or prefix of images, a data set, or Parquet with a column image.")
+        str, typer.Argument(help="Folder or prefix of images, an image, a data set, or Parquet with a column image.")
     ],
     out: Annotated[str, typer.Argument(help="Gets the predictions; the same one continues them.")],
     format: Annotated[str, typer.Option("--format", help="png: a mask and an overlay for each; or parquet.")] = "png",
+    input_format: Annotated[
+        InputChoice | None, typer.Option("--input-format", help="Of a folder that holds more than one of them.")
+    ] = None,
     confidence: Annotated[bool, typer.Option("--confidence", help="Write each pixel's confidence too.")] = False,
     no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Masks only (format png).")] = False,
     window: WindowOption = None,
@@ -187,6 +196,7 @@ def predict(
         {
             "protocol": protocol_of(window, stride, flip, scales),
             "format": format,
+            "input_format": None if input_format is None else input_format.replace("-", " "),
             "overlays": not no_overlays,
             "confidence": confidence,
             "max_bad_fraction": max_bad_fraction,
@@ -215,6 +225,8 @@ def predict(
         print_json(report.model_dump(mode="json"))
         return
     _show_left_out(report.rejected)
+    if report.in_windows:
+        console.print(f"{report.in_windows} images are too large for the memory and were predicted in windows")
     kept = f" ({report.kept} of them before)" if report.kept else ""
     console.print(
         f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}",

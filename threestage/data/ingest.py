@@ -13,7 +13,7 @@ Besides the data set (`threestage.data.records`) the root holds
 ingest.json             written first: the folder is a data set's (`threestage.data.outputs`)
 rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA)
 listing/<digest>/       the listing of a source of format images. It is extended by a later ingest, which then reads only
-                        images with new URIs: one that was changed in place is not seen
+                        images with new URIs, and those that were replaced in place (other size, time or ETag)
 shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose images and masks the
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
@@ -194,7 +194,12 @@ def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) ->
     folder = _listing_folder(job, source)
     files = list_images(source, folder, job.rows_per_file, each)
     shards = [
-        Shard(settings.split, shard_digest(job, settings.split, file.digest), listed=storage.join(folder, file.path))
+        Shard(
+            settings.split,
+            shard_digest(job, settings.split, file.digest),
+            listed=storage.join(folder, file.path),
+            replaced=file.replaced,
+        )
         for file in files
     ]
     return Plan(shards, sum(file.rows for file in files))

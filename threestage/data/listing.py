@@ -1,11 +1,12 @@
-"""A bucket prefix or a folder of images, however many, as shards of (image_id, image_uri, bytes) that a rerun extends.
+"""A bucket prefix or a folder of images, however many, as shards of LISTED_SCHEMA that a rerun extends; or one image file.
 
 The keys below a prefix are cut once into ranges that lie side by side without a gap (`partitions.json`). Each range is
 listed page by page, apart from the others, gathered to windows, mixed within a window and written as shards; then
 `ranges/<n>.json` names its shards, and at the end `files.parquet` names all. A killed listing goes on with the ranges
 that are not done. A finished one is extended: every range is listed again, and images not known yet become new shards.
+So do images that were replaced in place (other bytes, modification time or ETag): their old rows are then `replaced`.
 
-Memory of a range: one window of rows, and when it is extended 8 bytes for each of its images.
+Memory of a range: one window of rows, and when it is extended 32 bytes for each of its images.
 """
 
 import hashlib
@@ -33,8 +34,13 @@ from threestage.data.records import PathBelow
 from threestage.errors import InputError
 from threestage.settings import Settings
 
-LISTED_SCHEMA = pa.schema([("image_id", pa.string()), ("image_uri", pa.string()), ("bytes", pa.int64())])
-FILES_SCHEMA = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("digest", pa.string())])
+LISTED_SCHEMA = pa.schema(
+    [("image_id", pa.string()), ("image_uri", pa.string()), ("bytes", pa.int64()), ("stamp", pa.int64())]
+)
+"""`stamp`: another one for another content, as far as the store shows it; older listings have none. See `Found`."""
+FILES_SCHEMA = pa.schema(
+    [("path", pa.string()), ("rows", pa.int64()), ("digest", pa.string()), ("replaced", pa.list_(pa.int64()))]
+)
 WINDOW = 2**15
 PAGE = 1000
 THREADS = 8
@@ -54,18 +60,26 @@ Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 Keys = Callable[[str, str | None, int], Iterator[str]]
 """(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
 
-Found = tuple[str, int]
-"""A file: its key, or its path below the source; bytes, or NOT_INSIDE."""
+Found = tuple[str, int, int]
+"""A file: its key, or its path below the source; bytes, or NOT_INSIDE; its stamp: the time of its last change in ns, on S3 a
+hash of its ETag."""
 
 Hashes = npt.NDArray[np.uint64]
+KNOWN = np.dtype([("uri", "<u8"), ("bytes", "<i8"), ("stamp", "<i8"), ("row", "<i8")])
+"""A listed image. `uri`: a hash of it; `row`: its number in the range."""
+NO_STAMP = 0
+
+Entries = npt.NDArray[np.void]
 
 
 class ListedFile(Settings):
-    """A shard. `path`: below the destination. `digest`: SHA-256 (hex) of its ids, URIs and sizes in order."""
+    """A shard. `path`: below the destination. `digest`: see `rows_digest`. `replaced`: numbers of the rows whose images were
+    replaced in place since; a later shard lists them anew."""
 
     path: PathBelow
     rows: int
     digest: str
+    replaced: tuple[int, ...] = ()
 
 
 class KeyRange(Settings):
@@ -106,7 +120,8 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator
 
 
 def list_images(source: str, destination: str, rows_per_file: int, each: Each = in_threads) -> list[ListedFile]:
-    """List the images below a source into shards of `rows_per_file` rows; the shards of this and all earlier runs.
+    """List the images below a source, or one image file, into shards of `rows_per_file` rows; the shards of this and all
+    earlier runs.
 
     Shards that were there stay as they are; images that were deleted from the source stay listed. Raises InputError
     when the source holds no image, or when the destination holds a listing of something else; OSError, naming the
@@ -146,7 +161,7 @@ def first_image(source: str) -> str | None:
     """
     source = storage.absolute(source)
     pages = _pages_of(source, KeyRange())
-    found = next((_uri(source, path) for page in islice(pages, 10) for path, _ in page), None)
+    found = next((_uri(source, path) for page in islice(pages, 10) for path, *_ in page), None)
     return "" if found is None and next(pages, None) is not None else found
 
 
@@ -155,14 +170,26 @@ def list_range(task: RangeTask) -> int:
     uri = _range_uri(task.destination, task.number)
     started = storage.exists(uri)
     before = _files_of_range(uri) if started else []
-    known = _known_hashes(task.destination, before)
-    pages = (_table(task.source, page) for page in _pages_of(task.source, KeyRange(after=task.after, until=task.until)))
-    windows = _windows((_without(page, known) for page in pages), _window_rows(task.rows_per_file))
-    write = partial(_write_window, task.destination, task.rows_per_file)
+    known, replaced = _known_images(task.destination, before), list[int]()
+    folder = folder_of(task.source)
+    pages = (_table(folder, page) for page in _pages_of(task.source, KeyRange(after=task.after, until=task.until)))
+    windows = _windows((_without(page, known, replaced) for page in pages), _window_rows(task.rows_per_file))
+    write = partial(_write_window, task.destination, task.rows_per_file, len(before))
     added = list(chain.from_iterable(map(write, windows)))
     if added or not started:
-        storage.write_json(uri, {"files": [file.model_dump() for file in [*before, *added]]})
+        files = [*_with_replaced(before, replaced), *added]
+        storage.write_json(uri, {"files": [file.model_dump() for file in files]})
     return sum(file.rows for file in added)
+
+
+def folder_of(source: str) -> str:
+    """The folder below which the ids of a source are paths: itself, or that of an image file."""
+    return source.rstrip("/").rpartition("/")[0] if is_image_file(source) else source
+
+
+def is_image_file(source: str) -> bool:
+    """Whether a source is one file with the suffix of an image."""
+    return _is_image(source.rpartition("/")[2]) and storage.is_file(source)
 
 
 def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
@@ -183,6 +210,8 @@ def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
 
 
 def _cut(source: str) -> tuple[KeyRange, ...]:
+    if is_image_file(source):
+        return (KeyRange(),)
     if not storage.is_s3(source):
         os.scandir(storage.filesystem(source)[1]).close()  # raises where there is no such folder
         return (KeyRange(),)
@@ -218,15 +247,18 @@ def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
 
 
 def _pages_of(source: str, keys: KeyRange) -> Iterator[list[Found]]:
-    """The images of each 1000 files of a range: paths below the source, bytes."""
+    """The images of each 1000 files of a range: paths below the source, bytes, stamps."""
+    if is_image_file(source):
+        yield [_image_file(source)]
+        return
     if not storage.is_s3(source):
         yield from _local_pages(storage.filesystem(source)[1])
         return
     bucket, prefix = _bucket_and_prefix(source)
     for page in _s3_pages(bucket, prefix, keys.after, PAGE):
         inside = page if keys.until is None else [found for found in page if found[0] <= keys.until]
-        paths = ((key[len(prefix) :], size) for key, size in inside)
-        yield [(path, size) for path, size in paths if _is_image(path)]
+        paths = ((key[len(prefix) :], size, stamp) for key, size, stamp in inside)
+        yield [found for found in paths if _is_image(found[0])]
         if len(inside) < len(page):
             return
 
@@ -241,29 +273,58 @@ def _uri(source: str, path: str) -> str:
 
 
 def _table(source: str, found: list[Found]) -> pa.Table:
-    ids = [splitext(path)[0] for path, _ in found]
-    uris = [_uri(source, path) for path, _ in found]
-    return pa.table([ids, uris, [size for _, size in found]], schema=LISTED_SCHEMA)
+    ids = [splitext(path)[0] for path, *_ in found]
+    uris = [_uri(source, path) for path, *_ in found]
+    sizes, stamps = [size for _, size, _ in found], [stamp for *_, stamp in found]
+    return pa.table([ids, uris, sizes, stamps], schema=LISTED_SCHEMA)
 
 
-def _without(table: pa.Table, known: Hashes) -> pa.Table:
-    """The rows whose URI is not known. `known`: sorted hashes of URIs."""
+def _without(table: pa.Table, known: Entries, replaced: list[int]) -> pa.Table:
+    """The rows that are not known as they are; `replaced` gets the known rows in whose place they come."""
     if not len(known) or not table.num_rows:
         return table
     hashes = _hashes(table.column("image_uri"))
-    places = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-    return table.filter(pa.array(known[places] != hashes))
+    entries = known[np.searchsorted(known["uri"], hashes).clip(max=len(known) - 1)]
+    is_known = entries["uri"] == hashes
+    changed = entries["bytes"] != table.column("bytes").to_numpy()
+    changed |= (entries["stamp"] != NO_STAMP) & (entries["stamp"] != table.column("stamp").to_numpy())
+    replaced += entries["row"][is_known & changed].tolist()
+    return table.filter(pa.array(~is_known | changed))
 
 
-def _known_hashes(destination: str, files: list[ListedFile]) -> Hashes:
-    """Sorted hashes of the URIs in some shards."""
+def _known_images(destination: str, files: list[ListedFile]) -> Entries:
+    """What some shards list, sorted by the hash of the URI; of an image that was replaced the last."""
+    if not files:
+        return np.empty(0, KNOWN)
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = list(pool.map(lambda file: _uri_hashes(storage.join(destination, file.path)), files))
-    return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+        entries = np.concatenate(list(pool.map(lambda file: _entries(storage.join(destination, file.path)), files)))
+    entries["row"] = np.arange(len(entries))
+    entries = entries[np.argsort(entries["uri"], kind="stable")]
+    last = np.append(entries["uri"][1:] != entries["uri"][:-1], True)
+    return entries[last]
 
 
-def _uri_hashes(uri: str) -> Hashes:
-    return _hashes(storage.read_table(uri, ["image_uri"]).column("image_uri"))
+def _entries(uri: str) -> Entries:
+    table = storage.read_table(uri, ["image_uri", "bytes", "stamp"])
+    entries = np.zeros(len(table), KNOWN)
+    entries["uri"] = _hashes(table.column("image_uri"))
+    entries["bytes"] = table.column("bytes").to_numpy()
+    entries["stamp"] = table.column("stamp").to_numpy() if "stamp" in table.column_names else NO_STAMP
+    return entries
+
+
+def _with_replaced(files: list[ListedFile], rows: list[int]) -> list[ListedFile]:
+    """The shards of a range, with the rows (numbers in the range) that are replaced now."""
+    starts, by_file = np.cumsum([0, *(file.rows for file in files)]), dict[int, set[int]]()
+    for row in rows:
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        by_file.setdefault(number, set()).add(row - int(starts[number]))
+    return [
+        file.model_copy(update={"replaced": tuple(sorted({*file.replaced, *by_file[number]}))})
+        if number in by_file
+        else file
+        for number, file in enumerate(files)
+    ]
 
 
 def _hashes(texts: pa.ChunkedArray) -> Hashes:
@@ -291,25 +352,28 @@ def _windows(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def _write_window(destination: str, rows_per_file: int, window: pa.Table) -> list[ListedFile]:
-    """Shards of a window's rows in the order of the ids' SHA-256: neighbours in a film come apart, each time alike."""
+def _write_window(destination: str, rows_per_file: int, before: int, window: pa.Table) -> list[ListedFile]:
+    """Shards of a window's rows in the order of the ids' SHA-256: neighbours in a film come apart, each time alike. `before`:
+    shards that the range has had."""
     order = np.argsort(_hashes(window.column("image_id")), kind="stable")
     mixed = window.combine_chunks().take(order)
     shards = (mixed.slice(start, rows_per_file) for start in range(0, mixed.num_rows, rows_per_file))
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(partial(_write_shard, destination), shards))
+        return list(pool.map(partial(_write_shard, destination, before), shards))
 
 
-def _write_shard(destination: str, shard: pa.Table) -> ListedFile:
-    digest = rows_digest(shard)
+def _write_shard(destination: str, before: int, shard: pa.Table) -> ListedFile:
+    digest = rows_digest(shard, before)
     file = ListedFile(path=f"listed-{digest[:16]}.parquet", rows=shard.num_rows, digest=digest)
     storage.write_table(storage.join(destination, file.path), shard)
     return file
 
 
-def rows_digest(shard: pa.Table) -> str:
-    """SHA-256 (hex) of [ids, URIs, sizes] as JSON."""
-    columns = [shard.column(name).to_pylist() for name in LISTED_SCHEMA.names]
+def rows_digest(shard: pa.Table, before: int = 0) -> str:
+    """SHA-256 (hex) of [ids, URIs, sizes] as JSON, in an extended range (`before` shards) of [ids, URIs, sizes, stamps, before]:
+    an image that was replaced by one of its size, or comes back, makes another shard."""
+    columns = [shard.column(name).to_pylist() for name in ("image_id", "image_uri", "bytes")]
+    columns += [shard.column("stamp").to_pylist(), [before]] if before else []
     return hashlib.sha256(json.dumps(columns, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -320,7 +384,19 @@ def _local_pages(folder: str) -> Iterator[list[Found]]:
     paths = folders.walk(folder)
     while page := list(islice(paths, PAGE)):
         found = (folders.entry(folder, path) for path in page if _is_image(path))
-        yield [(entry.path, entry.size) for entry in found if entry is not None]
+        yield [(entry.path, entry.size, entry.changed_ns) for entry in found if entry is not None]
+
+
+def _image_file(source: str) -> Found:
+    """A file that is the whole source, also where it is a link."""
+    files, path = storage.filesystem(source)
+    name = path.rpartition("/")[2]
+    if storage.is_s3(source):
+        bucket, _, key = path.partition("/")
+        found = (one for page in _s3_pages(bucket, key, None, PAGE) for one in page)
+        return next((name, size, stamp) for other, size, stamp in found if other == key)
+    info = files.get_file_info(path)
+    return name, info.size, info.mtime_ns
 
 
 # Requests to S3
@@ -332,18 +408,22 @@ def _bucket_and_prefix(source: str) -> tuple[str, str]:
 
 
 def _keys(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[str]:
-    return (key for page in _s3_pages(bucket, prefix, after, limit) for key, _ in page)
+    return (key for page in _s3_pages(bucket, prefix, after, limit) for key, *_ in page)
 
 
 def _s3_pages(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[list[Found]]:
-    """Keys and bytes, `limit` or fewer a page; a store may send an empty page that is not the last."""
+    """Keys, bytes and stamps, `limit` or fewer a page; a store may send an empty page that is not the last."""
     place = {} if after is None else {"StartAfter": after}
     while True:
         answer = _request(Bucket=bucket, Prefix=prefix, MaxKeys=limit, **place)
-        yield [(entry["Key"], entry["Size"]) for entry in answer.get("Contents", ())]
+        yield [(entry["Key"], entry["Size"], _stamp(entry.get("ETag"))) for entry in answer.get("Contents", ())]
         if not answer.get("IsTruncated"):
             return
         place = {"ContinuationToken": answer["NextContinuationToken"]}
+
+
+def _stamp(tag: str | None) -> int:
+    return NO_STAMP if tag is None else int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
 
 
 def _request(**arguments: Any) -> dict[str, Any]:

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from threestage.data import storage
+from threestage.data import parquet, storage
 from threestage.data.folders import NOT_INSIDE, WHY_NOT_INSIDE
 from threestage.data.listing import listed_files
 from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 FETCH_THREADS = 16
+CHUNK_BYTES = 256 * 2**20
+MAX_ID_BYTES = 2**12
 POOL_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
@@ -23,20 +27,23 @@ POOL_SCHEMA = pa.schema(
         ("digest", pa.string()),
         ("by_reference", pa.bool_()),
         ("own", pa.bool_()),
+        ("replaced", pa.list_(pa.int64())),
     ]
 )
 SOURCE_KEY = b"threestage.unlabelled"
+PARQUET_SUFFIX = ".parquet"
 
 
 class PoolFile(Settings):
     """One Parquet file of the pool. `digest` covers its rows in order; `by_reference`: they hold URIs, not bytes; `own`:
-    of the run's own data set, whose image ids and masks are the run's."""
+    of the run's own data set, whose image ids and masks are the run's. `replaced`: see ListedFile."""
 
     uri: str
     rows: int
     digest: str
     by_reference: bool = False
     own: bool = False
+    replaced: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,13 +53,15 @@ class PoolFile(Settings):
 
 @dataclass(frozen=True)
 class PoolRow:
-    """One image of the pool. `problem`: why its bytes could not be had (`image` is then empty), else None."""
+    """One image of the pool. `problem`: why its bytes could not be had (`image` is then empty), else None. `replaced`: another
+    row has what is there now."""
 
     image_id: str
     source: str
     image: bytes
     mask: bytes | None = None
     problem: str | None = None
+    replaced: bool = False
 
 
 def data_set_files(root: str, manifest: Manifest, own: bool = True) -> list[PoolFile]:
@@ -66,7 +75,13 @@ def data_set_files(root: str, manifest: Manifest, own: bool = True) -> list[Pool
 def listed_pool(folder: str) -> list[PoolFile]:
     """The pool's part that a finished listing in `folder` names. Raises FileNotFoundError without one."""
     return [
-        PoolFile(uri=storage.join(folder, file.path), rows=file.rows, digest=file.digest, by_reference=True)
+        PoolFile(
+            uri=storage.join(folder, file.path),
+            rows=file.rows,
+            digest=file.digest,
+            by_reference=True,
+            replaced=file.replaced,
+        )
         for file in listed_files(folder)
     ]
 
@@ -87,34 +102,110 @@ def load_pool(uri: str) -> list[PoolFile]:
 
 
 def read_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
-    """All rows of a file in its order, storage.ROW_GROUP_ROWS at a time; with `masks` those of the run's own data set bring
-    theirs.
+    """All rows of a file in its order, in chunks of some; with `masks` those of the run's own data set bring theirs.
 
-    An image that has vanished, may not be read or is absurdly large is a row with a problem. A store that fails raises
-    OSError. By reference, the next chunk is fetched while the caller works on this one.
+    An image that has vanished, may not be read or is absurdly large is a row with a problem; so are the rows of a row group
+    or a file that is damaged. A store that fails raises OSError. By reference, the next chunk is fetched while the caller
+    works on this one.
     """
     if file.by_reference:
-        yield from _read_references(storage.read_table(file.uri))
+        yield from _read_references(storage.read_table(file.uri), frozenset(file.replaced))
         return
     columns = ["image_id", "source", "image", *(["mask"] if masks and file.own else [])]
-    for part in storage.read_groups(file.uri, columns):
-        yield [PoolRow(**row) for row in part.to_pylist()]
+    for group in parquet.read_groups(file.uri, columns):
+        if group.table is None:
+            rows = group.rows or min(file.rows, parquet.MAX_GROUP_ROWS)
+            yield from lost_rows(file.uri, file.name, group._replace(rows=rows))
+        else:
+            names = unnamed(file.name, group)
+            yield list(map(pool_row, names, *(values_of(group.table, name) for name in columns)))
 
 
-def _read_references(table: pa.Table) -> Iterator[list[PoolRow]]:
+def values_of(table: pa.Table, name: str) -> list[Any]:
+    """Bytes, less those that are absurdly many, or text, of a column of others."""
+    column = table.column(name)
+    if name not in parquet.BYTES_COLUMNS:
+        return list(parquet.texts(column))
+    lengths = pc.binary_length(column)
+    if (pc.max(lengths).as_py() or 0) <= MAX_IMAGE_BYTES:
+        return list(column.to_pylist())
+    return [
+        parquet.Damaged(f"has {length} bytes, more than {MAX_IMAGE_BYTES}")
+        if (length or 0) > MAX_IMAGE_BYTES
+        else value.as_py()
+        for value, length in zip(column, lengths.to_pylist(), strict=True)
+    ]
+
+
+def unnamed(name: str, group: parquet.Group) -> list[str]:
+    """The ids of rows that have none, by the path of their file and their numbers."""
+    stem = name.removesuffix(PARQUET_SUFFIX)
+    return [f"{stem}/{number:08d}" for number in range(group.first, group.first + group.rows)]
+
+
+def pool_row(
+    unnamed: str,
+    image_id: parquet.Text,
+    source: parquet.Text,
+    image: bytes | parquet.Damaged | None,
+    mask: bytes | None = None,
+) -> PoolRow:
+    """A row as a file holds it. `unnamed`: its id, where it has none that can be used."""
+    place = str(source)
+    if isinstance(image_id, parquet.Damaged):
+        return PoolRow(unnamed, place, b"", problem=f"its image_id {image_id}")
+    if image_id is not None and len(image_id) > MAX_ID_BYTES:
+        return PoolRow(
+            unnamed, place, b"", problem=f"its image_id has {len(image_id)} letters, more than {MAX_ID_BYTES}"
+        )
+    name = unnamed if image_id is None else image_id
+    if image is None:
+        return PoolRow(name, place, b"", problem="is null")
+    if isinstance(image, parquet.Damaged):
+        return PoolRow(name, place, b"", problem=str(image))
+    return PoolRow(name, place, image, mask)
+
+
+def lost_rows(uri: str, name: str, group: parquet.Group) -> Iterator[list[PoolRow]]:
+    """Rows that cannot be read, each with the problem of its group; `name`: path of the file."""
+    for start in range(group.first, group.first + group.rows, storage.ROW_GROUP_ROWS):
+        rows = min(storage.ROW_GROUP_ROWS, group.first + group.rows - start)
+        names = unnamed(name, parquet.Group(start, rows, None))
+        yield [
+            PoolRow(image_id, f"{uri}#{number}", b"", problem=group.problem)
+            for number, image_id in enumerate(names, start)
+        ]
+
+
+def _read_references(table: pa.Table, replaced: frozenset[int]) -> Iterator[list[PoolRow]]:
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         waiting: list[Future[PoolRow]] = []
-        for start in range(0, len(table), storage.ROW_GROUP_ROWS):
-            part = table.slice(start, storage.ROW_GROUP_ROWS)
-            following = [threads.submit(_fetch, row) for row in part.to_pylist()]
+        for start, part in _chunks(table):
+            following = [
+                threads.submit(_fetch, row, number in replaced) for number, row in enumerate(part.to_pylist(), start)
+            ]
             if waiting:
                 yield [future.result() for future in waiting]
             waiting = following
         yield [future.result() for future in waiting]
 
 
-def _fetch(row: dict[str, Any]) -> PoolRow:
+def _chunks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """The number of its first row and the rows: storage.ROW_GROUP_ROWS, fewer where their images are large."""
+    start = size = 0
+    for number, of_image in enumerate(table.column("bytes").to_pylist()):
+        size += min(of_image, MAX_IMAGE_BYTES)
+        if number > start and (number - start == storage.ROW_GROUP_ROWS or size > CHUNK_BYTES):
+            yield start, table.slice(start, number - start)
+            start, size = number, of_image
+    if start < len(table):
+        yield start, table.slice(start)
+
+
+def _fetch(row: dict[str, Any], replaced: bool) -> PoolRow:
     image, problem = b"", None
+    if replaced:
+        return PoolRow(row["image_id"], row["image_uri"], image, replaced=True)
     try:
         if row["bytes"] == NOT_INSIDE:
             problem = WHY_NOT_INSIDE
@@ -124,10 +215,11 @@ def _fetch(row: dict[str, Any]) -> PoolRow:
             image = storage.read_bytes(row["image_uri"])
             if len(image) != row["bytes"]:
                 problem = f"has changed since it was listed: it had {row['bytes']} bytes, now {len(image)}"
-    except (FileNotFoundError, PermissionError) as error:
+    except (FileNotFoundError, PermissionError, InputError) as error:
         problem = f"cannot be read: {error}"
     return PoolRow(row["image_id"], row["image_uri"], image, problem=problem)
 
 
 def rows_of(files: Sequence[PoolFile]) -> int:
-    return sum(file.rows for file in files)
+    """Images; of one that was replaced in place only the last."""
+    return sum(file.rows - len(file.replaced) for file in files)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 
-from threestage.data import storage
+from threestage.data import parquet, storage
 from threestage.data.classes import ClassMap
 from threestage.data.records import (
     MANIFEST_NAME,
@@ -186,8 +186,8 @@ class Writer:
 
 def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     """(image id, image digest, mask digest) of every row of a file; reads no image."""
-    table = storage.read_table(storage.join(root, file.path), ["image_id"])
-    digests = json.loads(table.schema.metadata[ROW_DIGESTS_KEY])
+    table = parquet.read_file(storage.join(root, file.path), ["image_id"])
+    digests = storage.parse_json(table.schema.metadata[ROW_DIGESTS_KEY], storage.join(root, file.path))
     ids = table.column("image_id").to_pylist()
     return [(image_id, image, mask) for image_id, (image, mask) in zip(ids, digests, strict=True)]
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
-from threestage.data import storage
+from threestage.data import parquet, storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.errors import InputError
 from threestage.settings import Settings
@@ -263,7 +263,7 @@ def files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:
 
 
 def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
-    table = storage.read_table(storage.join(root, file.path), columns).replace_schema_metadata(None)
+    table = parquet.read_file(storage.join(root, file.path), columns).replace_schema_metadata(None)
     return table.filter(pc.is_valid(table.column("mask")))
 
 

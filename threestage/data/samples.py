@@ -3,6 +3,7 @@ Without torch: a process that only reads has no use for it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +54,10 @@ def pool_samples(
         yield from _without_pseudo_masks(file, rejected, excluded if file.own else frozenset())
         return
     predicted = storage.read_groups(pseudo_mask_uri(pseudo_masks, file))
-    rows = read_rows(file, masks=False)
-    for images, masks in zip(rows, predicted, strict=True):
+    rows = chain.from_iterable(read_rows(file, masks=False))
+    for masks in predicted:
         found = []
-        for row, target in zip(images, masks.to_pylist(), strict=True):
+        for row, target in zip(islice(rows, len(masks)), masks.to_pylist(), strict=True):
             if row.image_id != target["image_id"]:
                 raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
             if row.problem is not None and target["pseudo_mask"] is not None:
@@ -64,6 +65,8 @@ def pool_samples(
             elif target["pseudo_mask"] is not None and target.pop("agreement", 255) >= least_agreement:
                 found.append(Sample(image=row.image, source=row.source, **target))
         yield found
+    if next(rows, None) is not None:
+        raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: it has fewer rows")
 
 
 def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozenset[str]) -> Iterator[list[Sample]]:

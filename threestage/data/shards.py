@@ -25,6 +25,7 @@ from threestage.data.known import look_up
 from threestage.data.publish import Known, Row, ShardReport, Writer, digest_of, masks_digest
 from threestage.data.records import MAX_IMAGE_BYTES, SplitName, encode_mask
 from threestage.data.rejects import Reject
+from threestage.errors import InputError
 
 SHARDS_AT_ONCE = 2
 FETCH_THREADS = 8
@@ -48,12 +49,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images of one split: `items`, or where `listed` names a Parquet file of a listing, those in it."""
+    """Some images of one split: `items`, or where `listed` names a Parquet file of a listing, those in it, less the rows
+    `replaced`."""
 
     split: SplitName
     digest: str
     items: tuple[SourceItem, ...] = ()
     listed: str | None = None
+    replaced: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.listed or f"images {self.items[0].image_id} to {self.items[-1].image_id}"
@@ -121,7 +124,7 @@ def write_shard(job: Job, shard: Shard) -> ShardReport:
 
 
 def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
-    """The digest of a shard and its report, None when one of the images that it rejected is good by now, or gone.
+    """The digest of a shard and its report, None when one of the images that it rejected is good by now, replaced or gone.
 
     Reads the rejected images again, and no other.
     """
@@ -129,7 +132,7 @@ def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
     if report.rejected:
         uris = {reject.source for reject in report.rejected}
         items = [item for item in _items(shard) if item.image_uri in uris]
-        if not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, items)):
+        if len(items) < len(uris) or not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, items)):
             return shard.digest, None
     if report.masks is not None and _is_held(report, job, shard):
         return shard.digest, report.published()
@@ -165,7 +168,8 @@ def report_uri(root: str, digest: str) -> str:
 def _items(shard: Shard) -> Sequence[SourceItem]:
     if shard.listed is None:
         return shard.items
-    rows: list[dict[str, Any]] = storage.read_table(shard.listed).to_pylist()
+    table: list[dict[str, Any]] = storage.read_table(shard.listed).to_pylist()
+    rows = [row for number, row in enumerate(table) if number not in shard.replaced]
     return each_id_once(
         [SourceItem(row["image_id"], row["image_uri"], None, shard.split, size=row["bytes"]) for row in rows]
     )
@@ -237,7 +241,7 @@ def _read(uri: str, what: str, absent: type[BadFile]) -> bytes:
     except FileNotFoundError as error:
         kind = BadFile if error.__cause__ else absent  # with a cause: a name that cannot be asked for
         raise kind(f"{what} cannot be read: {error}") from None
-    except PermissionError as error:
+    except (PermissionError, InputError) as error:
         raise BadFile(f"{what} cannot be read: {error}") from None
 
 

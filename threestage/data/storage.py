@@ -39,6 +39,7 @@ FILE_SCHEME = "file://"
 TEMPORARY_SUFFIX = ".tmp"
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 ROW_GROUP_ROWS = 64
+MAX_JSON_BYTES = 2**28
 S3_ATTEMPTS = 12
 DELETES_AT_ONCE = 16
 SCHEME_CODE = "storage/scheme"
@@ -258,10 +259,17 @@ def _look_for_bucket(chosen: "_S3", bucket: str) -> None:
             raise  # others, such as a listing that is denied, say nothing about the bucket
 
 
+def is_file(uri: str) -> bool:
+    """Whether a plain file, or an object, is there."""
+    files, path = filesystem(uri)
+    return bool(files.get_file_info(path).is_file)
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError when it is absent or has a name that cannot be asked for, PermissionError
-    when it may not be read; other OSErrors are the store's."""
+    when it may not be read; InputError for a pipe or a device; other OSErrors are the store's."""
     files, path = filesystem(uri)
+    refuse_special_file(uri)
     try:
         with files.open_input_file(path) as stream:
             return bytes(stream.read())
@@ -276,18 +284,44 @@ def read_bytes(uri: str) -> bytes:
         raise
 
 
+def read_small(uri: str, most_bytes: int) -> bytes:
+    """As `read_bytes`. Raises InputError for a file of more than `most_bytes` too."""
+    files, path = filesystem(uri)
+    size = files.get_file_info(path).size or 0
+    if size > most_bytes:
+        raise InputError(f"{uri}: {size} bytes, more than {most_bytes}; remove it", "storage/too-large")
+    return read_bytes(uri)
+
+
+def refuse_special_file(uri: str) -> None:
+    """InputError for a pipe, which would wait for a writer, and for a device, which may never end."""
+    with contextlib.suppress(OSError):
+        if is_s3(uri):
+            return
+        mode = os.stat(filesystem(uri)[1]).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{uri}: a pipe or a device, not a file; remove it", "storage/not-a-file")
+
+
 def read_lines(uri: str) -> list[str]:
     """The lines of a user's text file that are not empty. Raises InputError for one that is not UTF-8, and as `read_bytes`."""
     return lines_of(read_bytes(uri), uri)
 
 
 def read_json(uri: str) -> Any:
-    """Raises InputError for a file that is no JSON, and as `read_bytes`."""
-    content = read_bytes(uri)
+    """A JSON file, which a stranger may have written. Raises InputError for one that is damaged, nested too deeply or of more
+    than MAX_JSON_BYTES, and as `read_bytes`."""
+    return parse_json(read_small(uri, MAX_JSON_BYTES), uri)
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """Raises InputError, which begins with `where`, for what is no JSON or is nested too deeply."""
     try:
         return json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{uri}: is damaged, it is no JSON ({error}): bring it back from a copy") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: is damaged, it is no JSON ({error}); bring it back from a copy", "storage/damaged-json"
+        ) from None
 
 
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:

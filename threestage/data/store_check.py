@@ -4,7 +4,6 @@ The usual file systems retry for minutes, so that a run outlives an outage; here
 """
 
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -141,10 +140,7 @@ def _read_manifest(name: str, uri: str, place: _Place) -> None:
     content = _read(place.files, storage.join(place.path, MANIFEST_NAME))
     if content is None:
         raise InputError(f"{manifest}: no data set there; make one with `threestage ingest`, or mend {name}")
-    try:
-        json.loads(content)
-    except ValueError:
-        raise InputError(f"{manifest}: not a manifest of a threestage data set; mend {name}") from None
+    storage.parse_json(content, manifest)
 
 
 def _find_image(name: str, uri: str, place: _Place) -> None:
@@ -195,11 +191,13 @@ def _reach(place: _Place, folder: str) -> None:
             _patiently(lambda: place.files.get_file_info(pafs.FileSelector(below)))
 
 
-def _read(files: pafs.FileSystem, path: str, length: int | None = None) -> bytes | None:
-    """The file, or its first bytes; None when it is absent."""
+def _read(files: pafs.FileSystem, path: str, length: int = storage.MAX_JSON_BYTES) -> bytes | None:
+    """The first bytes of a file; None when it is absent."""
 
     def read() -> bytes | None:
         try:
+            if isinstance(files, pafs.LocalFileSystem):
+                storage.refuse_special_file(path)
             with files.open_input_file(path) as stream:
                 return bytes(stream.read(length))
         except FileNotFoundError:

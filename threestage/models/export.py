@@ -100,7 +100,8 @@ def parse_card(content: bytes, uri: str) -> ModelCard:
 
 def _content(uri: str, name: str) -> bytes:
     try:
-        return storage.read_bytes(storage.join(uri, name))
+        file = storage.join(uri, name)
+        return storage.read_small(file, storage.MAX_JSON_BYTES) if name == CARD else storage.read_bytes(file)
     except FileNotFoundError:
         raise InputError(
             f"{uri} holds no {name}: give a stage's model folder (…/stage3/model) or models:/NAME@stage3"

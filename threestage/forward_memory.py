@@ -1,0 +1,141 @@
+"""How many pixels a forward pass may have: measured on the device with the network itself, before the first image."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+PROBE_SIDES = (192, 448)
+"""Of the images that are predicted to measure: what the larger takes more is of its pixels alone."""
+MARGIN = 1.25
+"""A pass over millions of pixels takes up to a third more for each than one over the probe."""
+SHARE = {"cpu": 0.6, "cuda": 0.8}
+"""Of the memory that is free: decoded images and what is encoded take the rest."""
+LEAST_PIXELS = 2**16
+
+_bytes_per_pixel: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], float]] = WeakKeyDictionary()
+
+Ask = Callable[[Tensor], object]
+"""Predicts images (1,3,H,W) uint8 on the device."""
+
+
+def most_pixels(network: nn.Module, ask: Ask, device: torch.device, key: tuple[object, ...] = ()) -> int:
+    """How many pixels fit into the memory that is free now. `key`: what else than the network decides how much one takes; it
+    is measured once for each."""
+    known = _bytes_per_pixel.setdefault(network, {})
+    if (device, *key) not in known:
+        try:
+            known[(device, *key)] = bytes_per_pixel(ask, device)
+        except (torch.OutOfMemoryError, MemoryError):
+            return LEAST_PIXELS
+    return max(LEAST_PIXELS, int(SHARE[device.type] * free_bytes(device) / known[(device, *key)]))
+
+
+def bytes_per_pixel(ask: Ask, device: torch.device) -> float:
+    """The most that a forward pass holds at once, for each pixel of its image, in bytes."""
+    small, large = PROBE_SIDES
+    ask(torch.zeros(1, 3, small, small, dtype=torch.uint8, device=device))  # what the first pass of all takes stays
+    growth = _probe(ask, device, large) - _probe(ask, device, small)
+    return MARGIN * max(growth / (large**2 - small**2), 1.0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device; of the CPU this process's share by its threads, as the container or the machine allows."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    share = min(1.0, torch.get_num_threads() / len(os.sched_getaffinity(0)))
+    return int(share * min(_free_of_machine(), _free_of_container(), _free_of_process()))
+
+
+def _probe(ask: Ask, device: torch.device, side: int) -> int:
+    """Bytes that a pass over a square image takes at its peak."""
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        ask(image)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _resident_peak() as taken:
+        ask(image)
+    return taken[0]
+
+
+class _resident_peak:
+    """A context that gives by how much this process's resident memory grew at its peak, in bytes."""
+
+    def __enter__(self) -> list[int]:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that is kept would be used, and not grow
+        self._before = _resident_bytes()
+        self._taken = [0]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self._taken
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self._taken[0] = max(self._taken[0], _resident_bytes() - self._before)
+            if self._ended.wait(0.001):
+                return
+
+
+def _resident_bytes() -> int:
+    """Of this process, less files that are mapped, such as code."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
+
+
+def _free_of_machine() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _free_of_container() -> float:
+    """By the limits of the control groups that this process is in, versions 2 and 1; what can be reclaimed is free."""
+    free = float("inf")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, below = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root = Path("/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            folder = root / below.strip("/")
+            for group in (folder, *folder.parents):
+                if group.is_relative_to(root):
+                    free = min(free, _free_of_group(group, *names))
+    return free
+
+
+def _free_of_group(group: Path, limit: str, usage: str) -> float:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit, or none that can be seen from here
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        reclaimable = int(counts.get("total_inactive_file") or counts["inactive_file"])
+        return int((group / limit).read_text()) - int((group / usage).read_text()) + reclaimable
+    return float("inf")
+
+
+def _free_of_process() -> float:
+    """By `ulimit -v`."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return float("inf")
+    return limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
