@@ -209,6 +209,45 @@ def test_a_bad_image_that_was_deleted_is_not_reported_again(source: Path) -> Non
     assert run(source, **images).bad == 0
 
 
+def test_an_image_that_was_replaced_in_place_is_noticed(source: Path) -> None:
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None, "max_bad_fraction": 0.1}
+    file = source / "images" / "03.png"
+    content = file.read_bytes()
+    run(source, **images)
+    os.utime(file, ns=(1, 1))
+    report = run(source, **images)
+    assert (report.skipped, report.bad, report.added_images) == (10, 0, 0), "the content decides"
+    draw(source, "03", 99)
+    for _ in range(2):
+        report = run(source, **images)
+        assert (report.skipped, report.bad) == (9, 1) and "another image under the id 03" in report.rejected[0].reason
+    with pytest.raises(InputError, match="1 of 10 images are bad"):
+        run(source, **{**images, "max_bad_fraction": 0})
+    file.write_bytes(content)
+    assert (run(source, **images).skipped, run(source, **images).bad) == (10, 0)
+    assert len(rows_of(source / "ds")) == 10
+
+
+def test_an_image_that_was_replaced_after_a_kill_is_stored_once(source: Path) -> None:
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    with killed_before_publishing(), pytest.raises(KeyboardInterrupt):
+        run(source, **images)
+    draw(source, "03", 99)
+    assert run(source, **images).added_images == 10
+    assert rows_of(source / "ds")["03"]["image"] == (source / "images" / "03.png").read_bytes()
+
+
+def test_files_that_are_passed_over_are_counted(source: Path) -> None:
+    images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    for name in ("a.HEIC", "b.heic", "c.jfif", ".hidden.gif", "no-suffix"):
+        (source / "images" / name).write_bytes(b"")
+    for _ in range(2):
+        (note,) = run(source, **images).warnings
+        assert "4 files passed over: 2 .heic" in note and "1 .jfif" in note and "1 without a suffix" in note
+    (source / "images" / "d.gif").write_bytes(b"")
+    assert "5 files passed over" in run(source, **images).warnings[0]
+
+
 # Classes without pixels, and copies.
 
 

@@ -32,9 +32,9 @@ from threestage.data import storage
 from threestage.data.class_pixels import FIX, LEAST_CLASSES, check_class_pixels, fix_for, sampled_pixels
 from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
 from threestage.data.copies import check_copies
-from threestage.data.formats import IngestSettings, SourceItem, discover, missing
+from threestage.data.formats import IngestSettings, SourceItem, discover, missing, passed_over
 from threestage.data.known import build_index, look_up
-from threestage.data.listing import Each, forget, list_images
+from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import Additions, ShardReport, next_manifest, publish
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
@@ -196,13 +196,14 @@ def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) ->
     shards = [
         Shard(
             settings.split,
-            shard_digest(job, settings.split, file.digest),
+            shard_digest(job, settings.split, f"{file.digest} less {file.replaced}" if file.replaced else file.digest),
             listed=storage.join(folder, file.path),
             replaced=file.replaced,
         )
         for file in files
     ]
-    return Plan(shards, sum(file.rows for file in files))
+    images = sum(file.rows - len(file.replaced) for file in files)
+    return Plan(shards, images, notes=passed_over(source, suffixes_passed_over(folder)))
 
 
 def _listing_folder(job: Job, source: str) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ FEW_KEYS = 10_000
 MIN_RANGES = 48
 MAX_RANGES = 256
 LEVELS = 8
+MOST_SUFFIXES, OTHER_SUFFIXES = 64, ".…"
 LAST_CHARACTER = chr(0x10FFFF)
 
 Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -169,16 +171,20 @@ def list_range(task: RangeTask) -> int:
     """List one range, write what is new in it as shards, then say so in `ranges/<n>.json`. Returns the new rows."""
     uri = _range_uri(task.destination, task.number)
     started = storage.exists(uri)
-    before = _files_of_range(uri) if started else []
+    before, others_before = (_files_of_range(uri), _others_of_range(uri)) if started else ([], Counter[str]())
     known, replaced = _known_images(task.destination, before), list[int]()
     folder = folder_of(task.source)
-    pages = (_table(folder, page) for page in _pages_of(task.source, KeyRange(after=task.after, until=task.until)))
+    others = Counter[str]()
+    found = _pages_of(task.source, KeyRange(after=task.after, until=task.until), others)
+    pages = (_table(folder, page) for page in found)
     windows = _windows((_without(page, known, replaced) for page in pages), _window_rows(task.rows_per_file))
     write = partial(_write_window, task.destination, task.rows_per_file, len(before))
     added = list(chain.from_iterable(map(write, windows)))
-    if added or not started:
+    if added or others != others_before or not started:
         files = [*_with_replaced(before, replaced), *added]
-        storage.write_json(uri, {"files": [file.model_dump() for file in files]})
+        storage.write_json(
+            uri, {"files": [file.model_dump() for file in files], "passed_over": dict(sorted(others.items()))}
+        )
     return sum(file.rows for file in added)
 
 
@@ -237,6 +243,17 @@ def _files_of_range(uri: str) -> list[ListedFile]:
     return [ListedFile(**file) for file in storage.read_json(uri)["files"]]
 
 
+def _others_of_range(uri: str) -> Counter[str]:
+    return Counter(storage.read_json(uri).get("passed_over", {}))
+
+
+def suffixes_passed_over(destination: str) -> Counter[str]:
+    """How many files of a finished listing's source are no images, by suffix."""
+    uris = storage.list_files(storage.join(destination, "ranges"))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return sum(pool.map(_others_of_range, uris), Counter[str]())
+
+
 def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
     with ThreadPoolExecutor(THREADS) as pool:
         parts = pool.map(_files_of_range, (_range_uri(destination, number) for number in range(ranges)))
@@ -246,26 +263,30 @@ def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
 # Pages → windows → shards
 
 
-def _pages_of(source: str, keys: KeyRange) -> Iterator[list[Found]]:
-    """The images of each 1000 files of a range: paths below the source, bytes, stamps."""
+def _pages_of(source: str, keys: KeyRange, others: Counter[str] | None = None) -> Iterator[list[Found]]:
+    """The images of each 1000 files of a range: paths below the source, bytes, stamps. Counts the suffixes of others."""
+    others = Counter[str]() if others is None else others
     if is_image_file(source):
         yield [_image_file(source)]
         return
     if not storage.is_s3(source):
-        yield from _local_pages(storage.filesystem(source)[1])
+        yield from _local_pages(storage.filesystem(source)[1], others)
         return
     bucket, prefix = _bucket_and_prefix(source)
     for page in _s3_pages(bucket, prefix, keys.after, PAGE):
         inside = page if keys.until is None else [found for found in page if found[0] <= keys.until]
         paths = ((key[len(prefix) :], size, stamp) for key, size, stamp in inside)
-        yield [found for found in paths if _is_image(found[0])]
+        yield [found for found in paths if _is_image(found[0], others)]
         if len(inside) < len(page):
             return
 
 
-def _is_image(path: str) -> bool:
-    hidden = path.startswith(".") or "/." in path
-    return not hidden and splitext(path)[1].lower() in IMAGE_SUFFIXES
+def _is_image(path: str, others: Counter[str] | None = None) -> bool:
+    """`others`: counts the suffix of a file that is none, unless it is hidden."""
+    suffix, hidden = splitext(path)[1].lower(), path.startswith(".") or "/." in path
+    if others is not None and not hidden and suffix not in IMAGE_SUFFIXES and not path.endswith("/"):
+        others[suffix if suffix in others or len(others) < MOST_SUFFIXES else OTHER_SUFFIXES] += 1
+    return not hidden and suffix in IMAGE_SUFFIXES
 
 
 def _uri(source: str, path: str) -> str:
@@ -380,10 +401,10 @@ def rows_digest(shard: pa.Table, before: int = 0) -> str:
 # A local folder
 
 
-def _local_pages(folder: str) -> Iterator[list[Found]]:
+def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[Found]]:
     paths = folders.walk(folder)
     while page := list(islice(paths, PAGE)):
-        found = (folders.entry(folder, path) for path in page if _is_image(path))
+        found = (folders.entry(folder, path) for path in page if _is_image(path, others))
         yield [(entry.path, entry.size, entry.changed_ns) for entry in found if entry is not None]
 
 

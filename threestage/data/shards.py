@@ -124,7 +124,7 @@ def write_shard(job: Job, shard: Shard) -> ShardReport:
 
 
 def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
-    """The digest of a shard and its report, None when one of the images that it rejected is good by now, replaced or gone.
+    """The digest of a shard and its report, None when one of the images that it rejected is good by now, or gone.
 
     Reads the rejected images again, and no other.
     """
@@ -132,7 +132,7 @@ def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
     if report.rejected:
         uris = {reject.source for reject in report.rejected}
         items = [item for item in _items(shard) if item.image_uri in uris]
-        if len(items) < len(uris) or not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, items)):
+        if not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, items)):
             return shard.digest, None
     if report.masks is not None and _is_held(report, job, shard):
         return shard.digest, report.published()
