@@ -49,11 +49,29 @@ def run(
     `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
     Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
     """
+    check_places(config, out, local)
+    return run_checked(config, out, local, show, warn, watch, reuse)
+
+
+def check_places(config: Config, out: str, local: bool) -> None:
+    """Raises InputError where a place of the run may not be used; before anything is read or written there."""
     if not local:
         refuse_unconfirmed_hosts(config)
     check_store(config, out)
+    claim(storage.absolute(out), RUN)  # a busy store passes the check above
+
+
+def run_checked(
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
+) -> dict[str, Any]:
+    """`run` after `check_places`."""
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    claim(out, RUN)  # a busy store passes the check above
     _warn_of_the_demos_network(config, warn)
     reserve_variables()
     with lease.held(out, warn) as held:

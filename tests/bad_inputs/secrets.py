@@ -34,6 +34,7 @@ def _cluster_of_a_configuration(folder: Path) -> str:
 
 
 def _mlflow_of_a_run_folder(folder: Path) -> str:
+    (folder / "split.json").write_text('{"split": {}}')
     (folder / "config.json").write_text('{"name": "x", "registry": {"tracking_uri": "http://127.0.0.1:9"}}')
     with mock.patch.dict(os.environ, ENVIRONMENT):
         return refused(threestage("sync", folder))

@@ -158,6 +158,7 @@ def test_a_password_never_reaches_a_host_of_a_file(thief: tuple[str, list[str]],
     uri, sent = thief
     run = tmp_path / "run"
     run.mkdir()
+    (run / "split.json").write_text('{"split": {}}')
     (run / "config.json").write_text(json.dumps({"name": "x", "registry": {"tracking_uri": uri}}))
     (run / "run.json").write_text('{"run_key": "abc"}')
     refused(lambda: sync(str(run)), uri, "config.json")

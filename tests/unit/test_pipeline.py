@@ -267,17 +267,20 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
         ),
         (
             {"training__batch": "global", "cluster__workers": [1, 3]},
-            r"stage1.labelled_batch=2 with training.batch=global is shared by up to 3 workers",
+            r"stage1.labelled_batch=2 with training.batch=global leaves some of up to 3 workers",
         ),
         ({"training__batch": "global", "stage1__labelled_batch": 9}, r"stage1.labelled_batch=9 is more than the 8 lab"),
         (
             POOLED | {"stage1__labelled_batch": 1},
-            r"stage1.labelled_batch=1: leaves one image to a forward pass, of which",
+            r"stage1.labelled_batch=1 leaves one image to a forward pass",
         ),
-        (POOLED | {"training__accumulate": 2}, r"stage1.labelled_batch=2: leaves one image .* or training.accumulate"),
+        (
+            POOLED | {"training__accumulate": 2},
+            r"stage1.labelled_batch=2 leaves one image .* set stage1.labelled_batch=4",
+        ),
         (
             POOLED | {"training__batch": "global", "cluster__workers": [1, 2]},
-            r"stage1.labelled_batch=2: leaves one image to a forward pass of up to 2 workers \(cluster.workers\)",
+            r"stage1.labelled_batch=2 leaves one image to a forward pass of up to 2 workers \(cluster.workers\)",
         ),
         (
             {"training__batch": "global", "cluster__workers": 2, "consistency__cutmix": 0.5},
@@ -289,6 +292,8 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
                 "training": {"batch": "global", "accumulate": 4},
                 "cluster": {"workers": 3, "gpus_per_worker": 1},
                 "stage1__labelled_batch": 4,
+                "stage2__labelled_batch": 3,
+                "stage3__labelled_batch": 3,
             },
             r"training.accumulate=4: in stage1 the worker with the fewest images has 1, and batch norm over all workers",
         ),

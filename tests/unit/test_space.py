@@ -64,7 +64,7 @@ def refusal(tmp_path: Path, text: str, config: str = "demo", changes: Sequence[s
     ("search", "expected"),
     [
         ("consistency.wieght: {uniform: [0, 1]}", "search.consistency.wieght: unknown key; did you mean consistency.weight?"),
-        ("consistency: {uniform: [0, 1]}", "search.consistency: is a section; name one of its keys, e.g. consistency.conf"),
+        ("consistency: {uniform: [0, 1]}", "search.consistency: is a section; name one of its keys, e.g. consistency.comp"),
         ("zzz: {uniform: [0, 1]}", "search.zzz: unknown key; keys are written as for --set"),
         ("consistency.weight: {unifrom: [0, 1]}", "consistency.weight: unifrom=[0, 1]: unknown key; did you mean uniform?"),
         ("consistency.weight: [0, 1]", "search.consistency.weight=[0, 1]: give a range or choices, e.g. {uniform: [0, 1]}"),

@@ -34,12 +34,14 @@ def demo(
 
     Example: threestage demo --local --out runs/demo
     """
-    from threestage.runs import demo_config
+    from threestage.runs import check_places, demo_config
 
     folder = f"runs/demo-{seed}" if out is None else out
     progress = Terminal(stderr=True) if as_json else console
     progress.print(f"demo: scenes, models and results go to {escape(folder)}", highlight=False)
-    _run(demo_config(folder, seed, overrides or []), folder, local, as_json)
+    config = demo_config(folder, seed, overrides or [])
+    check_places(config, folder, local)
+    _run(config, folder, local, as_json)
 
 
 def init(folder: Annotated[str, typer.Argument(metavar="DIR", help="Made if it is not there.")]) -> None:
@@ -68,18 +70,18 @@ def run(
     Example: threestage run camvid --set data.root=data/camvid --set network.weights=MOBILENETV2_100.pth --out runs/camvid
     """
     from threestage.config import load
+    from threestage.runs import check_places
 
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
     folder = f"runs/{resolved.name}" if out is None else out
+    check_places(resolved, folder, local)
     _run(_within(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
 
 
 def _within(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
     """The configuration with the steps that the budget buys, which are printed."""
     from threestage.budget import resolve
-    from threestage.check import check_store
 
-    check_store(config, out)
     with Terminal(stderr=True).status("measuring a step of each stage" if budget else "reading the run's folder"):
         resolved = resolve(config, out, budget, local, overrides)
     if resolved is None:
@@ -95,7 +97,7 @@ def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = 
     from threestage.verdict import text
 
     with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
-        results = runs.run(config, out, local, progress.show, progress.warn, progress.watch, reuse)
+        results = runs.run_checked(config, out, local, progress.show, progress.warn, progress.watch, reuse)
     if as_json:
         print_json(results)
         return

@@ -27,7 +27,7 @@ LEASE = {"lease.json": "beat"}
 DATA_SET = Output("a data set", {DATA_SET_MARK: "made_by", "manifest.json": "format"})
 LISTING = Output("a listing", {"partitions.json": "ranges"})
 PREDICTIONS = Output("predictions", {"prediction.json": "model"})
-RUN = Output("a run", {"split.json": "split", DEMO_MARK: "made_by"}, leased=True)
+RUN = Output("a run", {"split.json": "split", DEMO_MARK: "made_by", "budget.json": "budget"}, leased=True)
 SWEEP = Output("a sweep", {"sweep.json": "sweep_key"}, leased=True)
 PULLED_MODEL = Output("a pulled model", {"lineage.json": "model_digest"})
 SCORES = Output("scores", {"metrics.json": "per_class_iou"})
@@ -47,7 +47,7 @@ def claim(folder: str, output: Output) -> None:
         raise InputError(
             f"{folder}: is a file, or lies below one; give another folder", "data/foreign-folder"
         ) from None
-    if not found:
+    if not found or is_marked(folder, output):  # another command may have begun meanwhile
         return
     other = _other(folder, output)
     if other is None and output.leased and _has_one(folder, LEASE):
