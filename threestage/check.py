@@ -19,6 +19,7 @@ from threestage.data.outputs import RUN, Output, claim
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.store_check import Outcome, Probe
 from threestage.errors import InputError
+from threestage.models.program import without_program
 from threestage.registry import RegistrySettings
 from threestage.tracking import confirmed_uri, redact, resolve_uri, sqlite_path, talking_to
 from threestage.training.worker import default_device
@@ -53,8 +54,18 @@ def check(
     if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
         yield tried("driver", out, lambda: Found(lease.refuse_driven(out)))
     yield from _check_input(config, out, wrong)
+    if not local:
+        yield tried("program", config.network.encoder, lambda: _exportable(config))
     manifest = None if "data.root" in wrong else _manifest(config)
     yield from _check_here(config, manifest, budget) if local else _check_cluster(config, out, manifest, budget)
+
+
+def _exportable(config: Config) -> Found:
+    """Whether the models can be registered with their exported program."""
+    try:
+        return Found(f"{config.network.encoder} is exported for mlflow.pyfunc", without_program(config.network))
+    except InputError:  # the line of the input says why
+        return Found("", "not tried: needs input")
 
 
 def _manifest(config: Config) -> Manifest | None:

@@ -44,6 +44,7 @@ from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.lineage import AT_SIZE, DataSet, Images, Lineage, PseudoMaskSet, Teacher
 from threestage.models.export import HALFWAY_MODEL
+from threestage.models.network import doubtful_normalisation
 from threestage.preflight import check_pool, check_run
 from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
 from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
@@ -104,6 +105,8 @@ def run(
     validation = validation_set(root, manifest, split, downscale)
     _refuse_missing(root, split, labelled, validation)
     label_pixels = check_run(config, manifest, labelled, validation, warn)
+    if doubt := doubtful_normalisation(config.network):
+        warn(doubt)
     void = None if config.data.fixed_void is None else fixed_void(labelled, config.data.fixed_void)
     digests = {"labelled": labelled.digest(), "validation": validation.digest()}
     elsewhere = _reuse(config, out, reuse, digests)
@@ -411,13 +414,18 @@ class _Run:
             used_ids=frozenset(self.split.labelled),
             excluded_ids=frozenset(self.split.validation),
             fixed_void=self.fixed_void,
+            precision=self.config.for_stage(stage).training.precision,
         )
         marker, compared = storage.join(folder, "done.json"), self._compared(task, stage)
         task = compared or task
         digest, found = set_digest(task, files), _digest_of(marker)
-        with_agreement = set_digest(task.model_copy(update={"halfway_model": ""}), files)
-        if found == with_agreement:  # made for a run that compares, they serve one that does not
-            digest = with_agreement
+        as_before = task.model_copy(update={"precision": "auto"})  # an older threestage predicted every pool so
+        for other in (
+            task.model_copy(update={"halfway_model": ""}),
+            as_before,
+        ):  # made for a run that compares, they serve any
+            if found == set_digest(other, files):
+                digest = found
         if found != digest:
             if f"pseudo_masks{number}" in self.elsewhere:
                 raise InputError(

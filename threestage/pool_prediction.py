@@ -123,9 +123,10 @@ class Compared(Product):
 
 def pseudo_masks_of(task: PoolTask, device: torch.device) -> Product:
     """What a task makes of the pool."""
-    if task.halfway_model is None:
-        return Product()
-    return Compared(load_model(task.halfway_model)[0].to(device), task.num_classes)
+    halfway = task.halfway_model
+    product = Product() if halfway is None else Compared(load_model(halfway)[0].to(device), task.num_classes)
+    product.precision = task.precision
+    return product
 
 
 def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:

@@ -243,6 +243,7 @@ class PoolTask(Settings):
     excluded_ids: frozenset[str]  # validation images: not in the pool
     fixed_void: str | None = None  # pixels that are void in every image of their size; see data/fixed_void.py
     halfway_model: str | None = None  # folder of the weights with which each image's agreement is measured
+    precision: str = "auto"  # training.precision, as in an evaluation
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
@@ -250,6 +251,7 @@ class PoolTask(Settings):
         parts += ["used", *sorted(self.used_ids), "excluded", *sorted(self.excluded_ids)]
         parts += [] if self.fixed_void is None else ["fixed void", self.fixed_void]
         parts += [] if self.halfway_model is None else ["agreement"]
+        parts += [] if self.precision == "auto" else ["precision", self.precision]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

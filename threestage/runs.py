@@ -1,6 +1,8 @@
 """A run as its user starts it: the pipeline, its mirror in MLflow, its pictures. The CLI and jobs/ call this."""
 
+import contextlib
 import io
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +22,7 @@ from threestage.evaluation import BATCH
 from threestage.local import run_local
 from threestage.mirror import Mirror, has_begun, keep_outcome, keep_settings
 from threestage.models.export import load_model
+from threestage.models.program import without_program
 from threestage.pseudo_masks import predict_images
 from threestage.registry import RegisteredVersion, Status, open_registry
 from threestage.report import colourise, panel
@@ -97,6 +100,8 @@ def _run(
     from threestage.on_ray.train import run_on_ray
 
     registry = None if has_begun(out) else open_registry(config.registry)
+    if registry is not None:  # a run that is continued has been told
+        threading.Thread(target=_warn_without_program, args=(config, warn), daemon=True).start()
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
     mirror = Mirror(out, settings, config.registry, registry, warn)
     noting, keeping = _noting(out, settings, show, mirror.notify), _keeping(out, settings, mirror.notify)
@@ -116,6 +121,13 @@ def _run(
         else:
             mirror.abandon()
     return results, registered
+
+
+def _warn_without_program(config: Config, warn: pipeline.Warn) -> None:
+    """Say early, beside the training, what the registered models will lack."""
+    with contextlib.suppress(InputError):  # the pipeline refuses such settings itself
+        if doubt := without_program(config.network):
+            warn(doubt)
 
 
 def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]:

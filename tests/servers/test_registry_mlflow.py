@@ -28,7 +28,7 @@ from threestage.lineage_tree import lineage_tree
 from threestage.models.export import ModelCard, load_card, save_model
 from threestage.models.network import NetworkSettings, build_network
 from threestage.predict import PredictSettings, predict_input, read_model
-from threestage.registry import Registry, RegistrySettings, StageRecord, open_models, open_registry
+from threestage.registry import Registry, RegistrySettings, StageRecord, open_models, open_registry, packing
 from threestage.registry.card import write_card
 from threestage.registry.packing import pack_model
 from threestage.registry.store import MAX_DESCRIPTION
@@ -186,19 +186,67 @@ def test_pull_gives_back_the_very_files_and_names_what_is_wrong(
     registry: Registry, record: StageRecord, tmp_path: Path
 ) -> None:
     version = registry.record_stage(record)
-    for uri in ("models:/team-shapes@stage3", "models:/team-shapes/1"):
-        folder = registry.models.pull(uri, tmp_path / "pulled")
+    for uri, program in (("models:/team-shapes@stage3", ["program.pt2"]), ("models:/team-shapes/1", [])):
+        folder = registry.models.pull(uri, tmp_path / "pulled", program=bool(program))
         names = sorted(path.name for path in folder.iterdir())
-        assert names == ["README.md", "lineage.json", "model.json", "model.safetensors", "program.pt2"]
+        assert names == ["README.md", "lineage.json", "model.json", "model.safetensors", *program]
         for path in Path(record.model_dir).iterdir():
             assert path.read_bytes() == (folder / path.name).read_bytes()
     for wrong in ("models:/team-shapes@stage2", "models:/team-shapes/7", "models:/other@stage3", "team-shapes"):
         with pytest.raises(InputError, match=wrong):
             registry.models.pull(wrong, tmp_path / "wrong")
     artifacts = tmp_path / "a folder/mlartifacts" / version.run_id / "artifacts"
+    for name in names:
+        file = artifacts / "model/artifacts/model" / name
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        with pytest.raises(InputError, match=rf"{name} is missing or is not .* \[models/changed-file\]"):
+            registry.models.pull("models:/team-shapes@stage3", tmp_path / "wrong")
+        file.write_bytes(before)
+    assert set(json.loads(registry._client.get_model_version("team-shapes", "1").tags["threestage.files"])) == {
+        path.relative_to(artifacts / "model").as_posix() for path in (artifacts / "model").rglob("*") if path.is_file()
+    }
+
+
+def test_a_version_of_an_older_threestage_is_pulled_with_a_warning(
+    registry: Registry, record: StageRecord, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    version = registry.record_stage(record)
+    registry._client.delete_model_version_tag("team-shapes", "1", "threestage.files")
+    folder = registry.models.pull("models:/team-shapes/1", tmp_path / "pulled", program=True)
+    assert (folder / "program.pt2").exists()
+    assert "README.md, lineage.json, model.json, program.pt2 were changed" in capfd.readouterr().err
+    artifacts = tmp_path / "a folder/mlartifacts" / version.run_id / "artifacts"
     (artifacts / "model/artifacts/model/model.safetensors").write_bytes(b"tampered")
-    with pytest.raises(InputError, match="not what was registered"):
-        registry.models.pull("models:/team-shapes@stage3", tmp_path / "wrong")
+    with pytest.raises(InputError, match=r"models/changed-file"):
+        registry.models.pull("models:/team-shapes/1", tmp_path / "wrong")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_exported_is_registered_without_its_program(
+    registry: Registry, record: StageRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    tries = []
+    monkeypatch.setattr(packing, "_failed", {})
+    monkeypatch.setattr(packing, "write_program", lambda folder: tries.append(folder) or "UserError: no such op")
+    first = registry.record_stage(
+        replace(record, stage="stage2", lineage=lineage_of("stage2", digest_of(record.model_dir)))
+    )
+    version = registry.record_stage(record)
+    assert registry.record_stage(record) == version
+    assert (first.no_program, version.no_program, len(tries)) == ("UserError: no such op",) * 2 + (1,)
+    folder = registry.models.pull("models:/team-shapes@stage3", tmp_path / "pulled")
+    assert (
+        "no exported program, so `mlflow.pyfunc` cannot run it: UserError: no such op"
+        in (folder / "README.md").read_text()
+    )
+    with pytest.raises(InputError, match=r"\[models/no-program\]"):
+        registry.models.pull("models:/team-shapes@stage3", tmp_path / "other", program=True)
+    packed = tmp_path / "a folder/mlartifacts" / version.run_id / "artifacts/model"
+    with pytest.raises(ValueError, match=r"no program\.pt2: .*threestage predict"):
+        mlflow.pyfunc.load_model(str(packed))
 
 
 def test_weights_that_the_stage_did_not_end_with_are_refused(registry: Registry, record: StageRecord) -> None:

@@ -27,8 +27,8 @@ from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
 from threestage.data.records import decode_image, load_manifest
 from threestage.errors import InputError
-from threestage.prediction_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
-from threestage.registry.models import Models
+from threestage.prediction_parts import PATH_BYTES, Part, plan, read_part, repeated_ids, safe_name
+from threestage.registry.models import PULLED, Models
 from threestage.sweeps.space import load_space
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -281,10 +281,10 @@ def test_no_manifest_names_a_file_elsewhere(path: str, tmp_path: Path) -> None:
 def test_a_pulled_model_brings_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = tmp_path / "fetched"
     fetched.mkdir()
-    for name in ("model.safetensors", "model.json", "sitecustomize.py", ".envrc"):
+    for name in (*PULLED, "sitecustomize.py", ".envrc"):
         (fetched / name).write_bytes(b"x")
     version = type("Version", (), {"source": "", "tags": {}})
     monkeypatch.setattr(Models, "_find", lambda self, uri: version)
-    monkeypatch.setattr(Models, "_download", lambda self, source, temporary: fetched)
+    monkeypatch.setattr(Models, "_download", lambda self, source, name, temporary: fetched / name)
     folder = Models(f"sqlite:///{tmp_path}/mlflow.db", None, "threestage").pull("models:/a/1", tmp_path / "work")
-    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "model.json"}
+    assert {file.name for file in folder.iterdir()} == set(PULLED) - {"program.pt2"}

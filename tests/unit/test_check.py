@@ -34,6 +34,7 @@ def config(scenes: Path, tmp_path: Path) -> Config:
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(checks, "without_program", lambda network: None)  # seconds each
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def problem(find: Callable[[], object]) -> str:
 
 def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(config, tmp_path / "run")
-    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster", "stage1",
-                           "stage2", "stage3", "duration"]  # fmt: skip
+    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "program",
+                           "cluster", "stage1", "stage2", "stage3", "duration"]  # fmt: skip
     assert not any(line.problem for line in found.values())
     assert "8 labelled images, 6 to validate on" in found["input"].value
     assert "Ray will be started here" in found["cluster"].value
@@ -80,7 +81,17 @@ def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
 
 def test_without_a_cluster_nothing_is_said_of_it(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(config, tmp_path / "run", local=True)
-    assert "cluster" not in found and "registry.tracking_uri" not in found and "duration" in found
+    assert not {"cluster", "registry.tracking_uri", "program"} & set(found) and "duration" in found
+
+
+def test_a_network_that_cannot_be_exported_is_a_doubt(
+    config: Config, no_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        checks, "without_program", lambda network: f"models of {network.encoder} are registered without"
+    )
+    line = lines_of(config, tmp_path / "run")["program"]
+    assert (line.problem, line.doubt) == (None, f"models of {config.network.encoder} are registered without")
 
 
 def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps: None, tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from threestage.errors import InputError
 from threestage.models.encoders import create_timm
 from threestage.models.heads import DeepLabV3PlusHead
-from threestage.models.network import NetworkSettings, build_network, check_settings, crop_fits, size_multiple
+from threestage.models.network import (
+    NetworkSettings,
+    build_network,
+    check_settings,
+    crop_fits,
+    doubtful_normalisation,
+    size_multiple,
+)
 from threestage.on_ray.settings import ClusterSettings
 
 WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
@@ -107,6 +114,33 @@ def test_weights_of_another_encoder_are_counted(tmp_path: Path) -> None:
         check_settings(settings(weights=path))
 
 
+ODD: dict[str, Callable[[Tensor], dict[Any, Tensor]]] = {
+    "meta": lambda plain: {"conv1.0.weight": plain.to("meta")},
+    "quantised": lambda plain: {"conv1.0.weight": torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)},
+    "complex": lambda plain: {"conv1.0.weight": plain.to(torch.complex64)},
+    "integer key": lambda plain: {7: plain},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors
+def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, kind: str) -> None:
+    state = timm_state()
+    path = save(tmp_path / "a.pth", state | ODD[kind](state["conv1.0.weight"]))
+    with pytest.raises(InputError, match=r"the tensor .* \[network/odd-weights\]"):
+        check_settings(settings(weights=path))
+
+
+def test_weights_of_a_file_with_another_normalisation_are_doubtful_and_taken(tmp_path: Path) -> None:
+    chosen = settings(encoder="resnet18", weights="somewhere.pth", mean=(0.5,) * 3)
+    doubt = doubtful_normalisation(chosen)
+    assert doubt is not None
+    for part in ("network.mean=[0.5, 0.5, 0.5]", "take mean [0.485, 0.456, 0.406]", "somewhere.pth"):
+        assert part in doubt
+    assert doubtful_normalisation(settings(encoder="resnet18", weights="somewhere.pth")) is None
+    assert doubtful_normalisation(settings(encoder="resnet18", mean=(0.5,) * 3)) is None
+
+
 class Unsafe:
     """What a pickle may hold and a weights file may not."""
 
@@ -128,7 +162,12 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
         ({"encoder": "mobilenet_v2_100"}, "did you mean .*mobilenetv2_100"),
         ({"encoder": "resnet18.nonsense"}, "did you mean .*resnet18"),
         ({"encoder": "qqqqqq"}, "timm knows no 'qqqqqq'"),
-        ({"encoder": "vgg11_bn"}, "cannot have network.output_stride 8"),
+        ({"encoder": "vgg11_bn"}, "cannot be cut into stages"),
+        ({"encoder": "vgg11_bn", "output_stride": 32}, "cannot be cut into stages"),
+        (
+            {"encoder": "pvt_v2_b0"},
+            r"cannot have network.output_stride 8; set network.output_stride to 32.*output-stride\]",
+        ),
         ({"encoder": "hrnet_w18_small", "output_stride": 32}, "cannot be cut into stages"),
         ({"encoder": "mixer_s32_224", "output_stride": 32}, "cannot be cut into stages"),
         ({"encoder": "vit_relpos_small_patch16_224"}, "cannot be cut into stages"),

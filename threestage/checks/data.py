@@ -22,7 +22,7 @@ from threestage.data.records import (
 from threestage.data.samples import Sample, samples_of
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
-from threestage.models.network import check_settings
+from threestage.models.network import check_settings, doubtful_normalisation
 from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
 
 SAMPLE = 64  # masks
@@ -48,7 +48,8 @@ def input_fits(config: Config, out: str | None) -> Found:
     more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
     return Found(
         f"version {manifest.version}: {len(split.labelled)} labelled images, {len(split.validation)} to validate on, "
-        f"{pool:,} in the pool{more}; enough for every step of {workers} worker{'s' * (workers > 1)}"
+        f"{pool:,} in the pool{more}; enough for every step of {workers} worker{'s' * (workers > 1)}",
+        doubtful_normalisation(config.network),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from threestage.commands.options import JsonOption, RegisteredArgument, TrackingOption, console, print_json
+from threestage.commands.options import JsonOption, RegisteredArgument, TrackingOption, console, print_json, warn
 from threestage.terminal import escape
 
 app = typer.Typer(help="Registered models: list, pull, promote, lineage.", no_args_is_help=True)
@@ -42,14 +42,15 @@ def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False
 def pull(
     model: RegisteredArgument,
     out: Annotated[str, typer.Argument(help="Folder on this machine.")],
+    program: Annotated[bool, typer.Option("--program", help="Fetch the exported program, which is code, too.")] = False,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a model as a folder that needs no MLflow: weights, exported program, lineage, model card.
+    """Fetch a model as a folder that needs no MLflow: weights, lineage, model card; every file is checked.
 
     Example: threestage models pull models:/camvid@champion camvid-model
     """
-    folder = _models(tracking_uri).pull(model, out)
+    folder = _models(tracking_uri).pull(model, out, warn, program)
     if as_json:
         print_json({"model": model, "folder": str(folder)})
         return
@@ -104,4 +105,6 @@ def _in_words(row: dict[str, Any]) -> str:
 
 def show_version(version: dict[str, Any]) -> None:
     text = f"registered: {version['name']} version {version['version']} ({version['alias']}), {version['champion']}"
+    if version.get("no_program"):
+        text += f"; without its exported program: {version['no_program']}"
     console.print(escape(text), highlight=False, soft_wrap=True)

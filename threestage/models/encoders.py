@@ -1,5 +1,6 @@
 """timm encoders cut before their last stage, so that stage 2's auxiliary branch can own a copy of it (method.md, ĝ)."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator
@@ -116,6 +117,42 @@ def replace_pooling(module: nn.Module) -> None:
                 setattr(parent, name, TraceablePool(1 if same else 2))
 
 
+def same_padding(side: Any, kernel: int, stride: int, dilation: int) -> Any:
+    """How many pixels TensorFlow's SAME convolution adds to a side, as timm's `get_same_padding` without `math.ceil`, which
+    torch.export cannot save."""
+    reach = (kernel - 1) * dilation + 1
+    total = (side - 1) // stride * stride + reach - side
+    return total if reach >= stride else torch.sym_max(total, 0)
+
+
+def centred_grid(feat_shape: list[Any], grid_offset: float = 0.0, **_: Any) -> Tensor:
+    """(h,w,2) in [-1,1]: DINOv3's cell centres, as timm builds them, without `float(side)`, which ties torch.export to it."""
+    axes = [(torch.arange(side).float() + 0.5 + grid_offset) / torch.sym_float(side) for side in feat_shape]
+    return 2.0 * torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1) - 1.0
+
+
+@contextlib.contextmanager
+def traceable(module: nn.Module) -> Iterator[None]:
+    """While it lasts, timm computes in another form what torch.export cannot take at any size. The pooling of `module` stays
+    replaced. It changes timm's modules: not beside threads that run networks."""
+    from timm.layers import padding, pos_embed_sincos
+
+    replace_pooling(module)
+    build_grid = getattr(pos_embed_sincos, "_build_grid", None)  # timm 1.0.31's; older ones have other functions
+
+    def grid(feat_shape: Any, grid_type: str = "index", **how: Any) -> Tensor:
+        plain = (how.get("grid_indexing", "ij"), how.get("normalize_coords", "separate")) == ("ij", "separate")
+        own = grid_type == "centered" and plain
+        return centred_grid(feat_shape, **how) if own else build_grid(feat_shape, grid_type, **how)  # type: ignore[misc]
+
+    with contextlib.ExitStack() as replaced:
+        for where, name, own in ((padding, "get_same_padding", same_padding), (pos_embed_sincos, "_build_grid", grid)):
+            if before := getattr(where, name, None):
+                replaced.callback(setattr, where, name, before)
+                setattr(where, name, own)
+        yield
+
+
 def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.Module:
     """timm's whole model `name`; a ViT takes any image size, a convolutional network has `output_stride`.
 
@@ -172,21 +209,35 @@ def weight_names(name: str) -> set[str]:
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
+    stride = options.get("output_stride")
     try:
         return timm.create_model(name, **options)
-    except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
-        if options.get("output_stride") == 32:
+    except (TypeError, AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        if stride == 32:
             try:
                 return timm.create_model(name)
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 raise _unsupported(name) from error
-        if "output_stride" in options:
-            stride = options["output_stride"]
-            raise InputError(
-                f"network.encoder: {name!r} cannot have network.output_stride {stride}; set that to 32, "
-                "or take a resnet, mobilenet, efficientnet, regnet or convnext"
-            ) from error
-        raise _unsupported(name) from error
+        others = [other for other in (32, 16, 8) if stride and other != stride and _takes_stride(name, options, other)]
+        if not others:
+            raise _unsupported(name) from error
+        raise InputError(
+            f"network.encoder: {name!r} cannot have network.output_stride {stride}; set network.output_stride to {others[0]}, "
+            "or take a resnet, mobilenet, efficientnet, regnet or convnext",
+            "network/output-stride",
+        ) from error
+
+
+def _takes_stride(name: str, options: dict[str, Any], stride: int) -> bool:
+    """Whether the encoder can be made with this output stride and cut into stages."""
+    import timm
+
+    choices = [{**options, "output_stride": stride}, *([{}] if stride == 32 else [])]
+    for chosen in choices:
+        with contextlib.suppress(TypeError, AssertionError, RuntimeError, ValueError), torch.device("meta"):
+            split_encoder(name, timm.create_model(name, **chosen), stride)
+            return True
+    return False
 
 
 def _split_vit(name: str, model: Any) -> Encoder:

@@ -4,36 +4,46 @@ import hashlib
 import io
 import warnings
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-import safetensors
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.models.encoders import replace_pooling
+from threestage.models.encoders import traceable
 from threestage.models.network import Network, NetworkSettings, build_network
+from threestage.models.weights import parse_safetensors
 from threestage.settings import Settings
 
 MODEL, BEST_MODEL, HALFWAY_MODEL = "model", "best_model", "halfway_model"
 """Folders of a stage: the weights of its last step, of its best evaluation, of half of its steps."""
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "model.json", "program.pt2"
 RESTORE = "bring the folder back from a copy, or give another model"
-EXPORTED_SIDES, EXPORTED_IMAGES = (33, 16384), (1, 4096)  # the least and the most that an exported program takes
+EXPORTED_IMAGES, MOST_SIDE = (1, 4096), 16384  # of an exported program: the least and most images, the longest side
+LEAST_SIDES = (33, 65, 129)  # tried in turn: some encoders cannot take smaller maps
+
+
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class ModelCard(Settings):
-    """What a model's weights do not say."""
+    """What a model's weights do not say. `downscale`: how many times smaller than an image the network's input is."""
 
     format: Literal[1] = 1
     network: NetworkSettings
-    classes: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
-    downscale: int
+    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=255)]
+    colours: Annotated[tuple[tuple[Byte, Byte, Byte], ...], Field(max_length=255)]
+    downscale: Annotated[int, Field(ge=1, le=1024)]
     stage: str
+
+    @model_validator(mode="after")
+    def _a_colour_per_class(self) -> "ModelCard":
+        if len(self.colours) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes and {len(self.colours)} colours")
+        return self
 
 
 def save_model(uri: str, network: Network, card: ModelCard) -> str:
@@ -57,14 +67,26 @@ def load_model(uri: str) -> tuple[Network, ModelCard]:
 def model_of(card: ModelCard, weights: Mapping[str, Tensor], where: str) -> tuple[Network, ModelCard]:
     """The network in eval mode and its card. InputError, which begins with `where`, when they do not fit each other."""
     settings = card.network.model_copy(update={"weights": None, "pretrained": False})
-    network = build_network(settings, len(card.classes))
     try:
+        _refuse_other_shapes(settings, len(card.classes), weights)
+        network = build_network(settings, len(card.classes))
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(
-            f"{where}: {WEIGHTS} does not fit the network of {CARD} ({' '.join(str(error).split())[:200]}…): {RESTORE}"
+            f"{where}: {WEIGHTS} does not fit the network of {CARD} ({' '.join(str(error).split())[:200]}…): {RESTORE}",
+            "models/other-network",
         ) from None
     return network.eval(), card
+
+
+def _refuse_other_shapes(settings: NetworkSettings, num_classes: int, weights: Mapping[str, Tensor]) -> None:
+    """RuntimeError where the weights are another network's, before memory for this one is taken: a card can ask for any."""
+    with torch.device("meta"):
+        expected = build_network(settings, num_classes).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        there, wanted = (tuple(state[name].shape) if name in state else None for state in (weights, expected))
+        if there != wanted:
+            raise RuntimeError(f"{name} has the shape {there}, in the network {wanted}")
 
 
 def read_weights(uri: str) -> dict[str, Tensor]:
@@ -75,9 +97,9 @@ def read_weights(uri: str) -> dict[str, Tensor]:
 def parse_weights(content: bytes, uri: str) -> dict[str, Tensor]:
     """From the bytes of a model folder's file. Raises InputError, which begins with the folder's URI."""
     try:
-        return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{uri}: {WEIGHTS} is damaged ({error}): {RESTORE}") from None
+        return parse_safetensors(content)
+    except ValueError as error:
+        raise InputError(f"{uri}: {WEIGHTS} is damaged ({error}): {RESTORE}", "models/damaged-weights") from None
 
 
 def load_card(uri: str) -> ModelCard:
@@ -95,7 +117,9 @@ def parse_card(content: bytes, uri: str) -> ModelCard:
                 f"{uri}: {CARD} has format {first['input']}, this threestage reads 1: upgrade threestage"
             ) from None
         place = ".".join(map(str, first["loc"])) or "all of it"
-        raise InputError(f"{uri}: {CARD} is damaged ({place}: {first['msg']}): {RESTORE}") from None
+        raise InputError(
+            f"{uri}: {CARD} is damaged ({place}: {first['msg']}): {RESTORE}", "models/damaged-card"
+        ) from None
 
 
 def _content(uri: str, name: str) -> bytes:
@@ -129,22 +153,53 @@ class _MainLogits(nn.Module):
 
 
 def export_program(uri: str) -> bytes:
-    """The model of a folder as a torch.export program: image (N,3,H,W) float in [0,1] → logits (N,C,H,W), without this
-    package. N and sides: EXPORTED_IMAGES, EXPORTED_SIDES."""
-    network, _ = load_model(uri)
-    replace_pooling(network)
-    images, sides = (
-        [torch.export.Dim(name, min=least, max=most) for name in names]
-        for names, (least, most) in ((["images"], EXPORTED_IMAGES), (["height", "width"], EXPORTED_SIDES))
+    """The model of a folder as `program_of` exports it."""
+    return program_of(load_model(uri)[0])
+
+
+def program_of(network: Network) -> bytes:
+    """A network in eval mode as a torch.export program: image (N,3,H,W) float in [0,1] → logits (N,C,H,W), without this package.
+
+    N is of EXPORTED_IMAGES; sides go up to MOST_SIDE, from the first of LEAST_SIDES that the network takes. Raises whatever
+    torch.export raises, and ValueError where the program says something else than the network.
+    """
+    for least in LEAST_SIDES[:-1]:
+        try:
+            return _exported(network, least)
+        except torch._dynamo.exc.UserError:  # the network puts other limits on the sides
+            continue
+    return _exported(network, LEAST_SIDES[-1])
+
+
+def _exported(network: Network, least_side: int) -> bytes:
+    images, height, width = (
+        torch.export.Dim(name, min=least, max=most)
+        for name, least, most in (
+            ("images", *EXPORTED_IMAGES),
+            ("height", least_side, MOST_SIDE),
+            ("width", least_side, MOST_SIDE),
+        )
     )
-    with warnings.catch_warnings():
+    module = _MainLogits(network)
+    with warnings.catch_warnings(), traceable(network):
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            _MainLogits(network),
-            (torch.zeros(2, 3, 96, 128),),
-            dynamic_shapes=({0: images[0], 2: sides[0], 3: sides[1]},),
+            module,
+            (torch.zeros(2, 3, 160, 192),),
+            dynamic_shapes=({0: images, 2: height, 3: width},),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         content = io.BytesIO()
         torch.export.save(program, content)
+    _compare(program.module(), module, least_side)
     return content.getvalue()
+
+
+@torch.inference_mode()
+def _compare(program: nn.Module, network: nn.Module, least: int) -> None:
+    """Raise ValueError unless the program gives the network's logits at sizes other than the one that it was traced with."""
+    for number, height, width in ((1, least, least), (3, least + 7, 2 * least + 2), (2, 160, 192)):
+        image = torch.linspace(0, 1, number * 3 * height * width).view(number, 3, height, width)
+        found, expected = program(image), network(image)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise ValueError(f"the program's logits of {height}x{width} pixels differ from the network's")

@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +19,7 @@ from threestage.settings import Settings
 
 NORMALISATION_TOLERANCE = 0.01  # of RGB in [0,1]
 
+Deviation = Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
 Auxiliary = Literal["none", "branch", "shared"]
 
 
@@ -35,15 +36,20 @@ class NetworkSettings(Settings):
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
     head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
     """Of the logits: the paper's, a newer one, or one 1×1 convolution (for a ViT)."""
-    dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=64)] = (
+        6,
+        12,
+        18,
+        24,
+    )
     """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
-    head_width: PositiveInt = 256
+    head_width: Annotated[int, Field(ge=1, le=8192)] = 256
     """Channels inside deeplabv3plus; a tiny encoder does with fewer."""
     batch_norm: Literal["frozen", "live"] = "frozen"
     """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.485, 0.456, 0.406)
     """As `std`."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     """What the encoder's weights expect of RGB in [0,1]."""
     align_corners: bool = True
     """Of the bilinear upsampling of the logits."""
@@ -200,18 +206,34 @@ def check_settings(settings: NetworkSettings) -> None:
 
 def _check_normalisation(settings: NetworkSettings) -> None:
     """Raise InputError where `mean` or `std` is not what timm's weights expect."""
+    if expected := _other_normalisation(settings):
+        raise InputError(
+            f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
+            f"{expected}: set network.mean and network.std to these, or give network.weights in place of pretrained"
+        )
+
+
+def doubtful_normalisation(settings: NetworkSettings) -> str | None:
+    """A warning where weights from a file may expect another `mean` and `std`; only their author knows."""
+    if settings.weights is None or not (expected := _other_normalisation(settings)):
+        return None
+    return (
+        f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's own weights of {settings.encoder} take "
+        f"{expected}; if {settings.weights} comes from timm, set network.mean and network.std to these"
+    )
+
+
+def _other_normalisation(settings: NetworkSettings) -> str | None:
+    """Mean and std of timm's weights of the encoder, in words, where `mean` or `std` is another."""
     import timm
 
     config = timm.get_pretrained_cfg(settings.encoder, allow_unregistered=True)
     if config is None:
-        return
+        return None
     given, expected = (*settings.mean, *settings.std), (*config.mean, *config.std)
-    if max(abs(one - other) for one, other in zip(given, expected, strict=True)) > NORMALISATION_TOLERANCE:
-        raise InputError(
-            f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
-            f"mean {list(config.mean)} and std {list(config.std)}: set network.mean and network.std to these, or give "
-            "network.weights in place of pretrained"
-        )
+    if max(abs(one - other) for one, other in zip(given, expected, strict=True)) <= NORMALISATION_TOLERANCE:
+        return None
+    return f"mean {list(config.mean)} and std {list(config.std)}"
 
 
 def size_multiple(settings: NetworkSettings) -> int:

@@ -25,7 +25,38 @@ def read_weights(uri: str) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if problem := _problem_of(name, value):
+            raise InputError(
+                f"network.weights: {uri}: the tensor {name!r} {problem}; {STATE_DICT}, with plain tensors",
+                "network/odd-weights",
+            )
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
+
+
+def _problem_of(name: object, value: Tensor) -> str | None:
+    """Why a tensor cannot be copied into an encoder, or None."""
+    if not isinstance(name, str):
+        return f"has a name of type {type(name).__name__}"
+    if value.is_meta:
+        return "is on the device meta, which holds no values"
+    if value.is_quantized or value.is_complex() or value.layout != torch.strided or value.is_nested:
+        return f"is a {value.dtype} of layout {value.layout}"
+    return None
+
+
+def parse_safetensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name. Raises ValueError where it is none, or of types that torch does not know."""
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(_first_line(error)) from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"a type of numbers that torch does not know: {_first_line(error)}") from error
 
 
 def rename_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -66,14 +97,12 @@ def copy_weights(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def _from_safetensors(uri: str, data: bytes) -> dict[str, Any]:
-    import safetensors
-    import safetensors.torch
-
     try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+        return parse_safetensors(data)
+    except ValueError as error:
         raise InputError(
-            f"network.weights: {uri} is not a safetensors file ({_first_line(error)}); {STATE_DICT}"
+            f"network.weights: {uri} is not a safetensors file that can be read ({error}); {STATE_DICT}",
+            "network/damaged-weights",
         ) from error
 
 

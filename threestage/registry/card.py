@@ -19,23 +19,35 @@ WHAT = {
 }
 
 
-def write_card(name: str, card: ModelCard, record: StageRecord) -> str:
-    """Markdown: use, data, method, figures per class, limits."""
+def write_card(
+    name: str, card: ModelCard, record: StageRecord, least_side: int | None = None, no_program: str | None = None
+) -> str:
+    """Markdown: use, data, method, figures per class, limits.
+
+    `least_side`: the shortest side that the exported program takes; `no_program`: why there is none.
+    """
     lineage = Lineage.model_validate(record.lineage)
     parts = [
         f"# {markdown(name)}, {record.stage}",
         f"Semantic segmentation of RGB images into {len(card.classes)} classes: a {markdown(card.network.encoder)} with a "
         f"{card.network.head} head, {WHAT[record.stage]} (stage {record.stage[-1]} of the three-stage method, {METHOD}).",
-        _use(name),
+        _use(name, no_program),
         _data(lineage),
         _method(lineage, record.config),
         _figures(card, lineage, record.summary),
-        _limits(card, lineage),
+        _limits(card, least_side),
     ]
     return redact("\n\n".join(parts)) + "\n"
 
 
-def _use(name: str) -> str:
+def _use(name: str, no_program: str | None) -> str:
+    if no_program is not None:
+        return f"""## Use
+
+    threestage predict {one_line(f"models:/{name}@champion")} IMAGES OUT
+
+This version has no exported program, so `mlflow.pyfunc` cannot run it: {markdown(no_program)}
+`threestage models pull` fetches the weights (safetensors)."""
     uri = json.dumps(one_line(f"models:/{name}@champion"), ensure_ascii=False)
     return f"""## Use
 
@@ -43,7 +55,8 @@ def _use(name: str) -> str:
     class_ids = model.predict(images)                              # uint8 (N,H,W,3) RGB → uint8 (N,H,W)
     both = model.predict(images, params={{"confidence": True}})      # {{"class_ids": …, "confidence": float32 (N,H,W)}}
 
-It needs mlflow, torch and numpy. `threestage models pull` fetches the weights (safetensors) and the exported program."""
+It needs mlflow, torch and numpy. `threestage models pull` fetches the weights (safetensors), and with `--program` the
+exported program."""
 
 
 def _data(lineage: Lineage) -> str:
@@ -104,7 +117,7 @@ def _figures(card: ModelCard, lineage: Lineage, summary: Mapping[str, float]) ->
     return "\n".join(lines)
 
 
-def _limits(card: ModelCard, lineage: Lineage) -> str:
+def _limits(card: ModelCard, least_side: int | None) -> str:
     lines = [
         "## Limits",
         "",
@@ -113,8 +126,11 @@ def _limits(card: ModelCard, lineage: Lineage) -> str:
         "- Confidences are the network's probabilities and not calibrated; `threestage evaluate` measures how far they can "
         "be trusted.",
         "- Images unlike those it was trained on (another camera, place or season) were not tried.",
-        "- Images with a side below 33 pixels (after any reduction) get a plain border before the network sees them.",
     ]
+    if least_side is not None:
+        lines.append(
+            f"- The exported program adds a plain border to images with a side below {least_side} pixels (after any reduction)."
+        )
     if card.downscale > 1:
         lines.append(
             f"- It was trained, and looks, at 1/{card.downscale} of an image's size; masks are enlarged again."

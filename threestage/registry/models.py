@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,16 +14,24 @@ from threestage.errors import InputError, did_you_mean
 from threestage.lineage import AT_SIZE, Lineage
 from threestage.registry.records import StageRecord
 from threestage.registry.sources import refuse_foreign_source
-from threestage.tracking import TRANSFER_S, clean_tags, quoted, redact, redact_tree, talking_to
+from threestage.tracking import MAX_TAG, TRANSFER_S, clean_tags, quoted, redact, redact_tree, shortened, talking_to
 
 RUN_KEY, STAGE, DIGEST, COMPLETE = (f"threestage.{key}" for key in ("run_key", "stage", "model_digest", "complete"))
 LINEAGE, TEACHER, VALIDATION = (f"threestage.{key}" for key in ("lineage", "teacher_digest", "validation_digest"))
+FILES, NO_PROGRAM = "threestage.files", "threestage.no_program"
 DECISION = "threestage.champion"
 CHAMPION = "champion"
 MEAN_IOU = "mean_iou"
 PACKED_FOLDER = "model"
+IN_PACKED = f"artifacts/{PACKED_FOLDER}/"
 WEIGHTS, CARD = "model.safetensors", "model.json"
-PULLED = ("lineage.json", WEIGHTS, CARD, "program.pt2", "README.md")  # first what marks the folder
+PROGRAM = "program.pt2"
+PULLED = ("lineage.json", WEIGHTS, CARD, PROGRAM, "README.md")  # first what marks the folder
+Warn = Callable[[str], None]
+
+
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class Models:
@@ -45,21 +54,37 @@ class Models:
         rows = [self._row(version, aliases.get(version.name, {})) for version in versions]
         return sorted(rows, key=lambda row: (row["name"], -row["version"]))
 
-    def pull(self, model_uri: str, destination: str | Path) -> Path:
+    def pull(self, model_uri: str, destination: str | Path, warn: Warn = _to_stderr, program: bool = False) -> Path:
         """Fetch models:/NAME@ALIAS or models:/NAME/VERSION as a local folder that needs no MLflow (packing.py lists it).
 
-        InputError when there is no such version, or its weights are not those that were registered.
+        `program`: with the exported program, which is code. `warn` gets what could not be checked. Raises InputError where
+        there is no such version, it has no program, or a file is not the one that was registered.
         """
         folder = _make_folder(destination)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
             with talking_to(self.uri, TRANSFER_S):
                 version = self._find(model_uri)
                 refuse_foreign_source(model_uri, version.source, self.uri, self._locations)
-                fetched = self._download(version.source, temporary)
-            _check_digest(model_uri, fetched / WEIGHTS, version.tags.get(DIGEST))
+            digests = _digests_of(version)
+            if program and NO_PROGRAM in version.tags:
+                raise InputError(
+                    f"{model_uri} has no exported program ({version.tags[NO_PROGRAM]}); leave out --program",
+                    "models/no-program",
+                )
+            names = [name for name in PULLED if name != PROGRAM or program]
+            with talking_to(self.uri, TRANSFER_S):
+                fetched = {name: self._download(version.source, name, temporary) for name in names}
+            _check_files(model_uri, fetched, digests)
+            if unchecked := sorted(set(fetched) - set(digests)):
+                warn(
+                    f"{model_uri} was registered by an older threestage, with a digest of its weights alone: nothing shows "
+                    f"whether {', '.join(unchecked)} were changed since; register the run's model again to have all checked"
+                )
             for name in PULLED:
-                if (fetched / name).is_file():
-                    os.replace(fetched / name, folder / name)
+                if name in fetched:
+                    os.replace(fetched[name], folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)  # of an earlier pull: it belongs to other weights
         return folder
 
     def promote(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -85,8 +110,10 @@ class Models:
         found = [v for v in self._client.search_model_versions(f"run_id = '{run_id}'") if v.name == name]
         return min(found, key=lambda version: int(version.version), default=None)
 
-    def create(self, name: str, source: str, run_id: str, record: StageRecord, digest: str, description: str) -> Any:
-        """A new version with its tags; the name is made where it is new."""
+    def create(
+        self, name: str, source: str, run_id: str, record: StageRecord, tags: Mapping[str, str], description: str
+    ) -> Any:
+        """A new version with the record's tags and `tags`; the name is made where it is new."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -94,7 +121,7 @@ class Models:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        tags = _tags(record, digest)
+        tags = _tags(record) | dict(tags)
         return self._client.create_model_version(name, source, run_id, tags=tags, description=description)
 
     def set_aliases(self, version: Any, stage: str) -> str:
@@ -180,11 +207,12 @@ class Models:
         found = [self._client.get_experiment_by_name(name) for name in sorted(wanted)]
         return [experiment.artifact_location for experiment in found if experiment is not None]
 
-    def _download(self, source: str, destination: str) -> Path:
+    def _download(self, source: str, name: str, destination: str) -> Path:
+        """One file by its name: a listing of the store's, which may name any path, is not asked for."""
         from mlflow.artifacts import download_artifacts
 
-        packed = f"{source}/artifacts/{PACKED_FOLDER}"
-        return Path(download_artifacts(artifact_uri=packed, dst_path=destination, tracking_uri=self.uri))
+        file = f"{source}/{IN_PACKED}{name}"
+        return Path(download_artifacts(artifact_uri=file, dst_path=destination, tracking_uri=self.uri))
 
 
 def read_model(folder: str) -> dict[str, bytes]:
@@ -197,10 +225,16 @@ def read_model(folder: str) -> dict[str, bytes]:
         raise InputError(f"{folder} is no model folder: it must hold {WEIGHTS} and {CARD}") from error
 
 
-def _tags(record: StageRecord, digest: str) -> dict[str, str]:
+def file_tags(digest: str, files: Mapping[str, str], no_program: str | None) -> dict[str, str]:
+    """The tags that say what a version's files are: the weights' digest, that of every file, why there is no program."""
+    tags = {DIGEST: digest, FILES: json.dumps(files)}
+    return tags if no_program is None else tags | {NO_PROGRAM: shortened(redact(no_program), MAX_TAG)}
+
+
+def _tags(record: StageRecord) -> dict[str, str]:
     lineage = Lineage.model_validate(record.lineage)
     tags = clean_tags({**record.tags, "run": record.run_name, "validation": lineage.validation.name})
-    tags |= {RUN_KEY: record.run_key, STAGE: record.stage, DIGEST: digest, VALIDATION: lineage.validation.digest}
+    tags |= {RUN_KEY: record.run_key, STAGE: record.stage, VALIDATION: lineage.validation.digest}
     tags[LINEAGE] = json.dumps(redact_tree(lineage.model_dump(mode="json")))
     if lineage.teacher is not None:
         tags[TEACHER] = lineage.teacher.model_digest
@@ -263,8 +297,21 @@ def _make_folder(destination: str | Path) -> Path:
     return Path(destination)
 
 
-def _check_digest(model_uri: str, weights: Path, expected: str | None) -> None:
-    if not weights.exists() or (expected and hashlib.sha256(weights.read_bytes()).hexdigest() != expected):
-        raise InputError(
-            f"{model_uri}: {WEIGHTS} is missing or is not what was registered: register the run's model again"
-        )
+def _digests_of(version: Any) -> dict[str, str]:
+    """SHA-256 of the files of a version's model folder, by name, as far as its tags have them."""
+    found = {WEIGHTS: version.tags[DIGEST]} if DIGEST in version.tags else {}
+    for name, digest in json.loads(version.tags.get(FILES, "{}")).items():
+        if name.startswith(IN_PACKED):
+            found[name.removeprefix(IN_PACKED)] = digest
+    return found
+
+
+def _check_files(model_uri: str, files: Mapping[str, Path], digests: Mapping[str, str]) -> None:
+    """InputError for a file that is missing or is not the one that was registered."""
+    for name, file in files.items():
+        there = file.is_file() and not file.is_symlink()
+        if not there or (name in digests and hashlib.sha256(file.read_bytes()).hexdigest() != digests[name]):
+            raise InputError(
+                f"{model_uri}: {name} is missing or is not what was registered; register the run's model again",
+                "models/changed-file",
+            )

@@ -3,10 +3,14 @@
 It runs wherever the model is loaded, without threestage and without pickle; torch is imported once weights are needed.
 """
 
+import ast
+import hashlib
+import io
 import json
 import os
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,28 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 PIXELS_AT_ONCE = 2**22
-IMAGES_AT_ONCE, LEAST_SIDE, MOST_SIDE = 1024, 33, 16384  # of the images that the program was exported for
+IMAGES_AT_ONCE, MOST_SIDE = 1024, 16384  # of the images that the program was exported for
+LONGEST_EXPRESSION = 10_000
+FUNCTIONS = re.compile(
+    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|ModularIndexing|Where"
+    "|Identity|CeilToInt|FloorToInt|TruncToInt|TruncToFloat|RoundToInt|IntTrueDiv|FloatTrueDiv|ToFloat|PowByNatural"
+    "|Equality|Unequality|GreaterThan|LessThan|StrictGreaterThan|StrictLessThan|And|Or|Not"
+)
+"""What symbolic expressions of a program may call."""
+OPERATOR = re.compile(
+    r"torch\.ops\.(aten|prims)\.(?!from_file\b)\w+\.\w+|torch\.sym_\w+|torch\._sym_sqrt"
+    r"|_operator\.(add|sub|mul|neg|pos|floordiv|truediv|mod|pow|eq|ne|lt|le|gt|ge|getitem|and_|or_)|math\.trunc"
+    r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast)"
+)
+"""What the nodes of a program may call."""
+TREE = re.compile(r'(?:[\[\]{}:, 01]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")*')
+"""How a program may describe its arguments."""
+ENTRY = re.compile(
+    r"[\w-]+/(?:archive_format|archive_version|version|byteorder|\.data/(?:version|serialization_id)|models/model\.json"
+    r"|data/(?:weights/(?:weight_\d+|model_weights_config\.json)|constants/(?:tensor_\d+|model_constants_config\.json)"
+    r"|sample_inputs/model\.pt))"
+)
+"""The files of a program: among them no shared library and no pickled object."""
 
 
 class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
@@ -25,16 +50,23 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         import torch
 
         folder = Path(context.artifacts["model"])
+        _check_digests(folder, (context.model_config or {}).get("files"))
+        if not (folder / "program.pt2").exists():
+            raise ValueError(
+                f"{folder} has no program.pt2: this network could not be exported (README.md says why); predict with "
+                "`threestage predict`"
+            )
         card = json.loads((folder / "model.json").read_text())
         self.downscale = card["downscale"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mean = torch.tensor(card["network"]["mean"], device=self.device).view(3, 1, 1)
-        self.network = _load_program(folder / "program.pt2", self.device)
+        self.network, self.least_side = _load_program(folder / "program.pt2", self.device)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """uint8 RGB images (N,H,W,3) → uint8 class ids (N,H,W); with params {"confidence": True} a dict of "class_ids" and
         "confidence", float32 (N,H,W) in [0,1]. Images are looked at whole, at a single scale."""
-        wanted, shape = bool((params or {}).get("confidence")), model_input.shape[:3]
+        images = _as_bytes(model_input)
+        wanted, shape = bool((params or {}).get("confidence")), images.shape[:3]
         if max(shape[1:]) > MOST_SIDE * self.downscale:
             raise ValueError(
                 f"images of {shape[1]}x{shape[2]}: the program takes sides up to {MOST_SIDE * self.downscale}"
@@ -42,7 +74,7 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         class_ids = np.zeros(shape, np.uint8)
         confidence = np.zeros(shape if wanted else 0, np.float32)
         for rows in _pieces(shape):
-            ids, sure = self._ask(np.ascontiguousarray(model_input[rows]))
+            ids, sure = self._ask(np.ascontiguousarray(images[rows]))
             class_ids[rows] = _enlarged(ids, self.downscale, shape[1:])
             if wanted:
                 confidence[rows] = _enlarged(sure, self.downscale, shape[1:])
@@ -55,7 +87,7 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
 
         pixels = torch.from_numpy(_reduced(images, self.downscale)).to(self.device).permute(0, 3, 1, 2).float() / 255
         height, width = pixels.shape[-2:]
-        missing = (0, max(0, LEAST_SIDE - width), 0, max(0, LEAST_SIDE - height))
+        missing = (0, max(0, self.least_side - width), 0, max(0, self.least_side - height))
         with torch.inference_mode():
             if any(missing):
                 pixels = functional.pad(pixels - self.mean, missing) + self.mean
@@ -64,25 +96,106 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         return class_ids.to(torch.uint8).cpu().numpy(), confidence.exp().cpu().numpy()
 
 
-def _load_program(path: Path, device: Any) -> Any:
-    """The program as a module on the device. A file that holds pickled objects is refused."""
+def _as_bytes(images: Any) -> np.ndarray:
+    """The images as uint8 (N,H,W,3). Whole numbers outside 0..255, and floats, whose range nobody knows, are refused."""
+    values = np.asarray(images)
+    if values.ndim != 4 or values.shape[3] != 3:
+        raise ValueError(f"images of shape {values.shape}: give (N,H,W,3), RGB images of one size")
+    if values.dtype == np.uint8:
+        return values
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"images of {values.dtype}: give whole numbers from 0 to 255 (uint8); floats in [0,1] are to be multiplied by 255 "
+            "and rounded"
+        )
+    if values.size and (values.min() < 0 or values.max() > 255):
+        raise ValueError(f"pixels from {values.min()} to {values.max()}: give whole numbers from 0 to 255 (uint8)")
+    return values.astype(np.uint8)
+
+
+def _check_digests(folder: Path, expected: Mapping[str, str] | None) -> None:
+    """ValueError where a file is not the one that was registered; a version of before has no digests."""
+    for name, digest in (expected or {}).items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{file} is missing or is not what was registered")
+
+
+def _load_program(path: Path, device: Any) -> tuple[Any, int]:
+    """The program as a module on the device, and the shortest side that it takes. A file that could run code is refused."""
     import torch
     from torch.export.passes import move_to_device_pass
 
-    with zipfile.ZipFile(path) as archive:
-        constants = [name.split("/constants/")[1] for name in archive.namelist() if "/constants/" in name]
-    strange = [name for name in constants if not (name.startswith("tensor_") or name.endswith(".json"))]
-    if strange:
-        raise ValueError(f"{path} holds pickled objects ({', '.join(strange)}) and is not loaded")
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        program = torch.export.load(path)
+        program = torch.export.load(_checked(path))
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         if before is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-    return move_to_device_pass(program, device).module()
+    least_side = max(int(found.lower) for found in program.range_constraints.values())
+    return move_to_device_pass(program, device).module(), least_side
+
+
+def _checked(path: Path) -> io.BytesIO:
+    """The program's archive, written anew from the entries that were looked at: torch reads zip files by rules of its own."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+        for entry in archive.infolist():
+            name = entry.filename
+            if not ENTRY.fullmatch(name) or entry.compress_type != zipfile.ZIP_STORED or name in copy.namelist():
+                raise ValueError(f"{path} holds {name!r}, which is no part of a program (it may be a pickled object)")
+            content = archive.read(entry)
+            if name.endswith("/models/model.json"):
+                for key, value in _strings(json.loads(content)):
+                    _refuse_code(path, key, value)
+            copy.writestr(name, content)
+    checked.seek(0)
+    return checked
+
+
+def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string of nested JSON, with the key that it stands under."""
+    waiting = [(key, tree)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, item) for item in value)
+
+
+def _refuse_code(path: Path, key: str, text: str) -> None:
+    """ValueError for a string that torch would evaluate, and that is not of the grammar of exported networks."""
+    known = {"expr_str": _is_expression, "target": OPERATOR.fullmatch, "as_operator": OPERATOR.fullmatch}
+    known |= {"in_spec": TREE.fullmatch, "out_spec": TREE.fullmatch, "guards_code": lambda text: None}
+    if key in known and not known[key](text):  # type: ignore[operator]
+        raise ValueError(f"{path} holds the {key} {text[:100]!r}, which no exported network has: it is not loaded")
+
+
+def _is_expression(text: str) -> bool:
+    """Whether it is calls of FUNCTIONS on numbers and symbols such as Symbol('s6', integer=True), and nothing else."""
+    if len(text) > LONGEST_EXPRESSION:
+        return False
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(map(_is_plain, nodes))
+
+
+def _is_plain(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        text = node.value if isinstance(node.value, str) else repr(node.value)
+        return re.fullmatch(r"[a-z]{1,3}\d{1,9}|[\d.e+-]{1,40}|True|False", text) is not None
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name)
+    if isinstance(node, ast.Name):
+        return bool(FUNCTIONS.fullmatch(node.id) or re.fullmatch(r"[su]\d{1,9}|true|false", node.id))
+    return isinstance(node, ast.Expression | ast.keyword | ast.Load | ast.UnaryOp | ast.USub)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:

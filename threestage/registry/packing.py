@@ -2,21 +2,25 @@
 
 model/artifacts/model/
     model.safetensors, model.json    the weights, and how to build the network (threestage.models.export)
-    program.pt2                      the network as a torch.export program: RGB in [0,1] (N,3,H,W) → logits (N,C,H,W)
+    program.pt2                      the network as a torch.export program: RGB in [0,1] (N,3,H,W) → logits (N,C,H,W);
+                                     left out where torch.export cannot take the network
     lineage.json                     where it comes from (threestage.lineage)
     README.md                        the model card
 """
 
+import hashlib
 import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from threestage.models.export import PROGRAM, ModelCard, export_program
+from threestage.models.export import PROGRAM, ModelCard
+from threestage.models.network import NetworkSettings
+from threestage.models.program import least_side, write_program
 from threestage.registry.card import write_card
 from threestage.registry.models import CARD, PACKED_FOLDER
 from threestage.registry.records import StageRecord
@@ -24,9 +28,18 @@ from threestage.tracking import redact_tree
 
 LINEAGE_NAME, CARD_NAME = "lineage.json", "README.md"
 EXAMPLE_SIZE = (64, 96)
+_failed: dict[tuple[NetworkSettings, int], str] = {}
+"""By network and classes, why it has no program: a failed export is not tried again in this process."""
 
 
-def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecord, name: str) -> None:
+class Packed(NamedTuple):
+    """`digests`: SHA-256 of every file by its path in the packed model; `no_program`: why it has none, or None."""
+
+    digests: dict[str, str]
+    no_program: str | None
+
+
+def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecord, name: str) -> Packed:
     """Write an MLflow model at `destination` from the files of a model's folder. `name`: that it is registered under."""
     import mlflow.pyfunc
 
@@ -36,10 +49,11 @@ def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecor
         folder.mkdir()
         for file, data in files.items():
             (folder / file).write_bytes(data)
-        (folder / PROGRAM).write_bytes(export_program(str(folder)))
-        (folder / LINEAGE_NAME).write_text(json.dumps(lineage, indent=1))
         card = ModelCard.model_validate_json(files[CARD])
-        (folder / CARD_NAME).write_text(write_card(name, card, record))
+        no_program = _write_program(folder, card)
+        least = None if no_program else least_side(folder / PROGRAM)
+        (folder / LINEAGE_NAME).write_text(json.dumps(lineage, indent=1))
+        (folder / CARD_NAME).write_text(write_card(name, card, record, least, no_program))
         mlflow.pyfunc.save_model(
             path=str(destination),
             python_model=str(Path(__file__).with_name("packed_model.py")),
@@ -48,7 +62,26 @@ def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecor
             signature=_signature(),
             input_example=_example(),
             metadata={"classes": list(card.classes), "colours": [list(colour) for colour in card.colours]},
+            model_config={"files": digests_of(folder)},
         )
+    return Packed(digests_of(destination), no_program)
+
+
+def _write_program(folder: Path, card: ModelCard) -> str | None:
+    """Write the program, or return why there is none."""
+    key = (card.network, len(card.classes))
+    if key not in _failed:
+        reason = write_program(folder)
+        if reason is None:
+            return None
+        _failed[key] = reason
+    return _failed[key]
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below the folder, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def model_card_of(packed: Path) -> str:
@@ -56,13 +89,14 @@ def model_card_of(packed: Path) -> str:
 
 
 def _signature() -> Any:
+    """Without a schema of the input: with one, MLflow's server casts whatever it gets to uint8, and floats in [0,1] become
+    black images. The packed model checks what it is given."""
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    images = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))])
     class_ids = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1))])
     params = ParamSchema([ParamSpec("confidence", "boolean", False)])
-    return ModelSignature(inputs=images, outputs=class_ids, params=params)
+    return ModelSignature(outputs=class_ids, params=params)
 
 
 def _example() -> np.ndarray:

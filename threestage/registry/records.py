@@ -60,10 +60,11 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """`champion`: in words, whether this version took the alias, and why."""
+    """`champion`: in words, whether this version took the alias, and why; `no_program`: why it has no exported program."""
 
     name: str
     version: int
     run_id: str
     alias: str
     champion: str
+    no_program: str | None = None

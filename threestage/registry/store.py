@@ -18,11 +18,13 @@ from threestage.registry.models import (
     DECISION,
     DIGEST,
     MEAN_IOU,
+    NO_PROGRAM,
     PACKED_FOLDER,
     RUN_KEY,
     STAGE,
     WEIGHTS,
     Models,
+    file_tags,
     read_model,
 )
 from threestage.registry.records import (
@@ -331,16 +333,18 @@ class Registry:
         with tempfile.TemporaryDirectory() as temporary:
             packed = Path(temporary, "packed")
             with quietly():
-                pack_model(files, packed, record, name)
+                contents = pack_model(files, packed, record, name)
             with talking_to(self.uri, TRANSFER_S):
                 self._client.log_artifacts(run.info.run_id, str(packed), PACKED_FOLDER)
                 source = f"{run.info.artifact_uri}/{PACKED_FOLDER}"
                 description = shortened(model_card_of(packed), MAX_DESCRIPTION)
-                return self.models.create(name, source, run.info.run_id, record, digest, description)
+                tags = file_tags(digest, contents.digests, contents.no_program)
+                return self.models.create(name, source, run.info.run_id, record, tags, description)
 
 
 def _registered(version: Any, alias: str, decision: str) -> RegisteredVersion:
-    return RegisteredVersion(version.name, int(version.version), version.run_id, alias, decision)
+    no_program = version.tags.get(NO_PROGRAM)
+    return RegisteredVersion(version.name, int(version.version), version.run_id, alias, decision, no_program)
 
 
 def _yaml(config: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,93 @@
+"""Exporting a model in a process of its own, with a deadline: torch.export fails for some networks and never ends for others.
+
+python -m threestage.models.program FOLDER     # writes FOLDER/program.pt2 from its model.json and, where it is there, its weights
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from threestage.models.export import CARD, PROGRAM, WEIGHTS, ModelCard, load_card, load_model, program_of
+from threestage.models.network import NetworkSettings, build_network, check_settings
+
+EXPORT_S = 300.0
+LONGEST_REASON = 300
+
+
+def write_program(folder: Path, seconds: float = EXPORT_S) -> str | None:
+    """Write `program.pt2` into a local folder with `model.json` and, unless random ones do, `model.safetensors`.
+
+    Returns None, or why there is no program.
+    """
+    command = [sys.executable, "-m", __name__, str(folder)]
+    with tempfile.TemporaryFile() as output:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=seconds,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            )
+        except subprocess.TimeoutExpired:
+            return f"torch.export did not end within {seconds:.0f} s"
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    if done.returncode == 0 and (folder / PROGRAM).is_file():
+        return None
+    (folder / PROGRAM).unlink(missing_ok=True)
+    if done.returncode < 0:
+        return f"the exporting process was killed by signal {-done.returncode}; is there enough memory?"
+    return lines[-1][:LONGEST_REASON] if lines else f"the exporting process ended with exit code {done.returncode}"
+
+
+def without_program(network: NetworkSettings, seconds: float = EXPORT_S) -> str | None:
+    """A warning where models with these settings will be registered without their program, tried with random weights; else None.
+
+    InputError where no network can be made of the settings.
+    """
+    check_settings(network)
+    reason = _why_not(network.model_copy(update={"weights": None, "pretrained": False}), seconds)
+    if reason is None:
+        return None
+    return f"models of {network.encoder} are registered without program.pt2, which mlflow.pyfunc needs: {reason}"
+
+
+def _why_not(settings: NetworkSettings, seconds: float) -> str | None:
+    colours = ((0, 0, 0), (255, 255, 255))
+    card = ModelCard(network=settings, classes=("a", "b"), colours=colours, downscale=1, stage="stage1")
+    with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary, CARD).write_text(card.model_dump_json())
+        return write_program(Path(temporary), seconds)
+
+
+def least_side(program: Path) -> int:
+    """The shortest side, in pixels, that a program takes."""
+    with zipfile.ZipFile(program) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/models/model.json"))
+        ranges = json.loads(archive.read(name))["range_constraints"]
+    return max(int(found["min_val"]) for found in ranges.values())
+
+
+def main(folder: Path) -> int:
+    try:
+        if (folder / WEIGHTS).exists():
+            network, _ = load_model(str(folder))
+        else:
+            card = load_card(str(folder))
+            network = build_network(card.network, len(card.classes)).eval()
+        (folder / PROGRAM).write_bytes(program_of(network))
+    except Exception as error:  # whatever torch.export ends with, as the line that write_program returns
+        lines = str(error).strip().splitlines() or [""]
+        print(f"{type(error).__name__}: {lines[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
