@@ -228,9 +228,14 @@ def test_a_model_that_cannot_be_exported_is_registered_without_its_program(
 ) -> None:
     import mlflow.pyfunc
 
-    tries = []
+    tries: list[Path] = []
+
+    def fails(folder: Path) -> str:
+        tries.append(folder)
+        return "UserError: no such op"
+
     monkeypatch.setattr(packing, "_failed", {})
-    monkeypatch.setattr(packing, "write_program", lambda folder: tries.append(folder) or "UserError: no such op")
+    monkeypatch.setattr(packing, "write_program", fails)
     first = registry.record_stage(
         replace(record, stage="stage2", lineage=lineage_of("stage2", digest_of(record.model_dir)))
     )

@@ -17,7 +17,7 @@ from threestage.config import load
 from threestage.models import program as programs
 from threestage.models.encoders import same_padding
 from threestage.models.export import EXPORTED_IMAGES, ModelCard, export_program, load_model, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.models.program import least_side, without_program, write_program
 
 
@@ -86,7 +86,7 @@ def test_an_export_has_a_deadline_and_its_end_is_a_reason(tmp_path: Path, monkey
         (-9, "", "the exporting process was killed by signal 9; is there enough memory?"),
         (3, "", "the exporting process ended with exit code 3"),
     ):
-        monkeypatch.setattr(programs.subprocess, "run", ended(code, line))
+        monkeypatch.setattr(subprocess, "run", ended(code, line))
         assert write_program(folder) == reason
     assert not (folder / "program.pt2").exists()
     network = NetworkSettings(encoder="test_resnet", batch_norm="live")
@@ -94,8 +94,13 @@ def test_an_export_has_a_deadline_and_its_end_is_a_reason(tmp_path: Path, monkey
 
 
 def test_the_process_exports_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    monkeypatch.setattr(programs, "program_of", lambda network: tried.append(network.num_classes) or b"program")
+    tried: list[int] = []
+
+    def program_of(network: Network) -> bytes:
+        tried.append(network.num_classes)
+        return b"program"
+
+    monkeypatch.setattr(programs, "program_of", program_of)
     folder = write_model(tmp_path)
     assert programs.main(folder) == 0 and (folder / "program.pt2").read_bytes() == b"program"
     (folder / "model.safetensors").unlink()

@@ -209,7 +209,7 @@ def _check_normalisation(settings: NetworkSettings) -> None:
     if expected := _other_normalisation(settings):
         raise InputError(
             f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
-            f"{expected}: set network.mean and network.std to these, or give network.weights in place of pretrained"
+            f"mean {expected[0]} and std {expected[1]}: set network.mean and network.std to these, or give network.weights in place of pretrained"
         )
 
 
@@ -219,12 +219,12 @@ def doubtful_normalisation(settings: NetworkSettings) -> str | None:
         return None
     return (
         f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's own weights of {settings.encoder} take "
-        f"{expected}; if {settings.weights} comes from timm, set network.mean and network.std to these"
+        f"mean {expected[0]} and std {expected[1]}; if {settings.weights} comes from timm, set network.mean and network.std to these"
     )
 
 
-def _other_normalisation(settings: NetworkSettings) -> str | None:
-    """Mean and std of timm's weights of the encoder, in words, where `mean` or `std` is another."""
+def _other_normalisation(settings: NetworkSettings) -> tuple[list[float], list[float]] | None:
+    """Mean and std of timm's weights of the encoder, where `mean` or `std` is another."""
     import timm
 
     config = timm.get_pretrained_cfg(settings.encoder, allow_unregistered=True)
@@ -233,7 +233,7 @@ def _other_normalisation(settings: NetworkSettings) -> str | None:
     given, expected = (*settings.mean, *settings.std), (*config.mean, *config.std)
     if max(abs(one - other) for one, other in zip(given, expected, strict=True)) <= NORMALISATION_TOLERANCE:
         return None
-    return f"mean {list(config.mean)} and std {list(config.std)}"
+    return list(config.mean), list(config.std)
 
 
 def size_multiple(settings: NetworkSettings) -> int:
