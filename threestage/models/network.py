@@ -209,7 +209,8 @@ def _check_normalisation(settings: NetworkSettings) -> None:
     if expected := _other_normalisation(settings):
         raise InputError(
             f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
-            f"mean {expected[0]} and std {expected[1]}: set network.mean and network.std to these, or give network.weights in place of pretrained"
+            f"mean {expected[0]} and std {expected[1]}: set network.mean and network.std to these, or give network.weights in "
+            "place of pretrained"
         )
 
 
@@ -219,7 +220,8 @@ def doubtful_normalisation(settings: NetworkSettings) -> str | None:
         return None
     return (
         f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's own weights of {settings.encoder} take "
-        f"mean {expected[0]} and std {expected[1]}; if {settings.weights} comes from timm, set network.mean and network.std to these"
+        f"mean {expected[0]} and std {expected[1]}; if {settings.weights} comes from timm, set network.mean and network.std "
+        "to these"
     )
 
 
