@@ -190,7 +190,7 @@ def test_examples_from_training_to_a_pulled_model(
     assert "background" in example("predict_one", "run/stage1", "data-files/val/images/val_00000.jpg", "mask.png")
     assert "mean IoU" in example("score", "run/stage1", "data")
     assert "own_images 1 stage1" in example("register_and_pull", "run", f"sqlite:///{tmp_path}/mlflow.db", "pulled")
-    assert {"model.safetensors", "program.pt2", "README.md"} <= {file.name for file in Path("pulled").iterdir()}
+    assert {"model.safetensors", "model.json", "README.md"} <= {file.name for file in Path("pulled").iterdir()}
 
 
 @pytest.mark.integration
