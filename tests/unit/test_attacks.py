@@ -27,7 +27,7 @@ from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
 from threestage.data.records import decode_image, load_manifest
 from threestage.errors import InputError
-from threestage.prediction_parts import PATH_BYTES, Part, plan, read_part, repeated_ids, safe_name
+from threestage.prediction_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
 from threestage.registry.models import PULLED, Models
 from threestage.sweeps.space import load_space
 
