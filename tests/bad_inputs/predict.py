@@ -135,10 +135,10 @@ def sparse(file: Path) -> None:
 
 
 def both(folder: Path) -> str:
-    source = photos(folder, "a.png")
     (folder / "other").mkdir()
     (folder / "other/b.png").write_bytes(png())
-    threestage("ingest", folder / "other", source, "--format", "images", "--local")
+    threestage("ingest", folder / "other", folder / "photos", "--format", "images", "--local")
+    (folder / "photos/a.png").write_bytes(png())
     return outcome(folder, predict(folder))
 
 
