@@ -54,10 +54,14 @@ def check(
     if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
         yield tried("driver", out, lambda: Found(lease.refuse_driven(out)))
     yield from _check_input(config, out, wrong)
-    if not local:
-        yield tried("program", config.network.encoder, lambda: _exportable(config))
     manifest = None if "data.root" in wrong else _manifest(config)
     yield from _check_here(config, manifest, budget) if local else _check_cluster(config, out, manifest, budget)
+    if not local:  # last, since it takes longest
+        yield (
+            not_tried(["program"], sorted(wrong))
+            if wrong
+            else tried("program", config.network.encoder, lambda: _exportable(config))
+        )
 
 
 def _exportable(config: Config) -> Found:

@@ -35,7 +35,7 @@ def test_a_cluster(
     before = storage.list_files(s3_root)
     found = {line.name: line for line in check(config, f"{s3_root}/run", local=False)}
     assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster.address",
-                           "cluster", "nodes", "stage1", "stage2", "duration"]  # fmt: skip
+                           "cluster", "nodes", "stage1", "stage2", "duration", "program"]  # fmt: skip
     assert not any(line.problem for line in found.values()), found
     assert "the cluster has CPU 8 (" in found["cluster"].value and "4 images a step: " in found["stage2"].value
     large = {line.name: line for line in check(changed(config, {"cluster.workers": 9}), f"{s3_root}/run", local=False)}
@@ -45,7 +45,7 @@ def test_a_cluster(
     url = f"http://{ray.get_runtime_context().worker.node.webui_url}"
     by_job = list(check(config, f"{s3_root}/run", local=False, address=url))
     names = [line.name for line in by_job]
-    assert names[:3] == ["what travels", "--address", "versions"] and names[8] == "RAY_ADDRESS", by_job
-    assert set(names[9:]) == {"cluster", "nodes", FILE, "stage1", "stage2", "duration"}, by_job
+    assert names[:3] == ["what travels", "--address", "versions"] and names[9] == "RAY_ADDRESS", by_job
+    assert set(names[10:]) == {"cluster", "nodes", FILE, "stage1", "stage2", "duration", "program"}, by_job
     assert [line.name for line in by_job if line.problem] == [FILE], by_job
     assert storage.list_files(s3_root) == before

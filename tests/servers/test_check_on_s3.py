@@ -76,7 +76,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     outcomes = json.loads(done.stdout)
     assert [outcome["name"] for outcome in outcomes] == [
         "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster", "stage1",
-        "stage2", "stage3", "duration"
+        "stage2", "stage3", "duration", "program",
     ]  # fmt: skip
     assert all(outcome["problem"] is None for outcome in outcomes)
     assert keys() == before and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -172,7 +172,7 @@ def test_the_command_ends_soon_with_exit_code_2(config: Config, bucket: str, tmp
             failed, passed, *others = done.stdout.splitlines()
             assert failed.startswith("✗ data.root, data.unlabelled, --out  s3://bucket: ") and endpoints[name] in failed
             assert passed.startswith("✓ registry.tracking_uri") and SECRET not in done.stdout
-            assert [line[:9] for line in others] == ["! input  ", "! classes", "✓ cluster", "! stage1,"]
+            assert [line[:9] for line in others] == ["! input  ", "! classes", "✓ cluster", "! stage1,", "! program"]
             return taken
 
         refused, waited = pool.map(seconds, endpoints)

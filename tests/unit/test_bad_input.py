@@ -87,7 +87,7 @@ run mine.yaml --local --out /proc/x/y                | --out | /proc/x/y | mend 
 run mine.yaml --local --out file/x                   | --out | file | give another
 run mine.yaml --local --set data.root=nowhere        | data.root | nowhere | threestage ingest
 run mine.yaml --local --set data.root=images         | data.root | images | threestage ingest
-run mine.yaml --local --set data.root=broken-data    | data.root | broken-data | mend
+run mine.yaml --local --set data.root=broken-data    | data.root | broken-data | bring it back
 run mine.yaml --local --set data.root=newer-data     | newer-data | format 99 | upgrade threestage
 run mine.yaml --local --set data.labelled=1000       | data.labelled is 1000 | ask for fewer
 run mine.yaml --local --set data.labelled=ids.txt    | data.labelled=ids.txt | mend the list
@@ -149,7 +149,7 @@ evaluate newer-model data                            | newer-model | format 2 | 
 evaluate broken-card data                            | broken-card | model.json is damaged | a copy
 evaluate no-weights data                             | no-weights | no model.safetensors | a copy
 evaluate broken-weights data                         | broken-weights | model.safetensors is damaged | a copy
-evaluate other-card data                             | other-card | does not fit | a copy
+evaluate other-card data                             | other-card | 3 classes and 2 colours | a copy
 evaluate model nowhere                               | nowhere | threestage ingest
 evaluate model data                                  | data has the classes | give a data set
 evaluate model data --window 16                      | --window 16 | e.g. --window 256,512
@@ -159,7 +159,7 @@ evaluate model data --scales ,                       | --scales , | e.g. --scale
 evaluate model data --scales 1,1000000               | scales.1=1000000.0 | less than or equal to 16
 evaluate models:/x data --tracking-uri sqlite:///empty.db  | models:/x | models:/NAME@champion
 evaluate models:/x/1 data --tracking-uri CLOSED      | CLOSED | is it up
-predict model nowhere out                            | nowhere | give the folder
+predict model nowhere out                            | nowhere | not found | give an image
 predict model empty out                              | empty | no images there | give the folder
 predict model bad.parquet pre                        | bad.parquet | not a Parquet file | remove it
 predict model other.parquet pre                      | other.parquet | picture | rename or convert it

@@ -70,8 +70,8 @@ def problem(find: Callable[[], object]) -> str:
 
 def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(config, tmp_path / "run")
-    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "program",
-                           "cluster", "stage1", "stage2", "stage3", "duration"]  # fmt: skip
+    assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster",
+                           "stage1", "stage2", "stage3", "duration", "program"]  # fmt: skip
     assert not any(line.problem for line in found.values())
     assert "8 labelled images, 6 to validate on" in found["input"].value
     assert "Ray will be started here" in found["cluster"].value

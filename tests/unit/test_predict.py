@@ -448,10 +448,10 @@ def test_one_image_that_cannot_be_written_costs_itself(
     """One whose side is too long for a JPEG, one whose name is taken by a folder, one that no encoder takes."""
     source, out = photos(tmp_path / "in", 4), tmp_path / "out"
     Image.new("RGB", (65_501, 1)).save(source / "wide.png")
-    (out / "masks/0.png").mkdir(parents=True)
     encode = palette_png
 
     def fails_at_one(mask: np.ndarray, colours: Any) -> bytes:
+        (out / "masks/0.png").mkdir(parents=True, exist_ok=True)  # before the first is written
         if mask.shape == SIZES[2]:
             raise ValueError("not today")
         return encode(mask, colours)

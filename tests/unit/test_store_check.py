@@ -151,7 +151,7 @@ def test_local_places(tmp_path: Path, scenes: Path) -> None:
     assert f"{tmp_path}/file is a file: give another --out" in problem_of(writable("--out", str(tmp_path / "file/run")))
     assert "no data set there" in problem_of(store_check.data_set("data.root", str(tmp_path)))
     (tmp_path / "manifest.json").write_text("no JSON")
-    assert "not a manifest" in problem_of(store_check.data_set("data.root", str(tmp_path)))
+    assert "is damaged" in problem_of(store_check.data_set("data.root", str(tmp_path)))
     assert "no file there" in problem_of(store_check.file("network.weights", str(tmp_path / "w.pth")))
     assert try_one(store_check.file("network.weights", str(tmp_path / "file"))).problem is None
 
