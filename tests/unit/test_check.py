@@ -122,7 +122,7 @@ def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: Non
     found = lines_of(changed(config, "data", root=str(tmp_path / "absent")), tmp_path / "run")
     assert [name for name, line in found.items() if line.problem] == ["data.root"]
     doubts = {name: line.doubt for name, line in found.items() if line.doubt}
-    assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration"}
+    assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration", "program"}
     assert set(doubts.values()) == {"not tried: needs data.root"}
 
 

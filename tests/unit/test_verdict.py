@@ -383,7 +383,8 @@ def test_the_end_of_a_run_prints_the_verdict(
     expected = text(results)
     assert expected is not None
     settings = ["--set", f"data.root={scenes}", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(runs, "run", lambda *arguments: results)
+    for name in ("run", "run_checked"):
+        monkeypatch.setattr(runs, name, lambda *arguments: results)
     monkeypatch.setattr("sys.argv", ["threestage", "run", "demo", "--local", *settings])
     with pytest.raises(SystemExit):
         main()
