@@ -139,14 +139,12 @@ class ThreeTaskSteps:
         strong_labelled = len(mask) - len(weak_l.image)
         if config.consistency.weight > 0:
             weak = teacher_targets(self._teacher, weak_l, weak_u, config.consistency)
-            ramp = ramp_up(step, self._ramp_up_steps)
-            apart = views.pop() if config.consistency.feature_weight is not None else None
-            terms.add("consistency_loss", as_seen(weak, views, strong_labelled), config.consistency.weight * ramp)
+            seen, ramp = as_seen(weak, views, strong_labelled), ramp_up(step, self._ramp_up_steps)
+            apart, unlabelled = config.consistency.feature_weight, len(weak_u.image)
+            of_strong_views = seen if apart is None else seen.map(lambda labels: labels[:-unlabelled])
+            terms.add("consistency_loss", of_strong_views, config.consistency.weight * ramp)
             if apart is not None:
-                seen = as_seen(weak, [*views, apart], strong_labelled)
-                last = only_last(seen, len(weak_u.image))
-                terms.add("feature_loss", last, config.consistency.feature_weight * ramp)  # type: ignore[operator]
-                views.append(apart)
+                terms.add("feature_loss", only_last(seen, unlabelled), apart * ramp)
         if config.pseudo_mask.weight > 0 and self._stage != "stage1":
             weak = pseudo_mask_targets(batch_l, batch_u, weak_l, weak_u, config.pseudo_mask)
             terms.add("pseudo_mask_loss", as_seen(weak, views[:1], strong_labelled), config.pseudo_mask.weight)
