@@ -49,7 +49,7 @@ def test_configurations_of_the_readme_take_timms_weights(tmp_path: Path) -> None
         check_settings(network)
 
 
-FORMS = {"a.b=c", "stage1.stps=3"}  # that show what a setting, or a mistake in one, looks like
+FORMS = {"a.b=c", "stage1.stps=3", "steps=30"}  # the shape of a setting, or a mistake in one
 
 
 def commands_in(page: Path) -> Iterator[list[str]]:
