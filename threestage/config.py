@@ -49,6 +49,7 @@ LATER_KEYS: dict[str, Any] = {
     "pseudo_mask.normaliser": "kept",
     "supervised.strong_view": False,
     "stage1.unlabelled_batch": 0,
+    "stage1.ema": False,
     "optimiser.algorithm": "adamw",
     "supervised.class_weight": 0.0,
     "supervised.hard_share": 1.0,
@@ -130,9 +131,16 @@ class Stage1Settings(Settings):
         ge=0,
         description="above 0 stage 1 learns the pool too, by consistency alone (one-stage methods such as UniMatch)",
     )
+    ema: bool = Field(
+        False, description="ship the moving average of the weights, as later stages do (ema.decay); off is faithful"
+    )
     warm_start: ClassVar[bool] = False
     reliable_share: ClassVar[float] = 1.0
     changes: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.ema or self.unlabelled_batch > 0
 
 
 class SelfTrainingSettings(Settings):
@@ -150,6 +158,7 @@ class SelfTrainingSettings(Settings):
     changes: dict[Section, dict[str, Any]] = Field(
         {}, description="settings that this stage alone has, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
     )
+    has_teacher: ClassVar[bool] = True
 
 
 class Config(Settings):
@@ -260,8 +269,10 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     config = config.for_stage(stage)
     sections: set[str] = {"network", "augment", "optimiser", "supervised", stage}
     sees_pool = config.stage(stage).unlabelled_batch > 0
+    if config.stage(stage).has_teacher:
+        sections |= {"ema"}
     if sees_pool:
-        sections |= {"ema", "consistency"}
+        sections |= {"consistency"}
     if stage != "stage1":
         sections |= {"pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})

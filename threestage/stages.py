@@ -155,14 +155,14 @@ def load_data(task: StageTask, config: Config) -> StageData:
 
 
 def build_state(task: StageTask, config: Config, num_classes: int, device: torch.device) -> TrainState:
-    """A fresh network, its teacher (stages 2 and 3) and AdamW with two learning rates."""
+    """A fresh network, its EMA teacher where the stage has one, and an optimiser with two learning rates."""
     seed = derive_seed(config.seed, task.stage, "network")
     student = build_network(config.network, num_classes, auxiliary(task.stage, config), seed).to(device)
     if config.stage(task.stage).warm_start and task.previous_model is not None:
         start_from(student, task.previous_model)
     if config.training.channels_last:
         student = student.to(memory_format=torch.channels_last)
-    teacher = make_teacher(student) if config.stage(task.stage).unlabelled_batch > 0 else None
+    teacher = make_teacher(student) if config.stage(task.stage).has_teacher else None
     return TrainState(student, teacher, make_optimiser(student, config), make_scaler(config.training.precision, device))
 
 

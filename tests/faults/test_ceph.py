@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.ceph import Gateway, ceph_gateway, needs_ceph
+from tests.conditional_write import one_of_two_writes, the_store_compares
 from tests.conftest import copy_to, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
@@ -67,6 +68,15 @@ def test_round_trip(bucket: str) -> None:
     assert not storage.exists(f"{bucket}/a/large") and storage.exists(f"{bucket}/a/small")
     storage.delete(f"{bucket}/a", bucket)
     assert storage.list_files(bucket) == []
+
+
+def test_of_two_writers_one_replaces_an_object(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_of_two_writes(f"{bucket}/manifest.json")
+    the_store_compares(f"{bucket}/absent.json", None, monkeypatch)
+
+
+def test_the_store_compares_before_it_replaces(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    the_store_compares(f"{bucket}/manifest.json", b"1", monkeypatch)
 
 
 def test_check_passes_and_leaves_nothing(config: Config, bucket: str) -> None:

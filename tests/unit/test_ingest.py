@@ -114,6 +114,16 @@ def test_later_images_and_masks_make_a_new_version(source: Path) -> None:
     assert run(source).skipped == 12
 
 
+def test_the_colours_and_the_name_are_those_given_last(source: Path) -> None:
+    first = run(source, name="one").manifest
+    class_map = source / "map.yaml"
+    class_map.write_text(class_map.read_text().replace("[200, 0, 0]", "[0, 200, 0]"))
+    second = run(source, name="two").manifest
+    assert (second.version, second.colours[1], second.name) == (2, (0, 200, 0), "two")
+    assert (second.files, second.digest) == (first.files, first.digest)  # neither changes what a run learns
+    assert run(source).manifest == second
+
+
 def masks_of(root: Path) -> dict[str, Bytes]:
     """Image id → the class ids that training reads."""
     rows = labelled_rows(str(root), load_manifest(str(root)), "train").to_pylist()

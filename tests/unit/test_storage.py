@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from PIL import Image
 
 from tests.failing_s3 import ERRORS, failing_s3
+from tests.conditional_write import one_of_two_writes, the_store_compares
 from tests.s3 import variables
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
@@ -393,14 +394,6 @@ def test_no_deletion_follows_a_link(tmp_path: Path) -> None:
         storage.delete(str(outside), str(root))
 
 
-def one_of_two_writes(uri: str) -> None:
-    """Of writers that read the same, one replaces the file."""
-    assert storage.write_if_unchanged(uri, None, b"1") and not storage.write_if_unchanged(uri, None, b"2")
-    assert storage.read_bytes(uri) == b"1" and not storage.write_if_unchanged(uri, b"2", b"3")
-    assert storage.write_if_unchanged(uri, b"1", b"2") and not storage.write_if_unchanged(uri, b"1", b"3")
-    assert storage.read_bytes(uri) == b"2" and not storage.write_if_unchanged(f"{uri}.absent", b"1", b"2")
-
-
 def test_one_of_two_writers_replaces_a_file(tmp_path: Path) -> None:
     one_of_two_writes(f"{tmp_path}/new/manifest.json")
 
@@ -411,20 +404,7 @@ def test_one_of_two_writers_replaces_an_object(bucket: str) -> None:
 
 @pytest.mark.parametrize("before", [None, b"1"])
 def test_the_store_compares_not_the_client(bucket: str, monkeypatch: pytest.MonkeyPatch, before: bytes | None) -> None:
-    """Another one writes between the comparison here and the request."""
-    uri = f"{bucket}/manifest.json"
-    if before is not None:
-        storage.write_bytes(uri, before)
-    files = storage.s3fs_filesystem()
-
-    class Overtaken:
-        def call_s3(self, method: str, **arguments: object) -> object:
-            if method == "put_object":
-                storage.write_bytes(uri, b"theirs")
-            return files.call_s3(method, **arguments)
-
-    monkeypatch.setattr(storage, "s3fs_filesystem", Overtaken)
-    assert not storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"theirs"
+    the_store_compares(f"{bucket}/manifest.json", before, monkeypatch)
 
 
 @pytest.mark.parametrize("before", [None, b"1"])

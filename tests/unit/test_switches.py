@@ -261,6 +261,18 @@ def test_a_one_stage_method_continues_where_it_was_killed(scenes: Path, tmp_path
     assert whole.read_bytes() == killed.read_bytes()
 
 
+def test_stage_1_can_ship_the_average_of_its_weights(scenes: Path, tmp_path: Path) -> None:
+    """With a decay of 0 the average is the last step's weights."""
+    weights, results = [], []
+    for name, changes in {"off": {}, "zero": {"ema__decay": [[0, 0.0]]}, "on": {"ema__decay": [[0, 0.9]]}}.items():
+        config = tiny_config(scenes, stages=1, pseudo_mask__of_last_stage=False, stage1__ema=name != "off", **changes)
+        results.append(run_local(config, str(tmp_path / name), lambda stage, row: None))
+        weights.append((tmp_path / name / "stage1" / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    assert ["student_mean_iou" in one["stages"]["stage1"] for one in results] == [False, True, True]
+    assert "ema.decay" in stage_keys(config, "stage1") and "consistency.weight" not in stage_keys(config, "stage1")
+
+
 def test_a_pool_without_pseudo_masks_leaves_out_validation_images_and_bad_ones(tmp_path: Path, scenes: Path) -> None:
     config = tiny_config(scenes, data__max_image_pixels=64 * 64)
     rejected: list[Reject] = []

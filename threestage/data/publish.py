@@ -230,17 +230,20 @@ class Additions:
 def next_manifest(
     current: Manifest | None, class_map: ClassMap | None, name: str | None, added: Additions
 ) -> Manifest | None:
-    """The data set's next version with what was written added, or None if nothing was."""
-    if not added.files:
+    """The data set's next version: what was written, and the name and colours that were given. None if nothing changes."""
+    classes, colours = (current.classes, current.colours) if current else ((), ())
+    if class_map:
+        classes = tuple(entry.name for entry in class_map.classes)
+        colours = tuple(entry.colour for entry in class_map.classes)
+    name = name or (current.name if current else None)
+    if not added.files and (
+        current is None or not current.classes or (name, colours) == (current.name, current.colours)
+    ):
         return None
-    entries = class_map.classes if class_map else ()
-    classes, colours = tuple(entry.name for entry in entries), tuple(entry.colour for entry in entries)
-    if current and current.classes:
-        classes, colours = current.classes, current.colours
     files = (*(current.files if current else ()), *added.files)
     return Manifest(
         version=current.version + 1 if current else 1,
-        name=name or (current.name if current else None),
+        name=name,
         classes=classes,
         colours=colours,
         files=files,

@@ -1,0 +1,29 @@
+"""What a store must do for `storage.write_if_unchanged`, whichever store it is."""
+
+import pytest
+
+from threestage.data import storage
+
+
+def one_of_two_writes(uri: str) -> None:
+    """Of writers that read the same, one replaces the file."""
+    assert storage.write_if_unchanged(uri, None, b"1") and not storage.write_if_unchanged(uri, None, b"2")
+    assert storage.read_bytes(uri) == b"1" and not storage.write_if_unchanged(uri, b"2", b"3")
+    assert storage.write_if_unchanged(uri, b"1", b"2") and not storage.write_if_unchanged(uri, b"1", b"3")
+    assert storage.read_bytes(uri) == b"2" and not storage.write_if_unchanged(f"{uri}.absent", b"1", b"2")
+
+
+def the_store_compares(uri: str, before: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client writes between the comparison here and the request."""
+    if before is not None:
+        storage.write_bytes(uri, before)
+    files = storage.s3fs_filesystem()
+
+    class Overtaken:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            if method == "put_object":
+                storage.write_bytes(uri, b"theirs")
+            return files.call_s3(method, **arguments)
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", Overtaken)
+    assert not storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"theirs"
