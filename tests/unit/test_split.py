@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.unit.test_records import manifest_of, write_part
@@ -147,6 +147,7 @@ def test_labels_are_drawn_group_by_group(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=12), st.integers(1, 60))
+@example([1, 1], 51)
 def test_carved_groups_are_whole_and_the_share_is_near(sizes: list[int], percent: int) -> None:
     ids = drives(*sizes)
     split = _carve(ids, percent / 100, {image_id: image_id.split("_")[0] for image_id in ids})

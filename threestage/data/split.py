@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Literal
 
 from pydantic import Field
@@ -184,27 +184,29 @@ def _count(root: str, settings: DataSettings, candidates: int, labelled: int) ->
 
 
 def _carve(chosen: Sequence[str], share: float, groups: Mapping[str, str] = {}) -> Split:
-    """A group of g images validates if v validate so far and v + g/2 < ceil(share · images up to its last); where none does, the
-    smallest group does. Without groups every image is one, so exactly ceil(share · n) validate."""
+    """A group of g images validates if v validate so far and v + g/2 < ceil(share · images up to its last); where none or all
+    do, the smallest group changes sides. Without groups every image is one: ceil(share · n) validate, but not all n."""
     exact = Fraction(str(share))
     whole = [list(members) for _, members in groupby(chosen, lambda image_id: groups.get(image_id, image_id))]
-    labelled, validation = list[str](), list[str]()
+    labelled, validation = list[list[str]](), list[list[str]]()
+    seen = validating = 0
     for members in whole:
-        seen = len(labelled) + len(validation) + len(members)
-        carved = len(validation) + len(members) / 2 < math.ceil(seen * exact)
-        (validation if carved else labelled).extend(members)
-    if not validation and share > 0:
-        validation = min(whole, key=len)
-        labelled = [image_id for image_id in labelled if image_id not in set(validation)]
-    if not labelled:
+        seen += len(members)
+        carved = validating + len(members) / 2 < math.ceil(seen * exact)
+        validating += len(members) if carved else 0
+        (validation if carved else labelled).append(members)
+    for side, other in ((validation, labelled), (labelled, validation)):
+        if not side and len(other) > 1 and share > 0:
+            side.append(other.pop(other.index(min(other, key=len))))
+    if not labelled or (share > 0 and not validation):
         together = f", in {len(whole)} group{'s' * (len(whole) > 1)} by data.group," if groups else ""
         raise InputError(
             f"data.labelled gives {len(chosen)} labelled{together} and data.validation {share} takes them all; "
             "label more, or give the data set a val split"
         )
     return Split(
-        labelled=tuple(labelled),
-        validation=tuple(validation),
+        labelled=tuple(chain.from_iterable(labelled)),
+        validation=tuple(chain.from_iterable(validation)),
         validation_split="carved",
-        groups={image_id: groups[image_id] for image_id in validation} if groups else {},
+        groups={image_id: groups[image_id] for image_id in chain.from_iterable(validation)} if groups else {},
     )
