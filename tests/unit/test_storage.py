@@ -15,8 +15,8 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from PIL import Image
 
-from tests.failing_s3 import ERRORS, failing_s3
 from tests.conditional_write import one_of_two_writes, the_store_compares
+from tests.failing_s3 import ERRORS, failing_s3
 from tests.s3 import variables
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
