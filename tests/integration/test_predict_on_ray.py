@@ -18,6 +18,7 @@ from threestage.predict import PredictReport, PredictSettings, predict_input
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("default"),  # Ray's own
 ]

@@ -158,6 +158,7 @@ def test_without_a_server_at_the_end_sync_sends_the_rest(scenes: Path, server: S
     assert_all_there(config, out)
 
 
+@pytest.mark.slow
 def test_a_local_run_can_be_sent_later_and_a_half_done_one_too(scenes: Path, tmp_path: Path) -> None:
     config, out = tiny_config(scenes), str(tmp_path / "run")
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -178,6 +178,7 @@ def test_examples_of_data_and_sweeps(example: Example, tmp_path: Path) -> None:
         example("sweep_space", "thresholds", "demo", "training.evaluate_every=800")
 
 
+@pytest.mark.slow
 def test_examples_from_training_to_a_pulled_model(
     example: Example, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

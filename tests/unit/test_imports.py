@@ -77,6 +77,7 @@ def test_what_a_stream_sends_to_its_readers_loads_no_torch(tmp_path: Path, monke
     assert done.stdout.strip() == "False True", done.stderr
 
 
+@pytest.mark.slow
 def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(scenes: Path, tmp_path: Path) -> None:
     settings = {
         "data.root": scenes, "data.labelled": 8, "network.head": "deeplabv2", "stage1.steps": 2, "stage1.labelled_batch": 2,

@@ -145,7 +145,12 @@ def test_the_header_names_what_to_compare_with_and_its_commands_are_right(preset
     load(name, options[1::2])
 
 
-@pytest.mark.parametrize("preset", LABELLED)
+OF_CI = ("cityscapes_100", "voc_212")
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name in OF_CI else pytest.param(name, marks=pytest.mark.slow) for name in LABELLED]
+)
 def test_a_dry_run_of_three_stages(preset: str, roots: dict[str, Path], tmp_path: Path) -> None:
     config = dry(preset, roots)
     results = run_local(config, str(tmp_path), lambda stage, row: None, warn=lambda text: None)

@@ -143,7 +143,9 @@ def test_no_stage_reads_the_test_split(scenes: Path, undisturbed: Path, tmp_path
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
-@pytest.mark.parametrize("rows_until_kill", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    "rows_until_kill", [3, 8, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_killed_and_continued_reaches_the_same_weights_bit_for_bit(
     scenes: Path, undisturbed: Path, tmp_path: Path, rows_until_kill: int
 ) -> None:

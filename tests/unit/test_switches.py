@@ -65,20 +65,38 @@ class Killed(BaseException):
     """Stands in for kill -9."""
 
 
+SHORT = {"stage1__steps": 2, "pseudo_mask__of_last_stage": False}
+
+
+@pytest.fixture(scope="module")
+def first_stage(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished stage 1 with its pseudo-masks, for every switch that leaves it alone."""
+    out = str(tmp_path_factory.mktemp("first"))
+    run_local(tiny_config(scenes, **{**SHORT, "stages": 1, "pseudo_mask__of_last_stage": True}), out, lambda *row: None)
+    return out
+
+
 @pytest.mark.parametrize("name", SWITCHES)
-def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, name: str) -> None:
+def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, first_stage: str, name: str) -> None:
     rows: list[Mapping[str, float]] = []
-    config = tiny_config(scenes, stages=2, stage1__steps=2, pseudo_mask__of_last_stage=False, **SWITCHES[name])
-    run_local(config, str(tmp_path), lambda stage, row: rows.append(row))
+    config = tiny_config(scenes, stages=2, **SHORT, **SWITCHES[name])
+    is_same = stage_keys(config, "stage1") == stage_keys(tiny_config(scenes, **SHORT), "stage1")
+    run_local(config, str(tmp_path), lambda stage, row: rows.append(row), reuse=first_stage if is_same else None)
     terms = {key for key in rows[-1] if key.endswith("_loss")}
     without = {"mean teacher": {"pseudo_mask_loss"}, "plain self-training": {"consistency_loss"}}.get(name, set())
     more = {"Dice": {"dice_loss"}, "feature view as a term": {"feature_loss"}}.get(name, set())
     assert terms == {"supervised_loss", "consistency_loss", "pseudo_mask_loss"} - without | more
 
 
-@pytest.mark.parametrize("name", ["everything of UniMatch", "class-balanced crops", "complementary dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything of UniMatch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("class-balanced crops", "complementary dropout")),
+    ],
+)
 def test_it_goes_on_where_it_was_killed(scenes: Path, tmp_path: Path, name: str) -> None:
-    config = tiny_config(scenes, stages=2, stage1__steps=2, pseudo_mask__of_last_stage=False, **SWITCHES[name])
+    config = tiny_config(scenes, stages=2, **SHORT, **SWITCHES[name])
 
     def die(stage: str, row: Mapping[str, float]) -> None:
         if stage == "stage2" and row["step"] == 4:

@@ -189,8 +189,12 @@ def split_encoder(name: str, model: nn.Module, output_stride: int) -> Encoder:
     if VIT_NAME.match(name):
         return _split_vit(name, model)
     encoder = _split_convolutional(name, model)
-    _measure(name, encoder, model, output_stride)
-    return encoder
+    key = (name, output_stride)
+    measured = _measured.get(key) or _measure(name, encoder, model, output_stride)
+    if not next(encoder.parameters()).is_meta:  # a map without values was not compared
+        _measured[key] = measured
+    encoder.low_channels, encoder.channels, encoder.size_multiple = measured
+    return encoder.train()
 
 
 def vit_patch(model: Any) -> int:
@@ -273,8 +277,11 @@ def _split_convolutional(name: str, model: nn.Module) -> Encoder:
     return Encoder(ConvTrunk(modules[:third], quarter[-1] if quarter else None), last)
 
 
-def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> None:
-    """Set a convolutional encoder's channels and padding from one small image, and compare its map with timm's own."""
+_measured: dict[tuple[str, int], tuple[int | None, int, int]] = {}  # by name and output stride, once a process
+
+
+def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> tuple[int | None, int, int]:
+    """Channels of a convolutional encoder's two maps and the multiple of its sides, from one small image. Its map must be timm's own."""
     encoder.eval()
     side = _PROBE + 1
     device = next(encoder.parameters()).device
@@ -290,10 +297,7 @@ def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> None
     fits = deep.shape == reference.shape and deep.ndim == 4 and deep.shape[-1] in (cells, cells + 1)
     if not fits or not (deep.is_meta or torch.allclose(deep, reference, atol=1e-4)):
         raise _unsupported(name)
-    encoder.low_channels = None if low is None else low.shape[1]
-    encoder.channels = deep.shape[1]
-    encoder.size_multiple = stride if deep.shape[-1] == cells else 1
-    encoder.train()
+    return None if low is None else low.shape[1], deep.shape[1], stride if deep.shape[-1] == cells else 1
 
 
 def _own_last_map(model: Any, image: Tensor) -> Tensor:
