@@ -14,16 +14,24 @@ def one_of_two_writes(uri: str) -> None:
 
 
 def the_store_compares(uri: str, before: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another client writes between the comparison here and the request."""
+    """Another client writes between the comparison here and the request: the store refuses every form of the condition."""
     if before is not None:
         storage.write_bytes(uri, before)
-    files = storage.s3fs_filesystem()
+    files, refused = storage.s3fs_filesystem(), []
 
     class Overtaken:
         def call_s3(self, method: str, **arguments: object) -> object:
-            if method == "put_object":
-                storage.write_bytes(uri, b"theirs")
-            return files.call_s3(method, **arguments)
+            if method != "put_object":
+                return files.call_s3(method, **arguments)
+            storage.write_bytes(uri, b"theirs")
+            with pytest.raises(OSError) as error:
+                files.call_s3(method, **arguments)
+            assert storage.read_bytes(uri) == b"theirs"
+            refused.append(error.value)
+            if before is not None:
+                storage.write_bytes(uri, before)  # the next form is tried then
+            raise error.value
 
     monkeypatch.setattr(storage, "s3fs_filesystem", Overtaken)
-    assert not storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"theirs"
+    storage.write_if_unchanged(uri, before, b"ours")
+    assert len(refused) == (1 if before is None else 2)

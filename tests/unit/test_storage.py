@@ -428,6 +428,21 @@ def test_a_store_without_conditional_writes(bucket: str, monkeypatch: pytest.Mon
     assert not storage.write_if_unchanged(uri, before, b"others")
 
 
+def test_a_store_that_compares_etags_without_their_quotes(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceph's gateway, release 16."""
+    files, uri = storage.s3fs_filesystem(), f"{bucket}/manifest.json"
+
+    class WithoutQuotes:
+        def call_s3(self, method: str, **arguments: object) -> object:
+            etag = str(arguments.get("IfMatch", ""))
+            if etag:
+                arguments["IfMatch"] = '"other"' if etag.startswith('"') else f'"{etag}"'
+            return files.call_s3(method, **arguments)
+
+    monkeypatch.setattr(storage, "s3fs_filesystem", WithoutQuotes)
+    one_of_two_writes(uri)
+
+
 @pytest.mark.timeout(60)
 def test_json_of_strangers_is_refused_in_one_line(tmp_path: Path) -> None:
     """A pipe, a device, more than fits into the limit (of which the disk holds nothing), 100,000 brackets, no JSON."""

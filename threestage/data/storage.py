@@ -416,7 +416,7 @@ def write_if_unchanged(uri: str, before: bytes | None, data: bytes) -> bool:
     """Replace a file only while it still holds `before` (None: while it is absent); whether that was done.
 
     Two writers that read the same content cannot both succeed: S3 compares the ETag (If-Match, If-None-Match), a local
-    file is locked. A store that answers 501 to that, and a file system without locks, compares and writes in two steps.
+    file is locked. A store that refuses every condition, and a file system without locks, compares and writes in two steps.
     """
     files, path = filesystem(uri)
     if is_s3(uri):
@@ -449,21 +449,26 @@ def _locked(path: str) -> Iterator[None]:
 def _write_on_s3_if_unchanged(files: pafs.FileSystem, path: str, before: bytes | None, data: bytes) -> bool:
     store, uri = s3fs_filesystem(), S3_SCHEME + path
     bucket, _, key = path.partition("/")
-    condition = {"IfNoneMatch": "*"}
+    conditions, status = [{"IfNoneMatch": "*"}], None
     try:
         if before is not None:
-            condition = {"IfMatch": _ask_s3(store, uri, "head_object", Bucket=bucket, Key=key)["ETag"]}
-            if _content(uri) != before:
-                return False
-        _ask_s3(store, uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
-    except OSError as error:
-        status = _status(error)
-        if status not in (404, 409, 412, 501):
-            raise
-        if status == 501 and _content(uri) == before:
-            _write(files, path, data)
-        return _content(uri) == data  # a request that the SDK repeated may have been done before
-    return True
+            etag = _ask_s3(store, uri, "head_object", Bucket=bucket, Key=key)["ETag"]
+            conditions = [{"IfMatch": etag}, {"IfMatch": etag.strip('"')}]  # Ceph 16 compares it without quotes
+    except FileNotFoundError:
+        return False
+    for condition in conditions:
+        if _content(uri) != before:
+            break
+        try:
+            _ask_s3(store, uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return True
+        except OSError as error:
+            status = _status(error)
+            if status not in (404, 409, 412, 501):
+                raise
+    if status in (412, 501) and _content(uri) == before:  # the store knows no such condition
+        _write(files, path, data)
+    return _content(uri) == data  # a request that the SDK repeated may have been done before
 
 
 def _status(error: OSError) -> int | None:

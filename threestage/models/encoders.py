@@ -281,7 +281,7 @@ _measured: dict[tuple[str, int], tuple[int | None, int, int]] = {}  # by name an
 
 
 def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> tuple[int | None, int, int]:
-    """Channels of a convolutional encoder's two maps and the multiple of its sides, from one small image. Its map must be timm's own."""
+    """Channels of a convolutional encoder's two maps and the multiple of its sides, by one image; the map must be timm's own."""
     encoder.eval()
     side = _PROBE + 1
     device = next(encoder.parameters()).device
