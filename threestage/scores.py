@@ -75,7 +75,7 @@ def score_tables(scores: Mapping[str, Any]) -> list["Table"]:
     for name, iou in scores["per_class_iou"].items():
         table.add_row(escape(name), _figure(iou), _figure(scores["per_class_boundary_f"][name]))
     table.add_section()
-    table.add_row("mean", _figure(scores["mean_iou"]), _figure(scores["boundary_f"]))
+    table.add_row("mean, of classes with true pixels", _figure(scores["mean_iou"]), _figure(scores["boundary_f"]))
     for name, share in scores.get("absent_classes", {}).items():
         table.add_row(f"predicted as {escape(name)}, which has no true pixel", f"{100 * share:.2g} %", "")
     table.add_row("pixel accuracy", _figure(scores["pixel_accuracy"]), "")

@@ -9,6 +9,7 @@ from threestage.models.export import ModelCard
 from threestage.plain_text import markdown, one_line
 from threestage.registry.records import StageRecord
 from threestage.tracking import redact
+from threestage.training.metrics import MEAN_IOU_RULE
 
 METHOD = "https://arxiv.org/abs/2012.00827"
 WHAT = {
@@ -103,7 +104,8 @@ def _figures(card: ModelCard, lineage: Lineage, summary: Mapping[str, float]) ->
     lines = [
         "## Figures",
         "",
-        f"On {markdown(lineage.validation.name)} ({lineage.validation.images} images), whole images, one scale.",
+        f"On {markdown(lineage.validation.name)} ({lineage.validation.images} images), whole images, one scale. The mean IoU is "
+        f"{MEAN_IOU_RULE}.",
         "",
         "| class | IoU |",
         "|---|---|",

@@ -11,6 +11,7 @@ from threestage.report_page.charts import Bars, Frame, Series
 from threestage.report_page.figures import Run, Stage, throughput
 from threestage.report_page.markup import Html, disclosure, figure, note, section, table, tag
 from threestage.tracking import redact
+from threestage.training.metrics import MEAN_IOU_RULE
 
 ABSENT = "–"
 TERMS = {
@@ -32,7 +33,8 @@ def overview(run: Run, missing: Sequence[str]) -> Html:
         tag("ul", *tiles, class_="tiles"),
         note(
             f"All scores are of {len(run.split.validation)} validation images ({kind}), whole images at a single scale, after "
-            "each stage's last step. They are not of a test set: settings may have been chosen by these very images."
+            "each stage's last step. They are not of a test set: settings may have been chosen by these very images. "
+            f"A mean IoU is {MEAN_IOU_RULE}."
         ),
         _last_and_best(run),
         table("The run", [], _facts(run)),

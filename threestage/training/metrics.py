@@ -38,6 +38,9 @@ def per_class_iou(confusion: Tensor) -> Tensor:
     return iou_of_counts(class_counts(confusion))
 
 
+MEAN_IOU_RULE = "over the classes with true pixels in these images"
+
+
 def mean_iou(confusion: Tensor) -> float:
     """Mean of the per-class IoU over the classes with true pixels, in [0,1]; NaN when nothing was counted. Pixels predicted
     as another class lower the IoU of the class that they are."""
