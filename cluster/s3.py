@@ -14,11 +14,13 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def closed_to_pages(app: App, hosts: Iterable[str]) -> App:
-    """The WSGI application, which answers 403 to requests from web pages: with an `Origin`, or a `Host` not in `hosts`."""
+    """The WSGI application, which answers 403 to requests from web pages: with an `Origin`, with a `Sec-Fetch-Site` (which
+    browsers send for pictures and forms too), or with a `Host` not in `hosts`."""
     allowed = frozenset(hosts)
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if "HTTP_ORIGIN" in environ or environ.get("HTTP_HOST") not in allowed:
+        from_page = "HTTP_ORIGIN" in environ or environ.get("HTTP_SEC_FETCH_SITE", "none") != "none"
+        if from_page or environ.get("HTTP_HOST") not in allowed:
             start_response("403 Forbidden", [("Content-Type", "text/plain")])
             return [b"requests from web pages are refused\n"]
         return app(environ, start_response)

@@ -41,7 +41,7 @@ def check(
             raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
         from threestage.on_ray.check_job import check_by_job
 
-        refuse_unconfirmed_hosts(config)
+        refuse_unconfirmed_hosts(config, elsewhere=True)
         yield from check_by_job(config, out, address)
         return
     if address is not None:

@@ -326,10 +326,10 @@ def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def refuse_unconfirmed_hosts(config: Config) -> None:
-    """Raise InputError for a host that only a file names and that would get credentials, here or on another machine."""
+def refuse_unconfirmed_hosts(config: Config, elsewhere: bool = False) -> None:
+    """Raise InputError for a host that only a file names and that would get credentials, here or `elsewhere`: by a job."""
     for key, uri, file in _hosts(config):
-        refuse_unconfirmed(key, uri, file)
+        refuse_unconfirmed(key, uri, file, elsewhere)
 
 
 def confirmed_hosts(config: Config) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from threestage.errors import InputError
 from threestage.redaction import redact
@@ -31,18 +31,22 @@ CONFIRMING = {
 """Settings that name a host which gets credentials, and the variables that may name the same host."""
 
 
-def refuse_unconfirmed(key: str, uri: str | None, file: str | None) -> None:
+def refuse_unconfirmed(key: str, uri: str | None, file: str | None, elsewhere: bool = False) -> None:
     """Raise InputError if `uri`, the value of the setting `key`, would send credentials to a host that only `file` names.
 
     `file` is None for a value that the user gave otherwise. MLflow over HTTP is refused only where credentials for it are
-    set up: without them none is sent.
+    set up: without them none is sent. What is set up `elsewhere`, on a cluster, is not known here.
     """
     if uri is None or file is None or (host := host_of(key, uri)) is None:
         return
     variables = CONFIRMING[key]
     if uri in map(os.environ.get, variables) or is_trusted(host, filter(None, map(os.environ.get, variables)), key):
         return
-    if key == "registry.tracking_uri" and host.startswith(("http://", "https://")) and not _mlflow_credentials():
+    if (
+        key == "registry.tracking_uri"
+        and host.startswith(("http://", "https://"))
+        and not (elsewhere or _mlflow_credentials())
+    ):
         return
     raise InputError(
         f"{key}={redact(uri)}: {file} names this host, and your credentials would be sent to it; if you trust it, set "
@@ -60,10 +64,20 @@ def host_of(key: str, uri: str) -> str | None:
         return None if uri in ("auto", "local") else uri if "://" in uri else f"ray://{uri}"
     if re.search(r"[\s\\]", uri):
         return uri
-    parts = urlsplit(uri)
+    parts = parts_of(uri)
     if parts.scheme in OF_THIS_MACHINE:
         return None
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2].lower()}"
+
+
+def parts_of(uri: str) -> SplitResult:
+    """The parts of a URI. Raises InputError for one that has none, such as `http://[x` or a port of 99999."""
+    try:
+        parts = urlsplit(uri)
+        parts.port  # noqa: B018  it is read when it is asked for
+    except ValueError as error:
+        raise InputError(f"{redact(uri)}: not a URI ({error}); correct it", "hosts/not-a-uri") from None
+    return parts
 
 
 def is_trusted(host: str, named: Iterator[str] | Sequence[str] = (), key: str = "") -> bool:

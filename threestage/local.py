@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _failed(explain(None, error), 2)
     if (verdict := text(results)) is not None:
-        print(verdict)
+        _print(verdict)
     print(json.dumps(results["stages"], indent=1))
     return 0
 

@@ -323,7 +323,7 @@ class _Predictor:
             self._void = torch.from_numpy(unpacked(task.fixed_void)).bool().to(device)
         self._in_flight: deque[list[Future[Encoded]]] = deque()
         self._multiple = size_multiple(network.settings) if isinstance(network, Network) else 1
-        key = (type(product), product.protocol)
+        key = (type(product), product.protocol, self._dtype)
         self._most_pixels = most_pixels(network, lambda pixels: self._classes(pixels, 2**62), device, key)
 
     def predict(self, job: "_Job", images: Iterable[_Image], encoders: ThreadPoolExecutor) -> None:

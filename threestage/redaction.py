@@ -14,26 +14,36 @@ WEAK_KEYS = "auth|key|pass|pw|sas|jwt|pat|code|creds?|session"  # only where a U
 IN_QUERY = re.compile(rf"(?i)(?<=[?&])((?:[\w.%-]{{0,80}}(?:{SECRET_KEYS})|{WEAK_KEYS})(?:%3d|=))[^&\s#'\"]+")
 IN_FIELDS = re.compile(rf"(?i)(?<=[;#])((?:[\w.%-]{{0,80}}(?:{SECRET_KEYS})|{WEAK_KEYS})=)[^;&\s#'\"]+")
 IN_WORDS = re.compile(rf"(?i)((?<![^\s,({{'\"])[\w.-]{{0,80}}(?:{SECRET_KEYS})=['\"]?)[^;&\s#'\",]+")
+IN_QUOTES = re.compile(  # JSON, and what Python shows of a dictionary
+    rf"(?i)((?<![\w.-])[\w.-]{{0,80}}(?:{SECRET_KEYS})\\?['\"]\s{{0,3}}:\s{{0,3}}\\?['\"])[^'\"\\]+"
+)
+IN_LINES = re.compile(  # YAML and INI files
+    r"(?i)((?<![\w.-])[\w.-]{0,80}(?:password|passwd|passphrase|(?:access|secret|api|private)_key)\s{0,3}[:=]\s{1,3})[^\s'\"]+"
+)
+COOKIE = re.compile(r"(?i)((?<![\w-])(?:set-)?cookie['\"]?\s{0,3}:\s{0,3}['\"]?)[^\n'\"]+")
 HEADER = re.compile(
-    r"(?i)(?<![\w-])((?:authorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:basic\s|bearer\s|digest\s|token\s)?)"
-    r"|bearer\s(?=\S{0,200}\d))[^\s'\",]+"
+    r"(?i)(?<![\w-])((?:(?:proxy-)?authorization['\"]?\s{0,3}[:=]\s{0,3}['\"]?(?:basic\s|bearer\s|digest\s|token\s)?)"
+    r"|x-[\w-]{0,40}(?:token|key|secret)['\"]?\s{0,3}:\s{0,3}['\"]?|bearer\s(?=\S{0,200}\d))[^\s'\",]+"
 )
 SHAPES = re.compile(
     r"(?<![\w.-])(?:gh[pousr]_\w{10,}|github_pat_\w{10,}|glpat-[\w-]{10,}|hf_[A-Za-z0-9]{16,}|xox[abeprs]-[\w-]{10,}"
-    r"|sk-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{5,}\.[\w-]+\.[\w-]*)"
+    r"|sk-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{30,}|ya29\.[\w-]{10,}|npm_\w{30,}|pypi-[\w-]{16,}|dapi[0-9a-f]{32}"
+    r"|eyJ[\w-]{5,}\.[\w-]+\.[\w-]*)"
 )
 PRIVATE_KEY = re.compile(r"(?s)-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}-----|\Z)")
 SECRET_VALUE = re.compile(r"(?i)(?:basic|bearer)\s+\S+|-----BEGIN .*|[0-9a-f]{32,}")
 
 
 def redact(text: str) -> str:
-    """Cut credentials: the "user:password@" of URIs, secret fields of queries, fragments and connection strings,
-    Authorization headers, private keys, and tokens of known shapes. A host's port and models:/name@alias stay."""
+    """Cut credentials: the "user:password@" of URIs, secret fields of queries, fragments, connection strings, JSON and
+    settings, headers of requests, private keys, and tokens of known shapes. A host's port and models:/name@alias stay."""
     if "@" in text:
         text = SCHEMELESS.sub("", re.sub(r"\S+", _without_users, text))
     if "=" in text or "%3" in text:
         for pattern in (IN_QUERY, IN_FIELDS, IN_WORDS):
             text = pattern.sub(r"\1…", text)
+    for pattern in (IN_QUOTES, IN_LINES, COOKIE):
+        text = pattern.sub(r"\1…", text)
     return PRIVATE_KEY.sub("…", SHAPES.sub("…", HEADER.sub(r"\1…", text)))
 
 

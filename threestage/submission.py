@@ -39,15 +39,19 @@ OF_STORAGE_AND_MLFLOW = (
     "THREESTAGE_S3_ANONYMOUS",
 )
 SECRET_NAME = re.compile(
-    r"KEY|SECRET|TOKEN(?!IZE)|PASSW|PASSPHRASE|PASS(?![A-Z])|PWD|CRED|COOKIE|(?<![A-Z])(?:O?AUTH|PAT|PRIV|SAS|SIG|JWT)(?![A-Z])",
+    r"KEY|SECRET|TOKEN(?!IZE)|PASSW|PASSPHRASE|PASS(?![A-Z])|PWD|CRED|COOKIE"
+    r"|(?<![A-Z])(?:O?AUTH|PAT|PRIV|PW|SAS|SIG|JWT)(?![A-Z])",
     re.IGNORECASE,
 )
 SECRET_FILES = re.compile(
-    r"(?i)(?:^|/)(?:\.env(?:\..+)?|env\.sh|\.?netrc|_netrc|\.pgpass|\.my\.cnf|\.htpasswd|\.git-credentials|\.npmrc|\.pypirc"
-    r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow)/.+|id_(?:rsa|dsa|ecdsa|ed25519)|kubeconfig(?:\..+)?"
+    r"(?i)(?:^|/)(?:\.env(?:rc|\..+)?|.+\.env|env\.sh|\.?netrc|_netrc|\.pgpass|\.my\.cnf|\.htpasswd|\.git-credentials"
+    r"|\.npmrc|\.pypirc|\.boto|\.s3cfg|\.?rclone\.conf|\.databrickscfg|\.dockercfg|\.passwd-s3fs|kaggle\.json|terraform\.tfvars"
+    r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow|huggingface)/.+|\.config/(?:gcloud|gh|rclone)/.+"
+    r"|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?|kubeconfig(?:\..+)?"
+    r"|.*(?:client_secret|service[_-]?account).*\.json|private[._-]?key.*"
     r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|txt|ini|toml|csv|env))?"
     r"|(?:.*[._-])?(?:credentials?|tokens?|passwords?)\.ya?ml"  # secrets.yaml: mostly a manifest without values
-    r"|.*\.(?:pem|key|p12|pfx|jks|keystore|kdbx|ppk|tfstate))$"
+    r"|.*\.(?:pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk|tfstate(?:\.backup)?))$"
 )
 """Names of files that usually hold credentials: paths below the working directory."""
 
@@ -198,7 +202,7 @@ def _reachable(option: str, uri: str | None) -> str:
 def _refuse_what_travels(config: Config) -> None:
     """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere.
     A host that only a file names would get the cluster's credentials."""
-    refuse_unconfirmed_hosts(config)
+    refuse_unconfirmed_hosts(config, elsewhere=True)
     places = {"data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
     for key, place in {**places, "network.weights": config.network.weights}.items():
         if place is not None and not anywhere(place):

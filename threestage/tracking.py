@@ -15,10 +15,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from threestage.errors import InputError
-from threestage.hosts import refuse_unconfirmed
+from threestage.hosts import parts_of, refuse_unconfirmed
 from threestage.redaction import redact as redact
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 500, 5000, 250
@@ -199,7 +198,7 @@ def _quiet_loggers() -> Iterator[None]:
 
 def _probe(uri: str) -> None:
     """Fail now, with one of PROBE_ERRORS, where MLflow would retry for minutes."""
-    parts, path = urlsplit(redact(uri)), sqlite_path(uri)
+    parts, path = parts_of(redact(uri)), sqlite_path(uri)
     port = SQL_PORTS.get(parts.scheme.partition("+")[0])
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

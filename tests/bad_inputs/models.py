@@ -132,6 +132,7 @@ BAD_INPUTS = [
         lambda folder: _pth({7: torch.zeros(1)}),
     ),
     BadInput("program.pt2 whose size expression is code", "refused", _program(sizes=[{"expr_str": CODE}])),
+    BadInput("program.pt2 with a name that is code", "refused", _program(nodes=[{"name": "x=print(1)"}])),
     BadInput("program.pt2 whose guard is code", "refused", _program(guards_code=["print(1)"])),
     BadInput("program.pt2 that calls os.system", "refused", _program(nodes=[{"target": "torch.os.system"}])),
     BadInput("program.pt2 that names a module to import", "refused", _program(in_spec='[1, {"__enum__": true}]')),

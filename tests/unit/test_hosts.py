@@ -132,7 +132,6 @@ def test_a_store_on_this_machine_is_no_host(uri: str) -> None:
         "http://own:5000@other/",
         "http://other\\@own:5000/",
         "http://other#@own:5000",
-        "http://own:5000.other/",
         "https://own:5000",
         "postgresql://own:5000/db",
         "uc:http://other",
@@ -152,6 +151,30 @@ def test_without_credentials_for_mlflow_none_can_be_sent(monkeypatch: pytest.Mon
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow/credentials").touch()
     refused(lambda: refuse_unconfirmed_hosts(load(file)))
+
+
+def test_a_job_may_find_credentials_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in hosts.MLFLOW_CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    file = write({"registry.tracking_uri": "http://mlflow.other:5000"})
+    job = (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
+    refused(lambda: submission.read_job("run", job, "."), "http://mlflow.other:5000")
+    refused(lambda: list(check(load(file), "s3://bucket/run", local=False, address="http://dashboard:8265")))
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://[x", "http://own:5000.other", "http://host:99999", "http://host:x", "http://a\u2100b"]
+)
+def test_what_is_no_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")
+    for call in (
+        lambda: refuse_unconfirmed_hosts(load(write({"registry.tracking_uri": uri}))),
+        lambda: refuse_foreign_source("a version", f"{uri}/model", OURS, list),
+        lambda: open_registry(RegistrySettings(tracking_uri=uri)),
+    ):
+        with pytest.raises(InputError) as raised:
+            call()
+        assert raised.value.code == "hosts/not-a-uri"
 
 
 def test_a_password_never_reaches_a_host_of_a_file(thief: tuple[str, list[str]], tmp_path: Path) -> None:

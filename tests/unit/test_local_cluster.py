@@ -67,6 +67,8 @@ def test_the_logs_are_the_owner_s_alone(tmp_path: Path) -> None:
         ({"HTTP_HOST": "127.0.0.1:9"}, True),
         ({"HTTP_HOST": "127.0.0.1:9", "HTTP_ORIGIN": "http://evil"}, False),
         ({"HTTP_HOST": "127.0.0.1:9", "HTTP_ORIGIN": "null"}, False),
+        ({"HTTP_HOST": "127.0.0.1:9", "HTTP_SEC_FETCH_SITE": "cross-site"}, False),  # a picture of a page
+        ({"HTTP_HOST": "127.0.0.1:9", "HTTP_SEC_FETCH_SITE": "none"}, True),
         ({"HTTP_HOST": "evil:9"}, False),
         ({}, False),
     ],

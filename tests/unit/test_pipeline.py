@@ -3,18 +3,19 @@
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from tests.conftest import tiny_config
-from threestage import stages
+from threestage import local, stages
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.pool import PoolFile
 from threestage.data.records import load_manifest
 from threestage.data.synthetic import write_scenes
 from threestage.errors import InputError, StageFailure
@@ -24,6 +25,7 @@ from threestage.models.export import load_model
 from threestage.models.network import without_auxiliary
 from threestage.pipeline import StageOutcome
 from threestage.predict import open_model
+from threestage.pseudo_masks import PoolTask
 from threestage.registry import RegistrySettings
 from threestage.training.metrics import class_counts
 
@@ -45,6 +47,21 @@ def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     run_local(tiny_config(scenes), str(out), quiet)
     return out
+
+
+def test_the_pool_is_predicted_in_the_precision_of_training(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> NoReturn:
+        seen.append(task.precision)
+        raise Killed
+
+    monkeypatch.setattr(local, "predict_pool", predict_pool)
+    with pytest.raises(Killed):
+        run_local(tiny_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
+    assert seen == ["bfloat16"]
 
 
 def test_results_name_every_stage(undisturbed: Path) -> None:

@@ -329,6 +329,28 @@ def labelled(*masks: np.ndarray) -> SampleSet:
     return SampleSet([Sample(f"i{n}", picture(n, mask.shape), encode_mask(mask)) for n, mask in enumerate(masks)], 2)
 
 
+class Autocast(Colours):
+    """Notes the number type that it is asked in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:
+        self.dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return super().forward(image)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_the_pool_is_predicted_in_the_precision_of_the_task(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    network, task = Autocast(), task_for(tmp_path, precision=precision)
+    predict_file(network, task, by_value(tmp_path, [picture(0, (16, 20))]), CPU)
+    assert network.dtypes == {dtype}
+    assert (task.digest() == task_for(tmp_path).digest()) == (precision == "auto")
+
+
 def test_what_is_void_in_most_labels_is_void_in_every_pseudo_mask_of_that_size(tmp_path: Path) -> None:
     masks = np.zeros((4, 8, 12), np.uint8)
     masks[:, -2:] = 255  # a bonnet in all, a lorry in one of four

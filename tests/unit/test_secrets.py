@@ -167,6 +167,15 @@ def test_a_query_s_secrets_are_cut(uri: str, kept: str) -> None:
         ("Authorization: Basic abc", "Authorization: Basic …"),
         ("got ghp_0123456789abcdef here", "got … here"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY----- left", "… left"),
+        ("{'password': 'a b', 'seed': 1}", "{'password': '…', 'seed': 1}"),
+        ('{"AWS_SECRET_ACCESS_KEY": "abc", "seed": 1}', '{"AWS_SECRET_ACCESS_KEY": "…", "seed": 1}'),
+        ("db_password: hunter2\nseed: 1", "db_password: …\nseed: 1"),
+        ("aws_secret_access_key = abc", "aws_secret_access_key = …"),
+        ("X-Amz-Security-Token: abc", "X-Amz-Security-Token: …"),
+        ("'Proxy-Authorization': 'Basic abc'", "'Proxy-Authorization': '…'"),
+        ("Cookie: a=b; session=c\nHost: h", "Cookie: …\nHost: h"),
+        ("--key AIzaSyA0123456789abcdefghijklmnopqrstuvw", "--key …"),
+        ("it wants a token: set RAY_AUTH_TOKEN", "it wants a token: set RAY_AUTH_TOKEN"),
         ("key=value: unknown key", "key=value: unknown key"),
         ("repo:tag@sha256:18cfe3ef", "repo:tag@sha256:18cfe3ef"),
         ("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token"),
@@ -179,7 +188,8 @@ def test_credentials_of_every_kind_are_cut(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "unit",
     ["a", "://", "://a:b", "a@", "?token", "token", "&key=", "token=", "eyJ-", "eyJaaaaa.", "bearer ", "authorization",
-     "u:p@h:5", "-----BEGIN PRIVATE KEY-----", "s3://a:b/", "http://u:p@", "password", "a.b-", "://a@b/", "(="],
+     "u:p@h:5", "-----BEGIN PRIVATE KEY-----", "s3://a:b/", "http://u:p@", "password", "a.b-", "://a@b/", "(=",
+     "x-", "cookie:", "'password': '", "password: ", "api_key = "],
 )  # fmt: skip
 def test_long_texts_take_no_longer_by_the_character(unit: str) -> None:
     begun = time.process_time()

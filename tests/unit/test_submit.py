@@ -187,6 +187,7 @@ def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
         "MYSQL_PWD=x",
         "GITHUB_PAT=x",
         "MY_CRED=x",
+        "DB_PW=x",
         "COOKIE=session=abc",
         "WANDB=0123456789abcdef0123456789abcdef01234567",
         "CONN=AccountName=a;AccountKey=abc==",
@@ -261,6 +262,13 @@ def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path)
         "service.p12",
         "credentials.json",
         "db_password.txt",
+        "prod.env",
+        ".envrc",
+        ".git-credentials",
+        ".config/gcloud/access_tokens.db",
+        ".kube/config",
+        "gcp-service-account.json",
+        "a/private_key",
     ],
 )
 def test_files_that_look_like_credentials_need_a_flag(path: str) -> None:
@@ -430,6 +438,13 @@ def test_a_lost_connection_repeats_nothing(follow: Callable[[Cluster], tuple[int
     code, log, said = follow(Cluster(logs, states, "one\ntwo\nthree\nfour\n"))
     assert code == 0 and log == "one\ntwo\nthree\nfour\n"
     assert said.count("the connection is lost, demo-1 goes on") == said.count("connected again") == 2
+
+
+def test_a_log_s_commands_are_shown(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
+    logs = [["\x1b[31mred\x1b[0m \x1b", "]8;;http://h\x07link\u202e\n"]]
+    code, out, said = follow(Cluster(logs, [details(JobStatus.FAILED, None, message="a\x1b[2J")], rest=""))
+    assert (code, out) == (1, "red \\x1b]8;;http://h\\x07link\\u202e\n")
+    assert "\x1b" not in said
 
 
 def test_patience_ends_with_what_to_do(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:

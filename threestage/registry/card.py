@@ -41,6 +41,10 @@ def write_card(
     return redact("\n\n".join(parts)) + "\n"
 
 
+def _digest(digest: str) -> str:
+    return markdown(short_digest(digest))
+
+
 def _use(name: str, no_program: str | None) -> str:
     if no_program is not None:
         return f"""## Use
@@ -65,12 +69,12 @@ def _data(lineage: Lineage) -> str:
     lines = [
         "## Data",
         "",
-        f"- data set: {markdown(data.name)}, version {data.version}, digest {short_digest(data.digest)} ({markdown(data.root)})",
-        f"- labelled: {labelled.images} images, digest {short_digest(labelled.digest)}, split seed {lineage.split_seed}",
-        f"- validation: {validation.images} images of {markdown(validation.name)}, digest {short_digest(validation.digest)}",
+        f"- data set: {markdown(data.name)}, version {data.version}, digest {_digest(data.digest)} ({markdown(data.root)})",
+        f"- labelled: {labelled.images} images, digest {_digest(labelled.digest)}, split seed {lineage.split_seed}",
+        f"- validation: {validation.images} images of {markdown(validation.name)}, digest {_digest(validation.digest)}",
     ]
     if lineage.learnt_from is not None and lineage.teacher is not None:
-        made_by = f"made by {lineage.teacher.stage}, model {short_digest(lineage.teacher.model_digest)}"
+        made_by = f"made by {markdown(lineage.teacher.stage)}, model {_digest(lineage.teacher.model_digest)}"
         threshold = f"kept from confidence {lineage.confidence_threshold:g}"
         lines.append(f"- pseudo-masks: {_set_in_words(lineage.learnt_from)}, {made_by}, {threshold}")
     return "\n".join(lines)
@@ -79,7 +83,7 @@ def _data(lineage: Lineage) -> str:
 def _set_in_words(found: PseudoMaskSet) -> str:
     confidence = found.statistics.get("mean_confidence", float("nan"))
     left_out = f" ({found.rejected} left out)" if found.rejected else ""
-    return f"{found.images} images{left_out}, mean confidence {confidence:.3f}, digest {short_digest(found.digest)}"
+    return f"{found.images} images{left_out}, mean confidence {confidence:.3f}, digest {_digest(found.digest)}"
 
 
 def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
@@ -96,7 +100,9 @@ def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
         names = ("supervised", "consistency", "pseudo_mask")
         weights = ", ".join(f"{name} {config[name]['weight']:g}" for name in names)
         lines.append(f"- weights of the losses: {weights}")
-    lines.append(f"- seed {config['seed']}, threestage {lineage.code_version}; config.yaml of the run has all settings")
+    lines.append(
+        f"- seed {config['seed']}, threestage {markdown(lineage.code_version)}; config.yaml of the run has all settings"
+    )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from threestage.errors import InputError, did_you_mean
 from threestage.lineage import AT_SIZE, Lineage
+from threestage.plain_text import visible
 from threestage.registry.records import StageRecord
 from threestage.registry.sources import refuse_foreign_source
 from threestage.tracking import MAX_TAG, TRANSFER_S, clean_tags, quoted, redact, redact_tree, shortened, talking_to
@@ -31,7 +32,7 @@ Warn = Callable[[str], None]
 
 
 def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {visible(text)}", file=sys.stderr)
 
 
 class Models:

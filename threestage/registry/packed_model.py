@@ -20,7 +20,7 @@ from mlflow.pyfunc import PythonModel
 
 PIXELS_AT_ONCE = 2**22
 IMAGES_AT_ONCE, MOST_SIDE = 1024, 16384  # of the images that the program was exported for
-LONGEST_EXPRESSION = 10_000
+LONGEST_EXPRESSION, MOST_POWERS = 10_000, 4
 FUNCTIONS = re.compile(
     "Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|ModularIndexing|Where"
     "|Identity|CeilToInt|FloorToInt|TruncToInt|TruncToFloat|RoundToInt|IntTrueDiv|FloatTrueDiv|ToFloat|PowByNatural"
@@ -33,6 +33,8 @@ OPERATOR = re.compile(
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast)"
 )
 """What the nodes of a program may call."""
+WORD = re.compile(r"[\w.+]*", re.ASCII)
+"""Every other text: names, which torch writes into Python code that it runs."""
 TREE = re.compile(r'(?:[\[\]{}:, 01]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")*')
 """How a program may describe its arguments."""
 ENTRY = re.compile(
@@ -140,29 +142,38 @@ def _load_program(path: Path, device: Any) -> tuple[Any, int]:
 
 def _checked(path: Path) -> io.BytesIO:
     """The program's archive, written anew from the entries that were looked at: torch reads zip files by rules of its own."""
-    checked = io.BytesIO()
+    checked, names = io.BytesIO(), set[str]()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
         for entry in archive.infolist():
             name = entry.filename
-            if not ENTRY.fullmatch(name) or entry.compress_type != zipfile.ZIP_STORED or name in copy.namelist():
+            if not ENTRY.fullmatch(name) or entry.compress_type != zipfile.ZIP_STORED or name in names:
                 raise ValueError(f"{path} holds {name!r}, which is no part of a program (it may be a pickled object)")
+            names.add(name)
             content = archive.read(entry)
-            if name.endswith("/models/model.json"):
-                for key, value in _strings(json.loads(content)):
+            if name.endswith(".json"):
+                tree = json.loads(content, object_hook=_without_notes)
+                for key, value in _strings(tree):
                     _refuse_code(path, key, value)
+                content = json.dumps(tree).encode()
             copy.writestr(name, content)
     checked.seek(0)
     return checked
 
 
+def _without_notes(found: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object without what the nodes tell of the code that they were traced from: any text, which nothing needs."""
+    return found | {"metadata": {}} if "metadata" in found else found
+
+
 def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of nested JSON, with the key that it stands under."""
+    """Every string of nested JSON, with the key that it stands under; the keys themselves stand under ""."""
     waiting = [(key, tree)]
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, str):
             yield key, value
         elif isinstance(value, dict):
+            waiting.extend(("", name) for name in value)
             waiting.extend(value.items())
         elif isinstance(value, list):
             waiting.extend((key, item) for item in value)
@@ -172,13 +183,16 @@ def _refuse_code(path: Path, key: str, text: str) -> None:
     """ValueError for a string that torch would evaluate, and that is not of the grammar of exported networks."""
     known = {"expr_str": _is_expression, "target": OPERATOR.fullmatch, "as_operator": OPERATOR.fullmatch}
     known |= {"in_spec": TREE.fullmatch, "out_spec": TREE.fullmatch, "guards_code": lambda text: None}
-    if key in known and not known[key](text):  # type: ignore[operator]
+    if not known.get(key, WORD.fullmatch)(text):  # type: ignore[operator]
         raise ValueError(f"{path} holds the {key} {text[:100]!r}, which no exported network has: it is not loaded")
 
 
 def _is_expression(text: str) -> bool:
-    """Whether it is calls of FUNCTIONS on numbers and symbols such as Symbol('s6', integer=True), and nothing else."""
-    if len(text) > LONGEST_EXPRESSION:
+    """Whether it is calls of FUNCTIONS on numbers and symbols such as Symbol('s6', integer=True), and nothing else.
+
+    Its powers are few and small: torch works them out.
+    """
+    if len(text) > LONGEST_EXPRESSION or text.count("Pow") > MOST_POWERS:
         return False
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
@@ -190,12 +204,17 @@ def _is_expression(text: str) -> bool:
 def _is_plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
         text = node.value if isinstance(node.value, str) else repr(node.value)
-        return re.fullmatch(r"[a-z]{1,3}\d{1,9}|[\d.e+-]{1,40}|True|False", text) is not None
+        return re.fullmatch(r"[a-z]{1,3}\d{1,9}|-?[\d.]{1,40}(e[+-]?\d{1,3})?|True|False", text) is not None
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name)
+        return isinstance(node.func, ast.Name) and ("Pow" not in node.func.id or _is_small_power(node))
     if isinstance(node, ast.Name):
         return bool(FUNCTIONS.fullmatch(node.id) or re.fullmatch(r"[su]\d{1,9}|true|false", node.id))
     return isinstance(node, ast.Expression | ast.keyword | ast.Load | ast.UnaryOp | ast.USub)
+
+
+def _is_small_power(call: ast.Call) -> bool:
+    """Whether a call of Pow has an exponent of one digit."""
+    return len(call.args) == 2 and re.fullmatch(r"(Integer\()?-?\d\)?", ast.unparse(call.args[1])) is not None
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -1,10 +1,9 @@
 """Where MLflow says that files lie: whoever may write to it may name any host or bucket there."""
 
 from collections.abc import Callable, Iterable
-from urllib.parse import urlsplit
 
 from threestage.errors import InputError
-from threestage.hosts import OF_THIS_MACHINE, TRUSTED, is_trusted
+from threestage.hosts import OF_THIS_MACHINE, TRUSTED, is_trusted, parts_of
 from threestage.tracking import redact
 
 OVER_HTTP = ("http", "https", "mlflow-artifacts")
@@ -16,16 +15,16 @@ def refuse_foreign_source(what: str, source: str, tracking_uri: str, locations: 
 
     `what` names the source in the message; `locations` returns where the registry's experiments keep their files.
     """
-    scheme, place, _, _, _ = urlsplit(source)
+    scheme, place, _, _, _ = parts_of(source)
     if "\\" not in source and scheme in OF_THIS_MACHINE:
         return
     if scheme in OVER_HTTP:
-        own = urlsplit(tracking_uri)
+        own = parts_of(tracking_uri)
         proxied = scheme == "mlflow-artifacts"
         same = place.rpartition("@")[2] == own.netloc.rpartition("@")[2] and (proxied or scheme == own.scheme)
         inside = same or (proxied and not place)
     else:
-        inside = place != "" and (scheme, place) in {urlsplit(location)[:2] for location in locations()}
+        inside = place != "" and (scheme, place) in {parts_of(location)[:2] for location in locations()}
     host = f"{scheme}://{place}"
     if "\\" in source or not (inside or is_trusted(host)):
         raise InputError(
