@@ -22,10 +22,11 @@ from tests.images import (
     png,
     tiff,
 )
-from threestage.data import check
-from threestage.data.check import BadFile, Budget, check_image, check_mask
+from threestage.data import check, pixel_budget, records
+from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup
 from threestage.data.headers import MAX_PARTS, MAX_SCANS, MAX_TAG_VALUES, BadImage, read_layout
+from threestage.data.pixel_budget import Budget
 from threestage.data.records import decode_image, open_picture
 
 GREY, RGB, PALETTE = 1, 2, 3
@@ -359,6 +360,21 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     for thread in threads:
         thread.join()
     assert at_once == {64 * 64 - 60 * 60} and check.PIXELS._free == 64 * 64
+
+
+def test_a_prediction_s_threads_share_the_pixels_of_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_budget, "LARGE_PIXELS", 60 * 60)
+    monkeypatch.setattr(records, "PIXELS", Budget(64 * 64))
+    free = []
+
+    def seen(image: Image.Image) -> Image.Image:
+        free.append(records.PIXELS._free)
+        return image
+
+    monkeypatch.setattr(records, "upright", seen)
+    for side in (60, 59):
+        decode_image(encoded(Image.new("RGB", (side, side))))
+    assert free == [64 * 64 - 60 * 60, 64 * 64] and records.PIXELS._free == 64 * 64
 
 
 def test_a_large_mask_is_looked_up_in_parts() -> None:

@@ -4,7 +4,6 @@ Images and masks that are decoded at the same time share PIXELS, so that memory 
 """
 
 import io
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from PIL import Image
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.palette import refuse_other_order
+from threestage.data.pixel_budget import PIXELS
 from threestage.data.records import (
     DECODER_ERRORS,
-    MAX_IMAGE_PIXELS,
     decoder_complaint,
     has_frames,
     is_opaque,
@@ -45,32 +44,6 @@ class CheckedImage:
     data: bytes
     height: int
     width: int
-
-
-class Budget:
-    """What threads may hold together. Who comes first is served first, so a large amount is not passed over."""
-
-    def __init__(self, total: int) -> None:
-        self._total = self._free = total
-        self._changed = threading.Condition()
-        self._turn = threading.Lock()
-
-    @contextmanager
-    def hold(self, amount: int) -> Iterator[None]:
-        """Wait until `amount` is free, at most all of it, and hold it."""
-        amount = min(amount, self._total)
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._free >= amount)
-            self._free -= amount
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += amount
-                self._changed.notify()
-
-
-PIXELS = Budget(MAX_IMAGE_PIXELS)
 
 
 def check_image(data: bytes) -> CheckedImage:

@@ -23,12 +23,13 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from threestage.data import parquet, storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
+from threestage.data.pixel_budget import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from threestage.data.pixel_budget import PIXELS
 from threestage.errors import InputError
 from threestage.settings import Settings
 
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
-MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow knows others that run programs (EPS: Ghostscript)
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF
@@ -268,12 +269,13 @@ def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
-    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says.
+    """uint8 (H,W,3) RGB of an encoded image, turned as its EXIF says. Large images that threads decode at the same time share
+    PIXELS.
 
     Raises BadImage when it cannot be decoded, or when `open_picture` refuses it.
     """
     try:
-        with open_picture(data, max_pixels) as image:
+        with open_picture(data, max_pixels) as image, PIXELS.hold_large(image.width * image.height):
             if image.format == "JPEG" and image.mode in ("L", "RGB") and not is_turned(image):
                 return _decode_jpeg(data, image)
             return np.array(upright(image).convert("RGB"))
