@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from threestage.commands import images, models, results, runs, submit
 from threestage.errors import InputError, StageFailure
+from threestage.redaction import redact
 from threestage.terminal import Terminal, escape
 
 app = typer.Typer(
@@ -73,5 +74,5 @@ def _usage(error: Any) -> str:
 
 
 def _fail(error: Exception | str, code: int) -> None:
-    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(redact(str(error)))}", highlight=False)
     sys.exit(code)

@@ -23,6 +23,7 @@ from threestage.models.export import load_model
 from threestage.plain_text import one_line, visible
 from threestage.pool_prediction import predict_files
 from threestage.pseudo_masks import FileReport, PoolTask
+from threestage.redaction import redact
 from threestage.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker, default_device
 from threestage.verdict import text
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception | str, code: int) -> int:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(f"error: {one_line(redact(str(error)))}", file=sys.stderr)
     return code
 
 

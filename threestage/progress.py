@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from threestage.config import Config
+from threestage.redaction import redact
 
 LINE_SECONDS = 10.0
 
@@ -65,7 +66,7 @@ class StageProgress:
             self._console.print(f"{what}: {done:,} of {total:,} images", highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]warning:[/yellow] {escape(redact(message))}", highlight=False, soft_wrap=True)
 
 
 def _figures(row: Mapping[str, float]) -> str:

@@ -207,3 +207,37 @@ def test_the_command_line_prints_none(monkeypatch: pytest.MonkeyPatch, capsys: p
             captured = capsys.readouterr()
             assert endpoint in captured.out
             holds_no_secret(captured.out + captured.err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "config demo --set registry.tracking_url=http://me:{0}@host:5000",
+        "config demo --set storage.endpoint=[http://me:{0}@host:9]",
+        "config demo --set stage1.steps=http://me:{0}@host:9",
+        "config http://me:{0}@host/x.yaml",
+        "ingest s3://KEY:{0}@bucket/photos out --format images --local",
+        "ingest photos out --masks http://me:{0}@host/masks --class-map voc --local",
+        "predict http://me:{0}@host/model photos out --local",
+        "predict models:/name@stage1 photos out --tracking-uri http://me:{0}@127.0.0.1:9 --local",
+        "evaluate s3://KEY:{0}@bucket/model data",
+        "run demo --out s3://KEY:{0}@bucket/run --local",
+        "run demo --reuse http://me:{0}@host/run --local",
+        "report http://me:{0}@host/run",
+        "sync run --tracking-uri postgresql://me:{0}@127.0.0.1:9/db",
+        "models list --tracking-uri http://me:{0}@127.0.0.1:9",
+        "models pull models:/name/1 s3://KEY:{0}@bucket/model",
+        "submit run demo --address http://me:{0}@127.0.0.1:9",
+        "clean s3://KEY:{0}@bucket/run --yes",
+    ],
+)
+def test_an_error_shows_no_password_of_what_was_typed(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["threestage", *arguments.format(PASSWORD).split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.err
+    assert PASSWORD not in captured.out + captured.err

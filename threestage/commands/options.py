@@ -8,6 +8,7 @@ import typer
 
 from threestage.errors import InputError
 from threestage.presets import preset_names
+from threestage.redaction import redact
 from threestage.terminal import Terminal, escape
 
 console = Terminal()
@@ -68,7 +69,7 @@ def print_json(value: Any) -> None:
 
 
 def warn(text: str) -> None:
-    Terminal(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(redact(text))}", highlight=False)
 
 
 def counter(status: Any, done: str) -> Callable[[int, int], None]:
