@@ -74,7 +74,7 @@ def parts_of(uri: str) -> SplitResult:
     """The parts of a URI. Raises InputError for one that has none, such as `http://[x` or a port of 99999."""
     try:
         parts = urlsplit(uri)
-        parts.port  # noqa: B018  it is read when it is asked for
+        _ = parts.port  # only then it is read
     except ValueError as error:
         raise InputError(f"{redact(uri)}: not a URI ({error}); correct it", "hosts/not-a-uri") from None
     return parts

@@ -48,7 +48,7 @@ SECRET_FILES = re.compile(
     r"|\.npmrc|\.pypirc|\.boto|\.s3cfg|\.?rclone\.conf|\.databrickscfg|\.dockercfg|\.passwd-s3fs|kaggle\.json|terraform\.tfvars"
     r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow|huggingface)/.+|\.config/(?:gcloud|gh|rclone)/.+"
     r"|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?|kubeconfig(?:\..+)?"
-    r"|.*(?:client_secret|service[_-]?account).*\.json|private[._-]?key.*"
+    r"|.*(?:client_secret|service[_-]?account).*\.json|private[._-]?key(?:\.(?:json|txt))?"
     r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|txt|ini|toml|csv|env))?"
     r"|(?:.*[._-])?(?:credentials?|tokens?|passwords?)\.ya?ml"  # secrets.yaml: mostly a manifest without values
     r"|.*\.(?:pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk|tfstate(?:\.backup)?))$"

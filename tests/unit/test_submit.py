@@ -286,6 +286,7 @@ def test_other_files_travel_without_a_flag() -> None:
         "keyboard.yaml",
         "kuberay/secrets.yaml",
         "src/secrets.py",
+        "private_keypoints.py",
         "monkey.png",
         "env.py",
     ]

@@ -33,8 +33,8 @@ OPERATOR = re.compile(
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast)"
 )
 """What the nodes of a program may call."""
-WORD = re.compile(r"[\w.+]*", re.ASCII)
-"""Every other text: names, which torch writes into Python code that it runs."""
+NAME, PATH = re.compile(r"\w*", re.ASCII), re.compile(r"[\w.+]*", re.ASCII)
+"""Names of nodes and arguments, and of weights: torch writes them into Python code that it runs."""
 TREE = re.compile(r'(?:[\[\]{}:, 01]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")*')
 """How a program may describe its arguments."""
 ENTRY = re.compile(
@@ -183,7 +183,9 @@ def _refuse_code(path: Path, key: str, text: str) -> None:
     """ValueError for a string that torch would evaluate, and that is not of the grammar of exported networks."""
     known = {"expr_str": _is_expression, "target": OPERATOR.fullmatch, "as_operator": OPERATOR.fullmatch}
     known |= {"in_spec": TREE.fullmatch, "out_spec": TREE.fullmatch, "guards_code": lambda text: None}
-    if not known.get(key, WORD.fullmatch)(text):  # type: ignore[operator]
+    known |= {key: NAME.fullmatch for key in ("name", "as_name", "forward_arg_names")}
+    known |= {key: lambda text: True for key in ("as_string", "as_strings")}  # shown as Python shows them
+    if not known.get(key, PATH.fullmatch)(text):  # type: ignore[operator]
         raise ValueError(f"{path} holds the {key} {text[:100]!r}, which no exported network has: it is not loaded")
 
 
