@@ -236,8 +236,10 @@ def test_an_error_shows_no_password_of_what_was_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["threestage", *arguments.format(PASSWORD).split()])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    with failing_s3(ERRORS["secret"]) as (endpoint, _):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(SystemExit) as ended:
+            main()
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.err
     assert PASSWORD not in captured.out + captured.err
