@@ -365,7 +365,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 def test_a_prediction_s_threads_share_the_pixels_of_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixel_budget, "LARGE_PIXELS", 60 * 60)
     monkeypatch.setattr(records, "PIXELS", Budget(64 * 64))
-    free = []
+    free = list[int]()
 
     def seen(image: Image.Image) -> Image.Image:
         free.append(records.PIXELS._free)

@@ -167,11 +167,12 @@ def test_a_job_may_find_credentials_that_are_not_here(monkeypatch: pytest.Monkey
 )
 def test_what_is_no_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: refuse_unconfirmed_hosts(load(write({"registry.tracking_uri": uri}))),
         lambda: refuse_foreign_source("a version", f"{uri}/model", OURS, list),
         lambda: open_registry(RegistrySettings(tracking_uri=uri)),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(InputError) as raised:
             call()
         assert raised.value.code == "hosts/not-a-uri"

@@ -52,7 +52,7 @@ def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pool_is_predicted_in_the_precision_of_training(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen = list[str]()
 
     def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> NoReturn:
         seen.append(task.precision)
