@@ -123,6 +123,12 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     path = uri.removeprefix(S3_SCHEME).strip("/")
     if not {".", ".."}.isdisjoint(path.split("/")):  # the client would ask for another object
         raise FileNotFoundError(f"{uri}: a name with . or .. between slashes cannot be asked for: rename it")
+    if re.search("[:@]", path.partition("/")[0]):
+        raise InputError(
+            f"{redact(uri)}: a bucket's name has no : and no @; write s3://bucket/prefix, and set credentials with "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "storage/not-a-bucket",
+        )
     if not path or uri.startswith(f"{S3_SCHEME}/"):
         raise InputError(f"{uri}: names no bucket: write s3://bucket/prefix")
     variables = environment(StorageSettings())
