@@ -15,7 +15,7 @@ from PIL import Image
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.palette import refuse_other_order
-from threestage.data.pixel_budget import PIXELS
+from threestage.data.pixel_budget import PIXELS as PIXELS
 from threestage.data.records import (
     DECODER_ERRORS,
     decoder_complaint,

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from threestage.data import parquet, storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.pixel_budget import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
-from threestage.data.pixel_budget import PIXELS
+from threestage.data.pixel_budget import PIXELS as PIXELS
 from threestage.errors import InputError
 from threestage.settings import Settings
 
