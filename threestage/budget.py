@@ -81,7 +81,7 @@ def resolve(
     """
     uri = storage.join(storage.absolute(out), NAME)
     if storage.exists(uri):
-        saved = Resolved.model_validate(storage.read_json(uri))
+        saved: Resolved = storage.read_json(uri, Resolved)
         if budget is not None and parse(budget) != parse(saved.budget):
             raise InputError(
                 f"--budget {budget}: {uri} was made with {saved.budget}; leave --budget out, or give another --out",

@@ -24,6 +24,7 @@ from threestage.registry import Registry, RegistrySettings, StageRecord, StageRo
 from threestage.registry.records import RegisteredVersion
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
 from threestage.reused import part, parts_elsewhere
+from threestage.run_files import Results, RunSettings, StageMarker, StageResult
 from threestage.tracking import redact, redact_tree, reserve_variables, resolve_uri
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
@@ -34,6 +35,12 @@ FILES = ("results.json", "pictures.png", PAGE_NAME, "split.json")
 Warn = Callable[[str], None]
 
 
+class _Recorded(StageOutcome):
+    """A stage in record/. `attempt`: which training of it that was."""
+
+    attempt: str
+
+
 def keep_settings(out: str, settings: Mapping[str, Any]) -> None:
     """Write the run's settings, `config.Config` as plain JSON, down without secrets."""
     storage.write_json(storage.join(out, CONFIG_NAME), redact_tree(settings))
@@ -42,9 +49,9 @@ def keep_settings(out: str, settings: Mapping[str, Any]) -> None:
 def keep_outcome(out: str, outcome: StageOutcome) -> None:
     """Write down that a stage is finished, for MLflow to be told whenever it can be."""
     uri = storage.join(out, RECORD, f"{outcome.stage}.json")
-    before = storage.read_json(uri) if storage.exists(uri) else {}
-    if before.get("lineage", {}).get("model_digest") == outcome.lineage.model_digest:
-        attempt = before["attempt"]
+    before = storage.read_json(uri, _Recorded) if storage.exists(uri) else None
+    if before is not None and before.lineage.model_digest == outcome.lineage.model_digest:
+        attempt = before.attempt
     else:
         attempt = _attempt(storage.join(out, outcome.stage)) or outcome.lineage.model_digest
     storage.write_json(uri, {**outcome.model_dump(mode="json"), "attempt": attempt})
@@ -83,7 +90,7 @@ class Sender:
     def complete(self) -> bool:
         """Whether the run has ended and all its stages are sent."""
         uri = storage.join(self._out, "results.json")
-        return storage.exists(uri) and set(storage.read_json(uri)["stages"]) <= set(self.versions)
+        return storage.exists(uri) and set(storage.read_json(uri, Results)["stages"]) <= set(self.versions)
 
     def finish(self, status: Status) -> None:
         """End the run, with its files and its final values."""
@@ -93,7 +100,7 @@ class Sender:
         _refuse_links_out(self._out, files)
         summary = {}
         if "results.json" in files:
-            stages = storage.read_json(files["results.json"])["stages"]
+            stages = storage.read_json(files["results.json"], Results)["stages"]
             summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in stages.items()}
         self._registry.close_run(self._key, status, summary, files, str(self._settings["name"]))
 
@@ -127,7 +134,7 @@ class Sender:
             stage=outcome.stage,
             attempt=attempt,
             config=self._settings_of(outcome.stage),
-            rows=storage.read_json(storage.join(folder, "result.json"))["history"],
+            rows=storage.read_json(storage.join(folder, "result.json"), StageResult)["history"],
             model_dir=storage.join(folder, "model"),
             summary=outcome.summary,
             tags=outcome.tags,
@@ -135,7 +142,8 @@ class Sender:
         )
 
     def _settings_of(self, stage: StageName) -> dict[str, Any]:
-        return Config.model_validate(self._settings).for_stage(stage).model_dump(mode="json")
+        config: Config = storage.shaped(self._settings, Config, storage.join(self._out, CONFIG_NAME))
+        return config.for_stage(stage).model_dump(mode="json")
 
 
 class Mirror:
@@ -201,9 +209,7 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     uri = storage.join(out, CONFIG_NAME)
     if not storage.exists(uri):
         raise InputError(f"{run}: no {CONFIG_NAME} there: it is no run, or one that has not begun to train")
-    settings = storage.read_json(uri)
-    if not isinstance(settings, dict):
-        raise InputError(f"{uri}: holds no settings of a run: bring it back from a copy, or give another run")
+    settings = {"name": out.rsplit("/", 1)[-1], **storage.read_json(uri, RunSettings)}
     if not is_marked(out, RUN):
         raise InputError(
             f"{run}: has a {CONFIG_NAME} and no split.json of a run; give the --out of a run", "data/foreign-folder"
@@ -221,7 +227,7 @@ def registry_of(settings: Mapping[str, Any], tracking_uri: str | None, file: str
 
     A password was left out of config.json: MLFLOW_TRACKING_URI counts, where it names the same store with one.
     """
-    where = RegistrySettings.model_validate(settings.get("registry") or {})
+    where: RegistrySettings = storage.shaped(settings.get("registry") or {}, RegistrySettings, file)
     here = resolve_uri(None)
     if tracking_uri is None and where.tracking_uri == redact(here):
         tracking_uri = here
@@ -238,11 +244,9 @@ def _outcome(out: str, stage: StageName) -> tuple[StageOutcome, str] | None:
     uri, folder = storage.join(out, RECORD, f"{stage}.json"), part(out, stage)
     if not storage.exists(uri):
         return None
-    saved = storage.read_json(uri)
-    attempt = str(saved.pop("attempt"))
-    outcome, marker = StageOutcome.model_validate(saved), storage.join(folder, "done.json")
-    if storage.exists(marker) and storage.read_json(marker)["model_digest"] == outcome.lineage.model_digest:
-        return outcome, attempt
+    saved, marker = storage.read_json(uri, _Recorded), storage.join(folder, "done.json")
+    if storage.exists(marker) and storage.read_json(marker, StageMarker)["model_digest"] == saved.lineage.model_digest:
+        return saved, saved.attempt
     if stage in parts_elsewhere(out):
         raise InputError(f"{folder}: {out} reuses it, and it is gone or was trained again: bring it back")
     return None
@@ -257,11 +261,11 @@ def _refuse_links_out(folder: str, sent: Iterable[str]) -> None:
 
 def _attempt(folder: str) -> str | None:
     uri = storage.join(checkpoint_folder(folder), ATTEMPT_NAME)
-    return str(storage.read_json(uri)["attempt"]) if storage.exists(uri) else None
+    return str(storage.read_value(uri, "attempt", str)) if storage.exists(uri) else None
 
 
 def _named(uri: str, key: str) -> str:
     """A name that lasts: made once, then read."""
     if not storage.exists(uri):
         storage.write_json(uri, {key: uuid.uuid4().hex})
-    return str(storage.read_json(uri)[key])
+    return str(storage.read_value(uri, key, str))

@@ -8,6 +8,7 @@ from threestage.data import storage
 from threestage.errors import InputError
 from threestage.inference import Protocol
 from threestage.models.export import BEST_MODEL
+from threestage.run_files import Results, Scores
 
 
 class Measured(NamedTuple):
@@ -42,16 +43,16 @@ def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
 
     Raises InputError where a seed, or a model under one protocol, is there twice.
     """
-    figures = [figure for uri in runs for figure in figures_of_run(_json(uri, "results.json"))]
-    figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json"))]
+    figures = [figure for uri in runs for figure in figures_of_run(_json(uri, "results.json", Results))]
+    figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json", Scores))]
     return markdown(rows_over_seeds(figures))
 
 
-def _json(folder: str, name: str) -> Any:
+def _json(folder: str, name: str, shape: type) -> Any:
     uri = storage.join(storage.absolute(folder), name)
     if not storage.exists(uri):
         raise InputError(f"{uri} is not there: give the --out of a finished run, or of an evaluation")
-    return storage.read_json(uri)
+    return storage.read_json(uri, shape)
 
 
 def figures_of_run(results: Mapping[str, Any]) -> list[Figure]:

@@ -46,8 +46,18 @@ from threestage.lineage import AT_SIZE, DataSet, Images, Lineage, PseudoMaskSet,
 from threestage.models.export import HALFWAY_MODEL
 from threestage.models.network import doubtful_normalisation
 from threestage.preflight import check_pool, check_run
-from threestage.pseudo_masks import FileReport, PoolTask, Statistics, check_guard, gather, set_digest, vanished_classes
+from threestage.pseudo_masks import (
+    FileReport,
+    PoolTask,
+    SetMarker,
+    Statistics,
+    check_guard,
+    gather,
+    set_digest,
+    vanished_classes,
+)
 from threestage.reused import REUSED, part, parts_elsewhere, shared_parts
+from threestage.run_files import StageInputs, StageMarker, StageResult
 from threestage.settings import Settings
 from threestage.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
@@ -234,7 +244,7 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
 
 def _digest_of(marker: str) -> str | None:
     """Of the finished set of pseudo-masks that a marker stands for."""
-    return str(storage.read_json(marker)["digest"]) if storage.exists(marker) else None
+    return str(storage.read_value(marker, "digest", str)) if storage.exists(marker) else None
 
 
 def _begun(folder: str) -> bool:
@@ -338,13 +348,13 @@ class _Run:
                 )
             )
             self._refuse_too_many(stage)
-            result = storage.read_json(storage.join(folder, "result.json"))
+            result = storage.read_json(storage.join(folder, "result.json"), StageResult)
             self._warn_of_thresholds(stage, result["history"])
             marker = {"format": 1, "finished": time.time(), "model_digest": result["model_digest"], **inputs}
             marker["data"] = self._data_set().model_dump(mode="json")
             storage.write_json(storage.join(folder, "done.json"), marker)
-        return {"marker": storage.read_json(storage.join(folder, "done.json"))} | dict(
-            storage.read_json(storage.join(folder, "result.json"))
+        return {"marker": storage.read_json(storage.join(folder, "done.json"), StageMarker)} | dict(
+            storage.read_json(storage.join(folder, "result.json"), StageResult)
         )
 
     def _pool_list(self) -> str:
@@ -384,7 +394,7 @@ class _Run:
         if not _begun(folder):
             storage.write_json(uri, inputs)  # nothing was trained with what an earlier try wrote down
             return
-        saved = storage.read_json(uri)
+        saved = storage.read_json(uri, StageInputs)
         now = json.loads(json.dumps(inputs))
         _refuse_difference(self.out, f"{stage}/inputs.json", saved["keys"], now["keys"])
         for key, what in (
@@ -438,7 +448,7 @@ class _Run:
             statistics = gather(task, files, watched, self.config.data.max_bad_fraction)
             self._guard(stage, statistics)
             storage.write_json(marker, {"digest": digest, "statistics": statistics.model_dump(mode="json")})
-        statistics = Statistics.model_validate(storage.read_json(marker)["statistics"])
+        statistics = storage.read_json(marker, SetMarker)["statistics"]
         return PseudoMaskSet(
             uri=folder,
             digest=digest,
@@ -464,7 +474,10 @@ class _Run:
     def _refuse_new_targets(self, following: str, digest: str) -> None:
         """A stage that has trained with other pseudo-masks keeps them: they are not predicted over."""
         folder = self.folder(following)
-        if _begun(folder) and storage.read_json(storage.join(folder, "inputs.json"))["pseudo_masks"] != digest:
+        if (
+            _begun(folder)
+            and storage.read_value(storage.join(folder, "inputs.json"), "pseudo_masks", str | None) != digest
+        ):
             raise _other_inputs(folder, "pseudo-masks")
 
     def _watched(self, what: str, reports: Generator[FileReport], total: int) -> Iterator[FileReport]:
@@ -516,7 +529,7 @@ class _Run:
     ) -> Lineage:
         """What the stage was trained with: data set and code are those of its marker, which may be older than this run."""
         split, settings, marker = self.split, self.config.for_stage(stage), done["marker"]
-        data = DataSet.model_validate(marker["data"]) if "data" in marker else self._data_set()
+        data = marker["data"] if "data" in marker else self._data_set()
         validation = f"{data.name} {'val' if split.validation_split == 'val' else 'carved from train'}"
         if self.config.data.downscale > 1:  # another size gives other figures
             validation += f"{AT_SIZE}{self.config.data.downscale} size"

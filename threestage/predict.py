@@ -7,6 +7,7 @@ OUTPUT/masks/, parts/ …  see threestage.prediction_output
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,7 @@ def predict_input(
     card = ModelCard.model_validate_json(model[CARD])
     check_protocol(settings.protocol, card.network)
     kind = kind_of(source, settings.input_format)
-    if kind != "data set" and f"{out}/".startswith(f"{source}/"):
+    if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):
         raise InputError(f"{out}: it lies inside the input {source} and would become a part of it; give another folder")
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
@@ -178,6 +179,11 @@ def predict_input(
     return _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
 
 
+def _place(uri: str) -> str:
+    """Where a folder really lies, behind links."""
+    return uri if storage.is_s3(uri) else os.path.realpath(uri)
+
+
 def _digest(model: ModelFiles) -> str:
     """Of weights and card."""
     parts = b"".join(hashlib.sha256(model[name]).digest() for name in (WEIGHTS, CARD))
@@ -197,7 +203,7 @@ def _check_record(out: str, record: dict[str, Any]) -> None:
     uri = storage.join(out, RECORD_NAME)
     if not storage.exists(uri):
         return
-    before = storage.read_json(uri)
+    before = storage.read_json(uri, dict[str, Any])
     for key, value in record.items():
         if key != WORDS_KEY and before.get(key) != value:
             shown = WORDS_KEY if key == "protocol" else key

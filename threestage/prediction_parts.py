@@ -172,25 +172,29 @@ def _below(source: str, uri: str) -> str:
 # Parquet files of others
 
 
-def _parquet_files(source: str) -> list[str]:
-    """URIs; names that begin with _ or . are left out, as Parquet's readers do."""
+def _parquet_files(source: str) -> list[tuple[str, str | None]]:
+    """URIs, and why a file cannot be read, where that is known; names that begin with _ or . are left out, as Parquet's
+    readers do."""
     if source.endswith(PARQUET_SUFFIX) and storage.is_file(source):
-        return [storage.absolute(source)]
+        return [(storage.absolute(source), None)]
     below = len(storage.absolute(source))
-    found = (uri for uri in _files_below(source) if uri.endswith(PARQUET_SUFFIX))
-    return [uri for uri in found if not any(name.startswith(("_", ".")) for name in uri[below:].split("/"))]
+    found = [file for file in _files_below(source) if file[0].endswith(PARQUET_SUFFIX)]
+    return [file for file in found if not any(name.startswith(("_", ".")) for name in file[0][below:].split("/"))]
 
 
-def _files_below(source: str) -> list[str]:
+def _files_below(source: str) -> list[tuple[str, str | None]]:
     if storage.is_s3(source):
-        return storage.list_files(source)
+        return [(uri, None) for uri in storage.list_files(source)]
     folder = storage.absolute(source)
     entries = filter(None, (folders.entry(folder, path) for path in folders.walk(folder)))
-    return [storage.join(folder, entry.path) for entry in entries if entry.size != folders.NOT_INSIDE]
+    return [(storage.join(folder, entry.path), folders.WHY_NOT.get(entry.size)) for entry in entries]
 
 
-def _parts_of(rows_per_part: int, uri: str) -> list[Part]:
+def _parts_of(rows_per_part: int, file: tuple[str, str | None]) -> list[Part]:
     """A file's row groups in runs of about `rows_per_part` rows; more where one group has more."""
+    uri, problem = file
+    if problem is not None:
+        return [Part(uri=uri, rows=1, digest=_digest(f"{uri}/{problem}"), problem=problem)]
     files, path = storage.filesystem(uri)
     info = files.get_file_info(path)
     content = f"{uri}/{info.size}/{info.mtime_ns}"

@@ -9,12 +9,13 @@ Confidences are stored, so a threshold is applied when they are read and a new o
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Field, with_config
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
@@ -253,6 +254,20 @@ class PoolTask(Settings):
         parts += [] if self.halfway_model is None else ["agreement"]
         parts += [] if self.precision == "auto" else ["precision", self.precision]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def _of_a_set(statistics: Statistics) -> Statistics:
+    if len(statistics.above) != len(CONFIDENCE_SHARES) or not statistics.class_pixels:
+        raise ValueError("counts of pixels are missing")
+    return statistics
+
+
+@with_config(ConfigDict(extra="allow"))
+class SetMarker(TypedDict):
+    """done.json of a set of pseudo-masks."""
+
+    digest: str
+    statistics: Annotated[Statistics, AfterValidator(_of_a_set)]
 
 
 class FileReport(Settings):

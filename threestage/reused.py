@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from threestage.config import Config, stage_keys
 from threestage.data import storage
 from threestage.errors import InputError
+from threestage.pseudo_masks import SetMarker
+from threestage.run_files import StageInputs
 
 REUSED = "reused.json"
 
 
 def parts_elsewhere(out: str) -> dict[str, str]:
     uri = storage.join(out, REUSED)
-    return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+    return dict(storage.read_json(uri, dict[str, str])) if storage.exists(uri) else {}
 
 
 def part(out: str, name: str) -> str:
@@ -41,7 +43,7 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
         if not storage.exists(storage.join(folder, "done.json")):
             difference: str | None = f"{stage} is not finished there"
         else:
-            saved = storage.read_json(storage.join(folder, "inputs.json"))
+            saved = storage.read_json(storage.join(folder, "inputs.json"), StageInputs)
             wanted = {**digests, "pseudo_masks": pseudo_masks}
             difference = _difference(saved, wanted, stage_keys(config, stage))
         if difference is not None:
@@ -49,9 +51,9 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
         parts[stage] = folder
         if not storage.exists(storage.join(masks, "done.json")):
             break
-        done = storage.read_json(storage.join(masks, "done.json"))
+        done = storage.read_json(storage.join(masks, "done.json"), SetMarker)
         pool = {"pool.parquet": storage.join(other, "pool.parquet")}
-        if config.choosing_after(stage) and not done["statistics"].get("agreement"):
+        if config.choosing_after(stage) and not done["statistics"].agreement:
             break
         parts[f"pseudo_masks{number}"] = masks
         pseudo_masks = done["digest"]
@@ -60,10 +62,9 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
     return parts | pool | {"split.json": storage.join(other, "split.json")}
 
 
-def _difference(saved: Mapping[str, object], wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:
+def _difference(saved: StageInputs, wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:
     before = saved["keys"]
-    assert isinstance(before, dict)
     for key in sorted({*before, *keys}):
         if before.get(key) != keys.get(key):
             return f"it was made with {key}={before.get(key)!r}, this run has {keys.get(key)!r}"
-    return next((f"its {name} differ" for name, digest in wanted.items() if saved[name] != digest), None)
+    return next((f"its {name} differ" for name, digest in wanted.items() if saved.get(name) != digest), None)

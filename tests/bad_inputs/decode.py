@@ -1,5 +1,6 @@
 """Images and masks that would be read as what they are not, or cost far more than their pixels."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from tests.bad_inputs import BadInput, threestage
 from tests.images import chunk, encoded, exif_of_fractions, fractions, jpeg_of_scans, opaque_and_clear, png, tiff
 from threestage.data.headers import BadImage
-from threestage.data.records import decode_image, decode_mask, labelled_rows, load_manifest
+from threestage.data.records import EXIF_ORIENTATION, decode_image, decode_mask, labelled_rows, load_manifest
 from threestage.data.rejects import read_rejects
 
 GREY, RGB = 1, 2
@@ -77,6 +78,21 @@ def swapped_palette() -> bytes:
     return encoded(found)
 
 
+def upside_down() -> bytes:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 3
+    return encoded(Image.fromarray(np.ascontiguousarray(IDS[::-1, ::-1])), exif=exif)
+
+
+def black_and_white_bmp(bits: int) -> bytes:
+    """Ids 0 and 1 as indices of two colours."""
+    rows = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:]).tobytes() for row in IDS[::-1]]
+    content = b"".join(row + bytes(-len(row) % 4) for row in rows)
+    height, width = IDS.shape
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 0, len(content), 0, 0, 2, 0)
+    return b"BM" + struct.pack("<IHHI", 62 + len(content), 0, 0, 62) + header + bytes(4) + b"\xff\xff\xff\0" + content
+
+
 def four_bits() -> bytes:
     packed = bytes(int(first) << 4 | int(second) for first, second in IDS.reshape(-1, 2))
     return tiff(IDS[..., None], GREY, bits=4, rows=packed)
@@ -127,6 +143,10 @@ MASKS = [
     ("mask: palette in another order than the ids",
      "left out: has the colour [200, 0, 0] (thing) in its palette for id 0 (ground in class map classes.yaml)",
      mask(swapped_palette, ".png")),
+    ("mask: BMP of 8 bits with a palette of black and white",
+     "left out: is a BMP of 8 bits whose palette holds greys only, which is misread",
+     mask(lambda: black_and_white_bmp(8), ".bmp")),
+    ("mask: PNG that its EXIF turns upside down", READ, mask(upside_down, ".png")),
     ("mask: palette in any order, with a class map of colours", READ,
      mask(swapped_palette, ".png", ONLY_COLOURS)),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from threestage.config import load
 from threestage.data import listing, pool, storage
 from threestage.data.check import BadFile, check_image
 from threestage.data.classes import load_class_map
-from threestage.data.folders import NOT_INSIDE, walk
+from threestage.data.folders import NOT_INSIDE, WHY_NOT, walk
 from threestage.data.formats import IngestSettings, discover
 from threestage.data.headers import BadImage
 from threestage.data.ingest import ingest
@@ -242,7 +242,8 @@ def test_tables_that_are_links_out_are_not_read(source: Path, tmp_path: Path) ->
     table(tmp_path / "private", image=[b"x"])
     table(source, image=[b"x"])
     (source / "b.parquet").symlink_to("../private/a.parquet")
-    assert {Path(part.uri).name for part in plan(str(source), "parquet", "", 10, map)} == {"a.parquet"}
+    problems = {Path(part.uri).name: part.problem for part in plan(str(source), "parquet", "", 10, map)}
+    assert problems.pop("b.parquet") == WHY_NOT[NOT_INSIDE] and problems == {"a.parquet": None}
 
 
 def test_a_key_that_leads_out_is_not_asked_for(bucket: str, tmp_path: Path) -> None:

@@ -179,6 +179,11 @@ def test_both_layouts_of_camvid(tmp_path: Path, images: str, masks: str) -> None
     discover(str(tmp_path), IngestSettings(format="camvid"), notes)
     (note,) = notes
     assert "1 images have no mask and are unlabelled" in note and images.format("train", 4) in note
+    lonely, unread = masks.format("train", 5), masks.format("train", 4)[:-4] + ".gif"
+    touch(tmp_path, lonely, unread)
+    discover(str(tmp_path), IngestSettings(format="camvid"), notes)
+    assert any("1 masks have no image" in note and lonely in note for note in notes)
+    assert "is not read: save it as PNG" in str(found(tmp_path, "camvid")[images.format("train", 4)[:-4]][2])
 
 
 def voc(root: Path) -> None:
@@ -198,6 +203,14 @@ def test_voc(tmp_path: Path) -> None:
         "JPEGImages/t2": ("SegmentationClass/t2.png", "train", None),
         "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
     }
+
+
+def test_the_lists_of_voc_name_images_with_spaces_and_dots(tmp_path: Path) -> None:
+    names = ("a b", "c.v2", "d")
+    touch(tmp_path, *(f"JPEGImages/{name}.jpg" for name in names), *(f"SegmentationClass/{name}.png" for name in names))
+    touch(tmp_path, "ImageSets/Segmentation/train.txt", text="a b\nc.v2\n")
+    touch(tmp_path, "ImageSets/Segmentation/val.txt", text="d 1\n")
+    assert {mask for mask, *_ in found(tmp_path, "voc").values()} == {f"SegmentationClass/{name}.png" for name in names}
 
 
 def test_augmented_voc_keeps_val_apart_and_names_what_is_absent(tmp_path: Path) -> None:
@@ -256,6 +269,9 @@ def test_cityscapes(tmp_path: Path) -> None:
     notes: list[str] = []
     discover(str(tmp_path), IngestSettings(format="cityscapes"), notes)
     assert notes == []
+    touch(tmp_path, "gtFine/val/lindau/lindau_2_gtFine_labelIds.png")
+    discover(str(tmp_path), IngestSettings(format="cityscapes"), notes)
+    assert len(notes) == 1 and "1 masks have no image" in notes[0] and "lindau_2" in notes[0]
     assert found(tmp_path, "cityscapes") == {
         "leftImg8bit/test/berlin/berlin_1_leftImg8bit": (None, "test", None),
         "leftImg8bit/train/ulm/ulm_1_leftImg8bit": ("gtFine/train/ulm/ulm_1_gtFine_labelIds.png", "train", None),

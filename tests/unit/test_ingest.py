@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from threestage.data import storage
+from threestage.data.folders import NOT_UTF8, WHY_NOT
 from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder, ingest
 from threestage.data.known import _bits, build_index, look_up
 from threestage.data.listing import Each, list_images
@@ -366,7 +367,8 @@ def test_too_many_bad_files_fail_and_change_nothing(source: Path) -> None:
 def test_another_image_under_a_known_id_and_another_split_are_refused(source: Path) -> None:
     run(source)
     draw(source, "07", 99)
-    assert "another image under the id 07" in run(source, max_bad_fraction=0.1).rejected[0].reason
+    (reject,) = run(source, max_bad_fraction=0.1).rejected
+    assert "another image under the id 07 (split train)" in reject.reason and "--format camvid" in reject.reason
     with pytest.raises(InputError, match="has it in split train, and here it is in val"):
         run(source, split="val")
 
@@ -655,6 +657,48 @@ def test_of_two_ingests_at_once_one_says_run_again_and_nothing_is_lost(
     assert sorted(rows_of(Path(root))) == sorted(["left", "right", *first])
     for version in range(1, load_manifest(root).version + 1):
         assert load_manifest(root, version).version == version
+
+
+def test_of_two_ingests_at_once_each_keeps_its_list_of_bad_images(source: Path) -> None:
+    """The slower one, which is refused, neither overwrites nor deletes what the other has listed."""
+    (source / "images" / "05.png").write_bytes(b"")
+    for bad in (False, True):
+        other = source / f"other{bad}"
+        draw(other, "good", 60)
+        if bad:
+            (other / "images" / "bad.png").write_bytes(b"bad")
+
+        def overtaken(function: Any, items: Sequence[Any]) -> Any:
+            run(source, max_bad_fraction=0.2)
+            return few_at_once(function, items)
+
+        settings = IngestSettings(format="images", max_bad_fraction=0.9)
+        with pytest.raises(InputError, match="another ingest"):
+            ingest(f"{other}/images", f"{source}/ds", settings, each=overtaken)
+        assert [reject.image_id for reject in read_rejects(f"{source}/ds/rejected/v0001.parquet")] == ["05"]
+        shutil.rmtree(source / "ds")
+
+
+def test_a_name_that_is_not_utf8_costs_its_image_only(source: Path) -> None:
+    good = (source / "images" / "05.png").read_bytes()
+    (source / "images" / "caf\udce9.png").write_bytes(good)
+    (source / "images" / "d\udce9").mkdir()
+    (source / "images" / "d\udce9" / "a.png").write_bytes(good)
+    for settings in ({}, {"format": "images", "masks": None, "class_map": None}):
+        report = run(source, max_bad_fraction=0.2, **settings)
+        assert {reject.reason for reject in report.rejected} == {WHY_NOT[NOT_UTF8]}
+        assert [reject.image_id for reject in report.rejected] == [r"caf\xe9", r"d\xe9/a"]
+
+
+def test_masks_of_one_size_and_date_are_told_apart(source: Path) -> None:
+    """As BMP, and dated by a camera without a clock."""
+    for number, value in enumerate((1, 9), 1):
+        mask = np.zeros((6, 8), np.uint8)
+        mask[0, 0] = value
+        Image.fromarray(mask).save(source / "masks" / "06.bmp")
+        os.utime(source / "masks" / "06.bmp", ns=(1, 1))
+        assert run(source).manifest.version == number
+        assert masks_of(source / "ds")["06"][0, 0] == (255 if value == 9 else 1)
 
 
 def test_an_ingest_that_was_killed_before_it_kept_its_version(source: Path) -> None:

@@ -13,7 +13,7 @@ LAYERS = tuple(
     names.split()
     for names in (
         "threestage allocator background errors hosts lineage lineage_tree plain_text presets private_folder "
-        "redaction seeds settings terminal user_text yaml_text",
+        "redaction run_files seeds settings terminal user_text yaml_text",
         "augment",
         "data",
         "models",

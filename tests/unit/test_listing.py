@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.list_objects import Bucket, NumberedKeys, answer, serving
 from tests.s3 import variables
 from threestage.data import listing, pool, storage
-from threestage.data.folders import walk
+from threestage.data.folders import NOT_UTF8, walk
 from threestage.data.listing import KeyRange, ListedFile, cut_key_space, first_image, list_images, listed_files
 from threestage.errors import InputError
 
@@ -414,8 +414,10 @@ def test_local_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="in: no image below it"):
         list_images(f"{tmp_path}/in", f"{tmp_path}/out", 16)
     (tmp_path / "in" / "bad\udcff.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"in.*not UTF-8.*rename"):
-        list_images(f"{tmp_path}/in", f"{tmp_path}/out", 16)
+    (tmp_path / "in" / "good.png").write_bytes(b"")
+    (file,) = list_images(f"{tmp_path}/in", f"{tmp_path}/out", 16)
+    listed = storage.read_table(f"{tmp_path}/out/{file.path}").to_pydict()
+    assert dict(zip(listed["image_id"], listed["bytes"], strict=True)) == {r"bad\xff": NOT_UTF8, "good": 0}
 
 
 # Requests

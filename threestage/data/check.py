@@ -26,6 +26,7 @@ from threestage.data.records import (
     open_picture,
     refuse_numbers,
     upright,
+    upright_size,
 )
 
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -67,7 +68,7 @@ def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) ->
     with _decoding(data, _refuse_mask_layout, f"mask {name} "):
         image, layout = open_image(data), read_layout(data)
         _refuse_mask(image, layout, size)
-        values = _source_values(image, layout, lookup)
+        values = _source_values(upright(image), layout, lookup)
         result = lookup(values)
         if isinstance(result, Unknown):
             raise BadImage(
@@ -124,8 +125,9 @@ def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> N
         raise BadImage(f"is a {kind}, which may change ids: save it as PNG")
     if has_frames(image, layout):
         raise BadImage(MASK_FRAMES)
-    if (image.height, image.width) != size:
-        raise BadImage(f"is {image.width}x{image.height} but its image, upright, is {size[1]}x{size[0]} pixels")
+    height, width = upright_size(image)
+    if (height, width) != size:
+        raise BadImage(f"is {width}x{height} but its image, upright, is {size[1]}x{size[0]} pixels")
     opaque = image.mode in ("LA", "RGBA") and is_opaque(image)
     _refuse_mask_bands(max(layout.bands, len(image.getbands())), layout.colour_bands + opaque)
 

@@ -7,34 +7,46 @@ from typing import NamedTuple
 
 from threestage.errors import InputError
 
-NOT_INSIDE = -1
-"""In place of a file's bytes: it is a link that leads out of the folder, or no plain file. It must not be opened."""
-WHY_NOT_INSIDE = "is a link that leads out of its folder, or no plain file: copy the image there"
+NOT_INSIDE, NOT_UTF8 = -1, -2
+WHY_NOT = {
+    NOT_INSIDE: "is a link that leads out of its folder, or no plain file: copy the image there",
+    NOT_UTF8: "its name, or that of its folder, is not UTF-8: rename it",
+}
+"""In place of a file's bytes: why it must not be opened, or cannot be."""
 
 
 class Entry(NamedTuple):
-    """A file: its path below the folder, its bytes or NOT_INSIDE, the time of its last change in ns."""
+    """A file: its path below the folder; its bytes, or a key of WHY_NOT; the times in ns of its last change, as its owner has
+    set it, and as the file system has noted it."""
 
     path: str
     size: int
     changed_ns: int
+    noted_ns: int = 0
 
 
 def walk(folder: str) -> Iterator[str]:
     """Paths of the files below a folder, in the order that S3 would give; hidden folders are left out, and links to folders
-    inside, whose files have paths of their own. InputError for a link to a folder outside, and a name that is not UTF-8."""
+    inside, whose files have paths of their own. InputError for a link to a folder outside."""
     yield from _walk(folder, os.path.realpath(folder), "")
 
 
 def entry(folder: str, path: str) -> Entry | None:
     """A file that `walk` has given; None when it went away, or is a link to nothing."""
+    if path != readable(path):
+        return Entry(readable(path), NOT_UTF8, 0)
     whole = os.path.join(folder, path)
     try:
         found = os.stat(whole)
     except FileNotFoundError:
         return None
     plain = stat.S_ISREG(found.st_mode) and (not os.path.islink(whole) or _inside(whole, os.path.realpath(folder)))
-    return Entry(path, found.st_size if plain else NOT_INSIDE, found.st_mtime_ns)
+    return Entry(path, found.st_size if plain else NOT_INSIDE, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def readable(path: str) -> str:
+    """A path as text: bytes that are not UTF-8 as escapes."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def refuse_link_out(folder: str, path: str) -> None:
@@ -58,12 +70,7 @@ def _walk(folder: str, root: str, below: str) -> Iterator[str]:
 def _names(folder: str, root: str) -> list[str]:
     """Sorted names in a folder, those of folders with a slash."""
     with os.scandir(folder) as entries:
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in entries if not _is_link_to_folder(entry, root))
-    try:
-        "".join(names).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{folder}: the name of a file is not UTF-8 ({error}); rename it") from None
-    return names
+        return sorted(entry.name + "/" * entry.is_dir() for entry in entries if not _is_link_to_folder(entry, root))
 
 
 def _is_link_to_folder(entry: os.DirEntry[str], root: str) -> bool:

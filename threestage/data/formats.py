@@ -49,8 +49,8 @@ LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
 SHOWN = 3
 MOST_SUFFIXES = 8
 
-Stamps = dict[str, tuple[int, int]]
-"""URI → bytes, time of the last change in ns."""
+Stamps = dict[str, tuple[int, ...]]
+"""URI → bytes, times of the last change in ns."""
 
 
 class IngestSettings(Settings):
@@ -119,9 +119,9 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
     readers: dict[str, Callable[[str, Paths, IngestSettings], list[SourceItem]]] = {
         "folders": partial(_folders, stamps, notes),
         "images": _images,
-        "camvid": _camvid,
+        "camvid": partial(_camvid, notes),
         "voc": partial(_voc, stamps),
-        "cityscapes": _cityscapes,
+        "cityscapes": partial(_cityscapes, notes),
     }
     paths = _listing(source, "images", stamps)
     items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
@@ -170,7 +170,7 @@ def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
         raise missing(folder, expected)
     whole = storage.absolute(folder)
     shown = Paths({entry.path: storage.join(whole, entry.path) for entry in entries if not _hidden(entry.path)})
-    stamps.update((shown[entry.path], (entry.size, entry.changed_ns)) for entry in entries if entry.path in shown)
+    stamps.update((shown[entry.path], entry[1:]) for entry in entries if entry.path in shown)
     return shown
 
 
@@ -199,8 +199,8 @@ def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
     both = [stamps.get(uri) for uri in (item.image_uri, item.mask_uri) if uri is not None]
     mask_size = stamps.get(item.mask_uri or "", (0, 0))[0]
     problem = item.problem
-    if mask_size == folders.NOT_INSIDE:
-        problem = f"its mask {folders.WHY_NOT_INSIDE}"
+    if mask_size in folders.WHY_NOT:
+        problem = f"its mask {folders.WHY_NOT[mask_size]}"
     elif mask_size > MAX_IMAGE_BYTES:
         problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES}"
     return replace(item, size=size, stamp=repr(both), problem=problem)
@@ -302,15 +302,17 @@ def _no_pair(source: str, items: list[SourceItem], masks: Paths, settings: Inges
     )
 
 
-def _camvid(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+def _camvid(notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     layouts = [("{}/images/", "{}/masks/"), ("{}/", "{}annot/")]
     for image_folder, mask_folder in layouts:
+        orphans: list[str] = []
         items = [
             item
             for split in SPLITS
-            for item in _paired(paths, image_folder.format(split), mask_folder.format(split), split)
+            for item in _paired(paths, image_folder.format(split), mask_folder.format(split), split, orphans)
         ]
         if any(item.mask_uri for item in items):
+            notes += _without_image(source, orphans)
             return items
     raise InputError(
         f"{source}: no CamVid there; train/images and train/masks, or train and trainannot, are expected "
@@ -318,11 +320,26 @@ def _camvid(source: str, paths: Paths, settings: IngestSettings) -> list[SourceI
     )
 
 
-def _paired(paths: Paths, image_folder: str, mask_folder: str, split: SplitName) -> Iterator[SourceItem]:
-    for path, stem in _with_suffix(paths, IMAGE_SUFFIXES):
-        if path.startswith(image_folder):
-            mask = paths.find(f"{mask_folder}{stem.removeprefix(image_folder)}.png")
-            yield SourceItem(stem, paths[path], mask, split)
+def _paired(
+    paths: Paths, image_folder: str, mask_folder: str, split: SplitName, orphans: list[str]
+) -> Iterator[SourceItem]:
+    """The images of one folder, with the masks of their names in another; adds the URIs of masks of no image."""
+    images, masks = (
+        {path.removeprefix(folder): uri for path, uri in paths.items() if path.startswith(folder)}
+        for folder in (image_folder, mask_folder)
+    )
+    items = list(_with_suffix(Paths(images), IMAGE_SUFFIXES))
+    pairs = pair(dict.fromkeys(stem for _, stem in items), masks, "")
+    orphans += [masks[path] for path in pairs.orphans]
+    for path, stem in items:
+        mask = masks.get(pairs.masks.get(stem, ""))
+        yield SourceItem(image_folder + stem, images[path], mask, split, pairs.problems.get(stem))
+
+
+def _without_image(source: str, masks: list[str]) -> list[str]:
+    """A note about masks that are no image's; nothing without such masks."""
+    named = ", ".join(masks[:SHOWN]) + ", …" * (len(masks) > SHOWN)
+    return [f"{source}: {len(masks)} masks have no image and are not read: {named}"] if masks else []
 
 
 def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
@@ -360,17 +377,23 @@ def _voc_list(stamps: Stamps, paths: Paths, images: Paths, *names: str) -> froze
     """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
     places = ("ImageSets/Segmentation", "ImageSets/SegmentationAug")
     uri = _first(paths, [f"{place}/{name}.txt" for name in names for place in places])
-    if uri and stamps[uri][0] == folders.NOT_INSIDE:
-        raise InputError(f"{uri}: is a link that leads out of its folder, or no plain file; copy the list there")
-    listed = (PurePosixPath(line.split()[0]).stem for line in (storage.read_lines(uri) if uri else ()))
-    return frozenset(images.find(name) or name for name in listed)
+    if uri and stamps[uri][0] in folders.WHY_NOT:
+        raise InputError(f"{uri}: {folders.WHY_NOT[stamps[uri][0]]}")
+    return frozenset(_voc_name(line, images) for line in (storage.read_lines(uri) if uri else ()))
+
+
+def _voc_name(line: str, images: Paths) -> str:
+    """The image that a line names; where there is none, the name of it."""
+    paths = [PurePosixPath(text) for text in (line, line.split()[0])]
+    names = [name for path in paths for name in (path.name, path.stem)]
+    return next(filter(None, map(images.find, names)), paths[-1].stem)
 
 
 def _first(paths: Paths, candidates: Iterable[str]) -> str | None:
     return next(filter(None, map(paths.find, candidates)), None)
 
 
-def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+def _cityscapes(notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     splits: list[tuple[str, SplitName]] = [*((split, split) for split in SPLITS), ("train_extra", "train")]
     items = list(chain.from_iterable(_cityscapes_folder(paths, folder, split) for folder, split in splits))
     if not items:
@@ -384,6 +407,9 @@ def _cityscapes(source: str, paths: Paths, settings: IngestSettings) -> list[Sou
             f"{source}: none of the {len(with_masks)} images of leftImg8bit/train and val has a mask; "
             "gtFine/train/<city>/*_gtFine_labelIds.png are expected (from gtFine_trainvaltest.zip; labelTrainIds are not read)"
         )
+    used, ours = {item.mask_uri for item in items}, ("gtFine/train/", "gtFine/val/")
+    masks = [uri for path, uri in paths.items() if path.startswith(ours) and path.endswith("_gtFine_labelIds.png")]
+    notes += _without_image(source, [uri for uri in masks if uri not in used])
     return items
 
 

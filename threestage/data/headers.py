@@ -18,6 +18,8 @@ RATIONAL_WEIGHT = 8  # a fraction takes as long as so many whole numbers
 MAX_EXIF_BYTES = 2**20
 MAX_RUN_LENGTH_BYTES = 8 * 2**20  # of a BMP in run-length encoding, which Pillow decodes in Python
 
+OS2_HEADER_BYTES = 12  # of a BMP
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 RAW_EXIF = b"Raw profile type exif"  # the key of a text in which ImageMagick keeps EXIF
@@ -70,8 +72,8 @@ def read_layout(data: bytes) -> Layout:
         return _tiff(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         _check_webp(data)
-    elif data.startswith(b"BM") and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and len(data) > MAX_RUN_LENGTH_BYTES:
-        raise BadImage(f"is a run-length encoded BMP of more than {MAX_RUN_LENGTH_BYTES} bytes: save it as PNG")
+    elif data.startswith(b"BM"):
+        return _bmp(data)
     return Layout()
 
 
@@ -83,6 +85,13 @@ def _check_exif(size: int) -> None:
 def _check_parts(count: int, most: int = MAX_PARTS) -> None:
     if count > most:
         raise BadImage("has too many segments: save it again")
+
+
+def _bmp(data: bytes) -> Layout:
+    if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and len(data) > MAX_RUN_LENGTH_BYTES:
+        raise BadImage(f"is a run-length encoded BMP of more than {MAX_RUN_LENGTH_BYTES} bytes: save it as PNG")
+    bits = _number(data, 24 if _number(data, 14, "<I") == OS2_HEADER_BYTES else 28, "<H")
+    return Layout(bits=bits, bands=1, colour_bands=1) if bits <= 8 else Layout()
 
 
 # PNG and WebP

@@ -100,18 +100,22 @@ def ingest(
         rejects.add(report.rejected)
         if progress:
             progress(added.checked, plan.images)
-    listed = storage.join(root, "rejected", f"v{current.version + 1 if current else 1:04d}.parquet")
-    if rejects.count:
-        rejects.write(listed)
-    else:
-        storage.delete(listed, root)
-    if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, listed):
-        forget(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
-        raise InputError(f"{source}: {complaint}")
-    warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
-    warnings += check_copies(root, index, current.files if current else (), added.files)
-    manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
-    if manifest is not current:
+    made: Manifest | None = None
+    try:
+        if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root)):
+            forget(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
+            raise InputError(f"{source}: {complaint}")
+        warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
+        warnings += check_copies(root, index, current.files if current else (), added.files)
+        manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
+        made = None if manifest is current else manifest
+    finally:
+        listed = _rejects_uri(root, made)
+        if rejects.count:
+            rejects.write(listed)
+        else:
+            storage.delete(listed, root)
+    if made is not None:
         storage.delete(storage.join(root, "index"), root)
     return IngestReport(
         manifest=manifest,
@@ -123,6 +127,14 @@ def ingest(
         rejects_uri=listed if rejects.count else None,
         warnings=tuple(warnings),
     )
+
+
+def _rejects_uri(root: str, made: Manifest | None = None) -> str:
+    """Where the images are listed that were refused when a version was made, or, without one, when the next was tried: that of
+    another ingest, which has published meanwhile, keeps its list."""
+    uri = storage.join(root, MANIFEST_NAME)
+    there = load_manifest(root).version if made is None and storage.exists(uri) else 0
+    return storage.join(root, "rejected", f"v{there + 1 if made is None else made.version:04d}.parquet")
 
 
 def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:

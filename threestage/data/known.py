@@ -13,9 +13,11 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from threestage.data import storage
 from threestage.data.formats import SPLITS
@@ -95,7 +97,7 @@ def _sorted_entries(root: str, manifest: Manifest) -> Entries:
             entries[end - file.rows : end] = rows
     entries = entries[np.argsort(entries["key"], kind="stable")]
     last = np.append(entries["key"][1:] != entries["key"][:-1], True)
-    return entries[last]
+    return entries[last[: len(entries)]]
 
 
 def entries_of(root: str, file: DataFile) -> Entries:
@@ -133,7 +135,7 @@ def _part_uri(folder: str, number: int) -> str:
 
 @lru_cache(maxsize=4)
 def _bits(folder: str) -> int:
-    return int(storage.read_json(storage.join(folder, "index.json"))["bits"])
+    return int(storage.read_value(storage.join(folder, "index.json"), "bits", Annotated[int, Field(ge=0, le=48)]))
 
 
 @lru_cache(maxsize=64)
@@ -142,4 +144,11 @@ def _part(folder: str, number: int) -> Entries:
 
 
 def _loaded(folder: str, number: int) -> Entries:
-    return np.load(io.BytesIO(storage.read_bytes(_part_uri(folder, number))), allow_pickle=False)
+    uri = _part_uri(folder, number)
+    try:
+        part: Entries = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
+    except (ValueError, EOFError):
+        part = np.empty(0)
+    if part.dtype != ENTRY or part.ndim != 1:
+        raise InputError(f"{uri}: is damaged; delete {folder}, which is made again", "data/damaged-file")
+    return part

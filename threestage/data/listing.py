@@ -63,8 +63,8 @@ Keys = Callable[[str, str | None, int], Iterator[str]]
 """(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
 
 Found = tuple[str, int, int]
-"""A file: its key, or its path below the source; bytes, or NOT_INSIDE; its stamp: the time of its last change in ns, on S3 a
-hash of its ETag."""
+"""A file: its key, or its path below the source; bytes, or a key of folders.WHY_NOT; its stamp: the time of its last change in
+ns, on S3 a hash of its ETag."""
 
 Hashes = npt.NDArray[np.uint64]
 KNOWN = np.dtype([("uri", "<u8"), ("bytes", "<i8"), ("stamp", "<i8"), ("row", "<i8")])
@@ -153,7 +153,7 @@ def list_images(source: str, destination: str, rows_per_file: int, each: Each = 
 
 def listed_files(destination: str) -> list[ListedFile]:
     """The shards of a finished listing, sorted by path. Raises FileNotFoundError when it is not finished."""
-    return [ListedFile(**row) for row in storage.read_table(_files_uri(destination)).to_pylist()]
+    return storage.read_models(_files_uri(destination), ListedFile)
 
 
 def first_image(source: str) -> str | None:
@@ -206,7 +206,7 @@ def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
         partition = Partition(source=source, rows_per_file=rows_per_file, ranges=_cut(source))
         storage.write_json(uri, partition.model_dump(mode="json"))
         return partition
-    partition = Partition.model_validate(storage.read_json(uri))
+    partition = storage.read_json(uri, Partition)
     if (partition.source, partition.rows_per_file) != (source, rows_per_file):
         raise InputError(
             f"{uri}: the listing there is of {partition.source} with rows_per_file {partition.rows_per_file}, not of "
@@ -240,11 +240,11 @@ def _files_uri(destination: str) -> str:
 
 
 def _files_of_range(uri: str) -> list[ListedFile]:
-    return [ListedFile(**file) for file in storage.read_json(uri)["files"]]
+    return list(storage.read_value(uri, "files", list[ListedFile]))
 
 
 def _others_of_range(uri: str) -> Counter[str]:
-    return Counter(storage.read_json(uri).get("passed_over", {}))
+    return Counter(storage.read_value(uri, "passed_over", dict[str, int] | None))
 
 
 def suffixes_passed_over(destination: str) -> Counter[str]:
@@ -404,7 +404,7 @@ def rows_digest(shard: pa.Table, before: int = 0) -> str:
 def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[Found]]:
     paths = folders.walk(folder)
     while page := list(islice(paths, PAGE)):
-        found = (folders.entry(folder, path) for path in page if _is_image(path, others))
+        found = (folders.entry(folder, path) for path in page if _is_image(folders.readable(path), others))
         yield [(entry.path, entry.size, entry.changed_ns) for entry in found if entry is not None]
 
 

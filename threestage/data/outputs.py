@@ -86,10 +86,7 @@ def _has_one(folder: str, marks: Mapping[str, str]) -> bool:
 
 def _object(uri: str) -> Iterable[str]:
     """The keys of a JSON object; none where there is no file, or another value."""
-    try:
-        found = storage.read_json(uri)
-    except FileNotFoundError:
-        return ()
+    found = storage.read_json(uri) if storage.is_file(uri) else None
     return found if isinstance(found, dict) else ()
 
 

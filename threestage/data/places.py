@@ -11,7 +11,7 @@ def holds_data_set(folder: str) -> bool:
 
     Raises InputError where a manifest cannot be read and there is no image.
     """
-    if not storage.exists(storage.join(folder, MANIFEST_NAME)):
+    if not storage.is_file(storage.join(folder, MANIFEST_NAME)):
         return False
     try:
         load_manifest(folder)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from threestage.data import parquet, storage
-from threestage.data.folders import NOT_INSIDE, WHY_NOT_INSIDE
+from threestage.data.folders import WHY_NOT
 from threestage.data.listing import listed_files
 from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
 from threestage.errors import InputError
@@ -98,7 +98,7 @@ def pool_source(uri: str) -> str | None:
 
 
 def load_pool(uri: str) -> list[PoolFile]:
-    return [PoolFile(**row) for row in storage.read_table(uri).to_pylist()]
+    return storage.read_models(uri, PoolFile)
 
 
 def read_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
@@ -207,8 +207,8 @@ def _fetch(row: dict[str, Any], replaced: bool) -> PoolRow:
     if replaced:
         return PoolRow(row["image_id"], row["image_uri"], image, replaced=True)
     try:
-        if row["bytes"] == NOT_INSIDE:
-            problem = WHY_NOT_INSIDE
+        if row["bytes"] in WHY_NOT:
+            problem = WHY_NOT[row["bytes"]]
         elif row["bytes"] > MAX_IMAGE_BYTES:
             problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES}"
         else:

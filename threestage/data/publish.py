@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from threestage.data import parquet, storage
 from threestage.data.classes import ClassMap
@@ -30,6 +31,8 @@ MAX_FILE_BYTES = 128 * 1024**2
 ROW_DIGESTS_KEY = b"threestage.row_digests"
 
 Kind = Literal["images", "labels"]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+"""128 bits of a SHA-256, in hexadecimal."""
 
 
 def digest_of(data: bytes) -> str:
@@ -186,9 +189,18 @@ class Writer:
 
 def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     """(image id, image digest, mask digest) of every row of a file; reads no image."""
-    table = parquet.read_file(storage.join(root, file.path), ["image_id"])
-    digests = storage.parse_json(table.schema.metadata[ROW_DIGESTS_KEY], storage.join(root, file.path))
-    ids = table.column("image_id").to_pylist()
+    uri = storage.join(root, file.path)
+    table = parquet.read_file(uri, ["image_id"])
+    written = storage.parse_json((table.schema.metadata or {}).get(ROW_DIGESTS_KEY, b""), uri)
+    ids, digests = (
+        table.column("image_id").to_pylist(),
+        storage.shaped(written, list[tuple[Digest, Digest | None]], uri),
+    )
+    if len(ids) != len(digests):
+        raise InputError(
+            f"{uri}: is damaged, it has {len(ids)} rows and {len(digests)} digests; ingest its images again",
+            "data/damaged-file",
+        )
     return [(image_id, image, mask) for image_id, (image, mask) in zip(ids, digests, strict=True)]
 
 

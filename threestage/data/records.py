@@ -12,14 +12,14 @@ import io
 import re
 import struct
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from threestage.data import parquet, storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
@@ -44,6 +44,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -57,6 +58,7 @@ DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+BMP_BITS = {"1": 1, "L": 8}  # by the mode that Pillow gives to a palette of greys
 PICTURE_MODES = ("L", "RGB", "1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr")
 
 SplitName = Literal["train", "val", "test"]
@@ -191,6 +193,18 @@ class Manifest(Settings):
     sizes: SizeStatistics
     digest: str
 
+    @field_validator("counts")
+    @classmethod
+    def _of_all_splits(cls, counts: dict[SplitName, SplitCounts]) -> dict[SplitName, SplitCounts]:
+        none: dict[SplitName, SplitCounts] = {"train": SplitCounts(), "val": SplitCounts(), "test": SplitCounts()}
+        return none | counts
+
+    @model_validator(mode="after")
+    def _a_colour_per_class(self) -> Self:
+        if len(self.colours) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes and {len(self.colours)} colours")
+        return self
+
 
 def load_manifest(root: str, version: int | None = None) -> Manifest:
     """The current manifest of a data set, or an earlier version of it.
@@ -293,7 +307,7 @@ def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     """
     layout = read_layout(data)
     refuse_numbers(layout)
-    image = _open(data, max_pixels)
+    image = _open(data, layout, max_pixels)
     if has_frames(image, layout):
         raise BadImage("holds more than one frame: give one file per image")
     if image.mode not in PICTURE_MODES:
@@ -338,6 +352,14 @@ def is_turned(image: Image.Image) -> bool:
     return image.getexif().get(EXIF_ORIENTATION) in TURNS
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image once it is turned as its EXIF says; decodes nothing."""
+    swaps = (
+        image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
+    )  # a TIFF's size is the turned one's
+    return (image.width, image.height) if swaps else (image.height, image.width)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The image, turned as its EXIF says. (PIL's own function writes the EXIF anew, and stops at an odd entry of it.)"""
     image.load()  # a TIFF is turned by that
@@ -362,15 +384,18 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> Bytes:
 def open_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """An image of FORMATS; nothing is decoded yet. Raises BadImage when its header, or that of a tile in it, announces more
     than `max_pixels`, or more than `read_layout` allows, and one of DECODER_ERRORS when it is no image."""
-    read_layout(data)
-    return _open(data, max_pixels)
+    return _open(data, read_layout(data), max_pixels)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, layout: Layout, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     for what, (width, height) in (("", image.size), ("a tile of ", _tile(image))):
         if width * height > max_pixels:
             raise BadImage(f"has {what}{width}x{height} pixels, more than {max_pixels}")
+    if image.format == "BMP" and layout.bits != BMP_BITS.get(image.mode, layout.bits):  # Pillow reads other bits of it
+        raise BadImage(
+            f"is a BMP of {layout.bits} bits whose palette holds greys only, which is misread: save it as PNG"
+        )
     return image
 
 

@@ -71,4 +71,4 @@ def _by_source(reject: Reject) -> tuple[str, str]:
 
 def read_rejects(uri: str) -> list[Reject]:
     """Raises FileNotFoundError when the file is absent."""
-    return [Reject(**row) for row in storage.read_table(uri).to_pylist()]
+    return storage.read_models(uri, Reject)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from threestage.data import storage
 from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup
-from threestage.data.folders import NOT_INSIDE, WHY_NOT_INSIDE
+from threestage.data.folders import WHY_NOT
 from threestage.data.formats import SourceItem, each_id_once
 from threestage.data.known import look_up
 from threestage.data.publish import Known, Row, ShardReport, Writer, digest_of, masks_digest
@@ -128,7 +128,7 @@ def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
 
     Reads the rejected images again, and no other.
     """
-    report = ShardReport.model_validate(storage.read_json(report_uri(job.root, shard.digest)))
+    report: ShardReport = storage.read_json(report_uri(job.root, shard.digest), ShardReport)
     if report.rejected:
         uris = {reject.source for reject in report.rejected}
         items = [item for item in _items(shard) if item.image_uri in uris]
@@ -200,8 +200,8 @@ def _check(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Chec
 def _checked(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Checked:
     if item.problem:
         raise BadFile(item.problem)
-    if item.size == NOT_INSIDE:
-        raise BadFile(WHY_NOT_INSIDE)
+    if item.size in WHY_NOT:
+        raise BadFile(WHY_NOT[item.size])
     if item.size > MAX_IMAGE_BYTES:
         raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}")
     data = _read(item.image_uri, "it", _Vanished)
@@ -247,6 +247,10 @@ def _read(uri: str, what: str, absent: type[BadFile]) -> bytes:
 
 def _check_same(item: SourceItem, known: Known, image_digest: str) -> None:
     if known.image_digest != image_digest:
-        raise BadFile(f"the data set has another image under the id {item.image_id}: rename this one")
+        raise BadFile(
+            f"the data set has another image under the id {item.image_id} (split {known.split}): rename this one; of "
+            "<split>/images and <split>/masks, make a new data set from the folder above with --format camvid, whose ids begin "
+            "with the split"
+        )
     if known.split != item.split:
         raise BadFile(f"the data set has it in split {known.split}, and here it is in {item.split}")

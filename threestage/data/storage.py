@@ -19,20 +19,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
 from threestage.redaction import redact
 from threestage.settings import Settings
 from threestage.user_text import lines_of
+
+Model = TypeVar("Model", bound=Settings)
 
 S3_SCHEME = "s3://"
 FILE_SCHEME = "file://"
@@ -273,7 +275,7 @@ def is_file(uri: str) -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError when it is absent or has a name that cannot be asked for, PermissionError
-    when it may not be read; InputError for a pipe or a device; other OSErrors are the store's."""
+    when it may not be read; InputError for a folder, a pipe or a device; other OSErrors are the store's."""
     files, path = filesystem(uri)
     refuse_special_file(uri)
     try:
@@ -300,13 +302,14 @@ def read_small(uri: str, most_bytes: int) -> bytes:
 
 
 def refuse_special_file(uri: str) -> None:
-    """InputError for a pipe, which would wait for a writer, and for a device, which may never end."""
+    """InputError for a folder, for a pipe, which would wait for a writer, and for a device, which may never end."""
     with contextlib.suppress(OSError):
         if is_s3(uri):
             return
-        mode = os.stat(filesystem(uri)[1]).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{uri}: a pipe or a device, not a file; remove it", "storage/not-a-file")
+        if not stat.S_ISREG(os.stat(filesystem(uri)[1]).st_mode):
+            raise InputError(
+                f"{uri}: a folder, a pipe or a device, not a file; give or put a file", "storage/not-a-file"
+            )
 
 
 def read_lines(uri: str) -> list[str]:
@@ -314,10 +317,37 @@ def read_lines(uri: str) -> list[str]:
     return lines_of(read_bytes(uri), uri)
 
 
-def read_json(uri: str) -> Any:
-    """A JSON file, which a stranger may have written. Raises InputError for one that is damaged, nested too deeply or of more
-    than MAX_JSON_BYTES, and as `read_bytes`."""
-    return parse_json(read_small(uri, MAX_JSON_BYTES), uri)
+def read_json(uri: str, shape: Any = Any) -> Any:
+    """A JSON file, which a stranger may have written, as a value of `shape`: a model, or a type such as dict[str, int].
+
+    Raises InputError for one that is damaged, of another shape, nested too deeply or of more than MAX_JSON_BYTES, and as
+    `read_bytes`.
+    """
+    return shaped(parse_json(read_small(uri, MAX_JSON_BYTES), uri), shape, uri)
+
+
+def read_value(uri: str, key: str, shape: Any) -> Any:
+    """The value of one key of a JSON file. Raises InputError as `read_json`."""
+    found = read_json(uri, dict[str, Any])
+    return shaped(found.get(key), shape, f"{uri}: {key}")
+
+
+def shaped(value: Any, shape: Any, where: str) -> Any:
+    """What was read from a file as a value of `shape`. Raises InputError, which begins with `where`, for another shape."""
+    try:
+        return _adapter(shape).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise InputError(
+            f"{where}: is damaged, or another version wrote it ({place}: {first['msg']}); bring it back from a copy",
+            "storage/damaged-json",
+        ) from None
+
+
+@lru_cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
@@ -582,10 +612,26 @@ def _first_names_on_s3(uri: str, path: str, most: int) -> Iterator[str]:
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file, or some of its columns. Raises FileNotFoundError when it is absent."""
-    files, path = filesystem(uri)
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
+    """A Parquet file of ours, or some of its columns. Raises FileNotFoundError when it is absent, InputError when damaged."""
+    with _open_parquet(uri, pre_buffer=True) as parquet:
         return parquet.read(columns=None if columns is None else list(columns))
+
+
+@contextlib.contextmanager
+def _open_parquet(uri: str, pre_buffer: bool = False) -> Iterator[pq.ParquetFile]:
+    files, path = filesystem(uri)
+    try:
+        with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=pre_buffer) as parquet:
+            yield parquet
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{uri}: is damaged, it is no Parquet file ({error}); bring it back from a copy", "storage/damaged-file"
+        ) from None
+
+
+def read_models(uri: str, kind: type[Model]) -> list[Model]:
+    """The rows of a Parquet file of ours. Raises InputError when they are of another kind, and as `read_table`."""
+    return list(shaped(read_table(uri).to_pylist(), list[kind], uri))  # type: ignore[valid-type]
 
 
 def read_groups(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -598,10 +644,9 @@ def read_groups(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.T
 
 def read_rows(uri: str, key: str, values: Collection[str]) -> pa.Table:
     """The rows of a Parquet file whose column `key` is among `values`; only the row groups that hold one are read."""
-    files, path = filesystem(uri)
     wanted = pa.array(sorted(values), pa.string())
     parts = []
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+    with _open_parquet(uri) as parquet:
         for group in range(parquet.num_row_groups):
             found = pc.is_in(parquet.read_row_group(group, columns=[key]).column(key), value_set=wanted)
             if pc.any(found).as_py():
@@ -626,9 +671,8 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 def read_metadata(uri: str) -> dict[bytes, bytes] | None:
     """The key-value metadata of a Parquet file, without its rows; None when the file is absent."""
-    files, path = filesystem(uri)
     try:
-        with files.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+        with _open_parquet(uri) as parquet:
             return dict(parquet.schema_arrow.metadata or {})
     except FileNotFoundError:
         return None

@@ -8,10 +8,11 @@ from typing import Any
 from threestage.config import STAGES, flatten
 from threestage.data import storage
 from threestage.data.rejects import SHOWN, read_rejects
-from threestage.data.split import Split
+from threestage.data.split import Split, saved_split
 from threestage.errors import InputError
-from threestage.pseudo_masks import REJECTS_NAME, Statistics
+from threestage.pseudo_masks import REJECTS_NAME, SetMarker, Statistics
 from threestage.reused import parts_elsewhere
+from threestage.run_files import Results, RunSettings, StageMarker, StageResult
 from threestage.tracking import redact, redact_tree
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 from threestage.verdict import text
@@ -84,10 +85,11 @@ def read_run(uri: str) -> Run:
     """Raises InputError where the folder holds no run."""
     uri = storage.absolute(uri)
     parts = parts_elsewhere(uri)
-    split = _json(storage.join(uri, "split.json"))
-    if not isinstance(split, dict) or "split" not in split:
+    if not storage.exists(storage.join(uri, "split.json")):
         raise InputError(f"{redact(uri)}: no run there, it has no split.json: give the folder that a run got as --out")
-    settings, results = _json(storage.join(uri, CONFIG_NAME)) or {}, _json(storage.join(uri, "results.json")) or {}
+    split = saved_split(storage.join(uri, "split.json"))[0]
+    settings = _json(storage.join(uri, CONFIG_NAME), RunSettings) or {}
+    results = _json(storage.join(uri, "results.json"), Results) or {}
     expected = STAGES[: settings.get("stages") or len(results.get("stages", ())) or len(STAGES)]
     folders: dict[str, str] = {name: parts.get(name) or storage.join(uri, name) for name in expected}
     masks = {n: parts.get(f"pseudo_masks{n}") or storage.join(uri, f"pseudo_masks{n}") for n in range(1, 4)}
@@ -100,7 +102,7 @@ def read_run(uri: str) -> Run:
         name=settings.get("name") or results.get("name") or uri.rsplit("/", 1)[-1],
         seed=settings.get("seed", results.get("seed")),
         stages=stages,
-        split=Split.model_validate(split["split"]),
+        split=split,
         data_root=data.get("root") or settings.get("data", {}).get("root"),
         pool_images=data.get("pool"),
         settings=redact_tree(flatten(settings)),
@@ -111,21 +113,21 @@ def read_run(uri: str) -> Run:
     )
 
 
-def _json(uri: str) -> Any:
-    return storage.read_json(uri) if storage.exists(uri) else None
+def _json(uri: str, shape: Any) -> Any:
+    return storage.read_json(uri, shape) if storage.exists(uri) else None
 
 
 def _stage(number: int, folder: str, masks: str, reused: bool) -> Stage | None:
-    done = _json(storage.join(folder, "done.json"))
+    done = _json(storage.join(folder, "done.json"), StageMarker)
     if done is None:
         return None
-    predicted = _json(storage.join(masks, "done.json"))
+    predicted = _json(storage.join(masks, "done.json"), SetMarker)
     return Stage(
         number=number,
         folder=folder,
         reused=reused,
-        result=storage.read_json(storage.join(folder, "result.json")),
-        statistics=predicted and Statistics.model_validate(predicted["statistics"]),
+        result=storage.read_json(storage.join(folder, "result.json"), StageResult),
+        statistics=predicted and predicted["statistics"],
         keys=redact_tree(done["keys"]),
         validation_digest=done.get("validation"),
         finished=done["finished"],

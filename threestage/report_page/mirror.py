@@ -7,6 +7,7 @@ from threestage.errors import InputError
 from threestage.mirror import RUN_NAME, registry_of
 from threestage.registry import open_registry
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
+from threestage.run_files import RunSettings
 from threestage.tracking import redact, resolve_uri, sqlite_path
 
 
@@ -19,12 +20,14 @@ def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = Non
     if not finished:
         return "the page is not logged to MLflow: the run is not finished, its end will do that"
     config = storage.join(storage.absolute(run), CONFIG_NAME)
-    settings = registry_of(storage.read_json(config) if storage.exists(config) else {}, tracking_uri, config)
+    settings = registry_of(
+        storage.read_json(config, RunSettings) if storage.exists(config) else {}, tracking_uri, config
+    )
     store = sqlite_path(resolve_uri(settings.tracking_uri))
     if store is not None and not os.path.exists(store):
         return f"the page is not logged to MLflow: there is no store {store}; name the run's with --tracking-uri"
     try:
-        key = str(storage.read_json(identity)["run_key"])
+        key = str(storage.read_value(identity, "run_key", str))
         open_registry(settings).close_run(key, "FINISHED", {}, {PAGE_NAME: page})
     except (InputError, OSError) as error:
         return f"the page is not logged to MLflow: {redact(str(error))}"

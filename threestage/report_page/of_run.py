@@ -66,7 +66,7 @@ def _scores(stage: Stage) -> list[object]:
     last, best, student = (stage.result.get(key, {}) for key in ("last", "best", "student"))
     return [
         stage.title,
-        number(last["mean_iou"]),
+        number(last.get("mean_iou")),
         number(best["mean_iou"]),
         best["step"],
         number(student.get("mean_iou")),

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
 from threestage.check import check_store
 from threestage.config import STAGES, Config, changed, flatten, refuse_unconfirmed_hosts
 from threestage.data import storage
@@ -44,6 +47,15 @@ class Sweep:
     resume: bool = False
     repeat: int = 0
     promote: bool = False
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Record(TypedDict):
+    """sweep.json."""
+
+    sweep_key: str
+    space: dict[str, Any]
+    config: dict[str, Any]
 
 
 def checked(asked: Sweep) -> Sweep:
@@ -106,7 +118,7 @@ def known(asked: Sweep) -> str | None:
         return None
     if not asked.resume:
         raise InputError(f"{asked.out} holds a sweep: go on with it by --resume, or give another --out")
-    saved, now = storage.read_json(uri), _identity(asked)
+    saved, now = storage.read_json(uri, _Record), _identity(asked)
     for part in ("space", "config"):
         for name in sorted({*saved[part], *now[part]}):
             before, after = saved[part].get(name), now[part].get(name)

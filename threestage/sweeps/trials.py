@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
+from threestage.run_files import StageResult
 from threestage.settings import Settings
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -67,7 +68,7 @@ def curve_of(run: str, stages: Sequence[int], config: Config) -> list[tuple[int,
     """The curve of a finished run's searched stages, from its own files."""
     curve = []
     for name in _names(stages):
-        history = storage.read_json(storage.join(run, name, "result.json"))["history"]
+        history = storage.read_json(storage.join(run, name, "result.json"), StageResult)["history"]
         before = steps_before(config, stages, name)
         curve += [(before + int(row["step"]), float(row["mean_iou"])) for row in history if "mean_iou" in row]
     return curve
@@ -84,7 +85,7 @@ def save(out: str, trial: Trial) -> None:
 def load_trials(out: str) -> list[Trial]:
     """All trials of a sweep, by number."""
     records = storage.list_files(storage.join(out, TRIALS), recursive=False)
-    return sorted((Trial.model_validate(storage.read_json(uri)) for uri in records), key=lambda trial: trial.number)
+    return sorted((storage.read_json(uri, Trial) for uri in records), key=lambda trial: trial.number)
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from threestage.data import storage
 from threestage.errors import StageFailure
 from threestage.models.network import without_auxiliary
+from threestage.run_files import HistoryRow
 from threestage.settings import Settings
 
 FORMAT, WITHOUT_BEST = 3, 2
@@ -142,7 +143,7 @@ class Checkpoints:
     def latest(self) -> Pointer | None:
         """The checkpoint to go on from, or None when the stage has saved none."""
         uri = storage.join(self._folder, POINTER)
-        return Pointer.model_validate(storage.read_json(uri)) if storage.exists(uri) else None
+        return storage.read_json(uri, Pointer) if storage.exists(uri) else None
 
     def read(self, step: int) -> bytes:
         return storage.read_bytes(self._uri(step))
@@ -152,7 +153,7 @@ class Checkpoints:
         latest, uri = self.latest(), storage.join(self._folder, ROWS)
         if latest is None or not storage.exists(uri):
             return []
-        return [row for row in storage.read_json(uri) if row["step"] <= latest.step]
+        return [row for row in storage.read_json(uri, list[HistoryRow]) if row["step"] <= latest.step]
 
     def claim(self) -> None:
         """From now on this process alone may save here: one that claimed the folder before is refused."""
@@ -189,8 +190,8 @@ class Checkpoints:
             storage.delete(self._uri(step), within=stage_folder)
 
     def _refuse_when_taken_over(self) -> None:
-        owner = storage.read_json(storage.join(self._folder, OWNER))
-        if owner["driver"] != self._owner["driver"]:
+        owner = storage.read_json(storage.join(self._folder, OWNER), dict[str, str])
+        if owner.get("driver") != self._owner["driver"]:
             raise StageFailure(f"{self._folder}: another run has taken this stage over, this one stops")
         if owner != self._owner:
             raise Outlived(f"{self._folder}: another process trains this stage now")
