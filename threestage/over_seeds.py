@@ -48,7 +48,7 @@ def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
     return markdown(rows_over_seeds(figures))
 
 
-def _json(folder: str, name: str, shape: type) -> Any:
+def _json(folder: str, name: str, shape: Any) -> Any:
     uri = storage.join(storage.absolute(folder), name)
     if not storage.exists(uri):
         raise InputError(f"{uri} is not there: give the --out of a finished run, or of an evaluation")

@@ -19,7 +19,8 @@ from pydantic import Field
 from threestage.allocator import keep_freed_memory
 from threestage.config import STAGES
 from threestage.data import storage
-from threestage.data.listing import Each, in_threads
+from threestage.data.formats import passed_over
+from threestage.data.listing import Each, in_threads, suffixes_passed_over
 from threestage.data.outputs import PREDICTIONS, claim
 from threestage.data.pool import rows_of
 from threestage.data.rejects import Reject, RejectList
@@ -72,7 +73,8 @@ class PredictSettings(Settings):
 
 class PredictReport(Settings):
     """`images`: predicted, now or before; `kept`: those before; `in_windows`: those too large for the memory as a whole.
-    `bad`: left out; `rejected`: the first of them, at most 20; `rejects_uri`: where all are listed."""
+    `bad`: left out; `rejected`: the first of them, at most 20; `rejects_uri`: where all are listed. `warnings`: what else the
+    user should know, one line each."""
 
     images: int
     kept: int
@@ -80,6 +82,7 @@ class PredictReport(Settings):
     rejected: tuple[Reject, ...]
     rejects_uri: str
     in_windows: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
@@ -159,7 +162,9 @@ def predict_input(
     write_record = partial(storage.write_json, storage.join(out, RECORD_NAME), record)
     if kind == "images":
         write_record()  # it marks the folder, and a listing is written first
-    parts = plan(source, kind, storage.join(out, "listing"), settings.rows_per_part, each)
+    listing = storage.join(out, "listing")
+    parts = plan(source, kind, listing, settings.rows_per_part, each)
+    warnings = passed_over(source, suffixes_passed_over(listing)) if kind == "images" else []
     write_record()
     task = PredictionTask(
         destination=out,
@@ -176,7 +181,8 @@ def predict_input(
     if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
         crowded = crowded_names(parts, source, kind, lambda: dict(_named(task, parts)))
         task = task.model_copy(update={"crowded": crowded})
-    return _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
+    report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
+    return report.model_copy(update={"warnings": tuple(warnings)})
 
 
 def _place(uri: str) -> str:

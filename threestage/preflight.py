@@ -66,9 +66,20 @@ def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, valid
     if config.data.unlabelled is None:
         carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
-    elif not holds_data_set(config.data.unlabelled) and first_image(config.data.unlabelled) is None:
+    else:
+        _check_unlabelled(config.data.unlabelled)
+
+
+def _check_unlabelled(place: str) -> None:
+    """Raises InputError where there is nothing, or two things of which one would be passed over."""
+    is_data_set, image = holds_data_set(place), first_image(place)
+    if not is_data_set and image is None:
+        raise InputError(f"data.unlabelled={place}: no image below it, and it is no data set either: correct the path")
+    if is_data_set and image:
         raise InputError(
-            f"data.unlabelled={config.data.unlabelled}: no image below it, and it is no data set either: correct the path"
+            f"data.unlabelled={place}: holds a data set (manifest.json) and images ({image}), of which only the data set would "
+            "be read; move one of them to a folder of its own",
+            "data/two-inputs",
         )
 
 

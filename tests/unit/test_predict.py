@@ -575,3 +575,20 @@ def test_a_part_that_changes_is_another(tmp_path: Path) -> None:
 
 def one_by_one(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     return map(function, items)
+
+
+def test_an_output_behind_a_link_into_the_input_is_refused(model: ModelFiles, tmp_path: Path) -> None:
+    photos(tmp_path / "images", 1)
+    (tmp_path / "link").symlink_to("images")
+    for source, out in (("images", "link/out"), ("link", "images/out")):
+        with pytest.raises(InputError, match="inside the input"):
+            run(model, tmp_path / source, tmp_path / out)
+
+
+def test_files_that_are_passed_over_are_counted(model: ModelFiles, tmp_path: Path) -> None:
+    photos(tmp_path / "images", 1)
+    (tmp_path / "images/a.heic").write_bytes(b"")
+    (tmp_path / "images/manifest.json").mkdir()
+    for _ in range(2):
+        (warning,) = run(model, tmp_path / "images", tmp_path / "out").warnings
+        assert "1 files passed over: 1 .heic" in warning

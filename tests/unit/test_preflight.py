@@ -1,12 +1,15 @@
 """Why: a message that says "raise it" and then "lower it" sends the user in a circle; the fix it names must work."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_photos
 from threestage.config import Config, changed, load
+from threestage.data.ingest import IngestSettings, ingest
 from threestage.errors import InputError
-from threestage.preflight import _check_labelled_batches
+from threestage.preflight import _check_labelled_batches, _check_unlabelled
 
 
 def with_fix(config: Config, available: int) -> Config | None:
@@ -37,3 +40,15 @@ def test_one_image_needs_another_head() -> None:
     for batch in (1, 2):
         with pytest.raises(InputError, match=r"set network.head=deeplabv2 and .*label more images"):
             _check_labelled_batches(load("demo", ["data.root=x", f"stage1.labelled_batch={batch}"]), 1)
+
+
+def test_a_pool_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    write_photos(tmp_path, 2)
+    (tmp_path / "images/manifest.json").write_text('{"name": "page"}')
+    _check_unlabelled(f"{tmp_path}/images")
+    ingest(f"{tmp_path}/images", f"{tmp_path}/data", IngestSettings(format="images"))
+    _check_unlabelled(f"{tmp_path}/data")
+    (tmp_path / "images/0.jpg").rename(tmp_path / "data/0.jpg")
+    with pytest.raises(InputError) as error:
+        _check_unlabelled(f"{tmp_path}/data")
+    assert error.value.code == "data/two-inputs" and f"{tmp_path}/data/0.jpg" in str(error.value)

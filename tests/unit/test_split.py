@@ -192,6 +192,7 @@ def test_a_group_of_the_val_split_is_not_learnt_from(tmp_path: Path) -> None:
         ("scenes.csv", b"image,scene\nd0_000,a\n", r"columns \['image', 'scene'\].*\[data/group-columns\]"),
         ("scenes.csv", b"image_id,group\nd0_000,a\n,b\nd0_001\n", r"11 of 12 .* d0_001 first.*\[data/no-group\]"),
         ("scenes.csv", b"image_id,group\nd0_000,\x00\n", "data/"),
+        ("scenes.csv", b"image_id,group\nd0_000,a\nd0_000.png,b\n", r"two groups, a and b.*\[data/two-groups\]"),
     ],
 )
 def test_groups_that_cannot_be_taken(tmp_path: Path, group: str, content: bytes | None, expected: str) -> None:

@@ -221,6 +221,8 @@ def predict(
                 },
             )
             report = predict_on_ray(files, images, out, settings, cluster, show, warn)
+    for warning in report.warnings:
+        warn(warning)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

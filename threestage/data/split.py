@@ -120,8 +120,15 @@ def _listed_groups(uri: str, known: Paths) -> dict[str, str]:
             f"data.group={uri}: its first line has the columns {rows.fieldnames or 'none'}; name them image_id and group",
             "data/group-columns",
         )
-    found = {_id_of(name.strip(), known): group.strip() for name, group in table if name.strip()}
-    return {image_id: group for image_id, group in found.items() if image_id is not None}
+    found: dict[str, str] = {}
+    for name, group in table:
+        image_id = _id_of(name.strip(), known) if name.strip() else None
+        if image_id is not None and found.setdefault(image_id, group.strip()) != group.strip():
+            raise InputError(
+                f"data.group={uri}: {image_id} stands in two groups, {found[image_id]} and {group.strip()}; keep one",
+                "data/two-groups",
+            )
+    return found
 
 
 def _key(seed: int, image_id: str) -> str:
