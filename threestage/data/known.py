@@ -148,7 +148,7 @@ def _loaded(folder: str, number: int) -> Entries:
     try:
         part: Entries = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
     except (ValueError, EOFError):
-        part = np.empty(0)
+        part = np.empty((), ENTRY)
     if part.dtype != ENTRY or part.ndim != 1:
         raise InputError(f"{uri}: is damaged; delete {folder}, which is made again", "data/damaged-file")
     return part
