@@ -106,6 +106,7 @@ def damaged(value: Any) -> Iterator[Any]:
     yield from WRONG
     for key in value if isinstance(value, dict) else ():
         yield {other: kept for other, kept in value.items() if other != key}
+        wrong: object
         for wrong in ("x", None, [], {}):
             yield {**copy.deepcopy(value), key: wrong}
 

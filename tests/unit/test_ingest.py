@@ -684,7 +684,8 @@ def test_a_name_that_is_not_utf8_costs_its_image_only(source: Path) -> None:
     (source / "images" / "caf\udce9.png").write_bytes(good)
     (source / "images" / "d\udce9").mkdir()
     (source / "images" / "d\udce9" / "a.png").write_bytes(good)
-    for settings in ({}, {"format": "images", "masks": None, "class_map": None}):
+    as_images: dict[str, Any] = {"format": "images", "masks": None, "class_map": None}
+    for settings in ({}, as_images):
         report = run(source, max_bad_fraction=0.2, **settings)
         assert {reject.reason for reject in report.rejected} == {WHY_NOT[NOT_UTF8]}
         assert [reject.image_id for reject in report.rejected] == [r"caf\xe9", r"d\xe9/a"]
