@@ -126,7 +126,7 @@ def test_a_program_of_ours_is_loaded_and_says_its_least_side(exported: Path) -> 
 CODE = "Add.flatten.__globals__['__builtins__']['__import__']('os').mkdir({!r}) or "
 
 
-@pytest.mark.parametrize("kind", ["size", "guard", "operator", "argument", "node", "second file", "pickle"])
+@pytest.mark.parametrize("kind", ["size", "guard", "operator", "argument", "node", "second file", "pickle", "depth"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_changed_program_is_not_loaded(exported: Path, tmp_path: Path, kind: str) -> None:
     """Of a real program: each would run when torch loads it, or when it is called."""
@@ -137,7 +137,8 @@ def test_a_changed_program_is_not_loaded(exported: Path, tmp_path: Path, kind: s
             if entry.filename.endswith("/models/model.json"):
                 if kind == "second file":
                     changed.writestr(entry.filename, content)
-                content = change(content, "size" if kind == "second file" else kind, CODE.format(str(ran)))
+                how = "size" if kind in ("second file", "depth") else kind
+                content = b"[" * 200_000 if kind == "depth" else change(content, how, CODE.format(str(ran)))
             changed.writestr(entry.filename, content)
         if kind == "pickle":
             changed.writestr("archive/data/constants/custom_obj_0", b"")

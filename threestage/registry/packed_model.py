@@ -151,7 +151,10 @@ def _checked(path: Path) -> io.BytesIO:
             names.add(name)
             content = archive.read(entry)
             if name.endswith(".json"):
-                tree = json.loads(content, object_hook=_without_notes)
+                try:
+                    tree = json.loads(content, object_hook=_without_notes)
+                except RecursionError:
+                    raise ValueError(f"{path} holds {name!r}, which nests too deeply for a program") from None
                 for key, value in _strings(tree):
                     _refuse_code(path, key, value)
                 content = json.dumps(tree).encode()
