@@ -99,7 +99,7 @@ run mine.yaml --local --set network.weights=no.pth   | no.pth | mend network.wei
 run mine.yaml --local --set network.weights=evil.pth | evil.pth | could run code | state dict
 run mine.yaml --local --set network.weights=text.pth | text.pth | state dict
 run mine.yaml --local --set network.weights=list.pth | list.pth | holds a list | state dict
-run mine.yaml --local --set network.weights=images   | images | is a folder | name a file
+run mine.yaml --local --set network.weights=images   | images | storage/not-a-file
 run mine.yaml --local --out s3://b/x --set storage.endpoint=CLOSED | --out | CLOSED | mend storage.endpoint
 run mine.yaml --out run --local                      | run | holds config.json | another folder
 run mine.yaml --out broken-run --local               | split.json | is damaged | a copy
@@ -134,7 +134,7 @@ ingest images out --format voc --local               | images | no PASCAL VOC | 
 ingest images out                                    | class_map | --class-map FILE
 ingest images out --class-map classes.yaml           | masks | --masks FOLDER
 ingest images out --masks masks --class-map no.yaml  | no.yaml | data/class-map
-ingest images out --masks masks --class-map images   | images | is a folder | name a file
+ingest images out --masks masks --class-map images   | images | storage/not-a-file
 ingest images out --masks masks --class-map list.yaml  | list.yaml | data/class-map
 ingest images out --masks masks --class-map twice.yaml | twice.yaml | class name ground | data/class-map
 ingest images out --masks empty --class-map classes.yaml --local       | empty | data/mask-format
@@ -176,7 +176,7 @@ report broken-run                                    | split.json | is damaged |
 report s3:/run                                       | s3:/run | s3://bucket/prefix
 sync nowhere                                         | nowhere | no config.json | is no run
 sync broken-run                                      | config.json | is damaged | a copy
-sync run                                             | config.json | no settings of a run | another run
+sync run                                             | config.json | storage/damaged-json
 clean nowhere --yes                                  | nowhere | give the --out of a run
 clean sweep --yes                                    | sweep | name one of its runs
 models list --tracking-uri CLOSED                    | CLOSED | is it up

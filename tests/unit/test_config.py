@@ -14,7 +14,7 @@ from threestage.errors import InputError
     [
         (
             "stage1.stps=5",
-            "stage1.stps=5: unknown key; did you mean steps? valid here: labelled_batch, steps, strong_view",
+            "stage1.stps=5: unknown key; did you mean steps? valid here: ema, labelled_batch, steps",
         ),
         ("stage1.steps=abc", "stage1.steps='abc': should be a valid integer"),
         ("network.head=foo", "network.head='foo': should be 'deeplabv2', 'deeplabv3plus' or 'linear'"),
