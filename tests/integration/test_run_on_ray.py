@@ -48,7 +48,7 @@ def test_everything_on_s3_with_two_workers(
     registry = {"tracking_uri": tracking_uri}
     data = {"root": f"{s3_root}/data", "labelled": 8, "unlabelled": f"{s3_root}/photos", "max_bad_fraction": 0.1}
     cluster = {"workers": 2, "predictors": stages - 1}
-    chosen = {"stage2__reliable_share": 0.8} if stages == 2 else {}
+    chosen = {"stage2__reliable_share": 0.8} if stages == 3 else {}
     config = tiny_config(scenes, stages=stages, data=data, cluster=cluster, registry=registry, **chosen)
     rows: list[tuple[str, Mapping[str, float]]] = []
     warnings: list[str] = []
@@ -60,7 +60,7 @@ def test_everything_on_s3_with_two_workers(
     assert storage.read_json(f"{out}/results.json")["stages"][trained[-1]]["steps"] == 6
     assert results["data"]["pool"] == 40 + 21 and results["stages"][trained[-1]]["rejected"] == 1
     assert any("1 images of the pool could not be used" in warning for warning in warnings)
-    assert ("mean_agreement" in results["stages"]["stage1"]) == (stages == 2)
+    assert ("mean_agreement" in results["stages"]["stage1"]) == (stages == 3)
     assert {stage for stage, row in rows if "mean_iou" in row} == {*trained}
     with Image.open(io.BytesIO(storage.read_bytes(f"{out}/pictures.png"))) as pictures:
         assert pictures.width > 400

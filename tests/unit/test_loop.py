@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name, value in student.named_parameters() if value.requires_grad and value.grad is None] == []
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 9])
+@pytest.mark.parametrize("accumulate", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 9))])
 def test_pieces_give_the_gradients_of_the_whole_batch(tmp_path: Path, accumulate: int) -> None:
     whole = train(new_state(network().double()), worker(tmp_path / "whole"), FixedSteps(dtype=torch.float64))
     pieces = train(
@@ -171,7 +171,8 @@ def test_pieces_give_the_gradients_of_the_whole_batch(tmp_path: Path, accumulate
     torch.testing.assert_close(parameters(pieces), parameters(whole), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_learns(tmp_path: Path, precision: str) -> None:
     state = train(new_state(precision=precision), worker(tmp_path), precision=precision)
     assert state.history[-1]["supervised_loss"] < state.history[0]["supervised_loss"]

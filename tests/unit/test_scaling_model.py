@@ -120,7 +120,11 @@ def test_workers_that_take_turns_on_few_cores_are_no_coordination() -> None:
         Coordination.of({**MEASURED.__dict__, "workers": [1]})
 
 
-@each_workload
+@pytest.mark.parametrize(
+    "workload",
+    [pytest.param(one, marks=pytest.mark.slow if "ResNet-101" in one.name else ()) for one in WORKLOADS],
+    ids=lambda workload: workload.name,
+)
 def test_operations_and_parameters_are_those_of_the_network(workload: Workload) -> None:
     settings = NetworkSettings(encoder=workload.encoder, dilations=(6, 12), output_stride=workload.output_stride)
     with torch.device("meta"), torch.no_grad():
