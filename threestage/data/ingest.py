@@ -103,7 +103,7 @@ def ingest(
     made: Manifest | None = None
     try:
         if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root)):
-            forget(_listing_folder(job, source))  # what the user mends or deletes now is looked for again
+            forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
             raise InputError(f"{source}: {complaint}")
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
         warnings += check_copies(root, index, current.files if current else (), added.files)
