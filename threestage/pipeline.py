@@ -429,13 +429,10 @@ class _Run:
         marker, compared = storage.join(folder, "done.json"), self._compared(task, stage)
         task = compared or task
         digest, found = set_digest(task, files), _digest_of(marker)
+        comparing = task.model_copy(update={"halfway_model": ""})  # made for a run that compares, they serve any
         as_before = task.model_copy(update={"precision": "auto"})  # an older threestage predicted every pool so
-        for other in (
-            task.model_copy(update={"halfway_model": ""}),
-            as_before,
-        ):  # made for a run that compares, they serve any
-            if found == set_digest(other, files):
-                digest = found
+        others = (set_digest(other, files) for other in (comparing, as_before))
+        digest = next((other for other in others if other == found), digest)
         if found != digest:
             if f"pseudo_masks{number}" in self.elsewhere:
                 raise InputError(

@@ -102,7 +102,9 @@ def ingest(
             progress(added.checked, plan.images)
     made: Manifest | None = None
     try:
-        if complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root)):
+        if rejects.count and (
+            complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root))
+        ):
             forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
             raise InputError(f"{source}: {complaint}")
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
