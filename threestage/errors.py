@@ -1,15 +1,35 @@
 """The exceptions that a user meets, and the nearest name for one that is unknown."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_SECTIONS = (
+    "data|network|augment|optimiser|ema|supervised|consistency|pseudo_mask|stage[123]|training|cluster|storage|registry"
+)
+_SUBJECT = re.compile(
+    rf"(?P<key>--?[a-z][\w-]*|name|seed|stages|(?:{_SECTIONS})(?:\.\w+)*)(?:[= ](?P<value>.+))?", re.DOTALL
+)
 
 
 class CodedError(Exception):
-    """An error whose one line ends with its code: `InputError("...", "data/foreign-folder")` → `... [data/foreign-folder]`."""
+    """An error of one line, `WHAT: WHY; FIX [area/code]`, whose code stays when its words change.
+
+    `message` is the line without its code. WHAT is a setting or an option with its value, or a file or another thing by its name.
+    """
 
     def __init__(self, message: object = "", code: str | None = None) -> None:
         super().__init__(message if code is None else f"{message} [{code}]")
+        self.message = str(message)
         self.code = code
+
+    def as_json(self) -> dict[str, str | None]:
+        """The parts of the line, for programs: code, message, key (of a setting or option), value, fix; None where it has none."""
+        what, colon, reason = self.message.partition(": ")
+        subject = _SUBJECT.fullmatch(what)
+        key, value = (subject["key"], subject["value"]) if subject else (None, what if colon else None)
+        fix = reason.rpartition("; ")[2] if "; " in reason else None
+        return {"code": self.code, "message": self.message, "key": key, "value": value, "fix": fix}
 
 
 class InputError(CodedError, ValueError):
@@ -28,8 +48,8 @@ class NoRoom(StageFailure):
 
 
 def reason_of(error: Exception) -> str:
-    """Why something failed, for a sentence: our own errors speak for themselves."""
-    return str(error) if isinstance(error, InputError | StageFailure) else f"{type(error).__name__}: {error}"
+    """Why something failed, for a sentence: our own errors speak for themselves, without their code."""
+    return error.message if isinstance(error, CodedError) else f"{type(error).__name__}: {error}"
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
