@@ -175,7 +175,7 @@ def check_writable(config: Config, out: str) -> None:
 def _refuse_unusable(probes: Sequence[Probe]) -> None:
     wrong = [outcome for outcome in store_check.try_all(probes) if outcome.problem and not outcome.busy]
     if wrong:
-        raise InputError("; ".join(f"{outcome.name}: {outcome.problem}" for outcome in merged(wrong)))
+        raise InputError("; ".join(f"{outcome.name}: {outcome.problem}" for outcome in merged(wrong)), wrong[0].code)
 
 
 def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:

@@ -32,7 +32,9 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(text: str | bytes, where: str) -> Any:
     """Raises InputError, which begins with `where`, for what is no YAML, too much of it, or holds a key twice."""
     if len(text) > MAX_CHARACTERS:
-        raise InputError(f"{where}: has {len(text)} characters, more than {MAX_CHARACTERS}: give a smaller file")
+        raise InputError(
+            f"{where}: has {len(text)} characters, more than {MAX_CHARACTERS}; give a smaller file", "config/too-large"
+        )
     text = text if isinstance(text, str) else text_of(text, where)
     try:
         loader = _Loader(text)
@@ -45,7 +47,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: not YAML: {_why(error)}: mend it there") from None
+        raise InputError(f"{where}: not YAML: {_why(error)}; correct it there", "config/not-yaml") from None
 
 
 def _why(error: Exception) -> str:
@@ -57,7 +59,8 @@ def _why(error: Exception) -> str:
 def _refuse_bomb(node: yaml.Node, where: str) -> None:
     if _written_out(node, {}) > MAX_VALUES:
         raise InputError(
-            f"{where}: has more than {MAX_VALUES} values, or refers to itself: take the aliases (*name) out"
+            f"{where}: has more than {MAX_VALUES} values, or refers to itself; take the aliases (*name) out",
+            "config/too-large",
         )
 
 
@@ -73,7 +76,7 @@ def _refuse_repeated_keys(node: yaml.Node, where: str, seen: set[int]) -> None:
         line, name = key.start_mark.line + 1, (key.tag, key.value)
         if name in lines:
             raise InputError(
-                f"{where}: key {key.value} stands twice, in line {lines[name]} and line {line}: keep one of them",
+                f"{where}: key {key.value} stands twice, in line {lines[name]} and line {line}; keep one of them",
                 "config/repeated-key",
             )
         lines[name] = line

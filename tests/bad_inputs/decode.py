@@ -22,8 +22,8 @@ CLASSES = """classes:
   - {name: thing, colour: [200, 0, 0], ids: [1]}
 ignore: {ids: [255]}
 """
-REFUSED_BY_BOTH = "left out by ingest and predict for the same reason"
-LEFT_OUT = "left out: "
+BY_BOTH = "left out by ingest and predict"
+LEFT_OUT = "left out"
 READ = "read as it is"
 
 
@@ -40,7 +40,9 @@ def image(data: Callable[[], bytes], suffix: str) -> Callable[[Path], str]:
         try:
             decode_image(path.read_bytes())
         except BadImage as error:
-            return REFUSED_BY_BOTH if [reject.reason for reject in rejects] == [str(error)] else str(rejects)
+            return (
+                f"{BY_BOTH} [{error.code}]" if [reject.reason for reject in rejects] == [str(error)] else str(rejects)
+            )
         return "taken by predict"
 
     return try_it
@@ -67,7 +69,7 @@ def mask(data: Callable[[], bytes], suffix: str, classes: str = CLASSES) -> Call
         if "a" in found:
             return READ if np.array_equal(found["a"], IDS) else "read as other classes"
         (reject,) = read_rejects("set/rejected/v0001.parquet")
-        return LEFT_OUT + reject.reason.removeprefix(f"mask a{suffix} ").partition(":")[0]
+        return f"{LEFT_OUT} {reject.reason[reject.reason.rindex('[') :]}"
 
     return try_it
 
@@ -108,49 +110,55 @@ def band(kind: int) -> Callable[[], bytes]:
 
 
 ONLY_COLOURS = CLASSES.replace(", ids: [0]", "").replace(", ids: [1]", "")
-IMAGES: list[tuple[str, Callable[[], bytes], str]] = [
-    ("RGB TIFF of 16 bits", lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif"),
-    ("RGB PNG of 16 bits", lambda: png(4, 4, 16, 2, b"\1\2" * 12), ".png"),
-    ("grey PNG of 16 bits", lambda: png(4, 4, 16, 0, b"\1\2" * 4), ".png"),
-    ("TIFF of floats", lambda: tiff(PIXELS[..., :1].astype(np.float32), GREY), ".tif"),
-    ("TIFF of signed bytes", lambda: tiff(IDS[..., None].astype(np.int8), GREY), ".tif"),
-    ("TIFF of RGB and near infrared, declared as transparency", band(2), ".tif"),
-    ("TIFF of RGB and a band without a meaning", band(0), ".tif"),
-    ("TIFF of two pages", pages("TIFF"), ".tif"),
-    ("animated WebP", pages("WEBP"), ".webp"),
-    ("animated PNG", pages("PNG"), ".png"),
-    ("transparent PNG", lambda: encoded(opaque_and_clear("RGBA")), ".png"),
-    ("progressive JPEG of 2,000 scans", lambda: jpeg_of_scans(2000), ".jpg"),
-    ("TIFF with a tag of a million fractions", lambda: tiff(PIXELS, RGB, more=[(282, 5, fractions(10**6))]), ".tif"),
+IMAGES: list[tuple[str, str, Callable[[], bytes], str]] = [
+    ("RGB TIFF of 16 bits", "image/bits", lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif"),
+    ("RGB PNG of 16 bits", "image/bits", lambda: png(4, 4, 16, 2, b"\1\2" * 12), ".png"),
+    ("grey PNG of 16 bits", "image/bits", lambda: png(4, 4, 16, 0, b"\1\2" * 4), ".png"),
+    ("TIFF of floats", "image/bits", lambda: tiff(PIXELS[..., :1].astype(np.float32), GREY), ".tif"),
+    ("TIFF of signed bytes", "image/bits", lambda: tiff(IDS[..., None].astype(np.int8), GREY), ".tif"),
+    ("TIFF of RGB and near infrared, declared as transparency", "image/bands", band(2), ".tif"),
+    ("TIFF of RGB and a band without a meaning", "image/bands", band(0), ".tif"),
+    ("TIFF of two pages", "image/frames", pages("TIFF"), ".tif"),
+    ("animated WebP", "image/frames", pages("WEBP"), ".webp"),
+    ("animated PNG", "image/frames", pages("PNG"), ".png"),
+    ("transparent PNG", "image/transparent", lambda: encoded(opaque_and_clear("RGBA")), ".png"),
+    ("progressive JPEG of 2,000 scans", "image/costly", lambda: jpeg_of_scans(2000), ".jpg"),
+    (
+        "TIFF with a tag of a million fractions",
+        "image/costly",
+        lambda: tiff(PIXELS, RGB, more=[(282, 5, fractions(10**6))]),
+        ".tif",
+    ),
     (
         "PNG with megabytes of EXIF",
+        "image/costly",
         lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"eXIf", exif_of_fractions(200_000))),
         ".png",
     ),
-    ("PNG of 70,000 pieces", lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"IDAT", b"") * 70_000), ".png"),
+    ("PNG of 70,000 pieces", "image/costly", lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"IDAT", b"") * 70_000), ".png"),
 ]
 MASKS = [
-    ("mask: RGB TIFF of 16 bits", "left out: has colours of 16 bits per channel",
+    ("mask: RGB TIFF of 16 bits", "left out [mask/bits]",
      mask(lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif")),
-    ("mask: TIFF of two pages", "left out: holds more than one frame or page", mask(pages("TIFF"), ".tif")),
-    ("mask: TIFF of ids and another band", "left out: has 2 bands",
+    ("mask: TIFF of two pages", "left out [mask/frames]", mask(pages("TIFF"), ".tif")),
+    ("mask: TIFF of ids and another band", "left out [mask/bands]",
      mask(lambda: tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), ".tif")),
-    ("mask: grey TIFF in which 0 is white", "left out: is a TIFF in which 0 is white, whose ids may be inverted",
+    ("mask: grey TIFF in which 0 is white", "left out [mask/inverted]",
      mask(lambda: tiff(IDS[..., None], 0), ".tif")),
-    ("mask: TIFF of JPEG", "left out: is a TIFF of jpeg, which may change ids",
+    ("mask: TIFF of JPEG", "left out [mask/lossy]",
      mask(lambda: encoded(Image.fromarray(PIXELS), "TIFF", compression="jpeg"), ".tif")),
     ("mask: grey TIFF of 4 bits", READ, mask(four_bits, ".tif")),
     ("mask: palette in another order than the ids",
-     "left out: has the colour [200, 0, 0] (thing) in its palette for id 0 (ground in class map classes.yaml)",
+     "left out [mask/palette-order]",
      mask(swapped_palette, ".png")),
     ("mask: BMP of 8 bits with a palette of black and white",
-     "left out: is a BMP of 8 bits whose palette holds greys only, which is misread",
+     "left out [image/bmp-palette]",
      mask(lambda: black_and_white_bmp(8), ".bmp")),
     ("mask: PNG that its EXIF turns upside down", READ, mask(upside_down, ".png")),
     ("mask: palette in any order, with a class map of colours", READ,
      mask(swapped_palette, ".png", ONLY_COLOURS)),
 ]  # fmt: skip
 BAD_INPUTS = [
-    *(BadInput(what, REFUSED_BY_BOTH, image(data, suffix)) for what, data, suffix in IMAGES),
+    *(BadInput(what, f"{BY_BOTH} [{code}]", image(data, suffix)) for what, code, data, suffix in IMAGES),
     *(BadInput(what, expected, try_it) for what, expected, try_it in MASKS),
 ]

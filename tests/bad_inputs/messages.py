@@ -72,8 +72,7 @@ def google_cloud(folder: Path) -> str:
 def missing_bucket(folder: Path) -> str:
     with s3_server() as endpoint, mock.patch.dict("os.environ", variables(endpoint)):
         ended = threestage("ingest", "s3://nobucket/photos", "data", "--format", "images", "--local")
-    named = "has no bucket nobucket" in ended.err
-    return f"exit code {ended.code}, {'the bucket is named' if named else ended.err}"
+    return f"{refused(ended)}, {'the bucket is named' if 'nobucket' in ended.err else ended.err}"
 
 
 BAD_INPUTS = [
@@ -86,5 +85,5 @@ BAD_INPUTS = [
     BadInput("`--set steps=30`", "exit code 2, the keys of that name are listed", unknown_key),
     BadInput("`demo` with other data than its scenes", "refused [demo/other-data]", demo_on_other_data),
     BadInput("a path of `gs://`", "refused [storage/scheme]", google_cloud),
-    BadInput("a bucket that does not exist", "exit code 2, the bucket is named", missing_bucket),
+    BadInput("a bucket that does not exist", "refused [storage/no-bucket], the bucket is named", missing_bucket),
 ]

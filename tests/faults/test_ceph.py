@@ -112,13 +112,13 @@ def test_a_wrong_key_id(config: Config, bucket: str, monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_bucket(config: Config, gateway: Gateway) -> None:
     line = the_line(config, "s3://nobodys-bucket/run")
-    assert line.startswith(f"s3://nobodys-bucket: endpoint {gateway.endpoint} has no bucket nobodys-bucket: make it")
+    assert line.startswith(f"s3://nobodys-bucket: endpoint {gateway.endpoint} has no bucket nobodys-bucket; make it")
 
 
 def test_a_wrong_endpoint(config: Config, bucket: str) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     line = the_line(changed(config, "storage", endpoint=endpoint), f"{bucket}/run")
-    assert f"endpoint {endpoint} refuses the connection" in line and "mend storage.endpoint" in line
+    assert f"endpoint {endpoint} refuses the connection" in line and "correct storage.endpoint" in line
 
 
 def test_a_whole_run_in_one_process(config: Config, bucket: str, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.refusals import refused
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.rejects import read_rejects
-from threestage.errors import InputError, StageFailure
+from threestage.errors import StageFailure
 from threestage.on_ray.ingest import ingest_on_ray
 from threestage.on_ray.settings import ClusterSettings
 from threestage.on_ray.tasks import in_tasks
@@ -48,7 +49,7 @@ def test_from_s3_to_s3(s3_root: str, ray_cluster: None) -> None:
     assert report.manifest == here.manifest == load_manifest(f"{s3_root}/ds")
     again = ingest_on_ray(f"{s3_root}/source", f"{s3_root}/ds", settings, ClusterSettings())
     assert (again.added_images, again.skipped, again.bad) == (0, 58, 2)
-    with pytest.raises(InputError, match="2 of 60 images are bad"):
+    with refused("data/bad-images", "2 of 60 images"):
         ingest_on_ray(
             f"{s3_root}/source",
             f"{s3_root}/other",

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tests.conftest import tiny_config, write_photos
+from tests.refusals import refused
 from threestage import budget, clean, lease, mirror, over_seeds, predict, report_page, reused
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
@@ -122,7 +123,7 @@ def test_json_of_another_shape(
     ask = readers(folder, scenes)
     ask["ingest"](), ask["list"]()
     (file,) = folder.glob(name)
-    refused = set()
+    readers_that_refused = set()
     for wrong in damaged(json.loads(file.read_text())):
         for reader in READ_BY[name].split():
             file.parent.mkdir(exist_ok=True)  # a listing without an image removes itself
@@ -131,8 +132,8 @@ def test_json_of_another_shape(
                 ask[reader]()
             except (InputError, StageFailure) as error:
                 assert "\n" not in str(error)
-                refused.add(reader)
-    assert refused, "not all of it is taken for what it is not"
+                readers_that_refused.add(reader)
+    assert readers_that_refused, "not all of it is taken for what it is not"
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
@@ -140,11 +141,10 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     for content in (b"", b"PAR1", b"no table, but long enough to look for a footer"):
         storage.write_bytes(uri, content)
         for read in (storage.read_table, storage.read_metadata, lambda uri: storage.read_rows(uri, "id", ["a"])):
-            with pytest.raises(InputError, match=r"a\.parquet: is damaged") as raised:
+            with refused("storage/damaged-file", uri):
                 read(uri)
-            assert raised.value.code == "storage/damaged-file"
     storage.write_table(uri, pa.table({"image_id": ["a"]}))
-    with pytest.raises(InputError, match=r"a\.parquet: is damaged"):
+    with refused("storage/damaged-json", uri):
         storage.read_models(uri, Trial)
 
 
@@ -154,11 +154,16 @@ def test_damaged_rows_of_a_data_set_are_named(tmp_path: Path) -> None:
     uri = f"{tmp_path}/data/{file.path}"
     table = storage.read_table(uri)
     assert [image_id for image_id, _, _ in row_digests(f"{tmp_path}/data", file)] == table["image_id"].to_pylist()
-    for digests in (None, "[]", '["a", "b", "c"]', '[["a", null], ["b", null], ["c", null]]'):
+    for digests, code in (
+        (None, "storage/damaged-json"),
+        ("[]", "data/damaged-file"),
+        ('["a", "b", "c"]', "storage/damaged-json"),
+        ('[["a", null], ["b", null], ["c", null]]', "storage/damaged-json"),
+    ):
         storage.write_table(
             uri, table.replace_schema_metadata(digests and {"threestage.row_digests": digests.encode()})
         )
-        with pytest.raises(InputError, match="is damaged"):
+        with refused(code, uri):
             row_digests(f"{tmp_path}/data", file)
 
 
@@ -167,5 +172,5 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     for number, (bits, part) in enumerate([(0, b"no array"), (0, b""), ("x", b""), (64, b""), (-1, b"")]):
         storage.write_json(f"{tmp_path}/{number}/index.json", {"bits": bits})
         storage.write_bytes(f"{tmp_path}/{number}/0.npy", part)
-        with pytest.raises(InputError, match="is damaged"):
+        with refused("storage/damaged-json" if bits else "data/damaged-file", f"{tmp_path}/{number}/"):
             look_up(f"{tmp_path}/{number}", ["a"])

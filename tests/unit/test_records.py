@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+from tests.refusals import refused
 from threestage.data import storage
 from threestage.data.headers import BadImage
 from threestage.data.records import (
@@ -30,7 +31,6 @@ from threestage.data.records import (
     load_manifest,
     pool_files,
 )
-from threestage.errors import InputError
 
 
 def write_part(root: str, path: str, rows: dict[str, bytes | None]) -> DataFile:
@@ -63,7 +63,7 @@ def test_a_mask_with_a_palette_is_refused_not_greyed() -> None:
     image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    with pytest.raises(ValueError, match="mode P"):
+    with refused("mask/damaged", "mode P", error=BadImage):
         decode_mask(stream.getvalue())
 
 
@@ -114,18 +114,18 @@ def test_a_later_mask_wins_and_no_image_comes_twice(tmp_path: Path) -> None:
 
 def test_manifest_round_trip_and_refusals(tmp_path: Path) -> None:
     root = str(tmp_path)
-    with pytest.raises(InputError, match="no data set there"):
+    with refused("data/no-data-set", root, "threestage ingest"):
         load_manifest(root)
     manifest = manifest_of()
     storage.write_json(f"{root}/manifest.json", manifest.model_dump(mode="json"))
     assert load_manifest(root) == manifest
-    with pytest.raises(InputError, match=r"v0007\.json"):
+    with refused("data/no-data-set", "v0007.json"):
         load_manifest(root, 7)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "unheard": 1}))
-    with pytest.raises(InputError, match="newer"):
+    with refused("data/newer-format", "format 2"):
         load_manifest(root)
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(InputError, match="not a manifest"):
+    with refused("data/not-a-data-set", root):
         load_manifest(root)
 
 
@@ -158,7 +158,7 @@ def test_pillow_decides_about_a_jpeg_with_faults() -> None:
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(stream, "JPEG")
     data = stream.getvalue()
-    with pytest.raises(BadImage, match="truncated"):
+    with refused("image/undecodable", "truncated", error=BadImage):
         decode_image(data[:-300])
     noisy = data[:-2] + b"\x11" * 40 + data[-2:]  # bytes that belong to nothing: worth a warning only
     assert np.array_equal(decode_image(noisy), pil_pixels(noisy))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,11 +16,11 @@ from PIL import Image
 
 from tests.conditional_write import one_of_two_writes, the_store_compares
 from tests.failing_s3 import ERRORS, failing_s3
+from tests.refusals import refused
 from tests.s3 import variables
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import labelled_rows
-from threestage.errors import InputError
 
 
 def round_trip(root: str) -> None:
@@ -185,12 +184,11 @@ def test_a_relative_path_and_a_file_uri_are_local(tmp_path: Path, monkeypatch: p
 def test_what_is_no_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in ("gs://bucket/a", "abfs://account/c", "s3:/bucket/a", "S3://bucket/a", "a+b-c.9:/d", "file:/a"):
-        with pytest.raises(InputError, match=rf"{re.escape(uri)}: .* give a local path or s3://bucket/prefix") as error:
+        with refused("storage/scheme", uri, "s3://bucket/prefix"):
             storage.write_bytes(uri, b"")
-        assert error.value.code == "storage/scheme"
-    with pytest.raises(InputError, match="an empty text is no place: give a path or s3://bucket/prefix"):
+    with refused("storage/scheme", "s3://bucket/prefix"):
         storage.exists("")
-    with pytest.raises(InputError, match=r"s3://: names no bucket: write s3://bucket/prefix"):
+    with refused("storage/not-a-bucket", "s3://bucket/prefix"):
         storage.exists("s3://")
     with pytest.raises(FileNotFoundError, match=r"s3://bucket/a/../b: a name with \. or \.\. between slashes"):
         storage.exists("s3://bucket/a/../b")
@@ -278,7 +276,7 @@ def test_an_object_in_an_archive_may_not_be_read(bucket: str) -> None:
 
 def test_a_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(InputError, match=r"a\.json: is damaged, it is no JSON \(.*\); bring it back from a copy"):
+    with refused("storage/damaged-json", "a.json"):
         storage.read_json(str(tmp_path / "a.json"))
 
 
@@ -383,7 +381,7 @@ def test_no_deletion_follows_a_link(tmp_path: Path) -> None:
     (root / "stage1" / "checkpoints").symlink_to(outside / "checkpoints")
     (root / "stage1" / "thesis.txt").symlink_to(outside / "checkpoints" / "thesis.txt")
     for below in ("stage2/checkpoints", "stage2/checkpoints/thesis.txt"):
-        with pytest.raises(InputError, match=r"stage2: is a link.*\[data/link\]"):
+        with refused("data/link", root / "stage2"):
             storage.delete(f"{root}/{below}", str(root))
     storage.delete(f"{root}/stage1/checkpoints", str(root))
     storage.delete(f"{root}/stage1", str(root))
@@ -458,6 +456,6 @@ def test_json_of_strangers_is_refused_in_one_line(tmp_path: Path) -> None:
     ):
         file.unlink(missing_ok=True)
         make()
-        with pytest.raises(InputError) as refused:
+        with refused(code, file) as error:
             storage.read_json(str(file))
-        assert refused.value.code == code and str(file) in str(refused.value) and len(str(refused.value)) < 400
+        assert len(str(error.value)) < 400

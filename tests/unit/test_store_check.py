@@ -33,32 +33,34 @@ def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield url
 
 
-def problem_of(probe: Probe) -> str:
-    """The one line of a probe that fails in less than 15 seconds."""
+def problem_of(probe: Probe, code: str | None) -> str:
+    """The one line of a probe that fails in less than 15 seconds, with this code."""
     outcome = try_one(probe)
     assert outcome.problem is not None and "\n" not in outcome.problem and outcome.seconds < 15
     assert SECRET not in outcome.problem and KEY_ID not in outcome.problem
+    assert outcome.code == code, outcome
     return outcome.problem
 
 
 EXPECTED = {
-    "key id": ("s3://bucket: endpoint {endpoint} does not know the access key", "set AWS_ACCESS_KEY_ID"),
-    "secret": ("s3://bucket: endpoint {endpoint} refuses the signature", "AWS_SECRET_ACCESS_KEY"),
-    "denied": ("s3://bucket/out: endpoint {endpoint} denies ListObjectsV2", "allow s3:ListBucket"),
-    "bucket": ("s3://bucket: endpoint {endpoint} has no bucket bucket", "make it, or mend the URI"),
-    "region": ("s3://bucket: region us-east-1", "is not the bucket's, which is eu-central-1: set storage.region"),
-    "redirect": ("s3://bucket: region us-east-1", "set storage.region (or AWS_REGION)"),
-    "busy": ("s3://bucket: endpoint {endpoint} is overloaded or down (SLOW_DOWN: Please reduce", "try again"),
-    "clock": ("s3://bucket: endpoint {endpoint} refuses the time of the request", "set the clock"),
-    "token": ("s3://bucket: the session token has expired at endpoint {endpoint}", "renew AWS_SESSION_TOKEN"),
-    "web site": ("s3://bucket: endpoint {endpoint} answers, but not as an S3 store", "mend storage.endpoint"),
+    "key id": ("storage/credentials", "s3://bucket: endpoint {endpoint}", "AWS_ACCESS_KEY_ID"),
+    "secret": ("storage/credentials", "s3://bucket: endpoint {endpoint}", "AWS_SECRET_ACCESS_KEY"),
+    "denied": ("storage/denied", "s3://bucket/out: endpoint {endpoint} denies ListObjectsV2", "s3:ListBucket"),
+    "bucket": ("storage/no-bucket", "s3://bucket: endpoint {endpoint}", "bucket bucket"),
+    "region": ("storage/region", "s3://bucket: region us-east-1", "eu-central-1", "storage.region"),
+    "redirect": ("storage/region", "s3://bucket: region us-east-1", "storage.region (or AWS_REGION)"),
+    "busy": ("storage/busy", "s3://bucket: endpoint {endpoint}", "SLOW_DOWN: Please reduce"),
+    "clock": ("storage/clock", "s3://bucket: endpoint {endpoint}", "clock"),
+    "token": ("storage/session-token", "endpoint {endpoint}", "AWS_SESSION_TOKEN"),
+    "web site": ("storage/not-s3", "s3://bucket: endpoint {endpoint}", "storage.endpoint"),
 }
 
 
 @pytest.mark.parametrize(("endpoint", "expected"), EXPECTED.items(), indirect=["endpoint"], ids=str)
-def test_every_error_of_a_store_is_one_line_with_its_mend(endpoint: str, expected: tuple[str, str]) -> None:
-    problem = problem_of(writable("--out", "s3://bucket/out"))
-    for text in expected:
+def test_every_error_of_a_store_is_one_line_with_its_fix(endpoint: str, expected: tuple[str, ...]) -> None:
+    code, *named = expected
+    problem = problem_of(writable("--out", "s3://bucket/out"), code)
+    for text in named:
         assert text.format(endpoint=endpoint) in problem
 
 
@@ -66,34 +68,34 @@ def test_every_error_of_a_store_is_one_line_with_its_mend(endpoint: str, expecte
 def test_without_keys_in_the_environment_the_role_is_named(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError("When listing in bucket 'b': AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2 operation: no")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    assert "mend this machine's profile or role, or set AWS_ACCESS_KEY_ID" in explain(None, error)
+    assert "this machine's profile or role" in explain(None, error).message
     monkeypatch.setenv("AWS_PROFILE", "lab")
-    assert "mend profile lab, or set AWS_ACCESS_KEY_ID" in explain(None, error)
+    assert "profile lab" in explain(None, error).message
 
 
 def test_nobody_listens() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     storage.configure(StorageSettings(endpoint=endpoint))
-    problem = problem_of(store_check.data_set("data.root", "s3://bucket/data"))
+    problem = problem_of(store_check.data_set("data.root", "s3://bucket/data"), "storage/unreachable")
     assert problem == (
-        f"s3://bucket: endpoint {endpoint} refuses the connection: start the store, or mend storage.endpoint "
+        f"s3://bucket: endpoint {endpoint} refuses the connection; start the store, or correct storage.endpoint "
         "(or AWS_ENDPOINT_URL)"
     )
 
 
 def test_no_such_host_and_its_addressing_style() -> None:
     storage.configure(StorageSettings(endpoint="http://no-such-host.invalid:9000"))
-    problem = problem_of(writable("--out", "s3://bucket/out"))
-    assert "no host of the name no-such-host.invalid is known: mend storage.endpoint" in problem
+    problem = problem_of(writable("--out", "s3://bucket/out"), "storage/unreachable")
+    assert "no-such-host.invalid" in problem and "storage.endpoint" in problem
     storage.configure(StorageSettings(endpoint="http://localhost.invalid:9000", addressing_style="virtual"))
-    problem = problem_of(writable("--out", "s3://bucket/out"))
+    problem = problem_of(writable("--out", "s3://bucket/out"), "storage/unreachable")
     assert "bucket.localhost.invalid is known (storage.addressing_style is virtual)" in problem
 
 
 def test_http_and_https_confused() -> None:
     with failing_s3({}) as (url, _):
         storage.configure(StorageSettings(endpoint=url.replace("http:", "https:")))
-        assert "does not speak TLS there: write http://" in problem_of(writable("--out", "s3://bucket/out"))
+        assert "write http://" in problem_of(writable("--out", "s3://bucket/out"), "storage/tls")
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
@@ -101,14 +103,14 @@ def test_what_the_credentials_may_not_do_is_named(method: str) -> None:
     operation = f"{method.capitalize()}Object"
     with failing_s3({method: ERRORS["denied"]}) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
-        problem = problem_of(writable("--out", "s3://bucket/out"))
-    assert f"endpoint {url} denies {operation}: allow s3:{operation} to" in problem
+        problem = problem_of(writable("--out", "s3://bucket/out"), "storage/denied")
+    assert f"endpoint {url} denies {operation}; allow s3:{operation} to" in problem
 
 
 def test_the_probe_is_removed_when_it_cannot_be_read_back() -> None:
     with failing_s3({"HEAD": NO_SUCH_KEY}) as (url, seen):
         storage.configure(StorageSettings(endpoint=url))
-        assert "does not come back" in problem_of(writable("--out", "s3://bucket/out"))
+        assert "--out" in problem_of(writable("--out", "s3://bucket/out"), "storage/not-kept")
     (put,) = [path for method, path in seen if method == "PUT"]
     assert put.startswith("/bucket/out/.threestage-check-") and seen[-1] == ("DELETE", put)
 
@@ -126,21 +128,18 @@ def test_a_store_that_is_busy_for_a_moment_passes() -> None:
         storage.configure(StorageSettings(endpoint=url))
         threading.Timer(1.0, answers.clear).start()
         outcome = try_one(store_check.file("network.weights", "s3://bucket/w.pth"))
-    assert outcome.seconds > 0.9 and "no file there" in str(outcome.problem)
+    assert outcome.seconds > 0.9 and outcome.code == "storage/not-found"
 
 
 def test_nothing_there() -> None:
     with failing_s3({}) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
-        assert "s3://bucket/data/manifest.json: no data set there" in problem_of(
-            store_check.data_set("data.root", "s3://bucket/data")
-        )
-        assert "s3://bucket/w.pth: no file there; mend network.weights" in problem_of(
-            store_check.file("network.weights", "s3://bucket/w.pth")
-        )
-        assert "s3://bucket/photos: no image below it" in problem_of(
-            store_check.images("data.unlabelled", "s3://bucket/photos")
-        )
+        problem = problem_of(store_check.data_set("data.root", "s3://bucket/data"), "data/no-data-set")
+        assert "s3://bucket/data/manifest.json: " in problem and "data.root" in problem
+        problem = problem_of(store_check.file("network.weights", "s3://bucket/w.pth"), "storage/not-found")
+        assert "s3://bucket/w.pth: " in problem and "network.weights" in problem
+        problem = problem_of(store_check.images("data.unlabelled", "s3://bucket/photos"), "data/no-images")
+        assert "s3://bucket/photos: " in problem and "data.unlabelled" in problem
 
 
 def test_local_places(tmp_path: Path, scenes: Path) -> None:
@@ -148,18 +147,19 @@ def test_local_places(tmp_path: Path, scenes: Path) -> None:
     assert try_one(writable("--out", str(tmp_path / "new" / "run"))).problem is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path}/file is a file: give another --out" in problem_of(writable("--out", str(tmp_path / "file/run")))
-    assert "no data set there" in problem_of(store_check.data_set("data.root", str(tmp_path)))
+    problem = problem_of(writable("--out", str(tmp_path / "file/run")), "storage/not-a-folder")
+    assert f"{tmp_path}/file is a file" in problem and "--out" in problem
+    problem_of(store_check.data_set("data.root", str(tmp_path)), "data/no-data-set")
     (tmp_path / "manifest.json").write_text("no JSON")
-    assert "is damaged" in problem_of(store_check.data_set("data.root", str(tmp_path)))
-    assert "no file there" in problem_of(store_check.file("network.weights", str(tmp_path / "w.pth")))
+    problem_of(store_check.data_set("data.root", str(tmp_path)), "storage/damaged-json")
+    problem_of(store_check.file("network.weights", str(tmp_path / "w.pth")), "storage/not-found")
     assert try_one(store_check.file("network.weights", str(tmp_path / "file"))).problem is None
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that even root cannot write")
 def test_a_folder_that_cannot_be_written() -> None:
-    problem = problem_of(writable("--out", "/sys/run"))
-    assert problem.startswith("/sys/run: ") and ": choose a" in problem
+    outcome = try_one(writable("--out", "/sys/run"))
+    assert str(outcome.problem).startswith("/sys/run: ") and outcome.code in ("storage/denied", "storage/not-found")
 
 
 def test_a_probe_without_an_end_costs_the_deadline_and_the_others_nothing() -> None:
@@ -169,7 +169,8 @@ def test_a_probe_without_an_end_costs_the_deadline_and_the_others_nothing() -> N
     slow, quick = try_all(probes, deadline_s=0.5)
     never.set()
     assert time.monotonic() - start < 5
-    assert slow.problem == "s3://slow: no answer within 0.5 s: is it up, and is data.root right?"
+    assert slow.problem == "s3://slow: no answer within 0.5 s; start it, or correct data.root"
+    assert slow.code == "storage/unreachable"
     assert quick.problem is None
 
 
@@ -189,13 +190,12 @@ def fails(action: Callable[[], object]) -> OSError:
 
 def test_errors_that_are_not_of_s3(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    assert explain(None, fails(absent.read_bytes)) == f"{absent}: no such file or directory: mend the path"
-    assert str(absent) in explain(None, fails(lambda: storage.read_bytes(str(absent))))
-    assert explain(None, ConnectionError("ray://head: no\n cluster")) == "ray://head: no cluster"
-    assert (
-        explain("s3://b/x", FileNotFoundError(2, "Path does not exist 'b/x'"))
-        == "s3://b/x: nothing is there: mend the URI"
-    )
+    for error in (fails(absent.read_bytes), fails(lambda: storage.read_bytes(str(absent)))):
+        found = explain(None, error)
+        assert found.message.startswith(f"{absent}: ") and found.code == "storage/not-found"
+    assert str(explain(None, ConnectionError("ray://head: no\n cluster"))) == "ray://head: no cluster [storage/failed]"
+    found = explain("s3://b/x", FileNotFoundError(2, "Path does not exist 'b/x'"))
+    assert found.message.startswith("s3://b/x: ") and found.code == "storage/not-found"
 
 
 def test_an_error_of_botocore_is_explained_like_one_of_pyarrow() -> None:
@@ -205,9 +205,10 @@ def test_an_error_of_botocore_is_explained_like_one_of_pyarrow() -> None:
     wrapped = PermissionError("no")
     wrapped.__cause__ = denied
     for error in (denied, wrapped):
-        assert "AWS S3 denies" in explain("s3://b/x", error) and "s3://b/x" in explain("s3://b/x", error)
+        found = explain("s3://b/x", error)
+        assert found.message.startswith("s3://b/x: AWS S3 denies ") and found.code == "storage/denied"
     refused = EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
-    assert "refuses the connection" in explain("s3://b/x", refused)
+    assert explain("s3://b/x", refused).code == "storage/unreachable"
 
 
 @pytest.mark.parametrize(("name", "busy"), [("busy", True), ("denied", False)])
@@ -227,9 +228,9 @@ def test_outcomes_of_one_reason_share_a_line() -> None:
 
 def test_input_errors_are_one_line() -> None:
     def wrong() -> None:
-        raise InputError("two\nlines")
+        raise InputError("two\nlines", "data/x")
 
-    assert problem_of(Probe("x", "y", wrong)) == "two lines"
+    assert problem_of(Probe("x", "y", wrong), "data/x") == "two lines"
 
 
 def test_every_command_explains_what_a_store_refuses(
@@ -247,4 +248,6 @@ def test_every_command_explains_what_a_store_refuses(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert line.startswith("error: ") and f"endpoint {endpoint} denies" in line and "AWS_ACCESS_KEY_ID" in line
+        assert (
+            line.startswith("error: ") and f"endpoint {endpoint} denies" in line and line.endswith(" [storage/denied]")
+        )

@@ -7,13 +7,14 @@ from threestage.data.store_check import Probe, try_one
 
 
 class Line(NamedTuple):
-    """`problem`: what is wrong and how to mend it; `doubt`: what may be wrong, or was not tried and why; without both,
-    all is well with `value`. `busy`: the problem may pass by itself."""
+    """`problem`: what is wrong and how to fix it; `code`: its code; `doubt`: what may be wrong, or was not
+    tried and why; without both, all is well with `value`. `busy`: the problem may pass by itself."""
 
     name: str
     value: str
     seconds: float = 0.0
     problem: str | None = None
+    code: str | None = None
     busy: bool = False
     doubt: str | None = None
 

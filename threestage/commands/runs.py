@@ -208,7 +208,8 @@ def check(
 def _show_line(line: Any) -> None:
     mark, text = "[green]✓[/]", line.value
     if line.problem or line.doubt:
-        mark, text = ("[bold red]✗[/]", line.problem) if line.problem else ("[yellow]![/]", line.doubt)
+        problem = f"{line.problem} [{line.code}]" if line.code else line.problem
+        mark, text = ("[bold red]✗[/]", problem) if line.problem else ("[yellow]![/]", line.doubt)
     took = f"  [dim]{line.seconds:.1f} s[/]" if line.seconds else ""
     console.print(f"{mark} {line.name}  {escape(text)}{took}", highlight=False, soft_wrap=True)
 

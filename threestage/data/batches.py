@@ -23,7 +23,7 @@ from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings, Extent
 from threestage.data.records import MAX_IMAGE_PIXELS
 from threestage.data.samples import Decoded, Sample, decode_sample, place
-from threestage.errors import StageFailure
+from threestage.errors import CodedError, StageFailure, reason_of
 from threestage.seeds import derive_seed
 
 DECODED_CACHE_BYTES = 512 * 2**20
@@ -118,7 +118,8 @@ class SampleSet:
         try:
             decoded = decode_sample(self.samples[index], self._downscale, self._max_pixels)
         except ValueError as error:
-            raise StageFailure(f"{self.samples[index].image_id}: {error}") from error
+            code = error.code if isinstance(error, CodedError) else "image/undecodable"
+            raise StageFailure(f"{self.samples[index].image_id}: {reason_of(error)}", code) from error
         self._free -= decoded.image.nbytes + sum(value.nbytes for value in decoded.maps.values())
         if self._free > 0:
             self._cache[index] = decoded

@@ -28,13 +28,14 @@ from threestage.data.records import (
     upright,
     upright_size,
 )
+from threestage.errors import CodedError
 
 JPEG_FORMATS = ("JPEG", "MPO")
 LOSSY_TIFFS = ("jpeg", "tiff_jpeg", "webp")
 MASK_FRAMES = "holds more than one frame or page: give one mask with all classes"
 
 
-class BadFile(Exception):
+class BadFile(CodedError):
     """Why a file is refused, in words for the user."""
 
 
@@ -73,7 +74,8 @@ def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) ->
         if isinstance(result, Unknown):
             raise BadImage(
                 f"holds {'colour' if values.ndim == 3 else 'id'} {result.value} at ({result.row}, {result.column}), "
-                f"not in class map {lookup.name}: add it, or map it to ignore"
+                f"not in class map {lookup.name}: add it, or map it to ignore",
+                "mask/unknown-value",
             )
         return result
 
@@ -85,7 +87,7 @@ def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -
     BadImage, and whatever a decoder raises here or in the body, becomes a BadFile.
     """
     if not data:
-        raise BadFile(f"{prefix}is empty")
+        raise BadFile(f"{prefix}is empty", "image/empty")
     try:
         refuse(read_layout(data))
         with open_image(data) as probe:
@@ -94,27 +96,29 @@ def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -
         with PIXELS.hold(pixels):
             yield
     except BadImage as error:
-        raise BadFile(f"{prefix}{error}") from None
+        raise BadFile(f"{prefix}{error.message}", error.code) from None
     except DECODER_ERRORS as error:
-        raise BadFile(f"{prefix}{decoder_complaint(error)}") from None
+        raise BadFile(f"{prefix}{decoder_complaint(error)}", "image/undecodable") from None
 
 
 def _refuse_mask_layout(layout: Layout) -> None:
     """Raise BadImage where the values could not be read as they are stored."""
     if layout.pages:
-        raise BadImage(MASK_FRAMES)
+        raise BadImage(MASK_FRAMES, "mask/frames")
     if layout.colour_bands > 1 and layout.bits > 8:
-        raise BadImage(f"has colours of {layout.bits} bits per channel: save it with 8")
+        raise BadImage(f"has colours of {layout.bits} bits per channel: save it with 8", "mask/bits")
     if layout.sample_format not in (UNSIGNED, SIGNED):
-        raise BadImage("holds no whole numbers: save its ids as PNG")
+        raise BadImage("holds no whole numbers: save its ids as PNG", "mask/numbers")
     if layout.white_is_zero and layout.bits > 1:
-        raise BadImage("is a TIFF in which 0 is white, whose ids may be inverted: save it as PNG")
+        raise BadImage("is a TIFF in which 0 is white, whose ids may be inverted: save it as PNG", "mask/inverted")
     _refuse_mask_bands(layout.bands, layout.colour_bands + 1)
 
 
 def _refuse_mask_bands(bands: int, most: int) -> None:
     if bands > most:
-        raise BadImage(f"has {bands} bands: ids (one band or a palette) or RGB colours are read, remove the others")
+        raise BadImage(
+            f"has {bands} bands: ids (one band or a palette) or RGB colours are read, remove the others", "mask/bands"
+        )
 
 
 def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> None:
@@ -122,12 +126,12 @@ def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> N
     compression = image.info.get("compression")
     if image.format in (*JPEG_FORMATS, "WEBP") or compression in LOSSY_TIFFS:
         kind = f"TIFF of {compression}" if compression in LOSSY_TIFFS else image.format
-        raise BadImage(f"is a {kind}, which may change ids: save it as PNG")
+        raise BadImage(f"is a {kind}, which may change ids: save it as PNG", "mask/lossy")
     if has_frames(image, layout):
-        raise BadImage(MASK_FRAMES)
+        raise BadImage(MASK_FRAMES, "mask/frames")
     height, width = upright_size(image)
     if (height, width) != size:
-        raise BadImage(f"is {width}x{height} but its image, upright, is {size[1]}x{size[0]} pixels")
+        raise BadImage(f"is {width}x{height} but its image, upright, is {size[1]}x{size[0]} pixels", "mask/size")
     opaque = image.mode in ("LA", "RGBA") and is_opaque(image)
     _refuse_mask_bands(max(layout.bands, len(image.getbands())), layout.colour_bands + opaque)
 
@@ -148,7 +152,9 @@ def _source_values(image: Image.Image, layout: Layout, lookup: Lookup) -> npt.ND
     elif image.mode == "1":
         return values.astype(np.uint8)
     elif image.mode not in ("L", "RGB") and not image.mode.startswith("I"):
-        raise BadImage(f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read")
+        raise BadImage(
+            f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read", "mask/mode"
+        )
     return values
 
 

@@ -22,7 +22,8 @@ def fixed_void(samples: SampleSet, share: float) -> str:
         if mask.shape != first.shape:
             raise InputError(
                 f"data.fixed_void={share} takes masks of one size, but {samples.samples[0].image_id} has {first.shape} and "
-                f"{sample.image_id} {mask.shape} pixels: set it to null"
+                f"{sample.image_id} {mask.shape} pixels; set it to null",
+                "data/mask-sizes",
             )
         votes += mask == IGNORE_INDEX
     region = votes >= share * len(samples)

@@ -77,17 +77,25 @@ class IngestSettings(Settings):
     def _has_masks(self) -> Self:
         if self.masks is not None and self.format != "folders":
             own = "has none" if self.format == "images" else "finds its own"
-            raise ValueError(
-                f"masks={self.masks}: format {self.format} {own}: leave --masks out, or give --format folders"
+            raise InputError(
+                f"masks={self.masks}: format {self.format} {own}; leave --masks out, or give --format folders",
+                "data/format-option",
             )
         if self.mask_suffix and self.format != "folders":
-            raise ValueError(f"mask_suffix={self.mask_suffix}: only format folders pairs masks by name: leave it out")
+            raise InputError(
+                f"mask_suffix={self.mask_suffix}: only format folders pairs masks by name; leave it out",
+                "data/format-option",
+            )
         if "/" in self.mask_suffix or self.mask_suffix.lower().endswith(tuple(MASK_SUFFIXES)):
-            raise ValueError(
-                f"mask_suffix={self.mask_suffix}: is what stands before the file's suffix: _mask for a_mask.png beside a.jpg"
+            raise InputError(
+                f"mask_suffix={self.mask_suffix}: it stands before the file's suffix; give _mask for a_mask.png beside a.jpg",
+                "data/mask-suffix",
             )
         if self.labelled_only and self.format == "images":
-            raise ValueError("labelled_only leaves nothing of format images, which has no masks: drop one of the two")
+            raise InputError(
+                "labelled_only: leaves nothing of format images, which has no masks; drop one of the two",
+                "data/format-option",
+            )
         return self
 
 
@@ -133,7 +141,10 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
     if settings.labelled_only:
         items = [item for item in items if item.mask_uri or item.problem]
         if not items:
-            raise InputError(f"{source}: no image there has a mask, and labelled_only leaves the others out")
+            raise InputError(
+                f"{source}: no image there has a mask, and labelled_only leaves the others out; give their masks, or drop it",
+                "data/no-masks",
+            )
     return each_id_once([_stamped(item, stamps) for item in items])
 
 
@@ -200,9 +211,9 @@ def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
     mask_size = stamps.get(item.mask_uri or "", (0, 0))[0]
     problem = item.problem
     if mask_size in folders.WHY_NOT:
-        problem = f"its mask {folders.WHY_NOT[mask_size]}"
+        problem = f"its mask {folders.WHY_NOT[mask_size]} [image/place]"
     elif mask_size > MAX_IMAGE_BYTES:
-        problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES}"
+        problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES} [image/too-large]"
     return replace(item, size=size, stamp=repr(both), problem=problem)
 
 
@@ -222,7 +233,8 @@ def _images(source: str, paths: Paths, settings: IngestSettings) -> list[SourceI
 def _folders(stamps: Stamps, notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
     if settings.masks is None:
         raise InputError(
-            "masks is not given: format folders needs --masks FOLDER; images without masks are of --format images"
+            "masks is not given: format folders needs --masks FOLDER; give it, or --format images for images without masks",
+            "data/format-option",
         )
     images, masks = _apart(source, paths, _listing(settings.masks, "masks named like the images", stamps), settings)
     items = _images(source, images, settings)
@@ -316,7 +328,8 @@ def _camvid(notes: list[str], source: str, paths: Paths, settings: IngestSetting
             return items
     raise InputError(
         f"{source}: no CamVid there; train/images and train/masks, or train and trainannot, are expected "
-        "(and the same for val and test)"
+        "(and the same for val and test)",
+        "data/layout",
     )
 
 
@@ -352,7 +365,8 @@ def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) ->
     if not images or not train:
         raise InputError(
             f"{source}: no PASCAL VOC there; JPEGImages, SegmentationClass and ImageSets/Segmentation/train.txt are "
-            "expected (the folder VOCdevkit/VOC2012)"
+            "expected (the folder VOCdevkit/VOC2012)",
+            "data/layout",
         )
     augmented = bool(read("train_aug", "trainaug"))
     folders = ("SegmentationClassAug", "SegmentationClass") if augmented else ("SegmentationClass",)
@@ -361,7 +375,11 @@ def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) ->
     items = []
     for path, stem in images.items():
         name = stem.rsplit("/", 1)[-1]
-        problem = f"listed as labelled but {folders[0]} has no mask" if name in masks and not masks[name] else None
+        problem = (
+            f"listed as labelled but {folders[0]} has no mask [mask/missing]"
+            if name in masks and not masks[name]
+            else None
+        )
         items.append(SourceItem(stem, paths[path], masks.get(name), splits.get(name, "train"), problem))
     absent = set(masks) - {item.image_id.rsplit("/", 1)[-1] for item in items}
     lost = [_lost_voc_image(source, name, splits.get(name, "train")) for name in absent]
@@ -370,7 +388,9 @@ def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) ->
 
 def _lost_voc_image(source: str, name: str, split: SplitName) -> SourceItem:
     uri = storage.join(source, "JPEGImages", f"{name}.jpg")
-    return SourceItem(f"JPEGImages/{name}", uri, None, split, "listed in ImageSets/Segmentation but absent")
+    return SourceItem(
+        f"JPEGImages/{name}", uri, None, split, "listed in ImageSets/Segmentation but absent [image/missing]"
+    )
 
 
 def _voc_list(stamps: Stamps, paths: Paths, images: Paths, *names: str) -> frozenset[str]:
@@ -378,7 +398,10 @@ def _voc_list(stamps: Stamps, paths: Paths, images: Paths, *names: str) -> froze
     places = ("ImageSets/Segmentation", "ImageSets/SegmentationAug")
     uri = _first(paths, [f"{place}/{name}.txt" for name in names for place in places])
     if uri and stamps[uri][0] in folders.WHY_NOT:
-        raise InputError(f"{uri}: {folders.WHY_NOT[stamps[uri][0]]}")
+        raise InputError(
+            f"{uri}: a link that leads out of its folder, no plain file, or a name that is not UTF-8; put the list itself there",
+            "data/link",
+        )
     return frozenset(_voc_name(line, images) for line in (storage.read_lines(uri) if uri else ()))
 
 
@@ -399,13 +422,15 @@ def _cityscapes(notes: list[str], source: str, paths: Paths, settings: IngestSet
     if not items:
         raise InputError(
             f"{source}: no Cityscapes there; leftImg8bit/train/<city>/*_leftImg8bit.png and "
-            "gtFine/train/<city>/*_gtFine_labelIds.png are expected"
+            "gtFine/train/<city>/*_gtFine_labelIds.png are expected",
+            "data/layout",
         )
     with_masks = [item for item in items if item.image_id.startswith(LABELLED_FOLDERS["cityscapes"])]
     if with_masks and not any(item.mask_uri for item in with_masks):
         raise InputError(
             f"{source}: none of the {len(with_masks)} images of leftImg8bit/train and val has a mask; "
-            "gtFine/train/<city>/*_gtFine_labelIds.png are expected (from gtFine_trainvaltest.zip; labelTrainIds are not read)"
+            "gtFine/train/<city>/*_gtFine_labelIds.png are expected (from gtFine_trainvaltest.zip; labelTrainIds are not read)",
+            "data/no-masks",
         )
     used, ours = {item.mask_uri for item in items}, ("gtFine/train/", "gtFine/val/")
     masks = [uri for path, uri in paths.items() if path.startswith(ours) and path.endswith("_gtFine_labelIds.png")]
@@ -439,5 +464,7 @@ def each_id_once(items: list[SourceItem]) -> list[SourceItem]:
     for index, item in enumerate(items):
         other = taken.setdefault(item.image_id, item.image_uri)
         if other != item.image_uri:
-            items[index] = replace(item, problem=f"has the id {item.image_id}, as {other} has: rename one")
+            items[index] = replace(
+                item, problem=f"has the id {item.image_id}, as {other} has: rename one [image/same-id]"
+            )
     return items

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from threestage.errors import CodedError
+
 MAX_SCANS = 64  # of a JPEG; encoders write about ten, and each costs a pass over all pixels
 MAX_PARTS = 65_536  # segments, chunks or tags: each is a step in Python
 MAX_CHUNKS_BESIDE = 1_000  # of a PNG, beside its pixels: each may be unpacked to a megabyte
@@ -39,7 +41,7 @@ WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 COLOUR_BANDS = {2: 3, 5: 4, 6: 3, 8: 3}  # RGB, CMYK, YCbCr and Lab; one of anything else
 
 
-class BadImage(ValueError):
+class BadImage(CodedError, ValueError):
     """Why an image cannot be used, in words for the user."""
 
 
@@ -79,17 +81,19 @@ def read_layout(data: bytes) -> Layout:
 
 def _check_exif(size: int) -> None:
     if size > MAX_EXIF_BYTES:
-        raise BadImage(f"has {size} bytes of EXIF, more than {MAX_EXIF_BYTES}: remove them")
+        raise BadImage(f"has {size} bytes of EXIF, more than {MAX_EXIF_BYTES}: remove them", "image/costly")
 
 
 def _check_parts(count: int, most: int = MAX_PARTS) -> None:
     if count > most:
-        raise BadImage("has too many segments: save it again")
+        raise BadImage("has too many segments: save it again", "image/costly")
 
 
 def _bmp(data: bytes) -> Layout:
     if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and len(data) > MAX_RUN_LENGTH_BYTES:
-        raise BadImage(f"is a run-length encoded BMP of more than {MAX_RUN_LENGTH_BYTES} bytes: save it as PNG")
+        raise BadImage(
+            f"is a run-length encoded BMP of more than {MAX_RUN_LENGTH_BYTES} bytes: save it as PNG", "image/costly"
+        )
     bits = _number(data, 24 if _number(data, 14, "<I") == OS2_HEADER_BYTES else 28, "<H")
     return Layout(bits=bits, bands=1, colour_bands=1) if bits <= 8 else Layout()
 
@@ -137,7 +141,7 @@ def _jpeg(data: bytes) -> Layout:
     for count, (marker, start, size) in enumerate(_segments(data)):
         _check_parts(count)
         if start > MAX_HEADER_BYTES:
-            raise BadImage(f"has more than {MAX_HEADER_BYTES} bytes before its pixels: save it again")
+            raise BadImage(f"has more than {MAX_HEADER_BYTES} bytes before its pixels: save it again", "image/costly")
         if marker == JPEG_EXIF and data.startswith(b"Exif\0\0", start):
             exif += size
             _check_exif(exif)
@@ -146,7 +150,7 @@ def _jpeg(data: bytes) -> Layout:
         elif marker == JPEG_SCAN and size:
             several |= data[start] < components
     if several and len(SCAN_MARKER.findall(data)) > MAX_SCANS and _scans(data) > MAX_SCANS:
-        raise BadImage(f"is a JPEG of more than {MAX_SCANS} scans: save it again")
+        raise BadImage(f"is a JPEG of more than {MAX_SCANS} scans: save it again", "image/costly")
     return Layout(bits=bits)
 
 
@@ -239,7 +243,7 @@ def _check_tags(tags: dict[int, _Tag], size: int) -> None:
         if tag.kind not in TAGS_OF_BYTES
     )
     if numbers > MAX_TAG_VALUES or sum(tag.count * TAG_BYTES.get(tag.kind, 0) for tag in tags.values()) > size:
-        raise BadImage("is a TIFF whose tags hold too many values: save it again")
+        raise BadImage("is a TIFF whose tags hold too many values: save it again", "image/costly")
 
 
 def _values(data: bytes, tag: _Tag | None, order: str) -> tuple[int, ...]:

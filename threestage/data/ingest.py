@@ -106,7 +106,7 @@ def ingest(
             complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root))
         ):
             forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
-            raise InputError(f"{source}: {complaint}")
+            raise InputError(f"{source}: {complaint}", "data/bad-images")
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
         warnings += check_copies(root, index, current.files if current else (), added.files)
         manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
@@ -147,7 +147,8 @@ def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:
     if settings.format == "folders":
         raise InputError(
             "class_map is not given: format folders needs --class-map FILE, a YAML that says which id or colour is which "
-            "class; images without masks are of --format images"
+            "class; give it, or --format images for images without masks",
+            "class-map/missing",
         )
     return None, ""
 
@@ -159,7 +160,10 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
     if names != current.classes:
         theirs = next((pair for pair in zip(names, current.classes, strict=False) if pair[0] != pair[1]), None)
         difference = f"{theirs[0]} in place of {theirs[1]}" if theirs else f"{len(names)}, not {len(current.classes)}"
-        raise InputError(f"class_map: its classes are not those of the data set {root} ({difference}); mend the map")
+        raise InputError(
+            f"class_map: its classes are not those of the data set {root} ({difference}); correct the map",
+            "class-map/other-classes",
+        )
 
 
 # What the user should know of the classes.

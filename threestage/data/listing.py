@@ -144,7 +144,7 @@ def list_images(source: str, destination: str, rows_per_file: int, each: Each = 
     if not files:
         storage.delete(destination, destination)  # another cut may fit the images that come
         expected = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"{source}: no image below it; files in {expected} are expected")
+        raise InputError(f"{source}: no image below it; files in {expected} are expected", "data/no-images")
     if files != before:
         rows = pa.Table.from_pylist([file.model_dump() for file in files], FILES_SCHEMA)
         storage.write_table(_files_uri(destination), rows)
@@ -210,7 +210,8 @@ def _partition(source: str, destination: str, rows_per_file: int) -> Partition:
     if (partition.source, partition.rows_per_file) != (source, rows_per_file):
         raise InputError(
             f"{uri}: the listing there is of {partition.source} with rows_per_file {partition.rows_per_file}, not of "
-            f"{source} with rows_per_file {rows_per_file}; give another folder"
+            f"{source} with rows_per_file {rows_per_file}; give another folder",
+            "data/foreign-folder",
         )
     return partition
 

@@ -50,7 +50,8 @@ def refuse_other_order(image: Image.Image, lookup: Lookup) -> None:
             raise BadImage(
                 f"has the colour {colours[0, index].tolist()} ({_class(lookup, coloured)}) in its palette for id {index} "
                 f"({_class(lookup, named)} in class map {lookup.name}): leave ids out of the map to read "
-                "colours; save the mask as grey if its ids are right"
+                "colours; save the mask as grey if its ids are right",
+                "mask/palette-order",
             )
 
 

@@ -153,16 +153,15 @@ def pool_row(
     """A row as a file holds it. `unnamed`: its id, where it has none that can be used."""
     place = str(source)
     if isinstance(image_id, parquet.Damaged):
-        return PoolRow(unnamed, place, b"", problem=f"its image_id {image_id}")
+        return PoolRow(unnamed, place, b"", problem=f"its image_id {image_id} [image/bad-id]")
     if image_id is not None and len(image_id) > MAX_ID_BYTES:
-        return PoolRow(
-            unnamed, place, b"", problem=f"its image_id has {len(image_id)} letters, more than {MAX_ID_BYTES}"
-        )
+        problem = f"its image_id has {len(image_id)} letters, more than {MAX_ID_BYTES} [image/bad-id]"
+        return PoolRow(unnamed, place, b"", problem=problem)
     name = unnamed if image_id is None else image_id
     if image is None:
-        return PoolRow(name, place, b"", problem="is null")
+        return PoolRow(name, place, b"", problem="is null [image/empty]")
     if isinstance(image, parquet.Damaged):
-        return PoolRow(name, place, b"", problem=str(image))
+        return PoolRow(name, place, b"", problem=f"{image} [image/too-large]")
     return PoolRow(name, place, image, mask)
 
 
@@ -172,7 +171,7 @@ def lost_rows(uri: str, name: str, group: parquet.Group) -> Iterator[list[PoolRo
         rows = min(storage.ROW_GROUP_ROWS, group.first + group.rows - start)
         names = unnamed(name, parquet.Group(start, rows, None))
         yield [
-            PoolRow(image_id, f"{uri}#{number}", b"", problem=group.problem)
+            PoolRow(image_id, f"{uri}#{number}", b"", problem=f"{group.problem} [image/lost-row]")
             for number, image_id in enumerate(names, start)
         ]
 
@@ -208,15 +207,17 @@ def _fetch(row: dict[str, Any], replaced: bool) -> PoolRow:
         return PoolRow(row["image_id"], row["image_uri"], image, replaced=True)
     try:
         if row["bytes"] in WHY_NOT:
-            problem = WHY_NOT[row["bytes"]]
+            problem = f"{WHY_NOT[row['bytes']]} [image/place]"
         elif row["bytes"] > MAX_IMAGE_BYTES:
-            problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES}"
+            problem = f"has {row['bytes']} bytes, more than {MAX_IMAGE_BYTES} [image/too-large]"
         else:
             image = storage.read_bytes(row["image_uri"])
             if len(image) != row["bytes"]:
-                problem = f"has changed since it was listed: it had {row['bytes']} bytes, now {len(image)}"
+                had = row["bytes"]
+                problem = f"has changed since it was listed: it had {had} bytes, now {len(image)} [image/changed]"
     except (FileNotFoundError, PermissionError, InputError) as error:
-        problem = f"cannot be read: {error}"
+        reason = error.message if isinstance(error, InputError) else error
+        problem = f"cannot be read: {reason} [image/unreadable]"
     return PoolRow(row["image_id"], row["image_uri"], image, problem=problem)
 
 

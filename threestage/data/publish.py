@@ -306,7 +306,8 @@ def publish(root: str, current: Manifest | None, manifest: Manifest | None) -> M
         if current is None:
             listed = storage.join(root, "rejected")
             raise InputError(
-                f"{root}: no good image was found for it, so no data set was made: mend those that {listed} lists"
+                f"{root}: no good image was found for it, so no data set was made; fix those that {listed} lists",
+                "data/bad-images",
             )
         return current
     uri = storage.join(root, MANIFEST_NAME)

@@ -124,7 +124,9 @@ class DataSettings(Settings):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"is neither a regular expression ({error}) nor a {GROUP_LIST} file") from None
+                raise InputError(
+                    f"is neither a regular expression ({error}) nor a {GROUP_LIST} file", "data/group-expression"
+                ) from None
         return value
 
     @property
@@ -217,18 +219,23 @@ def load_manifest(root: str, version: int | None = None) -> Manifest:
     except FileNotFoundError:
         if version is not None and (current := load_manifest(root)).version == version:
             return current  # published, and not yet kept under its number
-        raise InputError(f"{uri}: no data set there; make one with `threestage ingest`, or mend the path") from None
+        raise InputError(
+            f"{uri}: no data set there; make one with `threestage ingest`, or correct the path", "data/no-data-set"
+        ) from None
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
-        raise InputError(f"{uri}: not a manifest of a threestage data set; mend the path")
+        raise InputError(f"{uri}: not a manifest of a threestage data set; correct the path", "data/not-a-data-set")
     if raw["format"] > MANIFEST_FORMAT:
         raise InputError(
-            f"{uri}: format {raw['format']} is newer than this threestage reads ({MANIFEST_FORMAT}); upgrade threestage"
+            f"{uri}: format {raw['format']} is newer than this threestage reads ({MANIFEST_FORMAT}); upgrade threestage",
+            "data/newer-format",
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"{uri}: not a manifest of a threestage data set ({reason}); mend the path") from None
+        raise InputError(
+            f"{uri}: not a manifest of a threestage data set ({reason}); correct the path", "data/not-a-data-set"
+        ) from None
 
 
 def version_uri(root: str, version: int) -> str:
@@ -296,7 +303,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:
     except BadImage:
         raise
     except DECODER_ERRORS as error:
-        raise BadImage(decoder_complaint(error)) from None
+        raise BadImage(decoder_complaint(error), "image/undecodable") from None
 
 
 def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -309,9 +316,9 @@ def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     refuse_numbers(layout)
     image = _open(data, layout, max_pixels)
     if has_frames(image, layout):
-        raise BadImage("holds more than one frame: give one file per image")
+        raise BadImage("holds more than one frame: give one file per image", "image/frames")
     if image.mode not in PICTURE_MODES:
-        raise BadImage(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB")
+        raise BadImage(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB", "image/mode")
     _refuse_bands(image, layout)
     return image
 
@@ -319,21 +326,27 @@ def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
 def refuse_numbers(layout: Layout) -> None:
     """Raise BadImage for an image of more than 8 bits, or of anything but unsigned numbers."""
     if layout.bits > 8:
-        raise BadImage(f"has {layout.bits} bits per channel: convert it to 8, the range is not known here")
+        raise BadImage(
+            f"has {layout.bits} bits per channel: convert it to 8, the range is not known here", "image/bits"
+        )
     if layout.sample_format != UNSIGNED:
         numbers = "signed numbers" if layout.sample_format == SIGNED else "numbers of a special kind"
-        raise BadImage(f"holds {numbers}: convert it to unsigned ones of 8 bits, the range is not known here")
+        raise BadImage(
+            f"holds {numbers}: convert it to unsigned ones of 8 bits, the range is not known here", "image/bits"
+        )
 
 
 def _refuse_bands(image: Image.Image, layout: Layout) -> None:
     """Refuse bands beside the colour, unless they are a transparency that is opaque everywhere."""
     clear = image.has_transparency_data and not is_opaque(image)
     if clear and image.format != "TIFF":
-        raise BadImage(f"has transparent pixels (mode {image.mode}): flatten it first")
+        raise BadImage(f"has transparent pixels (mode {image.mode}): flatten it first", "image/transparent")
     extra = layout.bands - layout.colour_bands
     if clear or extra > 1 or (extra and not image.has_transparency_data):
         last = ", the last one declared as transparency and not opaque everywhere" if clear else ""
-        raise BadImage(f"has {layout.bands} bands{last}; {layout.colour_bands} are read: keep those, or flatten it")
+        raise BadImage(
+            f"has {layout.bands} bands{last}; {layout.colour_bands} are read: keep those, or flatten it", "image/bands"
+        )
 
 
 def is_opaque(image: Image.Image) -> bool:
@@ -391,10 +404,11 @@ def _open(data: bytes, layout: Layout, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     for what, (width, height) in (("", image.size), ("a tile of ", _tile(image))):
         if width * height > max_pixels:
-            raise BadImage(f"has {what}{width}x{height} pixels, more than {max_pixels}")
+            raise BadImage(f"has {what}{width}x{height} pixels, more than {max_pixels}", "image/too-many-pixels")
     if image.format == "BMP" and layout.bits != BMP_BITS.get(image.mode, layout.bits):  # Pillow reads other bits of it
         raise BadImage(
-            f"is a BMP of {layout.bits} bits whose palette holds greys only, which is misread: save it as PNG"
+            f"is a BMP of {layout.bits} bits whose palette holds greys only, which is misread: save it as PNG",
+            "image/bmp-palette",
         )
     return image
 
@@ -404,21 +418,23 @@ def _tile(image: Image.Image) -> tuple[int, int]:
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0)
     if not isinstance(width, int) or not isinstance(height, int):
-        raise BadImage("has tiles without a size")
+        raise BadImage("has tiles without a size", "image/undecodable")
     return width, height
 
 
 def decoder_complaint(error: Exception) -> str:
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    reason = f"it is no image, or of a format other than {', '.join(FORMATS)}" if unknown else str(error)
+    """Why an image cannot be decoded, from one of DECODER_ERRORS."""
+    reason = error.message if isinstance(error, BadImage) else str(error)
+    if type(error).__name__ == "UnidentifiedImageError":
+        reason = f"it is no image, or of a format other than {', '.join(FORMATS)}"
     return f"cannot be decoded: {reason}"
 
 
 def decode_mask(data: bytes) -> Bytes:
-    """uint8 (H,W) class ids of a stored mask. Raises ValueError when it is not an 8-bit single-channel image, or too large."""
+    """uint8 (H,W) class ids of a stored mask. Raises BadImage when it is not an 8-bit single-channel image, or too large."""
     with open_image(data, PILLOWS_LIMIT) as image:
         if image.mode != "L":
-            raise ValueError(f"a stored mask has one 8-bit channel, this one is of mode {image.mode}")
+            raise BadImage(f"a stored mask has one 8-bit channel, this one is of mode {image.mode}", "mask/damaged")
         return np.array(image)
 
 

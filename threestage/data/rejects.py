@@ -1,5 +1,6 @@
 """Images that could not be used: who, where from, why. One bad image costs itself only; too many of them fail the job."""
 
+import re
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -11,10 +12,11 @@ from threestage.settings import Settings
 REJECT_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 SHOWN = 20
 WRITTEN_AT_ONCE = 10_000
+CODE = re.compile(r" \[[a-z-]+/[a-z-]+\]$")
 
 
 class Reject(Settings):
-    """`source`: URI of the image's file."""
+    """`source`: URI of the image's file. `reason`: a line that ends with its code, as that of a CodedError."""
 
     image_id: str
     source: str
@@ -55,7 +57,7 @@ class RejectList:
             return None
         return (
             f"{self.count} of {total} images are bad ({self.count / total:.1%}, max_bad_fraction is {max_bad_fraction:.1%}), "
-            f"the first is {self.first[0].source}: {self.first[0].reason}; all are listed in {listed}"
+            f"the first is {self.first[0].source}: {CODE.sub('', self.first[0].reason)}; all are listed in {listed}"
         )
 
     def _compress(self) -> None:

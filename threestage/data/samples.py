@@ -10,12 +10,15 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.headers import BadImage
 from threestage.data.pool import PoolFile, read_rows
 from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
 from threestage.data.rejects import Reject
+from threestage.errors import InputError
 
 OnReject = Callable[[Reject], None]
+NEW_RUN = "the images have changed since, begin a new run with another --out"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def pool_samples(
     whose agreement is less than `least_agreement` (255ths) are left out. Where no stage made pseudo-masks (None), the rows
     alone, but for the images `excluded` of the run's own data set.
 
-    An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises ValueError when the two files do
+    An image that has vanished since its pseudo-mask was made goes to `rejected`. Raises InputError when the two files do
     not hold the same rows in the same order.
     """
     if pseudo_masks is None:
@@ -59,14 +62,19 @@ def pool_samples(
         found = []
         for row, target in zip(islice(rows, len(masks)), masks.to_pylist(), strict=True):
             if row.image_id != target["image_id"]:
-                raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: ids differ")
+                raise InputError(
+                    f"{pseudo_mask_uri(pseudo_masks, file)}: its ids differ from those of {file.uri}; {NEW_RUN}",
+                    "run/other-inputs",
+                )
             if row.problem is not None and target["pseudo_mask"] is not None:
                 rejected(Reject(image_id=row.image_id, source=row.source, reason=row.problem))
             elif target["pseudo_mask"] is not None and target.pop("agreement", 255) >= least_agreement:
                 found.append(Sample(image=row.image, source=row.source, **target))
         yield found
     if next(rows, None) is not None:
-        raise ValueError(f"{pseudo_mask_uri(pseudo_masks, file)} does not belong to {file.uri}: it has fewer rows")
+        raise InputError(
+            f"{pseudo_mask_uri(pseudo_masks, file)}: has fewer rows than {file.uri}; {NEW_RUN}", "run/other-inputs"
+        )
 
 
 def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozenset[str]) -> Iterator[list[Sample]]:
@@ -83,7 +91,7 @@ def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozense
 def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Decoded:
     """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already.
 
-    Raises BadImage when the image cannot be decoded, ValueError when it is not of its pseudo-mask's size.
+    Raises BadImage when the image cannot be decoded, or is not of its pseudo-mask's size.
     """
     image = downscale_image(decode_image(sample.image, max_pixels), downscale)
     maps = {}
@@ -95,8 +103,9 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
         maps["confidence"] = np.frombuffer(sample.confidence, np.uint8).reshape(image.shape[:2])
     for name, values in maps.items():
         if values.shape != image.shape[:2]:
-            raise ValueError(
-                f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed"
+            raise BadImage(
+                f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed",
+                "image/changed",
             )
     return Decoded(image, maps)
 

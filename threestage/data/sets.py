@@ -83,8 +83,9 @@ def _with_pseudo_masks(table: pa.Table, rows: dict[str, tuple[bytes, bytes]]) ->
     for image_id in ids:
         if image_id not in rows:
             raise StageFailure(
-                f"the labelled image {image_id} has no pseudo-mask, it is among the rejects: mend it and ingest it again, or "
-                "raise data.max_image_pixels"
+                f"the labelled image {image_id} has no pseudo-mask, it is among the rejects: fix it and ingest it again, or "
+                "raise data.max_image_pixels",
+                "data/bad-labelled-image",
             )
     for position, column in enumerate(("pseudo_mask", "confidence")):
         table = table.append_column(column, pa.array([rows[image_id][position] for image_id in ids], pa.binary()))

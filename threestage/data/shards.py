@@ -201,9 +201,9 @@ def _checked(item: SourceItem, known: Known | None, lookup: Lookup | None) -> Ch
     if item.problem:
         raise BadFile(item.problem)
     if item.size in WHY_NOT:
-        raise BadFile(WHY_NOT[item.size])
+        raise BadFile(WHY_NOT[item.size], "image/place")
     if item.size > MAX_IMAGE_BYTES:
-        raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}")
+        raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}", "image/too-large")
     data = _read(item.image_uri, "it", _Vanished)
     image_digest = digest_of(data)
     if known:
@@ -240,9 +240,10 @@ def _read(uri: str, what: str, absent: type[BadFile]) -> bytes:
         return storage.read_bytes(uri)
     except FileNotFoundError as error:
         kind = BadFile if error.__cause__ else absent  # with a cause: a name that cannot be asked for
-        raise kind(f"{what} cannot be read: {error}") from None
+        raise kind(f"{what} cannot be read: {error}", "image/unreadable") from None
     except (PermissionError, InputError) as error:
-        raise BadFile(f"{what} cannot be read: {error}") from None
+        reason = error.message if isinstance(error, InputError) else error
+        raise BadFile(f"{what} cannot be read: {reason}", "image/unreadable") from None
 
 
 def _check_same(item: SourceItem, known: Known, image_digest: str) -> None:
@@ -250,7 +251,10 @@ def _check_same(item: SourceItem, known: Known, image_digest: str) -> None:
         raise BadFile(
             f"the data set has another image under the id {item.image_id} (split {known.split}): rename this one; of "
             "<split>/images and <split>/masks, make a new data set from the folder above with --format camvid, whose ids begin "
-            "with the split"
+            "with the split",
+            "image/same-id",
         )
     if known.split != item.split:
-        raise BadFile(f"the data set has it in split {known.split}, and here it is in {item.split}")
+        raise BadFile(
+            f"the data set has it in split {known.split}, and here it is in {item.split}", "image/other-split"
+        )

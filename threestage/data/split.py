@@ -37,7 +37,7 @@ def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
         return Split.model_validate(saved["split"]), dict(saved.get("settings", {}))
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{uri}: is no split of a run: bring it back from a copy, or give another folder", "data/foreign-folder"
+            f"{uri}: is no split of a run; bring it back from a copy, or give another folder", "data/foreign-folder"
         ) from None
 
 
@@ -140,7 +140,7 @@ def _lines(key: str, uri: str, instead: str) -> list[str]:
     try:
         return storage.read_lines(uri)
     except FileNotFoundError:
-        raise InputError(f"{key}: no such file; give {instead}") from None
+        raise InputError(f"{key}: no such file; give {instead}", "storage/not-found") from None
 
 
 def _listed(root: str, uri: str, candidates: list[str], left_out: set[str]) -> list[str]:
@@ -152,16 +152,17 @@ def _listed(root: str, uri: str, candidates: list[str], left_out: set[str]) -> l
     known = Paths({image_id: image_id for image_id in (*candidates, *left_out)})
     wanted = [_id_of(line, known) for line in named]
     if not named:
-        raise InputError(f"data.labelled={uri} is empty; give a file with an image id a line")
+        raise InputError(f"data.labelled={uri}: is empty; give a file with an image id a line", "data/labelled-list")
     if missing := [line for line, image_id in zip(named, wanted, strict=True) if image_id is None]:
         raise InputError(
             f"data.labelled={uri}: {len(missing)} of its {len(named)} images are no train images with a mask in {root}, "
-            f"{missing[0]} first (there, ids are like {candidates[0] if candidates else 'none'}): mend the list, or ingest them"
+            f"{missing[0]} first (ids are like {candidates[0] if candidates else 'none'}); correct the list, or ingest them",
+            "data/labelled-list",
         )
     if both := sorted(left_out & set(wanted)):
         raise InputError(
             f"data.labelled={uri}: {len(both)} of its {len(named)} images are of a group of the val split, {both[0]} first; take "
-            " them out of the list, or change data.group",
+            "them out of the list, or change data.group",
             "data/group-on-both-sides",
         )
     chosen = set(wanted)
@@ -176,7 +177,7 @@ def _id_of(line: str, known: Paths) -> str | None:
 
 def _count(root: str, settings: DataSettings, candidates: int, labelled: int) -> int:
     if candidates == 0:
-        raise InputError(f"{root}: no train image has a mask; add labels with `threestage ingest`")
+        raise InputError(f"{root}: no train image has a mask; add labels with `threestage ingest`", "data/no-masks")
     if settings.labelled == "all":
         return candidates
     if isinstance(settings.labelled, float):
@@ -185,7 +186,8 @@ def _count(root: str, settings: DataSettings, candidates: int, labelled: int) ->
     if settings.labelled > candidates:
         outside = "" if candidates == labelled else " outside the groups of its val split"
         raise InputError(
-            f"data.labelled is {settings.labelled}, but {root} has {candidates} labelled train images{outside}; ask for fewer"
+            f"data.labelled is {settings.labelled}, but {root} has {candidates} labelled train images{outside}; ask for fewer",
+            "data/too-few-labels",
         )
     return settings.labelled
 
@@ -209,7 +211,8 @@ def _carve(chosen: Sequence[str], share: float, groups: Mapping[str, str] = {}) 
         together = f", in {len(whole)} group{'s' * (len(whole) > 1)} by data.group," if groups else ""
         raise InputError(
             f"data.labelled gives {len(chosen)} labelled{together} and data.validation {share} takes them all; "
-            "label more, or give the data set a val split"
+            "label more, or give the data set a val split",
+            "data/no-validation",
         )
     return Split(
         labelled=tuple(chain.from_iterable(labelled)),

@@ -68,9 +68,11 @@ class StorageSettings(Settings):
     def _is_a_url(cls, value: str | None) -> str | None:
         parts = urlsplit(value or "http://host")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("write the endpoint as http://host:port or https://host")
+            raise InputError("write the endpoint as http://host:port or https://host", "storage/endpoint")
         if parts.username or parts.password:
-            raise ValueError("an endpoint holds no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise InputError(
+                "an endpoint holds no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "storage/endpoint"
+            )
         return value
 
 
@@ -132,7 +134,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             "storage/not-a-bucket",
         )
     if not path or uri.startswith(f"{S3_SCHEME}/"):
-        raise InputError(f"{uri}: names no bucket: write s3://bucket/prefix")
+        raise InputError(f"{uri}: names no bucket; write s3://bucket/prefix", "storage/not-a-bucket")
     variables = environment(StorageSettings())
     chosen = _S3(
         variables.get("AWS_ENDPOINT_URL_S3"),
@@ -146,7 +148,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def _refuse_other_schemes(uri: str) -> None:
     """s3:/bucket would be a folder of this machine, and gs://bucket too."""
     if not uri:
-        raise InputError("an empty text is no place: give a path or s3://bucket/prefix", SCHEME_CODE)
+        raise InputError("an empty text is no place; give a path or s3://bucket/prefix", SCHEME_CODE)
     if has_scheme(uri) and not uri.startswith(f"{FILE_SCHEME}/"):
         raise InputError(
             f"{redact(uri)}: not supported; give a local path or s3://bucket/prefix (AWS S3 or a store with its API), or "

@@ -38,12 +38,13 @@ class Probe(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """`problem`: one line, None when all is well; `busy`: it may pass by itself."""
+    """`problem`: one line, None when all is well; `code`: its code; `busy`: it may pass by itself."""
 
     name: str
     value: str
     seconds: float
     problem: str | None = None
+    code: str | None = None
     busy: bool = False
 
 
@@ -63,16 +64,17 @@ def try_all(probes: Sequence[Probe], deadline_s: float = DEADLINE_S) -> list[Out
 def try_one(probe: Probe) -> Outcome:
     """Try it here, however long it takes."""
     start = time.monotonic()
-    problem = Complaint("")
+    problem = Complaint("", None)
     try:
         probe.try_it()
     except InputError as error:
-        problem = Complaint(" ".join(str(error).split()))
+        problem = Complaint(" ".join(error.message.split()), error.code)
     except Exception as error:
         if not storage.of_the_store(error):
             raise
         problem = complaint(probe.value, error)
-    return Outcome(probe.name, probe.value, time.monotonic() - start, problem.text or None, problem.busy)
+    seconds = time.monotonic() - start
+    return Outcome(probe.name, probe.value, seconds, problem.text or None, problem.code, problem.busy)
 
 
 def data_set(name: str, uri: str) -> Probe:
@@ -119,8 +121,8 @@ def _wait(probe: Probe, future: "Future[Outcome]", start: float, deadline_s: flo
     try:
         return future.result(max(0.0, start + deadline_s - time.monotonic()))
     except NotDone:
-        problem = f"{probe.value}: no answer within {deadline_s:g} s: is it up, and is {probe.name} right?"
-        return Outcome(probe.name, probe.value, time.monotonic() - start, problem)
+        problem = f"{probe.value}: no answer within {deadline_s:g} s; start it, or correct {probe.name}"
+        return Outcome(probe.name, probe.value, time.monotonic() - start, problem, "storage/unreachable")
 
 
 # ---- What is tried
@@ -139,20 +141,22 @@ def _read_manifest(name: str, uri: str, place: _Place) -> None:
     manifest = storage.join(uri, MANIFEST_NAME)
     content = _read(place.files, storage.join(place.path, MANIFEST_NAME))
     if content is None:
-        raise InputError(f"{manifest}: no data set there; make one with `threestage ingest`, or mend {name}")
+        raise InputError(
+            f"{manifest}: no data set there; make one with `threestage ingest`, or correct {name}", "data/no-data-set"
+        )
     storage.parse_json(content, manifest)
 
 
 def _find_image(name: str, uri: str, place: _Place) -> None:
     _reach(place, place.path)
     if _read(place.files, storage.join(place.path, MANIFEST_NAME)) is None and first_image(uri) is None:
-        raise InputError(f"{uri}: no image below it, and it is no data set either; mend {name}")
+        raise InputError(f"{uri}: no image below it, and it is no data set either; correct {name}", "data/no-images")
 
 
 def _read_byte(name: str, uri: str, place: _Place) -> None:
     _reach(place, os.path.dirname(place.path))
     if _read(place.files, place.path, 1) is None:
-        raise InputError(f"{uri}: no file there; mend {name}")
+        raise InputError(f"{uri}: no file there; correct {name}", "storage/not-found")
 
 
 def _write_read_delete(name: str, uri: str, place: _Place) -> None:
@@ -162,7 +166,10 @@ def _write_read_delete(name: str, uri: str, place: _Place) -> None:
     _patiently(lambda: _write(place.files, probe))
     try:
         if _read(place.files, probe) != PROBE:
-            raise InputError(f"{uri}: what is written there does not come back; mend {name} or storage.endpoint")
+            raise InputError(
+                f"{uri}: what is written there does not come back; correct {name} or storage.endpoint",
+                "storage/not-kept",
+            )
     except BaseException:
         with contextlib.suppress(Exception):
             _delete(place, probe)
@@ -176,7 +183,7 @@ def _nearest_folder(name: str, path: str) -> str:
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
-        raise InputError(f"{path}: {folder} is a file: give another {name}")
+        raise InputError(f"{path}: {folder} is a file; give another {name}", "storage/not-a-folder")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a storage library raises, as one line: what is wrong, where, and what mends it. No line holds a credential."""
+"""What a storage library raises, as one line: what is wrong, where, and how to fix it. No line holds a credential."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from threestage.data import storage
 from threestage.data.storage import ANONYMOUS_VARIABLE, S3_SCHEME, STYLE_VARIABLE, StorageSettings
+from threestage.errors import InputError
 from threestage.redaction import redact
 
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -32,55 +33,83 @@ BOTOCORE = {
 }
 
 OF_THE_STORE = {
-    "invalidaccesskeyid": "{endpoint} does not know the access key: {mend_credentials}",
-    "signaturedoesnotmatch": "{endpoint} refuses the signature, so the secret does not belong to the access key: "
-    "{mend_credentials}",
-    "expiredtoken": "the session token has expired at {endpoint}: renew AWS_SESSION_TOKEN and the keys that go with it",
-    "invalidtoken": "{endpoint} refuses the session token: renew AWS_SESSION_TOKEN, or unset it",
-    "requesttimetooskewed": "{endpoint} refuses the time of the request: set the clock of this machine",
-    "nosuchbucket": "{endpoint} has no bucket {bucket}: make it, or mend the URI",
-    "nocredentials": "no credentials for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.anonymous",
-    "region": "region {region} is not the bucket's{right_region}: set storage.region (or AWS_REGION)",
-    "busy": "{endpoint} is overloaded or down ({detail}): try again; a run itself waits for about a minute",
-    "otherstore": "{endpoint} answers, but not as an S3 store ({detail}): {mend_endpoint}",
-    "nohost": "no host of the name {host} is known{style}: {mend_endpoint}",
-    "refused": "{endpoint} refuses the connection: start the store, or {mend_endpoint}",
-    "silent": "{endpoint} does not answer: start the store, or {mend_endpoint}",
-    "notls": "{endpoint} does not speak TLS there: write http://, or {mend_endpoint}",
-    "untrusted": "the certificate of {endpoint} is not trusted here: add its authority to this machine's, or "
-    "{mend_endpoint}",
-    "nohttp": "{endpoint} does not speak HTTP there: write https://, or {mend_endpoint}",
-    "networkconnection": "no connection to {endpoint} ({detail}): start the store, or {mend_endpoint}",
+    "invalidaccesskeyid": ("{endpoint} does not know the access key; {fix_credentials}", "storage/credentials"),
+    "signaturedoesnotmatch": (
+        "{endpoint} refuses the signature, so the secret does not belong to the access key; {fix_credentials}",
+        "storage/credentials",
+    ),
+    "nocredentials": (
+        "no credentials for {endpoint}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.anonymous",
+        "storage/credentials",
+    ),
+    "expiredtoken": (
+        "the session token has expired at {endpoint}; renew AWS_SESSION_TOKEN and the keys that go with it",
+        "storage/session-token",
+    ),
+    "invalidtoken": (
+        "{endpoint} refuses the session token; renew AWS_SESSION_TOKEN, or unset it",
+        "storage/session-token",
+    ),
+    "requesttimetooskewed": (
+        "{endpoint} refuses the time of the request; set the clock of this machine",
+        "storage/clock",
+    ),
+    "nosuchbucket": ("{endpoint} has no bucket {bucket}; make it, or correct the URI", "storage/no-bucket"),
+    "region": (
+        "region {region} is not the bucket's{right_region}; set storage.region (or AWS_REGION)",
+        "storage/region",
+    ),
+    "busy": (
+        "{endpoint} is overloaded or down ({detail}); try again, a run itself waits for about a minute",
+        "storage/busy",
+    ),
+    "otherstore": ("{endpoint} answers, but not as an S3 store ({detail}); {fix_endpoint}", "storage/not-s3"),
+    "nohost": ("no host of the name {host} is known{style}; {fix_endpoint}", "storage/unreachable"),
+    "refused": ("{endpoint} refuses the connection; start the store, or {fix_endpoint}", "storage/unreachable"),
+    "silent": ("{endpoint} does not answer; start the store, or {fix_endpoint}", "storage/unreachable"),
+    "networkconnection": (
+        "no connection to {endpoint} ({detail}); start the store, or {fix_endpoint}",
+        "storage/unreachable",
+    ),
+    "notls": ("{endpoint} does not speak TLS there; write http://, or {fix_endpoint}", "storage/tls"),
+    "nohttp": ("{endpoint} does not speak HTTP there; write https://, or {fix_endpoint}", "storage/tls"),
+    "untrusted": (
+        "the certificate of {endpoint} is not trusted here; add its authority to this machine's, or {fix_endpoint}",
+        "storage/tls",
+    ),
 }
 OF_THE_PLACE = {
-    "accessdenied": "{endpoint} denies {operation}: {mend_access}",
-    "nosuchkey": "nothing is there: mend the URI",
-    "other": "{endpoint} fails ({detail})",
+    "accessdenied": ("{endpoint} denies {operation}; {fix_access}", "storage/denied"),
+    "nosuchkey": ("nothing is there; correct the URI", "storage/not-found"),
+    "other": ("{endpoint} fails ({detail})", "storage/failed"),
 }
-LOCAL_MENDS = {
-    "EACCES": "choose another place, or change its rights",
-    "EPERM": "choose another place, or change its rights",
-    "EROFS": "choose a place that can be written",
-    "ENOSPC": "make room, or choose another place",
-    "EDQUOT": "make room, or choose another place",
-    "ENOENT": "mend the path",
-    "ENOTDIR": "mend the path",
-    "EISDIR": "mend the path",
-    "EEXIST": "choose another place",
+OF_THIS_MACHINE = {
+    "EACCES": ("choose another place, or change its rights", "storage/denied"),
+    "EPERM": ("choose another place, or change its rights", "storage/denied"),
+    "EROFS": ("choose a place that can be written", "storage/denied"),
+    "ENOSPC": ("make room, or choose another place", "storage/full"),
+    "EDQUOT": ("make room, or choose another place", "storage/full"),
+    "ENOENT": ("correct the path", "storage/not-found"),
+    "ENOTDIR": ("correct the path", "storage/not-found"),
+    "EISDIR": ("correct the path", "storage/not-a-file"),
+    "EEXIST": ("choose another place", "storage/failed"),
 }
+"""How to fix an error of the operating system, and its code."""
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """`text`: one line. `busy`: the store is there and may serve the same request later."""
+    """`text`: one line, without its code. `busy`: the store is there and may serve the same request later."""
 
     text: str
+    code: str | None
     busy: bool = False
 
 
-def explain(uri: str | None, error: BaseException) -> str:
-    """One line for an OSError of a place, or for an error of botocore's; without a URI, the one that the error names."""
-    return complaint(uri, error).text
+def explain(uri: str | None, error: BaseException) -> InputError:
+    """An OSError of a place, or an error of botocore's, for the user; without a URI, it names the one of the error."""
+    found = complaint(uri, error)
+    return InputError(found.text, found.code)
 
 
 def complaint(uri: str | None, error: BaseException) -> Complaint:
@@ -89,11 +118,12 @@ def complaint(uri: str | None, error: BaseException) -> Complaint:
     uri = uri or _uri_in(message)
     code = _code(message, error)
     if code is not None:
-        told = " ".join(" ".join(str(cause).split()) for cause in _chain(error))
-        return _of_s3(uri or S3_SCHEME, _kind(code, told), code, told)
+        messages = " ".join(" ".join(str(cause).split()) for cause in _chain(error))
+        return _of_s3(uri or S3_SCHEME, _kind(code, messages), code, messages)
     if uri is not None and storage.is_s3(uri) and isinstance(error, FileNotFoundError):
         return _of_s3(uri, "nosuchkey", "", message)
-    return Complaint(without_secrets(_of_this_machine(uri, error, message)))
+    text, stable = _of_this_machine(uri, error, message)
+    return Complaint(without_secrets(text), stable)
 
 
 def without_secrets(text: str) -> str:
@@ -107,11 +137,10 @@ def without_secrets(text: str) -> str:
 
 def _of_s3(uri: str, kind: str, code: str, message: str) -> Complaint:
     bucket = uri.removeprefix(S3_SCHEME).partition("/")[0]
-    place, template = (
-        (f"{S3_SCHEME}{bucket}", OF_THE_STORE[kind]) if kind in OF_THE_STORE else (uri, OF_THE_PLACE[kind])
-    )
+    place = f"{S3_SCHEME}{bucket}" if kind in OF_THE_STORE else uri
+    template, stable = (OF_THE_STORE | OF_THE_PLACE)[kind]
     text = f"{place}: {template.format_map(_words(bucket, code, message))}"
-    return Complaint(without_secrets(text), kind == "busy")
+    return Complaint(without_secrets(text), stable, kind == "busy")
 
 
 def _words(bucket: str, code: str, message: str) -> dict[str, str]:
@@ -125,9 +154,9 @@ def _words(bucket: str, code: str, message: str) -> dict[str, str]:
         "detail": _detail(code, message),
         "endpoint": f"endpoint {endpoint}" if endpoint else "AWS S3",
         "host": host[1] if host else endpoint or "AWS S3",
-        "mend_access": _mend_access(message),
-        "mend_credentials": _mend_credentials(),
-        "mend_endpoint": f"mend storage.endpoint (or AWS_ENDPOINT_URL{'' if endpoint else ', which is not set'})",
+        "fix_access": _fix_access(message),
+        "fix_credentials": _fix_credentials(),
+        "fix_endpoint": f"correct storage.endpoint (or AWS_ENDPOINT_URL{'' if endpoint else ', which is not set'})",
         "operation": _operation(message) or "access",
         "region": variables.get("AWS_REGION", "us-east-1, the default,"),
         "right_region": f", which is {right[1]}" if right else "",
@@ -135,14 +164,14 @@ def _words(bucket: str, code: str, message: str) -> dict[str, str]:
     }
 
 
-def _mend_credentials() -> str:
+def _fix_credentials() -> str:
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to a pair of that store"
     where = f"profile {os.environ['AWS_PROFILE']}" if "AWS_PROFILE" in os.environ else "this machine's profile or role"
-    return f"mend {where}, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return f"correct {where}, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
-def _mend_access(message: str) -> str:
+def _fix_access(message: str) -> str:
     operation = _operation(message)
     permission = PERMISSIONS.get(operation, f"s3:{operation}" if operation else "access")
     if ANONYMOUS_VARIABLE in storage.environment(StorageSettings()):
@@ -150,7 +179,7 @@ def _mend_access(message: str) -> str:
     if "AWS_ACCESS_KEY_ID" not in os.environ:
         return f"allow {permission} to this machine's role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     doubt = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or " if "No response body" in message else ""
-    return f"{doubt}allow {permission} to the owner of AWS_ACCESS_KEY_ID, or mend the URI"
+    return f"{doubt}allow {permission} to the owner of AWS_ACCESS_KEY_ID, or correct the URI"
 
 
 def _operation(message: str) -> str:
@@ -162,8 +191,8 @@ def _detail(code: str, message: str) -> str:
     """The code, or what curl said, and the store's own words."""
     curl = re.search(r"curlCode: \d+, ([^;]+)", message)
     words = re.search(r"Message: (.*)|operation: (?!curlCode|Unable|No response)(.+)", message)
-    said = (words[1] or words[2]) if words else ""
-    return curl[1] if curl else ": ".join(part for part in (code, said) if part)
+    own = (words[1] or words[2]) if words else ""
+    return curl[1] if curl else ": ".join(part for part in (code, own) if part)
 
 
 def _kind(code: str, message: str) -> str:
@@ -209,18 +238,19 @@ def _uri_in(message: str) -> str | None:
     return f"{S3_SCHEME}{bucket[1]}/{key[1] if key else ''}".rstrip("/") if bucket else None
 
 
-def _of_this_machine(uri: str | None, error: BaseException, message: str) -> str:
+def _of_this_machine(uri: str | None, error: BaseException, message: str) -> tuple[str, str]:
+    """The line and its code."""
     if found := re.search(r"'([^']+)' is a directory", message):  # pyarrow's
-        return f"{uri or found[1]}: is a folder: name a file"
+        return f"{uri or found[1]}: is a folder; name a file", "storage/not-a-file"
     if found := re.search(r"file '([^']+)'.*\[errno (\d+)\]", message):  # pyarrow's, which sets no errno
         error = OSError(int(found[2]), os.strerror(int(found[2])), found[1])
     number: Any = getattr(error, "errno", None)
     if not isinstance(error, OSError) or not isinstance(number, int) or not error.strerror:
-        return f"{uri}: {message}" if uri and uri not in message else message
+        return f"{uri}: {message}" if uri and uri not in message else message, "storage/failed"
     import errno
 
     place = uri or (os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None)
-    mend = LOCAL_MENDS.get(errno.errorcode.get(number, ""))
-    if place is None or mend is None:
-        return re.sub(r"^\[Errno -?\d+\] ", "", f"{place}: {message}" if uri else message)
-    return f"{place}: {os.strerror(number).lower()}: {mend}"
+    fix, code = OF_THIS_MACHINE.get(errno.errorcode.get(number, ""), (None, "storage/failed"))
+    if place is None or fix is None:
+        return re.sub(r"^\[Errno -?\d+\] ", "", f"{place}: {message}" if uri else message), code
+    return f"{place}: {os.strerror(number).lower()}; {fix}", code

@@ -22,6 +22,7 @@ from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.data.palette import Bytes, palette_png
 from threestage.data.records import SplitName
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 Floats = npt.NDArray[np.float64]
@@ -47,7 +48,9 @@ class SceneSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> "SceneSettings":
         if not 0 <= self.objects[0] <= self.objects[1]:
-            raise ValueError(f"objects {self.objects} must be (fewest, most) with 0 <= fewest <= most")
+            raise InputError(
+                f"objects {self.objects} must be (fewest, most) with 0 <= fewest <= most", "config/invalid-value"
+            )
         return self
 
 
