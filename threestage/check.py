@@ -18,7 +18,7 @@ from threestage.data import storage, store_check
 from threestage.data.outputs import RUN, Output, claim
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.store_check import Outcome, Probe
-from threestage.errors import InputError
+from threestage.errors import InputError, joined
 from threestage.models.program import without_program
 from threestage.registry import RegistrySettings
 from threestage.tracking import confirmed_uri, redact, resolve_uri, sqlite_path, talking_to
@@ -35,7 +35,10 @@ def check(
     in place of `cluster.address`; the URL of a dashboard has all of this done there, by a job. `budget`: what it buys is said.
     """
     if local and address is not None:
-        raise InputError(f"--address {address} with --local, which uses no cluster: leave one of them out")
+        raise InputError(
+            f"--address {address}: not with --local, which uses no cluster; leave one of them out",
+            "check/local-address",
+        )
     if address is not None and address.startswith(("http://", "https://")):
         if budget is not None:
             raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
@@ -175,7 +178,9 @@ def check_writable(config: Config, out: str) -> None:
 def _refuse_unusable(probes: Sequence[Probe]) -> None:
     wrong = [outcome for outcome in store_check.try_all(probes) if outcome.problem and not outcome.busy]
     if wrong:
-        raise InputError("; ".join(f"{outcome.name}: {outcome.problem}" for outcome in merged(wrong)), wrong[0].code)
+        raise joined(
+            [InputError.of_line(f"{outcome.name}: {outcome.problem}") for outcome in merged(wrong)], "check/places"
+        )
 
 
 def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
@@ -237,4 +242,7 @@ def _refuse_read_only(path: Path) -> None:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()
     except sqlite3.Error as error:
-        raise InputError(f"tracking store {path}: {error}; mend registry.tracking_uri (MLFLOW_TRACKING_URI)") from error
+        raise InputError(
+            f"tracking store {path}: {error}; correct registry.tracking_uri (MLFLOW_TRACKING_URI)",
+            "mlflow/not-writable",
+        ) from error

@@ -80,7 +80,7 @@ def _refuse_no_run(folder: str) -> None:
     if not storage.exists(storage.join(folder, "split.json")):
         sweep = storage.exists(storage.join(folder, "sweep.json"))
         hint = "it is a sweep: name one of its runs" if sweep else "give the --out of a run"
-        raise InputError(f"{folder}: no run is there, it has no split.json: {hint}")
+        raise InputError(f"{folder}: no run is there, it has no split.json; {hint}", "run/no-run")
     saved_split(storage.join(folder, "split.json"))
 
 

@@ -14,14 +14,14 @@ from threestage.augment.views import AugmentSettings
 from threestage.data import storage
 from threestage.data.records import DataSettings
 from threestage.data.storage import StorageSettings
-from threestage.errors import InputError, did_you_mean
+from threestage.errors import InputError, did_you_mean, joined
 from threestage.hosts import CONFIRMING, host_of, refuse_unconfirmed
 from threestage.models.network import NetworkSettings, crop_fits, size_multiple
 from threestage.on_ray.settings import ClusterSettings
 from threestage.presets import preset_names as preset_names
 from threestage.pseudo_masks import PseudoMaskSettings
 from threestage.registry import RegistrySettings
-from threestage.settings import Settings
+from threestage.settings import Settings, raised_by
 from threestage.training.loop import LoopSettings
 from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -192,9 +192,10 @@ class Config(Settings):
         if not crop_fits(self.network, self.augment.crop_size):
             multiple = size_multiple(self.network)
             nearest = [max(1, round(side / multiple)) * multiple for side in self.augment.crop_size]
-            raise ValueError(
+            raise InputError(
                 f"augment.crop_size={list(self.augment.crop_size)}: both sides must be multiples of {multiple} "
-                f"for network.encoder={self.network.encoder}, e.g. {nearest}"
+                f"for network.encoder={self.network.encoder}; give {nearest}, for example",
+                "network/size-multiple",
             )
         return self
 
@@ -202,7 +203,7 @@ class Config(Settings):
     def _finite(self) -> Self:
         for key, value in flatten(self.model_dump(mode="json")).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}={value}: should be a finite number")
+                raise InputError(f"{key}={value}: should be a finite number", "config/invalid-value")
         return self
 
     @model_validator(mode="after")
@@ -211,11 +212,17 @@ class Config(Settings):
         if views.complementary_dropout and (
             views.strong_views != 2 or views.feature_dropout or self.training.accumulate > 1
         ):
-            raise ValueError(
-                "consistency.complementary_dropout=true: it needs strong_views=2, feature_dropout=0 and training.accumulate=1"
+            raise InputError(
+                "consistency.complementary_dropout=true: it needs strong_views=2, feature_dropout=0 and "
+                "training.accumulate=1; set these, or leave it out",
+                "config/conflict",
             )
         if views.feature_weight is not None and not views.feature_dropout:
-            raise ValueError("consistency.feature_weight: set feature_dropout, whose view it weighs")
+            raise InputError(
+                f"consistency.feature_weight={views.feature_weight}: it weighs the view of feature_dropout, which is 0; set "
+                "consistency.feature_dropout",
+                "config/conflict",
+            )
         return self
 
     @model_validator(mode="after")
@@ -223,12 +230,14 @@ class Config(Settings):
         for name in STAGES:
             changes: Mapping[Any, Any] = self.stage(name).changes
             for key in sorted(OF_THE_RUN & set(flatten(dict(changes)))):
-                raise ValueError(f"{name}.changes: {key} is one for all stages: set it outside of changes")
+                raise InputError(
+                    f"{name}.changes: {key} is the same for all stages; set it outside changes", "config/conflict"
+                )
             try:
                 self.for_stage(name)
             except ValidationError as error:
-                problems = _explain_all(Config, [dict(problem) for problem in error.errors()])
-                raise ValueError(f"{name}.changes: {'; '.join(problems)}") from None
+                problem = _explained(Config, error)
+                raise InputError(f"{name}.changes: {problem.message}", problem.code) from None
         return self
 
     def for_stage(self, name: StageName) -> "Config":
@@ -383,7 +392,7 @@ def validated(model: type[Model], tree: dict[str, Any]) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise InputError("; ".join(_explain_all(model, [dict(problem) for problem in error.errors()]))) from None
+        raise _explained(model, error) from None
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -394,23 +403,31 @@ def _read(source: str) -> dict[str, Any]:
         text = file.read_bytes()
     else:
         hint = did_you_mean(source, preset_names())
-        raise InputError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}")
+        raise InputError(
+            f"{source}: neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}", "config/not-found"
+        )
     tree = read_yaml(text, source)
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: a configuration is a mapping of sections such as data: and network:")
+        raise InputError(
+            f"{source}: a configuration is a mapping of sections such as data: and network:", "config/not-a-mapping"
+        )
     base = tree.pop("base", None)
     if base is None:
         return tree
     if base not in preset_names():
         hint = did_you_mean(base, preset_names())
-        raise InputError(f"{source}: base={base!r} is no preset; there are {', '.join(preset_names())}{hint}")
+        raise InputError(
+            f"{source}: base={base!r} is no preset; there are {', '.join(preset_names())}{hint}", "config/unknown-base"
+        )
     return _merged(_read(base), tree)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
-        raise InputError(f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000")
+        raise InputError(
+            f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000", "config/not-an-assignment"
+        )
     _put(tree, path, read_yaml(text, f"--set {override}"))
 
 
@@ -419,31 +436,34 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise InputError(f"{path}={value!r}: {parent} is a value, not a section")
+            raise InputError(f"{path}={value!r}: {parent} is a value, not a section", "config/unknown-key")
     tree[leaf] = value
 
 
-def _explain_all(root: type[BaseModel], problems: Sequence[dict[str, Any]]) -> list[str]:
-    """One text per key that pydantic complains of; where a key takes several types, each type's complaint."""
+def _explained(root: type[BaseModel], error: ValidationError) -> InputError:
+    """What pydantic complains of: one text per key; where a key takes several types, each type's complaint."""
     by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
-    for problem in problems:
+    for problem in map(dict, error.errors()):
         location = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(part))
         by_key.setdefault(location, []).append(problem)
-    return [_explain(root, location, found) for location, found in by_key.items()]
+    return joined([_explain(root, location, found) for location, found in by_key.items()], "config/invalid")
 
 
-def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> str:
+def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> InputError:
     path, problem = ".".join(map(str, location)), problems[0]
     if problem["type"] == "extra_forbidden":
         section = _model_at(root, location[:-1])
         valid = sorted(section.model_fields) if section else []
         same = [key for key in _keys(root) if key.rpartition(".")[2] == location[-1]]
         hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(location[-1], valid)
-        return f"{path}={_shown(problem['input'])}: unknown key{hint or ';'} valid here: {', '.join(valid)}"
+        text = f"{path}={_shown(problem['input'])}: unknown key{hint or ';'} valid here: {', '.join(valid)}"
+        return InputError(text, "config/unknown-key")
     if problem["type"] == "missing":
-        return f"{path}: is not set; give it with --set {path}=VALUE"
+        return InputError(f"{path}: is not set; give it with --set {path}=VALUE", "config/missing-key")
+    own = raised_by(problem)
     message = " or ".join(dict.fromkeys(map(_in_words, problems)))
-    return message if not location else f"{path}={_shown(problem['input'])}: {message}"
+    text = message if not location else f"{path}={_shown(problem['input'])}: {message}"
+    return InputError(text, "config/invalid-value" if own is None or own.code is None else own.code)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -462,7 +482,8 @@ def _in_words(problem: dict[str, Any]) -> str:
         return "should be a section: keys with values"
     if problem["type"] == "tuple_type":
         return "should be a list, e.g. [1, 2]"
-    message = str(problem["msg"])
+    own = raised_by(problem)
+    message = str(problem["msg"]) if own is None else own.message
     if problem["type"] == "literal_error":
         message += did_you_mean(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     for beginning in ("Value error, ", "Input ", "String ", "Tuple "):

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 _SECTIONS = (
     "data|network|augment|optimiser|ema|supervised|consistency|pseudo_mask|stage[123]|training|cluster|storage|registry"
@@ -10,6 +11,7 @@ _SECTIONS = (
 _SUBJECT = re.compile(
     rf"(?P<key>--?[a-z][\w-]*|name|seed|stages|(?:{_SECTIONS})(?:\.\w+)*)(?:[= ](?P<value>.+))?", re.DOTALL
 )
+_LINE = re.compile(r"(?P<message>.*) \[(?P<code>[a-z-]+/[a-z0-9-]+)\]", re.DOTALL)
 
 
 class CodedError(Exception):
@@ -24,12 +26,18 @@ class CodedError(Exception):
         self.code = code
 
     def as_json(self) -> dict[str, str | None]:
-        """The parts of the line, for programs: code, message, key (of a setting or option), value, fix; None where it has none."""
+        """The parts of the line, for programs: code, message, key (of a setting or option), value, fix; None where absent."""
         what, colon, reason = self.message.partition(": ")
         subject = _SUBJECT.fullmatch(what)
         key, value = (subject["key"], subject["value"]) if subject else (None, what if colon else None)
         fix = reason.rpartition("; ")[2] if "; " in reason else None
         return {"code": self.code, "message": self.message, "key": key, "value": value, "fix": fix}
+
+    @classmethod
+    def of_line(cls, line: str) -> Self:
+        """The error whose line it is."""
+        found = _LINE.fullmatch(line)
+        return cls(line) if found is None else cls(found["message"], found["code"])
 
 
 class InputError(CodedError, ValueError):
@@ -47,7 +55,13 @@ class NoRoom(StageFailure):
     """The cluster had no room for it for as long as the settings allow."""
 
 
-def reason_of(error: Exception) -> str:
+def joined(errors: Sequence[CodedError], several: str) -> InputError:
+    """One error in place of some: their messages, and their code where all have the same, else `several`."""
+    codes = {error.code for error in errors}
+    return InputError("; ".join(error.message for error in errors), codes.pop() if len(codes) == 1 else several)
+
+
+def reason_of(error: BaseException) -> str:
     """Why something failed, for a sentence: our own errors speak for themselves, without their code."""
     return error.message if isinstance(error, CodedError) else f"{type(error).__name__}: {error}"
 

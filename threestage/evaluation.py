@@ -146,12 +146,14 @@ def evaluate_model(
     if manifest.classes != card.classes:
         raise InputError(
             f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}: give a data set with "
-            "the model's classes"
+            "the model's classes",
+            "evaluate/other-classes",
         )
     samples = SampleSet(samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale)
     if len(samples) == 0:
         raise InputError(
-            f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}"
+            f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}",
+            "evaluate/no-masks",
         )
     device = default_device()
     network.to(device).eval()

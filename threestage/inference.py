@@ -41,10 +41,11 @@ class Protocol(Settings):
     @model_validator(mode="after")
     def _possible(self) -> "Protocol":
         if self.stride is not None and self.window is None:
-            raise ValueError(f"stride={_sides(self.stride)} is of windows: give a window too")
+            raise InputError(f"stride={_sides(self.stride)} is of windows; give a window too", "predict/stride")
         if self.window is not None and any(s > w for s, w in zip(self.step, self.window, strict=True)):
-            raise ValueError(
-                f"stride={_sides(self.step)} leaves gaps between windows of {_sides(self.window)}: make it smaller"
+            raise InputError(
+                f"stride={_sides(self.step)} leaves gaps between windows of {_sides(self.window)}; make it smaller",
+                "predict/stride",
             )
         return self
 
@@ -82,7 +83,8 @@ def check_protocol(protocol: Protocol, settings: NetworkSettings) -> None:
     multiple = size_multiple(settings)
     near = ",".join(str(multiple * max(1, round(side / multiple))) for side in protocol.window)
     raise InputError(
-        f"window={_sides(protocol.window)}: {settings.encoder} takes sides that are multiples of {multiple}; try {near}"
+        f"window={_sides(protocol.window)}: {settings.encoder} takes sides that are multiples of {multiple}; try {near}",
+        "network/size-multiple",
     )
 
 

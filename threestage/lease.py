@@ -73,7 +73,7 @@ class Lease:
     def check(self) -> None:
         """Raises StageFailure when another driver has taken the lease."""
         if self.lost is not None:
-            raise StageFailure(self.lost)
+            raise StageFailure(self.lost, "run/taken-over")
 
     def take(self, warn: Warn) -> None:
         """Raises InputError when another driver holds it."""
@@ -166,7 +166,10 @@ def refuse_driven(out: str) -> str:
 
 
 def _taken(out: str, holder: Holder) -> InputError:
-    return InputError(f"{out}: another driver works on it ({holder}): wait for it, stop it, or give another --out")
+    return InputError(
+        f"{out}: another driver works on it ({holder}): wait for it, stop it, or give another --out",
+        "run/another-driver",
+    )
 
 
 def living(out: str, warn: Warn) -> Holder | None:

@@ -41,7 +41,7 @@ from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList, read_rejects
 from threestage.data.sets import labelled_set, validation_set
 from threestage.data.split import Split, make_split, saved_split
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, reason_of
 from threestage.lineage import AT_SIZE, DataSet, Images, Lineage, PseudoMaskSet, Teacher
 from threestage.models.export import HALFWAY_MODEL
 from threestage.models.network import doubtful_normalisation
@@ -146,7 +146,10 @@ def _reuse(config: Config, out: str, reuse: str | None, digests: dict[str, str])
     if reuse is None or elsewhere:
         return elsewhere
     if _begun(storage.join(out, "stage1")):
-        raise InputError(f"--reuse {reuse}: {out} has a stage1 of its own: give another --out, or leave --reuse out")
+        raise InputError(
+            f"--reuse {reuse}: {out} has a stage1 of its own; give another --out, or leave --reuse out",
+            "run/reuse-too-late",
+        )
     elsewhere = shared_parts(config, storage.absolute(reuse), digests)
     storage.write_json(storage.join(out, REUSED), elsewhere)
     return elsewhere
@@ -193,7 +196,7 @@ def _pool_in_background(
             found.set_result(_find_pool(config, out, manifest, each, warn))
         except BaseException as error:
             found.set_exception(error)
-            warn(f"the run will stop after stage 1, its pool cannot be found: {error}")
+            warn(f"the run will stop after stage 1, its pool cannot be found: {reason_of(error)}")
 
     threading.Thread(target=find, daemon=True).start()  # daemon: a run that fails does not wait for a long listing
     return found.result
@@ -209,7 +212,8 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
         if (unlabelled := pool_source(uri)) != config.data.unlabelled:
             raise InputError(
                 f"{uri}, which this run reuses, was made with data.unlabelled={unlabelled}, this run has "
-                f"{config.data.unlabelled}: set it to that, or leave --reuse out and give another --out"
+                f"{config.data.unlabelled}: set it to that, or leave --reuse out and give another --out",
+                "run/other-settings",
             )
         files = load_pool(uri)
         check_pool(config, rows_of(files))
@@ -221,7 +225,8 @@ def _find_pool(config: Config, out: str, manifest: Manifest, each: Each, warn: W
         if unlabelled != config.data.unlabelled:
             raise InputError(
                 f"{uri} was made with data.unlabelled={unlabelled}, this run has {config.data.unlabelled}: give another --out, "
-                f"set it back, or delete {storage.join(out, first)} and the stages after it"
+                f"set it back, or delete {storage.join(out, first)} and the stages after it",
+                "run/other-settings",
             )
         if not {file.uri for file in files} <= {file.uri for file in pool}:
             warn(
@@ -260,7 +265,8 @@ def _read_or_make_split(config: Config, out: str, elsewhere: str | None, manifes
     if not storage.exists(uri):
         if elsewhere is not None:
             raise InputError(
-                f"{elsewhere} is not there: the run that this one reuses parts of is gone, or is none: mend --reuse"
+                f"{elsewhere} is missing: the run that this one reuses is gone, or is none; correct --reuse",
+                "run/reused-gone",
             )
         return make_split(config.data.root, manifest, config.data)
     split, before = saved_split(uri)
@@ -282,7 +288,8 @@ def _refuse_missing(root: str, split: Split, labelled: SampleSet, validation: Sa
         if missing:
             raise InputError(
                 f"{root}: {len(missing)} of the run's {len(ids)} {name} images are not in it, {missing[0]} first: "
-                "set data.root to the data set that this run began with, or give another --out"
+                "set data.root to the data set that this run began with, or give another --out",
+                "run/other-data-set",
             )
 
 
@@ -293,7 +300,8 @@ def _refuse_difference(out: str, where: str, before: dict[str, Any], now: dict[s
         more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
         raise InputError(
             f"{storage.join(out, where)} was made with {key}={before.get(key)!r}, this run has {now.get(key)!r}{more}: "
-            f"give another --out, set it back, or delete {storage.join(out, where.split('/')[0])} and what follows it"
+            f"give another --out, set it back, or delete {storage.join(out, where.split('/')[0])} and what follows it",
+            "run/other-settings",
         )
 
 
@@ -301,7 +309,8 @@ def _other_inputs(folder: str, what: str) -> InputError:
     return InputError(
         f"{storage.join(folder, 'inputs.json')}: {folder.rsplit('/', 1)[-1]} was trained with other {what} (the data set, "
         "data.max_image_pixels or the stage before has changed, or an older threestage made them): give another --out, set it "
-        f"back, or delete {folder} and the stages after it to train them again; what comes before is kept"
+        f"back, or delete {folder} and the stages after it to train them again; what comes before is kept",
+        "run/other-inputs",
     )
 
 
@@ -329,7 +338,9 @@ class _Run:
         folder = self.folder(stage)
         inputs = self._inputs(stage, pseudo_digest)
         if stage in self.elsewhere and not storage.exists(storage.join(folder, "done.json")):
-            raise InputError(f"{storage.join(self.out, REUSED)} names {folder}, which is gone: give another --out")
+            raise InputError(
+                f"{storage.join(self.out, REUSED)} names {folder}, which is gone; give another --out", "run/reused-gone"
+            )
         self._claim(stage, inputs)
         if not storage.exists(storage.join(folder, "done.json")):
             if not _begun(folder):
@@ -437,7 +448,8 @@ class _Run:
             if f"pseudo_masks{number}" in self.elsewhere:
                 raise InputError(
                     f"{folder}, which {storage.join(self.out, REUSED)} names, is gone or of other settings "
-                    "(data.max_image_pixels): give another --out"
+                    "(data.max_image_pixels): give another --out",
+                    "run/reused-gone",
                 )
             self._refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.predict_pool(storage.join(self.folder(stage), "model"), task, files)
@@ -462,9 +474,10 @@ class _Run:
         halfway = storage.join(self.folder(stage), HALFWAY_MODEL)
         if not storage.exists(storage.join(halfway, "model.json")):
             raise InputError(
-                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is not there, "
-                f"{stage} could not write it, or was trained by an older threestage: set it to 1, or delete "
-                f"{self.folder(stage)} and what follows it"
+                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is missing, {stage} could "
+                f"not write it, or an older threestage trained it; set it to 1, or delete {self.folder(stage)} and what "
+                "follows it",
+                "run/no-halfway-weights",
             )
         return task.model_copy(update={"halfway_model": halfway})
 
@@ -499,8 +512,9 @@ class _Run:
         found.write(listed)
         if complaint := found.complaint(rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
             raise StageFailure(
-                f"{stage}: {complaint}; raise data.max_bad_fraction to go on, or bring the images back and delete "
-                f"{self.folder(stage)} to train it again"
+                f"{stage}: {complaint}; raise data.max_bad_fraction to continue, or bring the images back and delete "
+                f"{self.folder(stage)} to train it again",
+                "data/too-many-bad",
             )
         self.warn(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 

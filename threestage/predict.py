@@ -96,7 +96,10 @@ def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
     for folder in (model, storage.join(model, "model"), *_models_of_run(model)):
         if storage.exists(storage.join(folder, CARD)):
             return _files_of(folder)
-    raise InputError(f"{model}: holds no model; give models:/NAME@stage3, or the folder of a run, a stage or a model")
+    raise InputError(
+        f"{model}: holds no model; give models:/NAME@stage3, or the folder of a run, a stage or a model",
+        "models/no-model",
+    )
 
 
 def _models_of_run(run: str) -> list[str]:
@@ -109,7 +112,7 @@ def _models_of_run(run: str) -> list[str]:
 
 def _files_of(folder: str) -> ModelFiles:
     if not storage.exists(storage.join(folder, WEIGHTS)):
-        raise InputError(f"{folder}: has {CARD} and no {WEIGHTS}: {RESTORE}")
+        raise InputError(f"{folder}: has {CARD} and no {WEIGHTS}; {RESTORE}", "models/no-weights")
     card = storage.read_small(storage.join(folder, CARD), storage.MAX_JSON_BYTES)
     files = {WEIGHTS: storage.read_bytes(storage.join(folder, WEIGHTS)), CARD: card}
     parse_card(files[CARD], folder)
@@ -155,7 +158,10 @@ def predict_input(
     check_protocol(settings.protocol, card.network)
     kind = kind_of(source, settings.input_format)
     if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):
-        raise InputError(f"{out}: it lies inside the input {source} and would become a part of it; give another folder")
+        raise InputError(
+            f"{out}: it lies inside the input {source} and would become a part of it; give another folder",
+            "predict/output-in-input",
+        )
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
@@ -214,7 +220,8 @@ def _check_record(out: str, record: dict[str, Any]) -> None:
         if key != WORDS_KEY and before.get(key) != value:
             shown = WORDS_KEY if key == "protocol" else key
             raise InputError(
-                f"{out}: it holds predictions with {key}={before.get(shown)}, not {record[shown]}; give another folder"
+                f"{out}: it holds predictions with {key}={before.get(shown)}, not {record[shown]}; give another folder",
+                "predict/other-settings",
             )
 
 
@@ -246,7 +253,9 @@ def _gather(
     listed = storage.join(task.destination, REJECTS_NAME)
     rejects.write(listed)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
-        raise StageFailure(f"{complaint}; raise --max-bad-fraction, or replace them and run this again")
+        raise StageFailure(
+            f"{complaint}; raise --max-bad-fraction, or replace them and run this again", "data/too-many-bad"
+        )
     return PredictReport(
         images=images,
         kept=kept,

@@ -39,7 +39,7 @@ def check_run(
         warn(warning)
     validation_counts, validation_looks = _look(manifest, validation)
     if sum(validation_counts) == 0:
-        raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}")
+        raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
     if (doubt := near_copies.doubt(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
         warn(doubt)
     return counts
@@ -74,7 +74,10 @@ def _check_unlabelled(place: str) -> None:
     """Raises InputError where there is nothing, or two things of which one would be passed over."""
     is_data_set, image = holds_data_set(place), first_image(place)
     if not is_data_set and image is None:
-        raise InputError(f"data.unlabelled={place}: no image below it, and it is no data set either: correct the path")
+        raise InputError(
+            f"data.unlabelled={place}: no image below it, and it is no data set either; correct the path",
+            "data/no-images",
+        )
     if is_data_set and image:
         raise InputError(
             f"data.unlabelled={place}: holds a data set (manifest.json) and images ({image}), of which only the data set would "
@@ -167,7 +170,8 @@ def _check_mixed(config: Config, stage: StageName) -> None:
     if config.consistency.cutmix > 0 and size > 0 and share_of(size, config.training.batch, 0, workers).count < 2:
         raise InputError(
             f"{stage}.unlabelled_batch={size} leaves a worker one image (cluster.workers: up to {workers}), and "
-            f"consistency.cutmix={config.consistency.cutmix} mixes the images of a worker: raise it, or set cutmix to 0"
+            f"consistency.cutmix={config.consistency.cutmix} mixes the images of a worker: raise it, or set cutmix to 0",
+            "config/batch",
         )
 
 
@@ -181,7 +185,8 @@ def _check_pieces(config: Config, stage: StageName) -> None:
         raise InputError(
             f"training.accumulate={config.training.accumulate}: in {stage} the worker with the fewest images has {least}, "
             "and batch norm over all workers needs the same number of forward passes on each: lower it, raise the batches, "
-            "or set cluster.sync_batch_norm to false"
+            "or set cluster.sync_batch_norm to false",
+            "config/batch",
         )
 
 
@@ -242,6 +247,7 @@ def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:
     if wrong:
         raise InputError(
             f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
-            "(ignore): correct the class map and ingest again"
+            "(ignore): correct the class map and ingest again",
+            "mask/unknown-id",
         )
     return found

@@ -16,5 +16,5 @@ def private_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError(f"{folder}: is not a folder of yours alone: remove it, or chmod 700")
+        raise InputError(f"{folder}: is not a folder of yours alone; remove it, or chmod 700", "run/private-folder")
     return folder

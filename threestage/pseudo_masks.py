@@ -332,11 +332,13 @@ def gather(
     rejected.write(listed)
     if (complaint := rejected.complaint(rows_of(files), max_bad_fraction, listed)) is not None:
         raise StageFailure(
-            f"{complaint}; raise data.max_bad_fraction to go on, or mend the images and delete {task.destination}"
+            f"{complaint}; raise data.max_bad_fraction to continue, or fix the images and delete {task.destination}",
+            "data/too-many-bad",
         )
     if files and not statistics.images:
         raise StageFailure(
-            f"no image of the pool could be used; all are listed in {listed}: mend them and delete {task.destination}"
+            f"no image of the pool could be used; all are listed in {listed}: fix them and delete {task.destination}",
+            "data/too-many-bad",
         )
     write_index(task.destination, [index[file.name] for file in files])
     return statistics
@@ -360,6 +362,8 @@ def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classe
 def check_guard(guard: str, complaint: str, warn: Callable[[str], None]) -> None:
     """Warn of a complaint, or stop (StageFailure) when the user asked for that."""
     if guard == "stop":
-        raise StageFailure(f"{complaint}; pseudo_mask.guard=stop ends the run here, warn would go on")
+        raise StageFailure(
+            f"{complaint}; pseudo_mask.guard=stop ends the run here, warn would continue", "stage/collapsed"
+        )
     if guard == "warn":
         warn(complaint)

@@ -58,7 +58,10 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
         parts[f"pseudo_masks{number}"] = masks
         pseudo_masks = done["digest"]
     if not parts:
-        raise InputError(f"--reuse {other}: nothing of it can be used, {difference}: give another run, or none")
+        raise InputError(
+            f"--reuse {other}: nothing of it can be used, {difference}; give another run, or none",
+            "run/nothing-to-reuse",
+        )
     return parts | pool | {"split.json": storage.join(other, "split.json")}
 
 

@@ -17,7 +17,7 @@ from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.sets import validation_set
 from threestage.data.split import saved_split
 from threestage.data.synthetic import CLASSES, write_scenes
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, reason_of
 from threestage.evaluation import BATCH
 from threestage.local import run_local
 from threestage.mirror import Mirror, has_begun, keep_outcome, keep_settings
@@ -172,7 +172,9 @@ def _write_page(out: str, warn: pipeline.Warn) -> None:
     try:
         write_report(out)
     except (InputError, StageFailure, OSError) as error:
-        warn(f"the run is finished but {PAGE_NAME} could not be written: {error}; try `threestage report {out}`")
+        warn(
+            f"the run is finished but {PAGE_NAME} could not be written: {reason_of(error)}; try `threestage report {out}`"
+        )
 
 
 def demo_config(out: str, seed: int, overrides: list[str]) -> Config:

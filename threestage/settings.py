@@ -1,8 +1,11 @@
 """The base class of every settings model; each lives beside the code that it configures."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from threestage.errors import CodedError
 
 
 class Settings(BaseModel):
@@ -21,3 +24,9 @@ class Settings(BaseModel):
         copy = self.model_copy()
         copy._host_from = file
         return copy
+
+
+def raised_by(problem: Mapping[str, Any]) -> CodedError | None:
+    """The error of ours that a validator raised, from one of pydantic's `errors()`."""
+    error = problem.get("ctx", {}).get("error")
+    return error if isinstance(error, CodedError) else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from threestage.augment import geometry
 from threestage.augment.draws import Draws
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 OPERATIONS = (
@@ -46,7 +47,9 @@ class StrongSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> "StrongSettings":
         if not 0 <= self.levels[0] <= self.levels[1] <= 10:
-            raise ValueError(f"levels {self.levels} must be two ascending whole numbers from 0 to 10")
+            raise InputError(
+                f"levels {self.levels} must be two ascending whole numbers from 0 to 10", "config/invalid-value"
+            )
         return self
 
 

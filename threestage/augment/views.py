@@ -17,6 +17,7 @@ from threestage.augment import geometry, photometry, pictures
 from threestage.augment.colour import draw_colours, with_colours
 from threestage.augment.draws import Draws
 from threestage.augment.plans import GEOMETRIC, Plan, StrongSettings, draw_cutouts, draw_operations, drawn_theta
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 FILL = 128
@@ -42,9 +43,11 @@ class AugmentSettings(Settings):
     @model_validator(mode="after")
     def _possible(self) -> "AugmentSettings":
         if min(self.crop_size) < 1:
-            raise ValueError(f"crop_size {self.crop_size} must be two positive numbers: height, width")
+            raise InputError(
+                f"crop_size {self.crop_size} must be two positive numbers: height, width", "config/invalid-value"
+            )
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {self.scale} must be two ascending positive numbers")
+            raise InputError(f"scale {self.scale} must be two ascending positive numbers", "config/invalid-value")
         return self
 
 

@@ -75,7 +75,7 @@ def classes_fit(config: Config, out: str | None) -> Found:
     doubt = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     if not _count_pixels(root, manifest, validating, sample_of(split.validation)).any():
-        raise InputError(f"{root}: {NOTHING_TO_VALIDATE}")
+        raise InputError(f"{root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
     return Found(f"{len(manifest.classes)} classes, all in {seen}", doubt)
 
 
@@ -111,7 +111,7 @@ def _seen(
     try:
         return samples.ids, [near_copies.gradients(samples.decoded(index).image) for index in range(len(samples))]
     except StageFailure as error:
-        raise InputError(f"{error}; ingest it again", "data/unreadable-image") from None
+        raise InputError(f"{error.message}; ingest it again", "data/unreadable-image") from None
 
 
 def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence[str]) -> np.ndarray:
@@ -121,7 +121,9 @@ def _count_pixels(root: str, manifest: Manifest, split: SplitName, ids: Sequence
         try:
             decoded = decode_mask(mask)
         except (OSError, ValueError) as error:
-            raise InputError(f"{image_id}: its mask cannot be read ({error}): ingest it again") from None
+            raise InputError(
+                f"{image_id}: its mask cannot be read ({error}); ingest it again", "data/unreadable-image"
+            ) from None
         counts += pixels_by_id(image_id, decoded, classes)
     return counts[:classes]
 

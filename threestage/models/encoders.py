@@ -164,7 +164,7 @@ def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.M
     if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
-        raise InputError(f"network.encoder: timm knows no {name!r}; {hint}")
+        raise InputError(f"network.encoder: timm knows no {name!r}; {hint}", "network/unknown-encoder")
     options: dict[str, Any] = {"dynamic_img_size": True} if VIT_NAME.match(name) else {"output_stride": output_stride}
     if timm.models.is_model_in_modules(name, {"mobilenetv3"}):
         options["features_only"] = True  # only this form of the family takes a stride
@@ -176,7 +176,8 @@ def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.M
     except Exception as error:  # the hub's clients raise many kinds
         raise InputError(
             f"network.pretrained: no weights of {name!r} from timm's hub ({type(error).__name__}); "
-            "give network.weights, a path or URI of a .pth or .safetensors file"
+            "give network.weights, a path or URI of a .pth or .safetensors file",
+            "network/no-pretrained-weights",
         ) from error
 
 
@@ -264,7 +265,10 @@ def _split_convolutional(name: str, model: nn.Module) -> Encoder:
     info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)
     if not isinstance(info, list) or len(info) < 2:
-        raise InputError(f"network.encoder: {name!r} gives no feature maps; take a resnet, mobilenet, convnext or vit")
+        raise InputError(
+            f"network.encoder: {name!r} gives no feature maps; take a resnet, mobilenet, convnext or vit",
+            "network/unsupported-encoder",
+        )
     modules = list(_flat_children(model))
     ends = [_end_of(feature["module"], modules) for feature in info]
     if None in ends[-2:]:
@@ -335,5 +339,6 @@ def _run_blocks(blocks: nn.Sequential, tokens: Tensor, rope: Tensor | None) -> T
 def _unsupported(name: str) -> InputError:
     return InputError(
         f"network.encoder: {name!r} cannot be cut into stages; take a resnet, mobilenet, efficientnet, regnet, "
-        "convnext or a plain vit"
+        "convnext or a plain vit",
+        "network/unsupported-encoder",
     )

@@ -16,7 +16,7 @@ from threestage.errors import InputError
 from threestage.models.encoders import traceable
 from threestage.models.network import Network, NetworkSettings, build_network
 from threestage.models.weights import parse_safetensors
-from threestage.settings import Settings
+from threestage.settings import Settings, raised_by
 
 MODEL, BEST_MODEL, HALFWAY_MODEL = "model", "best_model", "halfway_model"
 """Folders of a stage: the weights of its last step, of its best evaluation, of half of its steps."""
@@ -73,7 +73,7 @@ def model_of(card: ModelCard, weights: Mapping[str, Tensor], where: str) -> tupl
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(
-            f"{where}: {WEIGHTS} does not fit the network of {CARD} ({' '.join(str(error).split())[:200]}…): {RESTORE}",
+            f"{where}: {WEIGHTS} does not fit the network of {CARD} ({' '.join(str(error).split())[:200]}…); {RESTORE}",
             "models/other-network",
         ) from None
     return network.eval(), card
@@ -99,7 +99,7 @@ def parse_weights(content: bytes, uri: str) -> dict[str, Tensor]:
     try:
         return parse_safetensors(content)
     except ValueError as error:
-        raise InputError(f"{uri}: {WEIGHTS} is damaged ({error}): {RESTORE}", "models/damaged-weights") from None
+        raise InputError(f"{uri}: {WEIGHTS} is damaged ({error}); {RESTORE}", "models/damaged-weights") from None
 
 
 def load_card(uri: str) -> ModelCard:
@@ -114,12 +114,12 @@ def parse_card(content: bytes, uri: str) -> ModelCard:
         first = error.errors()[0]
         if first["loc"] == ("format",):
             raise InputError(
-                f"{uri}: {CARD} has format {first['input']}, this threestage reads 1: upgrade threestage"
+                f"{uri}: {CARD} has format {first['input']}, this threestage reads 1; upgrade threestage",
+                "models/newer-format",
             ) from None
-        place = ".".join(map(str, first["loc"])) or "all of it"
-        raise InputError(
-            f"{uri}: {CARD} is damaged ({place}: {first['msg']}): {RESTORE}", "models/damaged-card"
-        ) from None
+        place, own = ".".join(map(str, first["loc"])) or "all of it", raised_by(dict(first))
+        reason = first["msg"] if own is None else own.message
+        raise InputError(f"{uri}: {CARD} is damaged ({place}: {reason}); {RESTORE}", "models/damaged-card") from None
 
 
 def _content(uri: str, name: str) -> bytes:
@@ -128,7 +128,8 @@ def _content(uri: str, name: str) -> bytes:
         return storage.read_small(file, storage.MAX_JSON_BYTES) if name == CARD else storage.read_bytes(file)
     except FileNotFoundError:
         raise InputError(
-            f"{uri} holds no {name}: give a stage's model folder (…/stage3/model) or models:/NAME@stage3"
+            f"{uri}: holds no {name}; give a stage's model folder (…/stage3/model) or models:/NAME@stage3",
+            "models/no-model",
         ) from None
 
 

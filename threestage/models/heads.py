@@ -54,7 +54,8 @@ class DeepLabV3PlusHead(nn.Module):
         except ImportError as error:
             raise InputError(
                 f"network.head=deeplabv3plus needs segmentation-models-pytorch ({error}): pip install it, or set network.head to "
-                "deeplabv2 or linear"
+                "deeplabv2 or linear",
+                "network/missing-package",
             ) from None
         decoder = DeepLabV3PlusDecoder(
             encoder_channels=(0, 0, low_channels, channels),
@@ -98,7 +99,8 @@ def make_head(settings: "NetworkSettings", channels: Channels, num_classes: int)
     if channels.low_channels is None:
         raise InputError(
             f"network.head: deeplabv3plus takes a map at stride 4, which network.encoder {settings.encoder!r} lacks; "
-            "set network.head to deeplabv2 or linear"
+            "set network.head to deeplabv2 or linear",
+            "network/no-map-at-stride-4",
         )
     return DeepLabV3PlusHead(channels.low_channels, channels.channels, num_classes, settings.head_width)
 

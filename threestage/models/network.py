@@ -57,7 +57,7 @@ class NetworkSettings(Settings):
     @model_validator(mode="after")
     def _one_source(self) -> "NetworkSettings":
         if self.weights is not None and self.pretrained:
-            raise ValueError("weights and pretrained exclude each other: drop one")
+            raise InputError("weights and pretrained exclude each other; leave one out", "config/conflict")
         return self
 
     @property
@@ -196,7 +196,8 @@ def check_settings(settings: NetworkSettings) -> None:
     if settings.batch_norm == "frozen" and settings.weights is None and not settings.pretrained:
         raise InputError(
             "network.batch_norm: frozen takes an encoder with weights; to train from scratch set it to live, or give "
-            "network.weights"
+            "network.weights",
+            "network/frozen-without-weights",
         )
     with torch.device("meta"):
         make_head(settings, _make_encoder(settings.model_copy(update={"pretrained": False})), num_classes=2)
@@ -210,7 +211,8 @@ def _check_normalisation(settings: NetworkSettings) -> None:
         raise InputError(
             f"network.mean={list(settings.mean)}, network.std={list(settings.std)}: timm's weights of {settings.encoder} take "
             f"mean {expected[0]} and std {expected[1]}: set network.mean and network.std to these, or give network.weights in "
-            "place of pretrained"
+            "place of pretrained",
+            "network/normalisation",
         )
 
 

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from threestage.errors import reason_of
 from threestage.models.export import CARD, PROGRAM, WEIGHTS, ModelCard, load_card, load_model, program_of
 from threestage.models.network import NetworkSettings, build_network, check_settings
 
@@ -83,8 +84,7 @@ def main(folder: Path) -> int:
             network = build_network(card.network, len(card.classes)).eval()
         (folder / PROGRAM).write_bytes(program_of(network))
     except Exception as error:  # whatever torch.export ends with, as the line that write_program returns
-        lines = str(error).strip().splitlines() or [""]
-        print(f"{type(error).__name__}: {lines[0]}", file=sys.stderr)
+        print(reason_of(error).partition("\n")[0], file=sys.stderr)
         return 1
     return 0
 

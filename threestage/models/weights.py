@@ -20,7 +20,10 @@ def read_weights(uri: str) -> dict[str, Tensor]:
     try:
         data = read_bytes(uri)
     except OSError as error:
-        raise InputError(f"network.weights: cannot read {uri} ({_first_line(error)}); give a path or URI") from error
+        raise InputError(
+            f"network.weights: cannot read {uri} ({_first_line(error)}); give a path or URI",
+            "network/unreadable-weights",
+        ) from error
     content: dict[str, Any] = _from_safetensors(uri, data) if uri.endswith(".safetensors") else _from_torch(uri, data)
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), Mapping):
@@ -84,7 +87,8 @@ def check_fit(source: str, encoder: str, state: dict[str, Tensor], wanted: dict[
     if problems:
         raise InputError(
             f"network.weights: {source} does not fit network.encoder {encoder}: {', '.join(problems)}; "
-            "give weights of this encoder in timm's names"
+            "give weights of this encoder in timm's names",
+            "network/other-weights",
         )
 
 
@@ -112,10 +116,14 @@ def _from_torch(uri: str, data: bytes) -> dict[str, Any]:
     except Exception as error:  # bytes of strangers end torch's reader in many ways
         raise InputError(
             f"network.weights: {uri} cannot be read as plain tensors ({type(error).__name__}): it is no file of torch.save, or "
-            f"holds other objects, which could run code; {STATE_DICT}"
+            f"holds other objects, which could run code; {STATE_DICT}",
+            "network/damaged-weights",
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f"network.weights: {uri} holds a {type(content).__name__}, not a state dict; {STATE_DICT}")
+        raise InputError(
+            f"network.weights: {uri} holds a {type(content).__name__}, not a state dict; {STATE_DICT}",
+            "network/damaged-weights",
+        )
     return content
 
 

@@ -83,8 +83,9 @@ class TrainState:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved["format"] not in (FORMAT, WITHOUT_BEST):
             raise StageFailure(
-                f"the checkpoint has format {saved['format']}, this version reads {WITHOUT_BEST} and {FORMAT}: "
-                "go on with the version that wrote it, or give another --out"
+                f"the checkpoint has format {saved['format']}, this version reads {WITHOUT_BEST} and {FORMAT}; "
+                "continue with the version that wrote it, or give another --out",
+                "stage/checkpoint-format",
             )
         self.student.load_state_dict(saved["student"])
         if self.teacher is not None:
@@ -192,7 +193,9 @@ class Checkpoints:
     def _refuse_when_taken_over(self) -> None:
         owner = storage.read_json(storage.join(self._folder, OWNER), dict[str, str])
         if owner.get("driver") != self._owner["driver"]:
-            raise StageFailure(f"{self._folder}: another run has taken this stage over, this one stops")
+            raise StageFailure(
+                f"{self._folder}: another run has taken this stage over, this one stops", "run/taken-over"
+            )
         if owner != self._owner:
             raise Outlived(f"{self._folder}: another process trains this stage now")
 

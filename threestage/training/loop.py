@@ -167,7 +167,8 @@ def _save(state: TrainState, worker: Worker) -> None:
     worker.doing(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
-            f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}"
+            f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}",
+            "stage/diverged",
         )
     if worker.rank == 0 and (problem := worker.checkpoints.save(state.snapshot())) is not None:
         worker.warn(f"a checkpoint before step {state.step} could not be written, the next one is tried: {problem}")

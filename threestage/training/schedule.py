@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 
@@ -37,9 +38,9 @@ class EmaSettings(Settings):
     def _ordered(self) -> Self:
         starts = [start for start, _ in self.decay]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError("first steps must rise from 0, e.g. [[0, 0.99], [20000, 0.995]]")
+            raise InputError("first steps must rise from 0, e.g. [[0, 0.99], [20000, 0.995]]", "config/invalid-value")
         if any(not 0 <= decay < 1 for _, decay in self.decay):
-            raise ValueError("every decay must lie in [0, 1)")
+            raise InputError("every decay must lie in [0, 1)", "config/invalid-value")
         return self
 
 

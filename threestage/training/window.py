@@ -97,7 +97,8 @@ class Window:
         above = f", above training.loss_limit={self._loss_limit:g}" if math.isfinite(value) else ""
         return StageFailure(
             f"{name} became {value:.3g}{above} in step {self._first_step + number + 1}, with the images "
-            f"{', '.join(ids[:NAMED_IMAGES])}{more}; {how_to_go_on(self._worker)}"
+            f"{', '.join(ids[:NAMED_IMAGES])}{more}; {how_to_go_on(self._worker)}",
+            "stage/diverged",
         )
 
 

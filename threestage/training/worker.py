@@ -103,7 +103,7 @@ class LocalWorker:
         finally:
             signal.signal(signal.SIGTERM, before)
         if self._told.is_set():
-            raise StageFailure("stopped by SIGTERM; the same command goes on")
+            raise StageFailure("stopped by SIGTERM; the same command continues", "stage/stopped")
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
@@ -128,7 +128,8 @@ class LocalWorker:
 
     def noticed(self, step: int) -> None:
         raise StageFailure(
-            f"stopped by SIGTERM; the checkpoint of step {step} is saved, the same command goes on from it"
+            f"stopped by SIGTERM; the checkpoint of step {step} is saved, the same command continues from it",
+            "stage/stopped",
         )
 
     def doing(self, step: int, what: str) -> None:
