@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.refusals import refused
 from tests.unit.test_predict import make_model
 from threestage.data import storage
 from threestage.data.rejects import read_rejects
-from threestage.errors import InputError, StageFailure
+from threestage.errors import StageFailure
 from threestage.inference import Protocol
 from threestage.on_ray.predict_images import predict_on_ray
 from threestage.on_ray.settings import ClusterSettings
@@ -55,7 +56,7 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
     def predict(chosen: PredictSettings) -> PredictReport:
         return predict_on_ray(model, source, out, chosen, cluster, lambda *done: seen.append(done))
 
-    with pytest.raises(StageFailure, match=r"1 of 20 images are bad.*raise --max-bad-fraction"):
+    with refused("data/too-many-bad", "1 of 20 images", "--max-bad-fraction", error=StageFailure):
         predict(settings.model_copy(update={"max_bad_fraction": 0.04}))
     assert seen[-1] == (20, 20) and len(storage.list_files(f"{out}/parts")) == 2
     made = versions(f"{out}/masks") | versions(f"{out}/overlays") | versions(f"{out}/parts")
@@ -79,5 +80,5 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
     assert here.images == 19
     for uri in storage.list_files(f"{out}/masks"):
         assert storage.read_bytes(uri) == storage.read_bytes(uri.replace("/predicted/", "/here/"))
-    with pytest.raises(InputError, match="it holds predictions with model="):
+    with refused("predict/other-settings", "model="):
         predict_on_ray(make_model(tmp_path / "other", seed=1), source, out, settings, cluster)

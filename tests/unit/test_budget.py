@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import budget as budgets
 from threestage.budget import Budget, Costs, Resolved, bought, divide, parse, resolve
 from threestage.checks.steps import Measured, Specification
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import load_manifest
-from threestage.errors import InputError
 from threestage.local import run_local
-
-
-def refused(code: str, function: object, *arguments: object) -> None:
-    with pytest.raises(InputError) as error:
-        function(*arguments)  # type: ignore[operator]
-    assert error.value.code == code
 
 
 @pytest.fixture
@@ -44,7 +38,8 @@ def test_a_budget_is_a_time_of_the_run_or_of_its_devices(scenes: Path) -> None:
     assert devices.of_devices
     assert devices.wall_seconds(tiny_config(scenes, cluster__workers=4)) == 2 * 3600
     for wrong in ("60", "m", "0m", "60s", "-5m", "1h30m"):
-        refused("budget/not-a-time", parse, wrong)
+        with refused("budget/not-a-time", "--budget"):
+            parse(wrong)
 
 
 def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Path) -> None:
@@ -60,9 +55,9 @@ def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Pa
     assert found.applied(config).stage2.steps == 243
     spent = sum(n * costs.steps[s] for s, n in found.steps.items()) + 2 * 50 + (3 + 405 / 100) * 10
     assert 880 < spent <= 900
-    with pytest.raises(InputError, match=r"give \d+m at least") as error:
+    with refused("budget/too-small", "--budget 200 s") as error:
         divide(config, Budget("200 s", 200, False), costs)
-    least = float(str(error.value).split("give ")[1].split("m")[0])
+    least = float(error.value.message.rsplit("give ")[1].split("m")[0])
     assert min(divide(config, Budget("", 60 * (least + 1), False), costs).steps.values()) >= budgets.LEAST_STEPS
 
 
@@ -73,24 +68,29 @@ def test_what_is_resolved_is_read_again(scenes: Path, tmp_path: Path, measured: 
     assert first is not None and resolve(config, out, "5m", True) == first == resolve(config, out, None, True)
     assert measured == [1], "once"
     assert Resolved.model_validate(storage.read_json(f"{out}/budget.json")) == first
-    refused("budget/another-budget", resolve, config, out, "10m", True)
+    with refused("budget/another-budget", "--budget"):
+        resolve(config, out, "10m", True)
     assert resolve(config, str(tmp_path / "other"), None, True) is None
 
 
 def test_steps_and_budget_exclude_each_other(scenes: Path, tmp_path: Path, measured: list[int]) -> None:
     config = tiny_config(scenes, stages=1, stage1__steps=2, pseudo_mask__of_last_stage=False)
-    refused("budget/steps-are-set", resolve, config, str(tmp_path / "a"), "5m", True, ["stage1.steps=9"])
+    with refused("budget/steps-are-set", "--budget"):
+        resolve(config, str(tmp_path / "a"), "5m", True, ["stage1.steps=9"])
     run_local(config, str(tmp_path / "b"), lambda stage, row: None)
-    refused("budget/run-has-steps", resolve, config, str(tmp_path / "b"), "5m", True)
+    with refused("budget/run-has-steps", "--budget"):
+        resolve(config, str(tmp_path / "b"), "5m", True)
     assert not measured
 
 
 def test_what_was_not_measured_or_counted_is_refused(scenes: Path, tmp_path: Path) -> None:
     config, manifest = tiny_config(scenes, stages=1), load_manifest(str(scenes))
-    refused("budget/not-measured", bought, "5m", config, manifest, [Measured(stage="stage1", problem="no memory")])
+    with refused("budget/not-measured", "--budget"):
+        bought("5m", config, manifest, [Measured(stage="stage1", problem="no memory")])
     (tmp_path / "photos").mkdir()
     away: Config = tiny_config(scenes, stages=1, data__unlabelled=str(tmp_path / "photos"))
     fine = [Measured(stage="stage1", seconds=1, image_seconds=1)]
-    refused("budget/pool-not-counted", bought, "5m", away, manifest, fine)
+    with refused("budget/pool-not-counted", "--budget"):
+        bought("5m", away, manifest, fine)
     costs = bought("1h", config, manifest, fine).costs
     assert costs.pool_pass == 40 and costs.evaluation == 6, "of 40 and 6 images"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import check as checks
 from threestage import lease
 from threestage.checks import data, steps
@@ -20,7 +21,6 @@ from threestage.checks.words import duration_line, step_line
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import encode_mask, load_manifest
-from threestage.errors import InputError
 from threestage.sweeps import step_time
 
 GIB = 2**30
@@ -56,13 +56,6 @@ def changed(config: Config, section: str, **values: object) -> Config:
 
 def lines_of(config: Config, out: Path, local: bool = False) -> dict[str, Line]:
     return {line.name: line for line in checks.check(config, str(out), local)}
-
-
-def problem(find: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as raised:
-        find()
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 # ---- The order, and what depends on what
@@ -132,7 +125,27 @@ def test_a_complaint_of_two_lines_is_said_once(config: Config, no_steps: None, t
 
 
 def test_local_has_no_address(config: Config) -> None:
-    assert "leave one of them out" in problem(lambda: list(checks.check(config, "out", True, "127.0.0.1:1")))
+    with refused("check/local-address", "--address 127.0.0.1:1", "--local"):
+        list(checks.check(config, "out", True, "127.0.0.1:1"))
+    with refused("budget/not-by-job", "--budget 5m"):
+        list(checks.check(config, "out", False, "http://127.0.0.1:1", "5m"))
+
+
+def test_a_line_ends_with_its_code(config: Config, no_steps: None, tmp_path: Path) -> None:
+    found = lines_of(changed(config, "stage1", labelled_batch=9), tmp_path / "run", local=True)
+    assert str(found["input"].problem).endswith(" [config/batch]")
+
+
+def test_places_that_cannot_be_used_are_one_error(config: Config, tmp_path: Path) -> None:
+    """With their code where they have the same."""
+    (tmp_path / "file").write_text("")
+    absent, file = str(tmp_path / "absent"), str(tmp_path / "file")
+    with refused("data/no-data-set", f"data.root: {absent}"):
+        checks.check_store(changed(config, "data", root=absent), str(tmp_path / "run"))
+    wrong = changed(changed(config, "data", root=absent), "network", weights=f"{file}s")
+    with refused("check/places", f"data.root: {absent}", f"network.weights: {file}s") as error:
+        checks.check_store(wrong, str(tmp_path / "run"))
+    assert "[" not in error.value.message
 
 
 def test_lines() -> None:
@@ -150,26 +163,26 @@ def with_masks(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
 
 def test_ids_that_are_no_class(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 0, 17, 255)
-    found = problem(lambda: data.classes_fit(config, None))
-    assert (
-        found.startswith("scene7: its mask holds id 17, the data set has classes 0..")
-        and "correct the class map" in found
-    )
+    with refused("mask/unknown-id", "scene7:", "id 17", "classes 0.."):
+        data.classes_fit(config, None)
 
 
 def test_masks_of_ignored_pixels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 255)
-    assert "no class has a labelled pixel in 8 labelled masks" in problem(lambda: data.classes_fit(config, None))
+    with refused("data/one-class", "no class", "8 labelled masks"):
+        data.classes_fit(config, None)
 
 
 def test_a_mask_that_cannot_be_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_masks_of", lambda *given: {"scene7": b"no PNG"})
-    assert problem(lambda: data.classes_fit(config, None)).startswith("scene7: its mask cannot be read (")
+    with refused("data/unreadable-image", "scene7:"):
+        data.classes_fit(config, None)
 
 
 def test_nothing_to_validate_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_masks_of", _only_of_train(data._masks_of))
-    assert "no pixel to validate on: set data.validation" in problem(lambda: data.classes_fit(config, None))
+    with refused("data/no-validation", config.data.root, "set data.validation"):
+        data.classes_fit(config, None)
 
 
 def _only_of_train(sample: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
@@ -191,7 +204,8 @@ def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatc
     monkeypatch.setattr(data, "_masks_of", lambda root, manifest, split, ids: one if len(ids) == 3 else both)
     assert "8 labelled masks" in str(data.classes_fit(config, None).doubt)
     monkeypatch.setattr(data, "_masks_of", lambda *given: one)
-    assert "only class background has a labelled pixel" in problem(lambda: data.classes_fit(config, None))
+    with refused("data/one-class", "only class background"):
+        data.classes_fit(config, None)
 
 
 def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

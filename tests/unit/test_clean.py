@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import cli, lease
 from threestage.clean import Left, clean, what_is_left
 from threestage.config import Config
 from threestage.data import storage
-from threestage.errors import InputError
 from threestage.local import run_local
 
 Run = Callable[[], list[Any]]
@@ -88,7 +88,7 @@ def test_all_of_a_run_is_what_the_run_wrote(run: Path) -> None:
     left, _ = clean(str(run), True, _yes, _quiet)
     assert _files(run) == {"data/manifest.json", "notes.txt"}
     assert [(kind.name, kind.files) for kind in left.kinds if not kind.goes] == [("not the run's", 2)]
-    with pytest.raises(InputError, match="no run is there"):
+    with refused("run/no-run", run):
         clean(str(run), True, _yes, _quiet)
 
 
@@ -116,13 +116,13 @@ def test_a_link_is_removed_and_not_followed(run: Path, tmp_path: Path) -> None:
 
 def test_it_is_refused_where_there_is_no_run_or_a_driver(run: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, run / "stage1", tmp_path / "nothing"):
-        with pytest.raises(InputError, match=f"{folder}: no run is there, it has no split.json: give the --out"):
+        with refused("run/no-run", f"{folder}:", "split.json", "--out"):
             clean(str(folder), True, _yes, _quiet)
     storage.write_json(str(tmp_path / "sweep.json"), {})
-    with pytest.raises(InputError, match="it is a sweep: name one of its runs"):
+    with refused("run/no-run", f"{tmp_path}:", "sweep"):
         what_is_left(str(tmp_path))
     before = _files(run)
-    with lease.held(str(run), _quiet), pytest.raises(InputError, match="another driver works on it"):
+    with lease.held(str(run), _quiet), refused("run/another-driver", run):
         clean(str(run), True, _yes, _quiet)
     assert _files(run) == before
 

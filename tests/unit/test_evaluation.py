@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from tests.refusals import refused
 from threestage import IGNORE_INDEX
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import Decoded, samples_of
-from threestage.errors import InputError
 from threestage.evaluation import Scores, evaluate, evaluate_model
 from threestage.inference import Protocol
 from threestage.models.export import ModelCard
@@ -125,10 +125,12 @@ def test_another_protocol_scores_another_prediction(scenes: Path) -> None:
 
 def test_what_does_not_fit_is_refused(scenes: Path) -> None:
     network, card = model_for(scenes)
-    with pytest.raises(InputError, match="multiples of 8"):
+    with refused("network/size-multiple", "window=30x30:", 8):
         evaluate_model(network, card, str(scenes), "val", Protocol(window=(30, 30)))
-    with pytest.raises(InputError, match="has the classes"):
+    with refused("evaluate/other-classes", scenes, ["a", "b"]):
         evaluate_model(network, card.model_copy(update={"classes": ("a", "b")}), str(scenes), "val")
+    with refused("evaluate/no-masks", scenes, "'test'", "train, val"):
+        evaluate_model(network, card, str(scenes), "test")
 
 
 def scores_of(classes: int) -> dict[str, object]:

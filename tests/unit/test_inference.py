@@ -1,16 +1,18 @@
 """Windows, flips and scales against what they must equal: the whole image, a mean written as a loop, a mirrored network."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.refusals import refused
 from threestage import pseudo_masks
-from threestage.errors import InputError
+from threestage.config import validated
 from threestage.inference import (
     Protocol,
     check_protocol,
@@ -194,20 +196,21 @@ def test_it_says_what_it_does() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for wrong, said in (
-        ({"stride": (4, 4)}, "give a window too"),
-        ({"window": (8, 8), "stride": (8, 9)}, "leaves gaps"),
-        ({"window": (0, 8)}, "greater than 0"),
-        ({"scales": ()}, "at least 1"),
-        ({"scales": (1, -1)}, "greater than 0"),
+    wrong: dict[str, Any]
+    for wrong, code, named in (
+        ({"stride": (4, 4)}, "predict/stride", "stride=4x4"),
+        ({"window": (8, 8), "stride": (8, 9)}, "predict/stride", "windows of 8x8"),
+        ({"window": (0, 8)}, "config/invalid-value", "window.0=0:"),
+        ({"scales": ()}, "config/invalid-value", "scales=():"),
+        ({"scales": (1, -1)}, "config/invalid-value", "scales.1=-1:"),
     ):
-        with pytest.raises(ValidationError, match=said):
-            Protocol.model_validate(wrong)
+        with refused(code, named):
+            validated(Protocol, wrong)
 
 
 def test_windows_must_suit_the_network() -> None:
     convolutional = NetworkSettings(encoder="resnet18", output_stride=16)
     for window in ((320, 480), (321, 481), None):
         check_protocol(Protocol(window=window), convolutional)
-    with pytest.raises(InputError, match=r"window=500x30: resnet18 .* multiples of 16; try 496,32"):
+    with refused("network/size-multiple", "window=500x30:", "resnet18", 16, "496,32"):
         check_protocol(Protocol(window=(500, 30)), convolutional)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.refusals import refused
 from tests.waiting import wait_for
 from threestage import lease
 from threestage.data import storage
@@ -57,9 +58,7 @@ def test_it_beats_and_is_removed(tmp_path: Path, said: list[str]) -> None:
 def test_a_second_driver_is_told_who_holds_it(tmp_path: Path, said: list[str]) -> None:
     with lease.held(str(tmp_path), said.append):
         begun = time.monotonic()
-        with pytest.raises(
-            InputError, match=rf"process {os.getpid()} on .* since .* UTC\): wait for it, stop it, or give"
-        ):
+        with refused("run/another-driver", f"process {os.getpid()} on ", " UTC)", "--out"):
             lease.Lease(str(tmp_path)).take(said.append)
         assert time.monotonic() - begun < 1, "one of this machine is seen at once"
     assert said == []
@@ -93,7 +92,8 @@ def test_one_elsewhere_that_beats_is_alive_whatever_the_clocks_say(tmp_path: Pat
     elsewhere(str(tmp_path), started="1999-01-01 00:00:00 UTC")
     timer = threading.Timer(INTERVAL_S, lambda: elsewhere(str(tmp_path), 2))
     timer.start()
-    with pytest.raises(InputError, match=r"process 4711 on node-7, since 2026"), lease.held(str(tmp_path), said.append):
+    named = "process 4711 on node-7, since 2026"
+    with refused("run/another-driver", named), lease.held(str(tmp_path), said.append):
         pass
     timer.join()
     assert storage.read_json(str(tmp_path / lease.NAME))["beat"] == 2, "it keeps what it had"
@@ -109,8 +109,8 @@ def test_one_that_nobody_can_read_is_watched_like_another(tmp_path: Path, monkey
 def test_the_main_thread_stops_when_its_lease_is_taken(tmp_path: Path, said: list[str]) -> None:
     begun = time.monotonic()
     before = signal.getsignal(lease.LOST_SIGNAL)
-    said_of_it = r"another driver has taken this run over \(process 4711 on node-7"
-    with pytest.raises(StageFailure, match=said_of_it), lease.held(str(tmp_path), said.append, INTERVAL_S):
+    taken_over = refused("run/taken-over", "process 4711 on node-7", error=StageFailure)
+    with taken_over, lease.held(str(tmp_path), said.append, INTERVAL_S):
         elsewhere(str(tmp_path))
         try:
             time.sleep(60)
@@ -128,7 +128,7 @@ def test_another_thread_asks(tmp_path: Path) -> None:
             wait_for(lambda: held.lost is not None)
             held.check()
 
-    with ThreadPoolExecutor(1) as pool, pytest.raises(StageFailure, match="node-7"):
+    with ThreadPoolExecutor(1) as pool, refused("run/taken-over", "node-7", error=StageFailure):
         pool.submit(drive).result()
 
 
@@ -186,7 +186,8 @@ def test_of_those_that_begin_together_on_s3_one_goes_on(bucket: str) -> None:
 def test_a_slow_one_that_writes_late_leaves_one(tmp_path: Path) -> None:
     """It found no lease, and wrote its own only when the other had gone on: that one finds out."""
     late = lease.Lease(str(tmp_path), INTERVAL_S)
-    with pytest.raises(StageFailure), lease.held(str(tmp_path), lambda text: None, INTERVAL_S):
+    taken_over = refused("run/taken-over", error=StageFailure)
+    with taken_over, lease.held(str(tmp_path), lambda text: None, INTERVAL_S):
         late._write()
         time.sleep(60)
     assert late._other() is None
@@ -199,7 +200,7 @@ def test_a_folder_within_another_driver_s_stops_with_it(tmp_path: Path) -> None:
             time.sleep(60)
 
     outer = lease.held(str(tmp_path), lambda text: None, INTERVAL_S)
-    with pytest.raises(StageFailure, match=f"^{tmp_path}: another driver"), outer:
+    with refused("run/taken-over", f"{tmp_path}: another driver", error=StageFailure), outer:
         inner()
 
 
@@ -207,7 +208,7 @@ def test_a_sweep_has_one_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prepare, "checked", lambda asked: asked)
     asked: Any = SimpleNamespace(out=str(tmp_path))
     show: Any = SimpleNamespace(warn=lambda text: None)
-    with lease.held(asked.out, show.warn), pytest.raises(InputError, match="another driver works on it"):
+    with lease.held(asked.out, show.warn), refused("run/another-driver", tmp_path):
         sweep.run(asked, show)
 
 
@@ -219,9 +220,9 @@ def test_both_taking_over_a_dead_one_leave_one(tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_a_lease_that_is_no_file_of_ours_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / lease.NAME).write_text("[" * 100_000)
-    with pytest.raises(InputError, match="storage/too-large"), lease.held(str(tmp_path), lambda text: None):
+    with refused("storage/too-large"), lease.held(str(tmp_path), lambda text: None):
         pass
     (tmp_path / lease.NAME).unlink()
     os.mkfifo(tmp_path / lease.NAME)
-    with pytest.raises(InputError, match="storage/not-a-file"), lease.held(str(tmp_path), lambda text: None):
+    with refused("storage/not-a-file"), lease.held(str(tmp_path), lambda text: None):
         pass

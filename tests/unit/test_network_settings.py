@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from threestage.errors import InputError
+from tests.refusals import refused
 from threestage.models.encoders import create_timm
 from threestage.models.heads import DeepLabV3PlusHead
 from threestage.models.network import (
@@ -94,23 +94,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     chosen = settings(weights=save(tmp_path / "a.pth", state))
     refusals: tuple[Callable[[NetworkSettings], object], ...] = (check_settings, lambda given: build_network(given, 3))
     for refuse in refusals:
-        with pytest.raises(InputError) as caught:
+        parts = ("1 missing (layer4.0.conv1.weight)", "conv1.0.weight is (3, 3, 3, 3), not", "1 unexpected (stranger")
+        with refused("network/other-weights", *parts) as caught:
             refuse(chosen)
-        line = str(caught.value)
-        for part in (
-            "1 missing (layer4.0.conv1.weight)",
-            "conv1.0.weight is (3, 3, 3, 3), not",
-            "1 unexpected (stranger",
-        ):
-            assert part in line
-        assert "\n" not in line
+        assert "\n" not in str(caught.value)
 
 
 def test_weights_of_another_encoder_are_counted(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pth", timm_state("test_efficientnet"))
-    with pytest.raises(
-        InputError, match=r"does not fit network.encoder test_resnet: \d+ missing \(.*, …\), .*unexpected"
-    ):
+    with refused("network/other-weights", path, "network.encoder test_resnet", " missing (", ", …)", " unexpected ("):
         check_settings(settings(weights=path))
 
 
@@ -127,7 +119,7 @@ ODD: dict[str, Callable[[Tensor], dict[Any, Tensor]]] = {
 def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, kind: str) -> None:
     state = timm_state()
     path = save(tmp_path / "a.pth", state | ODD[kind](state["conv1.0.weight"]))
-    with pytest.raises(InputError, match=r"the tensor .* \[network/odd-weights\]"):
+    with refused("network/odd-weights", path):
         check_settings(settings(weights=path))
 
 
@@ -145,47 +137,55 @@ class Unsafe:
     """What a pickle may hold and a weights file may not."""
 
 
-@pytest.mark.parametrize("name", ["absent.pth", "text.pth", "text.safetensors", "unsafe.pth", "list.pth"])
-def test_unreadable_weights_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("absent.pth", "network/unreadable-weights"),
+        ("text.pth", "network/damaged-weights"),
+        ("text.safetensors", "network/damaged-weights"),
+        ("unsafe.pth", "network/damaged-weights"),
+        ("list.pth", "network/damaged-weights"),
+    ],
+)
+def test_unreadable_weights_are_refused(tmp_path: Path, name: str, code: str) -> None:
     path = tmp_path / name
     if name.startswith("text"):
         path.write_text("not weights at all, but long enough to look like a header")
     elif name != "absent.pth":
         torch.save({"x": Unsafe()} if name.startswith("unsafe") else [1], path)
-    with pytest.raises(InputError, match=f"network.weights: .*{name}"):
+    with refused(code, "network.weights:", name):
         check_settings(settings(weights=str(path)))
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("values", "code", "named"),
     [
-        ({"encoder": "mobilenet_v2_100"}, "did you mean .*mobilenetv2_100"),
-        ({"encoder": "resnet18.nonsense"}, "did you mean .*resnet18"),
-        ({"encoder": "qqqqqq"}, "timm knows no 'qqqqqq'"),
-        ({"encoder": "vgg11_bn"}, "cannot be cut into stages"),
-        ({"encoder": "vgg11_bn", "output_stride": 32}, "cannot be cut into stages"),
-        (
-            {"encoder": "pvt_v2_b0"},
-            r"cannot have network.output_stride 8; set network.output_stride to 32.*output-stride\]",
-        ),
-        ({"encoder": "hrnet_w18_small", "output_stride": 32}, "cannot be cut into stages"),
-        ({"encoder": "mixer_s32_224", "output_stride": 32}, "cannot be cut into stages"),
-        ({"encoder": "vit_relpos_small_patch16_224"}, "cannot be cut into stages"),
-        ({"batch_norm": "frozen"}, "network.batch_norm: frozen takes .* set it to live, or give"),
-        ({"encoder": "resnet18.nonsense", "pretrained": True}, "did you mean .*resnet18"),
+        ({"encoder": "mobilenet_v2_100"}, "unknown-encoder", ["'mobilenet_v2_100'", " mobilenetv2_100"]),
+        ({"encoder": "resnet18.nonsense"}, "unknown-encoder", ["'resnet18.nonsense'", " resnet18"]),
+        ({"encoder": "qqqqqq"}, "unknown-encoder", ["'qqqqqq'"]),
+        ({"encoder": "vgg11_bn"}, "unsupported-encoder", ["vgg11_bn"]),
+        ({"encoder": "vgg11_bn", "output_stride": 32}, "unsupported-encoder", ["vgg11_bn"]),
+        ({"encoder": "pvt_v2_b0"}, "output-stride", ["pvt_v2_b0", "set network.output_stride to 32"]),
+        ({"encoder": "hrnet_w18_small", "output_stride": 32}, "unsupported-encoder", ["hrnet_w18_small"]),
+        ({"encoder": "mixer_s32_224", "output_stride": 32}, "unsupported-encoder", ["mixer_s32_224"]),
+        ({"encoder": "vit_relpos_small_patch16_224"}, "unsupported-encoder", ["vit_relpos_small_patch16_224"]),
+        ({"batch_norm": "frozen"}, "frozen-without-weights", ["network.batch_norm", "live", "network.weights"]),
+        ({"encoder": "resnet18.nonsense", "pretrained": True}, "unknown-encoder", [" resnet18"]),
         (
             {"encoder": "resnet18", "pretrained": True, "std": (1 / 255,) * 3},
-            r"network.std=.* timm's weights of resnet18 take mean \[0.485, .* set network.mean and network.std to these",
+            "normalisation",
+            ["network.std=[0.00", "resnet18", "[0.485, "],
         ),
         (
             {"encoder": "resnet18", "pretrained": True, "mean": (0.5,) * 3},
-            r"network.mean=\[0.5, .* timm's weights of resnet18 take mean \[0.485, .* set network.mean and network.std to these",
+            "normalisation",
+            ["network.mean=[0.5, ", "resnet18", "[0.485, "],
         ),
-        ({"encoder": "test_vit", "head": "deeplabv3plus"}, "network.head: deeplabv3plus takes a map at stride 4"),
+        ({"encoder": "test_vit", "head": "deeplabv3plus"}, "no-map-at-stride-4", ["network.head", "'test_vit'"]),
     ],
 )
-def test_unsuited_settings_are_refused_in_words(values: dict[str, Any], line: str) -> None:
-    with pytest.raises(InputError, match=line):
+def test_unsuited_settings_are_refused_by_name(values: dict[str, Any], code: str, named: list[str]) -> None:
+    with refused(f"network/{code}", *named):
         check_settings(settings(**values))
 
 
@@ -200,7 +200,7 @@ def test_the_head_is_as_wide_as_it_is_set() -> None:
 
 def test_a_head_whose_package_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.deeplabv3.decoder", None)
-    with pytest.raises(InputError, match=r"network\.head=deeplabv3plus needs segmentation-models-pytorch .*deeplabv2"):
+    with refused("network/missing-package", "network.head=deeplabv3plus", "segmentation-models-pytorch", "deeplabv2"):
         check_settings(settings(head="deeplabv3plus", encoder="mobilenetv2_100"))
     check_settings(settings())
 
@@ -221,7 +221,7 @@ def test_an_unreachable_hub_asks_for_weights(monkeypatch: pytest.MonkeyPatch) ->
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"network\.pretrained: .*give network\.weights"):
+    with refused("network/no-pretrained-weights", "network.pretrained:", "give network.weights"):
         build_network(settings(pretrained=True), 3)
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from tests.distributed_data import BORDER_COLUMNS, CITYSCAPES_SIZE, EGO_ROWS, voc_palette, write_cityscapes, write_voc
+from tests.refusals import refused
 from threestage.config import Config, flatten, load, preset_headers
 from threestage.data import storage
 from threestage.data.classes import shipped_class_map
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import SplitName, decode_mask, labelled_rows, load_manifest
-from threestage.errors import InputError
 from threestage.local import run_local
 from threestage.models.network import build_network, check_settings
 
@@ -174,7 +174,7 @@ def ego_vehicle() -> np.ndarray:
 def test_a_fixed_region_takes_masks_of_one_size_and_says_so_before_training(
     roots: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"data\.fixed_void=0\.5 takes masks of one size, but .* set it to null"):
+    with refused("data/fixed-void", "data.fixed_void=0.5", "set it to null"):
         run_local(dry("voc_212", roots, "data.fixed_void=0.5"), str(tmp_path), lambda stage, row: None)
     assert not storage.exists(f"{tmp_path}/stage1")
 
@@ -194,9 +194,9 @@ def test_the_network_itself(preset: str) -> None:
 
 
 def test_without_its_weights_a_preset_is_refused() -> None:
-    with pytest.raises(InputError, match="frozen takes an encoder with weights"):
+    with refused("network/frozen-without-weights", "network.batch_norm"):
         check_settings(load("cityscapes_100").network)
-    with pytest.raises(InputError, match=r"network\.std=.*timm's weights of resnet101 take mean \[0\.485"):
+    with refused("network/normalisation", "network.std=", "resnet101", "[0.485"):
         check_settings(load("voc_212", ["network.pretrained=true"]).network)
     check_settings(load("cityscapes_100", ["network.pretrained=true"]).network)
 

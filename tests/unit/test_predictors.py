@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray.data
 
+from tests.refusals import refused
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure
 from threestage.on_ray import predict_pool as predict
@@ -94,5 +95,6 @@ def test_why_a_predictor_could_not_be_opened_or_go_on_is_told() -> None:
         next(
             predict._Predictor(MagicMock(side_effect=FileNotFoundError(2, "gone", "model.json")), 1, MagicMock())(rows)
         )
-    with pytest.raises(InputError, match=r"^mend it$"):
-        next(predict._Predictor(lambda: MagicMock(side_effect=InputError("mend it")), 1, MagicMock())(rows))
+    wrong = InputError("fix it", "models/no-model")
+    with refused("models/no-model", "fix it"):
+        next(predict._Predictor(lambda: MagicMock(side_effect=wrong), 1, MagicMock())(rows))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import local, runs
 from threestage.cli import main
 from threestage.config import StageName
 from threestage.data import storage
 from threestage.data.records import labelled_ids, load_manifest
-from threestage.errors import InputError
 from threestage.evaluation import read_image_counts, write_image_counts
 from threestage.local import run_local
 from threestage.predict import open_model
@@ -314,7 +314,7 @@ def test_groups_are_resampled_and_belong_to_the_run(scenes: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "run/split.json").read_text())["split"]["groups"]) == 6
     (tmp_path / "scenes.csv").unlink()
     assert run_local(config, str(tmp_path / "run"), quiet)["verdict"] == results["verdict"], "the split is read again"
-    with pytest.raises(InputError, match=r"split.json was made with data.group="):
+    with refused("run/other-settings", "split.json", "data.group="):
         run_local(tiny_config(scenes, stages=2), str(tmp_path / "run"), quiet)
 
 
