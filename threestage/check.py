@@ -178,9 +178,7 @@ def check_writable(config: Config, out: str) -> None:
 def _refuse_unusable(probes: Sequence[Probe]) -> None:
     wrong = [outcome for outcome in store_check.try_all(probes) if outcome.problem and not outcome.busy]
     if wrong:
-        raise joined(
-            [InputError.of_line(f"{outcome.name}: {outcome.problem}") for outcome in merged(wrong)], "check/places"
-        )
+        raise joined([InputError(f"{one.name}: {one.problem}", one.code) for one in merged(wrong)], "check/places")
 
 
 def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:

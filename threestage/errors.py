@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Self
 
 _SECTIONS = (
     "data|network|augment|optimiser|ema|supervised|consistency|pseudo_mask|stage[123]|training|cluster|storage|registry"
@@ -11,7 +10,6 @@ _SECTIONS = (
 _SUBJECT = re.compile(
     rf"(?P<key>--?[a-z][\w-]*|name|seed|stages|(?:{_SECTIONS})(?:\.\w+)*)(?:[= ](?P<value>.+))?", re.DOTALL
 )
-_LINE = re.compile(r"(?P<message>.*) \[(?P<code>[a-z-]+/[a-z0-9-]+)\]", re.DOTALL)
 
 
 class CodedError(Exception):
@@ -32,12 +30,6 @@ class CodedError(Exception):
         key, value = (subject["key"], subject["value"]) if subject else (None, what if colon else None)
         fix = reason.rpartition("; ")[2] if "; " in reason else None
         return {"code": self.code, "message": self.message, "key": key, "value": value, "fix": fix}
-
-    @classmethod
-    def of_line(cls, line: str) -> Self:
-        """The error whose line it is."""
-        found = _LINE.fullmatch(line)
-        return cls(line) if found is None else cls(found["message"], found["code"])
 
 
 class InputError(CodedError, ValueError):

@@ -514,7 +514,7 @@ class _Run:
             raise StageFailure(
                 f"{stage}: {complaint}; raise data.max_bad_fraction to continue, or bring the images back and delete "
                 f"{self.folder(stage)} to train it again",
-                "data/too-many-bad",
+                "data/bad-images",
             )
         self.warn(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 

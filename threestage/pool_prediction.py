@@ -200,12 +200,13 @@ def _decode(position: int, row: PoolRow, task: PoolTask) -> _Image:
     except BadImage as error:
         return _Image(position, row, None, str(error))
     except DECODER_ERRORS as error:
-        return _Image(position, row, None, f"its mask {decoder_complaint(error)}")
+        return _Image(position, row, None, f"its mask {decoder_complaint(error)} [mask/damaged]")
     image = _Image(position, row, decoded, None)
     if 0 in image.pixels.shape:
-        return _Image(position, row, None, f"is smaller than data.downscale={task.downscale}")
+        return _Image(position, row, None, f"is smaller than data.downscale={task.downscale} [image/too-small]")
     if image.mask is not None and image.mask.shape != image.pixels.shape[:2]:
-        return _Image(position, row, None, f"its mask has the shape {image.mask.shape}, it {image.pixels.shape[:2]}")
+        shapes = f"its mask has the shape {image.mask.shape}, it {image.pixels.shape[:2]}"
+        return _Image(position, row, None, f"{shapes} [mask/size]")
     return image
 
 
@@ -349,7 +350,9 @@ class _Predictor:
             self._in_flight.append(encoded)
         elif len(batch) == 1:
             job.reject(
-                batch[0], f"its {width}x{height} pixels do not fit into the memory of the device ({self._device})"
+                batch[0],
+                f"its {width}x{height} pixels do not fit into the memory of the device ({self._device}) "
+                "[image/too-many-pixels]",
             )
         else:
             for image in batch:

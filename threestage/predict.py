@@ -254,7 +254,7 @@ def _gather(
     rejects.write(listed)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
         raise StageFailure(
-            f"{complaint}; raise --max-bad-fraction, or replace them and run this again", "data/too-many-bad"
+            f"{complaint}; raise --max-bad-fraction, or replace them and run this again", "data/bad-images"
         )
     return PredictReport(
         images=images,

@@ -149,13 +149,15 @@ class Predictions(Product):
             try:
                 content = encode()
             except (*DECODER_ERRORS, MemoryError) as error:
-                raise Unwritable(row, f"its {path.split('/')[0]} cannot be encoded: {error}") from None
+                raise Unwritable(
+                    row, f"its {path.split('/')[0]} cannot be encoded: {error} [predict/not-written]"
+                ) from None
             try:
                 storage.write_bytes(storage.join(task.destination, path), content)
             except OSError as error:
                 if error.errno not in NAME_ERRORS:
                     raise
-                raise Unwritable(row, f"{path} cannot be written: {error.strerror}") from None
+                raise Unwritable(row, f"{path} cannot be written: {error.strerror} [predict/not-written]") from None
         return file
 
 

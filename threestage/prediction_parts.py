@@ -120,7 +120,7 @@ def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
     """The rows of a part in their order, in chunks; one without usable bytes says what is wrong. The source of a row of
     others' Parquet is URI#number."""
     if part.problem is not None:
-        yield [PoolRow(_below(source, part.uri), part.uri, b"", problem=part.problem)]
+        yield [PoolRow(_below(source, part.uri), part.uri, b"", problem=f"{part.problem} [image/unreadable]")]
     elif part.groups is None:
         yield from read_rows(part, masks=False)
     else:

@@ -248,6 +248,6 @@ def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:
         raise InputError(
             f"{image_id}: its mask holds id {wrong[0]}, the data set has classes 0..{classes - 1} and {IGNORE_INDEX} "
             "(ignore): correct the class map and ingest again",
-            "mask/unknown-id",
+            "mask/unknown-value",
         )
     return found

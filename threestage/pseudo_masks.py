@@ -333,12 +333,12 @@ def gather(
     if (complaint := rejected.complaint(rows_of(files), max_bad_fraction, listed)) is not None:
         raise StageFailure(
             f"{complaint}; raise data.max_bad_fraction to continue, or fix the images and delete {task.destination}",
-            "data/too-many-bad",
+            "data/bad-images",
         )
     if files and not statistics.images:
         raise StageFailure(
             f"no image of the pool could be used; all are listed in {listed}: fix them and delete {task.destination}",
-            "data/too-many-bad",
+            "data/bad-images",
         )
     write_index(task.destination, [index[file.name] for file in files])
     return statistics

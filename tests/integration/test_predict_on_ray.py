@@ -56,7 +56,7 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
     def predict(chosen: PredictSettings) -> PredictReport:
         return predict_on_ray(model, source, out, chosen, cluster, lambda *done: seen.append(done))
 
-    with refused("data/too-many-bad", "1 of 20 images", "--max-bad-fraction", error=StageFailure):
+    with refused("data/bad-images", "1 of 20 images", "--max-bad-fraction", error=StageFailure):
         predict(settings.model_copy(update={"max_bad_fraction": 0.04}))
     assert seen[-1] == (20, 20) and len(storage.list_files(f"{out}/parts")) == 2
     made = versions(f"{out}/masks") | versions(f"{out}/overlays") | versions(f"{out}/parts")

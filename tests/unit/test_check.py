@@ -163,7 +163,7 @@ def with_masks(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
 
 def test_ids_that_are_no_class(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 0, 17, 255)
-    with refused("mask/unknown-id", "scene7:", "id 17", "classes 0.."):
+    with refused("mask/unknown-value", "scene7:", "id 17", "classes 0.."):
         data.classes_fit(config, None)
 
 

@@ -174,7 +174,7 @@ def ego_vehicle() -> np.ndarray:
 def test_a_fixed_region_takes_masks_of_one_size_and_says_so_before_training(
     roots: dict[str, Path], tmp_path: Path
 ) -> None:
-    with refused("data/fixed-void", "data.fixed_void=0.5", "set it to null"):
+    with refused("data/mask-sizes", "data.fixed_void=0.5", "set it to null"):
         run_local(dry("voc_212", roots, "data.fixed_void=0.5"), str(tmp_path), lambda stage, row: None)
     assert not storage.exists(f"{tmp_path}/stage1")
 

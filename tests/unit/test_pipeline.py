@@ -257,7 +257,7 @@ def test_sources_that_share_files_count_them_once(scenes: Path, tmp_path: Path) 
 
 def test_a_pool_of_which_nothing_is_left_stops_the_run(scenes: Path, tmp_path: Path) -> None:
     config = tiny_config(scenes, data__max_image_pixels=64 * 64 - 1, data__max_bad_fraction=1.0)
-    with refused("data/too-many-bad", "no image of the pool", "rejects.parquet", error=StageFailure):
+    with refused("data/bad-images", "no image of the pool", "rejects.parquet", error=StageFailure):
         run_local(config, str(tmp_path), quiet)
 
 

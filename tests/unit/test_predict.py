@@ -263,7 +263,7 @@ def test_an_image_replaced_in_place_is_predicted_anew_and_the_rest_is_kept(model
 def test_bad_images_are_listed_and_too_many_of_them_fail_at_the_end(model: ModelFiles, tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in", 9), tmp_path / "out"
     (source / "bad.jpg").write_bytes(photo(0)[:200])
-    with refused("data/too-many-bad", "1 of 10 images", "bad.jpg", "--max-bad-fraction", error=StageFailure):
+    with refused("data/bad-images", "1 of 10 images", "bad.jpg", "--max-bad-fraction", error=StageFailure):
         run(model, source, out)
     assert len(list((out / "masks").rglob("*.png"))) == 9, "the others are predicted first"
     report = run(model, source, out, max_bad_fraction=0.1)

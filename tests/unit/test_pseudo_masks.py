@@ -375,7 +375,7 @@ def test_what_is_void_in_most_labels_is_void_in_every_pseudo_mask_of_that_size(t
 
 def test_a_fixed_region_takes_masks_of_one_size() -> None:
     samples = labelled(np.zeros((8, 12), np.uint8), np.zeros((12, 8), np.uint8))
-    with refused("data/fixed-void", "i0 has (4, 6)", "i1 (6, 4)", "set it to null"):
+    with refused("data/mask-sizes", "i0 has (4, 6)", "i1 (6, 4)", "set it to null"):
         fixed_void(samples, 0.5)
 
 
@@ -500,7 +500,7 @@ def test_gather_writes_the_lists_also_when_they_are_empty(tmp_path: Path) -> Non
 
 def test_a_pool_without_a_usable_image_stops_the_job(tmp_path: Path) -> None:
     task = task_for(tmp_path)
-    with refused("data/too-many-bad", "no image of the pool", task.destination, error=StageFailure):
+    with refused("data/bad-images", "no image of the pool", task.destination, error=StageFailure):
         gather(task, pool(1), reports_of([20])(), 1.0)
 
 
@@ -518,7 +518,7 @@ def test_too_many_bad_images_stop_the_job_at_once(tmp_path: Path) -> None:
             closed.append(True)
 
     listed = storage.join(task.destination, "rejects.parquet")
-    with refused("data/too-many-bad", "40 of 100 images", listed, "data.max_bad_fraction", error=StageFailure):
+    with refused("data/bad-images", "40 of 100 images", listed, "data.max_bad_fraction", error=StageFailure):
         gather(task, pool(5), watched(), max_bad_fraction=0.2)
     assert given == ["e", "d"] and closed
     assert len(read_rejects(listed)) == 40

@@ -17,8 +17,9 @@ def step_line(config: Config, measured: Measured, workers: int, seconds: float) 
     """`workers`: those that share the machine on which it was measured."""
     line = Line(measured.stage, "", seconds, doubt=measured.doubt)
     if measured.problem is not None:
-        mend = f"; {_less(measured)}" if measured.on_gpu or "memory" in measured.problem else ""
-        return line._replace(problem=measured.problem + mend)
+        if measured.on_gpu or "memory" in measured.problem:
+            return line._replace(problem=f"{measured.problem}; {_less(measured)}", code="check/memory")
+        return line._replace(problem=measured.problem, code="check/no-step")
     if measured.doubt is not None:
         return line
     what = "torch's tensors" if measured.on_gpu else "the process's resident memory, libraries included"
@@ -26,7 +27,8 @@ def step_line(config: Config, measured: Measured, workers: int, seconds: float) 
         f"{measured.images} images a step: {duration_of(measured.seconds)} on {measured.device}, at most "
         f"{gibibytes(measured.memory_bytes)} of {gibibytes(measured.device_bytes)} ({what})"
     )
-    return line._replace(value=value, problem=_too_much(config, measured, workers))
+    too_much = _too_much(config, measured, workers)
+    return line._replace(value=value, problem=too_much, code=too_much and "check/memory")
 
 
 def _too_much(config: Config, measured: Measured, workers: int) -> str | None:

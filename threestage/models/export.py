@@ -42,7 +42,7 @@ class ModelCard(Settings):
     @model_validator(mode="after")
     def _a_colour_per_class(self) -> "ModelCard":
         if len(self.colours) != len(self.classes):
-            raise ValueError(f"{len(self.classes)} classes and {len(self.colours)} colours")
+            raise InputError(f"{len(self.classes)} classes and {len(self.colours)} colours", "models/damaged-card")
         return self
 
 
