@@ -61,7 +61,7 @@ def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Gener
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.exit(_failed(f"{message} (see {self.prog} --help)", 2))
+        sys.exit(_failed(InputError(f"{message} (see {self.prog} --help)", "config/usage"), 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
