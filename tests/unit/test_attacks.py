@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.refusals import refused
 from tests.unit.test_formats import encoded, photo
 from threestage import prediction_parts
 from threestage.config import load
@@ -26,7 +27,6 @@ from threestage.data.headers import BadImage
 from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
 from threestage.data.records import decode_image, load_manifest
-from threestage.errors import InputError
 from threestage.prediction_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
 from threestage.registry.models import PULLED, Models
 from threestage.sweeps.space import load_space
@@ -61,24 +61,24 @@ def many_frames(count: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "why"),
+    ("data", "code"),
     [
-        (EPS, "of a format other than"),  # Pillow would start Ghostscript
-        (encoded(photo(), "GIF"), "of a format other than"),
-        (tiled_tiff(16384, 16384), "a tile of 16384x16384 pixels, more than"),  # 268 MB of zeros in half a kilobyte
-        (tiled_tiff(64, 64, kind=2), "tiles without a size"),
+        (EPS, "image/undecodable"),  # Pillow would start Ghostscript
+        (encoded(photo(), "GIF"), "image/undecodable"),
+        (tiled_tiff(16384, 16384), "image/too-many-pixels"),  # 268 MB of zeros in half a kilobyte
+        (tiled_tiff(64, 64, kind=2), "image/undecodable"),
     ],
 )
-def test_no_image_costs_more_than_its_pixels(data: bytes, why: str) -> None:
-    with pytest.raises(BadImage, match=why):
+def test_no_image_costs_more_than_its_pixels(data: bytes, code: str) -> None:
+    with refused(code, error=BadImage):
         decode_image(data)
-    with pytest.raises(BadFile, match=why):
+    with refused(code, error=BadFile):
         check_image(data)
 
 
 @pytest.mark.timeout(20)
 def test_frames_are_not_counted() -> None:
-    with pytest.raises(BadFile, match="more than one frame"):
+    with refused("image/frames", error=BadFile):
         check_image(many_frames(100_000))
 
 
@@ -135,31 +135,31 @@ MERGED = "a: &a {k: 1}\n" + "".join(
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "code"),
     [
-        (f"{LAUGHS}classes: *i\n", "values, or refers to itself"),
-        (MERGED, "values, or refers to itself"),
-        ("classes: &x [*x]", "values, or refers to itself"),
-        ("a: " + "[" * 2000, "nested too deeply"),
-        ("a: " + "9" * 5000, "not YAML"),
-        ("a: 2024-99-99", "not YAML: month must be"),
-        ("a: !!python/object/apply:os.system [id]", "not YAML"),
-        ("a" * (2**20 + 1), "characters, more than"),
+        (f"{LAUGHS}classes: *i\n", "config/too-large"),
+        (MERGED, "config/too-large"),
+        ("classes: &x [*x]", "config/too-large"),
+        ("a: " + "[" * 2000, "config/not-yaml"),
+        ("a: " + "9" * 5000, "config/not-yaml"),
+        ("a: 2024-99-99", "config/not-yaml"),
+        ("a: !!python/object/apply:os.system [id]", "config/not-yaml"),
+        ("a" * (2**20 + 1), "config/too-large"),
     ],
 )
-def test_a_bomb_of_yaml_is_one_line(text: str, why: str, tmp_path: Path) -> None:
+def test_a_bomb_of_yaml_is_one_line(text: str, code: str, tmp_path: Path) -> None:
     file = tmp_path / "bomb.yaml"
     file.write_text(text)
     for read in (load, load_class_map, load_space):
-        with pytest.raises(InputError, match=why) as refused:
+        with refused(code, file) as error:
             read(str(file))
-        assert str(file) in str(refused.value) and len(str(refused.value)) < 1000
+        assert len(str(error.value)) < 1000
 
 
 def test_a_wrong_value_is_not_shown_whole() -> None:
-    with pytest.raises(InputError) as refused:
+    with refused("config/invalid-value", "seed=[1, 1") as error:
         load("demo", [f"seed=[{','.join(['1'] * 5000)}]"])
-    assert len(str(refused.value)) < 1000
+    assert len(str(error.value)) < 1000
 
 
 # ---- Paths
@@ -217,7 +217,7 @@ def test_neither_images_nor_masks_nor_lists_of_a_data_set_lead_out(source: Path,
     lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").symlink_to("/etc/passwd")
-    with pytest.raises(InputError, match=r"train\.txt: a link .*\[data/link\]"):
+    with refused("data/link", "train.txt:"):
         discover(str(tmp_path / "voc"), IngestSettings(format="voc"))
 
 
@@ -234,7 +234,7 @@ def test_a_folder_that_is_a_link(source: Path, tmp_path: Path) -> None:
         lambda: listed(source, tmp_path / "l"),
         lambda: discover(str(source), IngestSettings(format="images")),
     ):
-        with pytest.raises(InputError, match=r"out: a link to .*private, which is outside of"):
+        with refused("data/link", source / "out", tmp_path / "private"):
             look()
 
 
@@ -273,7 +273,7 @@ def test_no_manifest_names_a_file_elsewhere(path: str, tmp_path: Path) -> None:
     file = {"path": path, "kind": "images", "split": "train", "rows": 1, "labelled_rows": 0, "digest": "d"}
     manifest = {"format": 1, "version": 1, "classes": [], "colours": [], "files": [file], "counts": {}, "sizes": {}}
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "digest": "d"}))
-    with pytest.raises(InputError, match=r"leads out of its folder.*\[data/not-a-data-set\]"):
+    with refused("data/not-a-data-set", tmp_path, path):
         load_manifest(str(tmp_path))
     with pytest.raises(ValueError, match="leads out of its folder"):
         ListedFile(path=path, rows=1, digest="d")
