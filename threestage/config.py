@@ -443,7 +443,8 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 def _explained(root: type[BaseModel], error: ValidationError) -> InputError:
     """What pydantic complains of: one text per key; where a key takes several types, each type's complaint."""
     by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
-    for problem in map(dict, error.errors()):
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors()]
+    for problem in problems:
         location = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(part))
         by_key.setdefault(location, []).append(problem)
     return joined([_explain(root, location, found) for location, found in by_key.items()], "config/invalid")

@@ -129,8 +129,7 @@ def test_what_does_not_fit_is_refused(scenes: Path, monkeypatch: pytest.MonkeyPa
         evaluate_model(network, card, str(scenes), "val", Protocol(window=(30, 30)))
     with refused("evaluate/other-classes", scenes, ["a", "b"]):
         evaluate_model(network, card.model_copy(update={"classes": ("a", "b")}), str(scenes), "val")
-    rows = evaluation.labelled_rows
-    monkeypatch.setattr(evaluation, "labelled_rows", lambda *given: rows(*given).slice(0, 0))
+    monkeypatch.setattr(evaluation, "labelled_rows", lambda *given: labelled_rows(*given).slice(0, 0))
     with refused("evaluate/no-masks", scenes, "'val'", "train"):
         evaluate_model(network, card, str(scenes), "val")
 

@@ -454,8 +454,8 @@ def test_one_image_that_cannot_be_written_costs_itself(
     report = run(model, source, out, max_bad_fraction=0.5)
     assert (report.images, report.bad) == (3, 2)
     assert {Path(reject.source).name: reject.reason for reject in report.rejected} == {
-        "0.jpg": "masks/0.png cannot be written: Is a directory",
-        "2.jpg": "its masks cannot be encoded: not today",
+        "0.jpg": "masks/0.png cannot be written: Is a directory [predict/not-written]",
+        "2.jpg": "its masks cannot be encoded: not today [predict/not-written]",
     }
     with Image.open(out / "masks/wide.png") as mask, Image.open(out / "overlays/wide.jpg") as picture:
         assert mask.size == (65_501, 1) and picture.size == (32_751, 1)

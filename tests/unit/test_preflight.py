@@ -52,5 +52,6 @@ def test_a_pool_of_two_kinds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images/0.jpg").rename(tmp_path / "data/0.jpg")
     with refused("data/two-inputs", f"{tmp_path}/data/0.jpg"):
         _check_unlabelled(f"{tmp_path}/data")
-    with refused("data/no-images", f"data.unlabelled={tmp_path}/nowhere"):
-        _check_unlabelled(f"{tmp_path}/nowhere")
+    (tmp_path / "empty").mkdir()
+    with refused("data/no-images", f"data.unlabelled={tmp_path}/empty"):
+        _check_unlabelled(f"{tmp_path}/empty")
