@@ -3,18 +3,14 @@
 import os
 import sys
 
-from threestage.cli import main
-from threestage.errors import InputError
-from threestage.plain_text import one_line, visible
+from threestage.cli import main, reported
+from threestage.plain_text import visible
 from threestage.submission import check_environment
 
 
 def begin() -> None:
-    try:
+    with reported():
         check_environment(os.environ, lambda text: print(f"warning: {visible(text)}", file=sys.stderr))
-    except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
     main()
 
 

@@ -4,14 +4,17 @@ Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake
 `submit` has more, see its help.
 """
 
+import contextlib
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from threestage.commands import images, models, results, runs, submit
-from threestage.errors import InputError, StageFailure
+from threestage.commands.options import print_json
+from threestage.errors import CodedError, InputError, StageFailure
 from threestage.redaction import redact
 from threestage.terminal import Terminal, escape
 
@@ -44,13 +47,22 @@ UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 
 def main() -> None:
-    """Entry point: what goes wrong is one line on standard error."""
-    try:
+    """Entry point of `threestage`."""
+    with reported():
         sys.exit(app(standalone_mode=False))
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """End the process at an error: one line on standard error and, with --json, an object on standard output."""
+    try:
+        yield
     except UsageError as error:
-        _fail(_usage(error), 2)
+        _fail(InputError(_usage(error), "config/usage"), 2)
     except typer.Abort:
-        _fail("nothing was answered, nothing was done: give --yes to answer beforehand", 1)
+        _fail(
+            StageFailure("no answer given, nothing was changed; use --yes to skip the question", "clean/no-answer"), 1
+        )
     except InputError as error:
         _fail(error, 2)
     except StageFailure as error:
@@ -58,7 +70,7 @@ def main() -> None:
     except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer
         from threestage.data.store_errors import explain
 
-        _fail(explain(None, error), 2)
+        _fail(InputError(explain(None, error), "storage/unavailable"), 2)
 
 
 def _usage(error: Any) -> str:
@@ -73,6 +85,9 @@ def _usage(error: Any) -> str:
     return f"{text} (see {error.ctx.command_path} --help)"
 
 
-def _fail(error: Exception | str, code: int) -> None:
-    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(redact(str(error)))}", highlight=False)
+def _fail(error: CodedError, code: int) -> NoReturn:
+    shown = CodedError(redact(error.message), error.code)
+    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(shown))}", highlight=False)
+    if "--json" in sys.argv:
+        print_json({"error": shown.as_json()})
     sys.exit(code)

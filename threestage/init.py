@@ -84,7 +84,10 @@ def shipped_folder() -> Path:
     for folder in folders:
         if all((folder / source).is_file() for source in COPIES):
             return folder
-    raise InputError(f"{folders[0]} lacks the files of a project: install threestage from its wheel again")
+    raise InputError(
+        f"{folders[0]}: lacks the files of a project; install threestage from its wheel again",
+        "init/incomplete-install",
+    )
 
 
 def _refuse_taken(root: Path, paths: Iterable[str]) -> None:
@@ -93,4 +96,6 @@ def _refuse_taken(root: Path, paths: Iterable[str]) -> None:
         file = root / path
         blocked = (above for above in file.parents if os.path.lexists(above) and not above.is_dir())
         if taken := file if os.path.lexists(file) else next(blocked, None):
-            raise InputError(f"{taken}: exists already and would be overwritten: move it, or give another folder")
+            raise InputError(
+                f"{taken}: exists already and would be overwritten; move it, or give another folder", "init/exists"
+            )

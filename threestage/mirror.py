@@ -208,7 +208,9 @@ def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[
     out = storage.absolute(run)
     uri = storage.join(out, CONFIG_NAME)
     if not storage.exists(uri):
-        raise InputError(f"{run}: no {CONFIG_NAME} there: it is no run, or one that has not begun to train")
+        raise InputError(
+            f"{run}: holds no {CONFIG_NAME}, so it is no run, or one that has not begun to train", "run/no-run"
+        )
     settings = {"name": out.rsplit("/", 1)[-1], **storage.read_json(uri, RunSettings)}
     if not is_marked(out, RUN):
         raise InputError(
@@ -248,7 +250,9 @@ def _outcome(out: str, stage: StageName) -> tuple[StageOutcome, str] | None:
     if storage.exists(marker) and storage.read_json(marker, StageMarker)["model_digest"] == saved.lineage.model_digest:
         return saved, saved.attempt
     if stage in parts_elsewhere(out):
-        raise InputError(f"{folder}: {out} reuses it, and it is gone or was trained again: bring it back")
+        raise InputError(
+            f"{folder}: {out} reuses it, and it is gone or was trained again; bring it back", "run/reused-gone"
+        )
     return None
 
 

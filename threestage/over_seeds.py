@@ -51,7 +51,9 @@ def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
 def _json(folder: str, name: str, shape: Any) -> Any:
     uri = storage.join(storage.absolute(folder), name)
     if not storage.exists(uri):
-        raise InputError(f"{uri} is not there: give the --out of a finished run, or of an evaluation")
+        raise InputError(
+            f"{uri}: is missing; give the --out of a finished run, or of an evaluation", "report/no-results"
+        )
     return storage.read_json(uri, shape)
 
 
@@ -85,7 +87,9 @@ def rows_over_seeds(figures: Iterable[Figure]) -> list[Row]:
     for measured, source, mean_iou in figures:
         values = found.setdefault(measured, {})
         if source in values:
-            raise InputError(f"{source} is there twice ({', '.join(measured)}): give each seed once")
+            raise InputError(
+                f"{source}: is given twice ({', '.join(measured)}); give each seed once", "report/same-seed"
+            )
         values[source] = mean_iou
     return [
         Row(measured, statistics.fmean(values.values()), deviation([*values.values()]), len(values))

@@ -97,17 +97,20 @@ def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
     read a file that does not travel. A wrong option ends the process as it does for the command itself.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"--working-dir {folder}: no such folder")
+        raise InputError(f"--working-dir {folder}: no such folder", "submit/no-folder")
     for argument in arguments:
         if without_secrets(argument) != argument or may_be_secret(argument.rpartition("=")[2]):
             raise InputError(
-                f"the arguments of a job are shown in Ray's dashboard and {without_secrets(argument)!r} holds a credential: "
-                "leave it out and set it in the cluster's environment"
+                f"{without_secrets(argument)}: holds a credential, and Ray's dashboard shows the arguments of a job; leave it "
+                "out, and set it in the cluster's environment",
+                "submit/secret-setting",
             )
     with contextlib.chdir(folder):
         given = _parsed(command, arguments)
         if given.get("local"):
-            raise InputError("--local is for one machine without Ray: leave it out of what is submitted")
+            raise InputError(
+                "--local: is for one machine without Ray; leave it out of what is submitted", "submit/local"
+            )
         for option in INPUTS:
             anywhere(given.get(option) or ".")
         return READERS[command](tuple(arguments), given)
@@ -191,11 +194,13 @@ def _reachable(option: str, uri: str | None) -> str:
     """Where a job may write: a path below its own copy of the working directory is deleted with that."""
     if uri is None or not anywhere(uri):
         what = (
-            "is not given"
+            f"{option}: is not given"
             if uri is None
-            else f"{uri} is below the job's copy of the working directory, which Ray deletes"
+            else f"{option} {uri}: is below the job's copy of the working directory, which Ray deletes"
         )
-        raise InputError(f"{option} {what}: give s3://bucket/prefix, or an absolute path that all nodes share")
+        raise InputError(
+            f"{what}; give s3://bucket/prefix, or an absolute path that all nodes share", "submit/unshared-place"
+        )
     return storage.absolute(uri)
 
 
@@ -207,9 +212,10 @@ def _refuse_what_travels(config: Config) -> None:
     for key, place in {**places, "network.weights": config.network.weights}.items():
         if place is not None and not anywhere(place):
             raise InputError(
-                f"{key}={place} would be read from the job's copy of the working directory, which the next job has elsewhere, "
-                "so that no other could go on with the run: give s3://bucket/…, or an absolute path that all nodes share"
-                + (", or network.pretrained=true" if key == "network.weights" else "")
+                f"{key}={place}: would be read from the job's copy of the working directory, which the next job has elsewhere, "
+                "so that it could not continue the run; give s3://bucket/…, or an absolute path that all nodes share"
+                + (", or network.pretrained=true" if key == "network.weights" else ""),
+                "submit/unshared-place",
             )
 
 
@@ -231,13 +237,15 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
     for file in (*files, *_code_that_travels(folder, sizes)):
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(
-                f"{file} is not named from within the working directory {folder}, which is all that travels: copy it there "
-                "and name it relative to it, or give another --working-dir"
+                f"{file}: is not named from within the working directory {folder}, which is all that travels; copy it there "
+                "and name it relative to it, or give another --working-dir",
+                "submit/file-outside",
             )
         if str(Path(file)) not in sizes:
             raise InputError(
-                f"{file} is kept from travelling by a .gitignore or .rayignore in {folder}: take it out there (a pattern that "
-                "begins with / is of that folder alone)"
+                f"{file}: is kept from travelling by a .gitignore or .rayignore in {folder}; take it out there (a pattern that "
+                "begins with / is of that folder alone)",
+                "submit/file-ignored",
             )
     total = sum(sizes.values())
     if total > LIMIT_BYTES:
@@ -245,8 +253,9 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
         shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
         raise InputError(
             f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
-            f"{mebibytes(LIMIT_BYTES)}; the largest: {shown}: name what the job does not need in {folder}/.rayignore, or "
-            "give a smaller --working-dir"
+            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; name what the job does not need in {folder}/.rayignore, or "
+            "give a smaller --working-dir",
+            "submit/too-large",
         )
 
 
@@ -290,7 +299,7 @@ def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict
     for text in asked:
         name, given, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE")
+            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE", "submit/env")
         if given:
             sent[name] = _harmless(name, value)
         else:
@@ -318,8 +327,8 @@ def resources(text: str | None) -> dict[str, float]:
         found = json.loads(text or "{}")
         return {str(name): float(amount) for name, amount in found.items()}
     except (ValueError, TypeError, AttributeError):
-        mend = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
-        raise InputError(f"--entrypoint-resources {text}: {mend}") from None
+        fix = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
+        raise InputError(f"--entrypoint-resources {text}: {fix}", "submit/entrypoint-resources") from None
 
 
 def _harmless(name: str, value: str) -> str:
@@ -344,6 +353,7 @@ def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> N
             continue
         also = "" if SECRET_NAME.search(names[0]) else f", or submit with --env {names[0]}=VALUE"
         raise InputError(
-            f"{' or '.join(names)} is not set on the cluster: set it in the environment of its nodes (a Secret, the pod, the "
-            f"machine){also}"
+            f"{' or '.join(names)}: is not set on the cluster; set it in the environment of its nodes (a Secret, the pod, the "
+            f"machine){also}",
+            "submit/missing-variable",
         )

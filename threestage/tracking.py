@@ -148,7 +148,8 @@ def talking_to(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
         reason = shortened(redact(str(error)).partition("\n")[0], 300)
         raise InputError(
             f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
-            " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?"
+            " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?",
+            "mlflow/unavailable",
         ) from error
 
 

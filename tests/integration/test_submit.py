@@ -254,9 +254,9 @@ def test_the_cluster_shows_no_secret(place: Place) -> None:
 
 
 def test_without_the_token_nobody_gets_in(place: Place, tmp_path: Path) -> None:
-    wrong = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_TOKEN_PATH": None}, "refuses the token"
-    no_file = {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "wants a token and none was found"
-    none = {"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_MODE": None}, "wants a token and none was found"
+    wrong = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_TOKEN_PATH": None}, "[ray/wrong-token]"
+    no_file = {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "[ray/no-token]"
+    none = {"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_MODE": None}, "[ray/no-token]"
     begun = []
     for changes, words in (wrong, no_file, none):
         changed = {**place.environment, "HOME": str(tmp_path), **changes}

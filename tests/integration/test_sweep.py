@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage.config import Config, changed, load
 from threestage.data import storage
-from threestage.errors import InputError
 from threestage.registry import open_registry
 from threestage.sweeps import sweep
 from threestage.sweeps.plan import Plan
@@ -105,7 +105,7 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     assert_all_is_free(ray)
     assert_in_mlflow(config, trials)
 
-    with pytest.raises(InputError, match="holds a sweep: go on with it by --resume"):
+    with refused("sweep/exists", "--resume"):
         sweep.run(Sweep(Space.model_validate(SPACE), config, out), Silent())
     resumed = Silent()
     promoted = Sweep(Space.model_validate(SPACE), config, out, resume=True, promote=True)

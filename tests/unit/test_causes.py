@@ -1,10 +1,13 @@
 """What is told of an error that comes from another process."""
 
+import pickle
+
 import pytest
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from threestage.errors import InputError, StageFailure
-from threestage.on_ray.causes import cause_of, first_line, last_line, ours
+from tests.refusals import refused
+from threestage.errors import CodedError, InputError, StageFailure
+from threestage.on_ray.causes import cause_of, code_of, first_line, last_line, ours, told
 
 
 def chained(outer: Exception, inner: Exception) -> Exception:
@@ -16,7 +19,7 @@ def in_a_task(cause: Exception) -> RayTaskError:
     return RayTaskError("task", "Traceback …", cause)
 
 
-@pytest.mark.parametrize("own", [InputError("data.root: mend it"), StageFailure("stage1: nan")])
+@pytest.mark.parametrize("own", [InputError("data.root: fix it"), StageFailure("stage1: nan")])
 def test_our_own_error_is_the_cause_even_where_another_one_led_to_it(own: Exception) -> None:
     error = chained(ValueError("Ray's"), in_a_task(chained(own, KeyError("inside"))))
     assert cause_of(error) is own
@@ -37,9 +40,25 @@ def test_a_line_of_many() -> None:
 
 
 @pytest.mark.parametrize("kind", [InputError, StageFailure])
-def test_what_ray_data_appends_is_not_told(kind: type[Exception]) -> None:
-    error = in_a_task(
-        kind("a.jpg: mend it\nFailed to map after 1/1 attempts\nTo change retry attempts …")
-    ).as_instanceof_cause()
-    told = ours(error, "predict: ")
-    assert type(told) is kind and str(told) in ("a.jpg: mend it", "predict: a.jpg: mend it; the same command goes on")
+def test_what_ray_data_appends_is_not_told(kind: type[CodedError]) -> None:
+    own = kind("a.jpg: fix it", "image/bad")
+    own.args = (f"{own}\nFailed to map after 1/1 attempts\nTo change retry attempts …",)
+    found = ours(in_a_task(pickle.loads(pickle.dumps(own))).as_instanceof_cause(), "predict: ")
+    assert type(found) is kind and found.code == "image/bad"
+    assert found.message in ("a.jpg: fix it", "predict: a.jpg: fix it; the same command continues")
+
+
+def test_a_line_of_one_of_ours_has_no_code() -> None:
+    """It becomes a part of another line, which has one."""
+    own = StageFailure("stage1: nan; lower the learning rate", "stage/diverged")
+    assert first_line(own) == last_line(own) == own.message and code_of(own) == "stage/diverged"
+    trace = in_a_task(RuntimeError(f"Traceback:\n  File …\nthreestage.errors.StageFailure: {own}"))
+    assert last_line(trace) == f"threestage.errors.StageFailure: {own.message}" and code_of(trace) is None
+
+
+def test_what_else_fails_in_a_task_is_a_failure_with_a_code() -> None:
+    with refused("ray/task-failed", "KeyError", "inside", error=StageFailure), told():
+        raise KeyError("inside")
+    with refused("data/no-files", "photos"), told():
+        raise InputError("photos: no image", "data/no-files")
+    assert ours(WorkerCrashedError()).code == "ray/task-failed"

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 
 from tests.conftest import write_photos
 from threestage.cli import main
+from threestage.errors import CodedError, InputError, StageFailure
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import NetworkSettings, build_network
 
@@ -102,6 +104,46 @@ def test_wrong_settings(threestage: Run, scenes: Path) -> None:
 def test_no_model_there(threestage: Run, tmp_path: Path) -> None:
     refused(threestage("predict", tmp_path, tmp_path, "out"), str(tmp_path), "models:/NAME@stage3")
     refused(threestage("evaluate", "nothing", tmp_path), "nothing")
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def load(*arguments: object) -> None:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "expected"),
+    [
+        (
+            InputError("stage1.stps=3: unknown key; did you mean steps?", "config/unknown-key"),
+            2,
+            {"code": "config/unknown-key", "key": "stage1.stps", "value": "3", "fix": "did you mean steps?"},
+        ),
+        (StageFailure("stage1: NaN in step 2", "stage/diverged"), 1, {"code": "stage/diverged", "key": None}),
+        (OSError(28, "No space left on device", "/runs/a"), 2, {"code": "storage/unavailable", "value": "/runs/a"}),
+        (typer.Abort(), 1, {"code": "clean/no-answer"}),
+        (InputError("s3://me:hunter2@bucket/run: not there; correct it"), 2, {"code": None, "value": "s3://bucket/run"}),
+    ],
+)  # fmt: skip
+def test_with_json_an_error_is_json_too(
+    threestage: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, exit_code: int, expected: dict[str, object]
+) -> None:
+    monkeypatch.setattr("threestage.config.load", failing(error))
+    code, out, line = threestage("config", "demo", "--json")
+    printed = json.loads(out)["error"]
+    assert code == exit_code and out.count("\n") == 1
+    assert printed.keys() == {"code", "message", "key", "value", "fix"} and expected.items() <= printed.items()
+    assert line == f"error: {CodedError(printed['message'], printed['code'])}\n" and "hunter2" not in out + line
+    assert threestage("config", "demo") == (exit_code, "", line)
+
+
+def test_a_command_line_that_cannot_be_read(threestage: Run) -> None:
+    code, out, line = threestage("config", "--json", "--nonsense")
+    assert code == 2 and json.loads(out)["error"]["code"] == "config/usage"
+    assert "--nonsense" in line and line.endswith(" [config/usage]\n")
+    refused(threestage("ingest", "photos"), "OUT", "threestage ingest --help", "[config/usage]")
 
 
 def test_config_prints_the_whole_tree(threestage: Run) -> None:

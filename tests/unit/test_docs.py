@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from tests.refusals import refused
 from threestage.config import load, preset_headers
 from threestage.data.synthetic import write_scenes
-from threestage.errors import InputError
 from threestage.models.network import check_settings
 from threestage.preflight import check_shares
 
@@ -169,12 +169,12 @@ def test_examples_of_data_and_sweeps(example: Example, tmp_path: Path) -> None:
     write_scenes(str(tmp_path), {"train": 6}, seed=0)
     folders, classes = [tmp_path / "train/images", tmp_path / "train/masks"], tmp_path / "class_map.yaml"
     (tmp_path / "train/images/broken.jpg").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"1 of 7 images are bad"):
+    with refused("data/bad-images", "1 of 7 images"):
         example("own_images", *folders, classes, tmp_path / "data")
     (tmp_path / "train/images/broken.jpg").unlink()
     assert "6 images and 6 masks added, 0 left out" in example("own_images", *folders, classes, tmp_path / "data")
     assert "'pseudo_mask.confidence_threshold': 0" in example("sweep_space", "thresholds", "demo")
-    with pytest.raises(InputError, match=r"evaluate_every"):
+    with refused("sweep/asha", "evaluate_every"):
         example("sweep_space", "thresholds", "demo", "training.evaluate_every=800")
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.refusals import refused
 from threestage import hosts, submission
 from threestage.check import check
 from threestage.config import changed, confirmed_hosts, load, refuse_unconfirmed_hosts
 from threestage.data import storage
-from threestage.errors import InputError
 from threestage.mirror import registry_of, sync
 from threestage.on_ray.entrance import address_of
 from threestage.registry import RegistrySettings, open_registry
@@ -74,19 +74,17 @@ def write(named: dict[str, str]) -> str:
     return "other.yaml"
 
 
-def refused(action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(InputError) as raised:
+def refused_host(action: Callable[[], object], *named: str) -> None:
+    with refused(hosts.CODE, hosts.TRUSTED, *named):
         action()
-    assert raised.value.code == hosts.CODE and hosts.TRUSTED in str(raised.value)
-    assert all(word in str(raised.value) for word in words), raised.value
 
 
 @pytest.mark.parametrize("key", hosts.CONFIRMING)
 def test_only_what_the_user_has_named_is_confirmed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = NAMED[key]
     file = write({key: value})
-    refused(lambda: refuse_unconfirmed_hosts(load(file)), key, value, file)
-    refused(lambda: refuse_unconfirmed_hosts(changed(load(file), {"seed": 3})), key)
+    refused_host(lambda: refuse_unconfirmed_hosts(load(file)), key, value, file)
+    refused_host(lambda: refuse_unconfirmed_hosts(changed(load(file), {"seed": 3})), key)
     refuse_unconfirmed_hosts(load(file, [f"{key}={value}"]))
     refuse_unconfirmed_hosts(changed(load(file), {key: value}))
     refuse_unconfirmed_hosts(type(load(file)).model_validate_json(load(file).model_dump_json()))  # came from a driver
@@ -94,7 +92,7 @@ def test_only_what_the_user_has_named_is_confirmed(key: str, monkeypatch: pytest
         monkeypatch.setenv(variable, value)
         refuse_unconfirmed_hosts(load(file))
         monkeypatch.setenv(variable, value.replace("other", "own"))
-        refused(lambda: refuse_unconfirmed_hosts(load(file)), key)
+        refused_host(lambda: refuse_unconfirmed_hosts(load(file)), key)
         monkeypatch.delenv(variable)
     host = value.rpartition("//")[2]
     for trusted in (host, host.partition(":")[0], f"elsewhere, {host}", hosts.host_of(key, value) or ""):
@@ -102,23 +100,22 @@ def test_only_what_the_user_has_named_is_confirmed(key: str, monkeypatch: pytest
         refuse_unconfirmed_hosts(load(file))
     for other in ("other", f"x{host}", host.replace(":", ":1"), "https://" + host):
         monkeypatch.setenv(hosts.TRUSTED, other)
-        refused(lambda: refuse_unconfirmed_hosts(load(file)), key)
+        refused_host(lambda: refuse_unconfirmed_hosts(load(file)), key)
 
 
 def test_each_place_of_use_refuses(tmp_path: Path) -> None:
     config = load(write(NAMED))
-    refused(lambda: storage.configure(config.storage), "storage.endpoint")
-    refused(lambda: open_registry(config.registry), "registry.tracking_uri")
-    refused(lambda: address_of(config.cluster), "cluster.address")
+    refused_host(lambda: storage.configure(config.storage), "storage.endpoint")
+    refused_host(lambda: open_registry(config.registry), "registry.tracking_uri")
+    refused_host(lambda: address_of(config.cluster), "cluster.address")
     job = ("other.yaml", "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
-    refused(lambda: submission.read_job("run", job, "."))
+    refused_host(lambda: submission.read_job("run", job, "."))
     searched = {"consistency.confidence_threshold": {"uniform": [0, 0.9]}}
     space = Space.model_validate(
         {"stages": [2], "trials": 3, "search": searched, "fixed": {"storage.endpoint": "http://store.other"}}
     )
-    with pytest.raises(InputError, match=r"fixed\.storage\.endpoint") as raised:
+    with refused(hosts.CODE, "fixed.storage.endpoint"):
         check_space(space, load("demo"))
-    assert raised.value.code == hosts.CODE
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "file:///mlruns"])
@@ -140,7 +137,7 @@ def test_a_store_on_this_machine_is_no_host(uri: str) -> None:
 def test_a_uri_that_only_looks_like_the_own_one_is_another_host(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://own:5000")
     refuse_unconfirmed_hosts(load(write({"registry.tracking_uri": "http://OWN:5000/"})))
-    refused(lambda: refuse_unconfirmed_hosts(load(write({"registry.tracking_uri": uri}))))
+    refused_host(lambda: refuse_unconfirmed_hosts(load(write({"registry.tracking_uri": uri}))))
 
 
 def test_without_credentials_for_mlflow_none_can_be_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,7 +147,7 @@ def test_without_credentials_for_mlflow_none_can_be_sent(monkeypatch: pytest.Mon
     refuse_unconfirmed_hosts(load(file))
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow/credentials").touch()
-    refused(lambda: refuse_unconfirmed_hosts(load(file)))
+    refused_host(lambda: refuse_unconfirmed_hosts(load(file)))
 
 
 def test_a_job_may_find_credentials_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +155,8 @@ def test_a_job_may_find_credentials_that_are_not_here(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     file = write({"registry.tracking_uri": "http://mlflow.other:5000"})
     job = (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
-    refused(lambda: submission.read_job("run", job, "."), "http://mlflow.other:5000")
-    refused(lambda: list(check(load(file), "s3://bucket/run", local=False, address="http://dashboard:8265")))
+    refused_host(lambda: submission.read_job("run", job, "."), "http://mlflow.other:5000")
+    refused_host(lambda: list(check(load(file), "s3://bucket/run", local=False, address="http://dashboard:8265")))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +170,8 @@ def test_what_is_no_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) ->
         lambda: open_registry(RegistrySettings(tracking_uri=uri)),
     ]
     for call in calls:
-        with pytest.raises(InputError) as raised:
+        with refused("hosts/not-a-uri"):
             call()
-        assert raised.value.code == "hosts/not-a-uri"
 
 
 def test_a_password_never_reaches_a_host_of_a_file(thief: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -185,7 +181,7 @@ def test_a_password_never_reaches_a_host_of_a_file(thief: tuple[str, list[str]],
     (run / "split.json").write_text('{"split": {}}')
     (run / "config.json").write_text(json.dumps({"name": "x", "registry": {"tracking_uri": uri}}))
     (run / "run.json").write_text('{"run_key": "abc"}')
-    refused(lambda: sync(str(run)), uri, "config.json")
+    refused_host(lambda: sync(str(run)), uri, "config.json")
     assert uri in str(log_page(str(run), "page", finished=True))
     lines = {line.name: line.problem for line in check(load(write({"registry.tracking_uri": uri})), "out", local=False)}
     assert hosts.CODE in str(lines["registry.tracking_uri"])
@@ -242,9 +238,8 @@ def test_a_version_s_files_are_the_registry_s(source: str, allowed: bool, monkey
     if allowed:
         check_source()
         return
-    with pytest.raises(InputError) as raised:
+    with refused("hosts/foreign-source"):
         check_source()
-    assert raised.value.code == "hosts/foreign-source"
     if source.startswith("s3://theirs"):
         monkeypatch.setenv(hosts.TRUSTED, "s3://theirs")
         check_source()
@@ -256,6 +251,5 @@ def test_an_experiment_s_files_are_the_registry_s(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     open_registry(RegistrySettings(tracking_uri=uri))
     mlflow.MlflowClient(uri).create_experiment("theirs", artifact_location="http://other/x")
-    with pytest.raises(InputError, match=r"registry\.experiment=theirs") as raised:
+    with refused("hosts/foreign-source", "registry.experiment=theirs"):
         open_registry(RegistrySettings(tracking_uri=uri, experiment="theirs"))
-    assert raised.value.code == "hosts/foreign-source"

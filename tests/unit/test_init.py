@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import threestage
+from tests.refusals import refused
 from threestage import cli, init
 from threestage.config import load
 from threestage.data.classes import load_class_map
-from threestage.errors import InputError
 from threestage.on_ray.submit import working_files
 from threestage.sweeps.checks import check_space
 from threestage.sweeps.space import load_space
@@ -70,7 +70,7 @@ def test_nothing_is_overwritten(tmp_path: Path, taken: str) -> None:
     file = tmp_path / ("classes.yaml" if taken == "dangling" else taken)
     file.parent.mkdir(exist_ok=True)
     file.symlink_to("nowhere") if taken == "dangling" else file.write_text("mine")
-    with pytest.raises(InputError, match=f"^{file}: exists already"):
+    with refused("init/exists", f"{file}: "):
         init.write_project(str(tmp_path))
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [file]
     assert taken == "dangling" or file.read_text() == "mine"
@@ -78,9 +78,9 @@ def test_nothing_is_overwritten(tmp_path: Path, taken: str) -> None:
 
 def test_a_file_in_place_of_the_folder_and_a_bucket(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: exists already"):
+    with refused("init/exists", "file: "):
         init.write_project(str(tmp_path / "file"))
-    with pytest.raises(InputError, match="s3://bucket/mine: a project must lie on this machine"):
+    with refused("storage/scheme", "s3://bucket/mine"):
         init.write_project("s3://bucket/mine")
 
 
@@ -94,7 +94,7 @@ def test_shipped_files_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package, shipped = tmp_path / "site" / "threestage", tmp_path / "site" / "threestage" / "_shipped"
     shutil.copytree(ROOT / "threestage" / "project", package / "project")
     monkeypatch.setattr(threestage, "__file__", str(package / "__init__.py"))
-    with pytest.raises(InputError, match="_shipped lacks the files"):
+    with refused("init/incomplete-install", "_shipped: "):
         init.write_project(str(tmp_path / "mine"))
     assert not (tmp_path / "mine").exists()
     for name in ("jobs", "tune", "cluster"):

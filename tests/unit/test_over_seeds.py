@@ -5,9 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from threestage.errors import InputError
+from tests.refusals import refused
 from threestage.over_seeds import figures_of_run, figures_of_scores, rows_over_seeds, seeds_table
 
 WHOLE = "whole image, single scale"
@@ -62,7 +60,7 @@ def test_protocols_are_rows_of_their_own() -> None:
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
     again = figures_of_run(results(0, mean_iou=0.4))
-    with pytest.raises(InputError, match=r"seed 0 is there twice \(stage1, network, last step, validation"):
+    with refused("report/same-seed", "seed 0", "stage1, network, last step, validation"):
         rows_over_seeds([*again, *again])
-    with pytest.raises(InputError, match=r"run/results.json is not there"):
+    with refused("report/no-results", "run/results.json"):
         seeds_table([str(tmp_path / "run")])

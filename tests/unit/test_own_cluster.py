@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ray._private import ray_constants
 
+from tests.refusals import refused
 from threestage import private_folder as module
-from threestage.errors import InputError
 from threestage.on_ray.own_cluster import CLOSED, closed_to_others, keep_token_private
 from threestage.private_folder import private_folder
 
@@ -46,9 +46,9 @@ def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytes
     folder = private_folder()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and private_folder() == folder
     folder.chmod(0o777)
-    with pytest.raises(InputError, match="not a folder of yours alone"):
+    with refused("run/private-folder", folder):
         private_folder()
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(InputError, match="not a folder of yours alone"):
+    with refused("run/private-folder", folder):
         private_folder()

@@ -6,6 +6,7 @@ import pytest
 import ray
 import ray.util
 
+from tests.refusals import refused
 from tests.waiting import wait_for
 from threestage.errors import NoRoom
 from threestage.on_ray import patience
@@ -42,7 +43,7 @@ def test_no_worker_is_reported_again_and_again_and_ends(clock: Clock) -> None:
     assert [line.split(" s for ")[0] for line in said] == [f"stage1: waiting for {s}" for s in (10, 20, 30)]
     assert "2 × (CPU 1); the cluster has CPU 1 (1 free) on 1 node: add nodes" in said[0]
     clock.now = 1035.5
-    with pytest.raises(NoRoom, match="waiting for 36 s for 2"):
+    with refused("ray/no-room", "stage1", "36 s for 2", error=NoRoom):
         waiting.look({})
 
 
@@ -118,7 +119,7 @@ def test_a_predictor_is_asked_for_while_it_is_waited_for(
     if seconds == 12:
         patience.await_resources("pseudo-masks", cluster, said.append)
     else:
-        with pytest.raises(NoRoom, match="pseudo-masks: waiting for 36 s for 1"):
+        with refused("ray/no-room", "pseudo-masks", "36 s for 1", error=NoRoom):
             patience.await_resources("pseudo-masks", cluster, said.append)
     assert group.asked == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] and group.removed == 1
     assert len(said) == (1 if seconds == 12 else 3)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import runs
-from threestage.errors import InputError
+from threestage.config import validated
 from threestage.mirror import sync
 from threestage.registry import RegistrySettings, open_registry
 from threestage.tracking import (
@@ -104,13 +105,13 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_a_model_name_that_no_uri_can_hold_is_refused() -> None:
-    with pytest.raises(ValueError, match="model_name"):
-        RegistrySettings(model_name="a/b")
+    with refused("config/invalid-value", "model_name"):
+        validated(RegistrySettings, {"model_name": "a/b"})
 
 
 def test_a_failing_store_is_the_users_error_and_our_own_is_not(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/x.db"
-    with pytest.raises(InputError, match="tracking store sqlite"), talking_to(uri):
+    with refused("mlflow/unavailable", "tracking store sqlite"), talking_to(uri):
         raise ConnectionResetError("http://me:pw@host hung up")
     with pytest.raises(KeyError), talking_to(uri):
         raise KeyError("a bug")
@@ -118,7 +119,7 @@ def test_a_failing_store_is_the_users_error_and_our_own_is_not(tmp_path: Path) -
 
 def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("certainly not a database, " * 100)
-    with pytest.raises(InputError, match=r"x\.db"):
+    with refused("mlflow/unavailable", "x.db"):
         open_registry(RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/x.db"))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import stages
 from threestage.config import Config
 from threestage.data import storage
@@ -19,7 +20,6 @@ from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import IndexRow, least_agreement, read_index
 from threestage.data.records import decode_image, decode_mask
 from threestage.data.sets import pool_set
-from threestage.errors import InputError
 from threestage.local import run_local
 from threestage.models.export import HALFWAY_MODEL, load_model, save_model
 from threestage.on_ray.reading import FileReader
@@ -125,7 +125,7 @@ def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")} == before
     assert (tmp_path / "a" / MODEL).read_bytes() == (half / MODEL).read_bytes()
     shutil.rmtree(tmp_path / "all" / "stage1" / HALFWAY_MODEL)  # as before there were any
-    with pytest.raises(InputError, match=r"stage2.reliable_share=0.5: .*stage1/halfway_model is not there"):
+    with refused("run/no-halfway-weights", "stage2.reliable_share=0.5", "stage1/halfway_model"):
         run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
 
 
@@ -148,5 +148,5 @@ def test_weights_of_half_way_that_are_needed_are_written_or_the_stage_stops(
 
 
 def test_a_share_that_leaves_less_than_a_step_is_refused(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"stage2.unlabelled_batch=30 is more than the 20 unlabelled images"):
+    with refused("config/batch", "stage2.unlabelled_batch=30", "20 unlabelled images"):
         run(reliable(scenes, 0.5, stage2__unlabelled_batch=30), tmp_path)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage import runs
 from threestage.cli import main
 from threestage.data import storage
 from threestage.data.rejects import Reject, RejectList
-from threestage.errors import InputError
 from threestage.report_page import charts, pictures, write_report
 from threestage.report_page.figures import read_run, throughput
 from threestage.report_page.markup import VOID_TAGS, Html, tag
@@ -314,7 +314,7 @@ def test_a_data_set_that_is_gone_costs_the_pictures_only(run: Path, tmp_path: Pa
     (run / "results.json").write_text(json.dumps(results))
     page = page_of(run)
     assert "No pictures and no calibration" in page.text and "manifest.json" in page.text
-    with pytest.raises(InputError, match="no data set there"):
+    with refused("data/no-data-set"):
         write_report(str(run), data=str(tmp_path / "elsewhere"))
 
 

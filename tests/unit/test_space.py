@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.refusals import refused
 from threestage.config import Config, load, stage_keys
-from threestage.errors import InputError
 from threestage.sweeps.checks import check_space
 from threestage.sweeps.parameters import Parameter
 from threestage.sweeps.proposals import grid, number_of_trials, own_params, propose, study_of
@@ -28,6 +28,7 @@ from threestage.sweeps.space import (
 from threestage.sweeps.trials import State, Trial
 
 SHIPPED = sorted((Path(__file__).parents[2] / "tune").glob("*.yaml"))
+UNKNOWN, INVALID = "config/unknown-key", "config/invalid-value"
 ASHA = {"scheduler": {"asha": {"grace_steps": 200}}}
 CONDITIONAL: dict[str, Any] = {
     "consistency.ramp_up": {"choice": [0.0, 0.3]},
@@ -51,130 +52,139 @@ def run_through(space: Space, count: int, seed: int = 0, states: Sequence[State]
     return trials
 
 
-def refusal(tmp_path: Path, text: str, config: str = "demo", changes: Sequence[str] = ()) -> str:
+def check(tmp_path: Path, text: str, changes: Sequence[str] = ()) -> None:
+    """The space of a file, for the demo."""
     file = tmp_path / "space.yaml"
     file.write_text(text)
-    with pytest.raises(InputError) as refused:
-        check_space(load_space(str(file)), load(config, changes))
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    check_space(load_space(str(file)), load("demo", changes))
 
 
 @pytest.mark.parametrize(
-    ("search", "expected"),
+    ("search", "code", "named"),
     [
-        ("consistency.wieght: {uniform: [0, 1]}", "search.consistency.wieght: unknown key; did you mean consistency.weight?"),
-        ("consistency: {uniform: [0, 1]}", "search.consistency: is a section; name one of its keys, e.g. consistency.comp"),
-        ("zzz: {uniform: [0, 1]}", "search.zzz: unknown key; keys are written as for --set"),
-        ("consistency.weight: {unifrom: [0, 1]}", "consistency.weight: unifrom=[0, 1]: unknown key; did you mean uniform?"),
-        ("consistency.weight: [0, 1]", "search.consistency.weight=[0, 1]: give a range or choices, e.g. {uniform: [0, 1]}"),
-        ("consistency.weight: {}", "search.consistency.weight: give exactly one of uniform, loguniform and choice"),
-        ("consistency.weight: {uniform: [0, 1], choice: [1]}", "give exactly one of uniform, loguniform and choice"),
-        ("consistency.weight: {uniform: [a, 1]}", "search.consistency.weight: uniform.0='a': should be a valid"),
-        ("consistency.weight: {uniform: [0, .inf]}", "uniform.1=inf: "),
-        ("consistency.weight: {uniform: [0.5, 0.5]}", "search.consistency.weight: uniform=[0.5, 0.5] is empty"),
-        ("consistency.weight: {loguniform: [2, 1]}", "loguniform=[2.0, 1.0] is empty"),
-        ("consistency.weight: {loguniform: [0, 1]}", "loguniform=[0.0, 1.0]: both bounds must be above 0"),
-        ("consistency.weight: {uniform: [0, 1], step: 0}", "step=0: must be above 0 and fit into uniform=[0, 1]"),
-        ("consistency.weight: {uniform: [0, 1], step: 1.5}", "step=1.5: must be above 0 and fit"),
-        ("consistency.weight: {loguniform: [1, 2], step: 1}", "step=1 goes with uniform, not with loguniform"),
-        ("consistency.weight: {choice: []}", "search.consistency.weight: choice=[] is empty"),
-        ("ema.decay: {choice: [[[0, 0.9]], [[0, 0.9]]]}", "search.ema.decay: choice has [[0, 0.9]] twice"),
-        ("consistency.weight: {uniform: [-1, 1]}", "search.consistency.weight=-1: should be greater than or equal to 0"),
-        ("consistency.confidence_threshold: {uniform: [0, 2]}", "confidence_threshold=2: should be less than or equal to 1"),
-        ("ema.decay: {choice: [[[0, 0.9]], [[0, 1.5]]]}", "search.ema.decay=[[0, 1.5]]: "),
-        ("stage2.steps: {loguniform: [10, 1000]}", "search.stage2.steps="),
-        ("stage2.steps: {uniform: [10, 20], step: 0.5}", "search.stage2.steps="),
-        ("stage1.steps: {uniform: [10, 20]}", "does not matter for stage 2, which is searched; it does for stage 1: search that"),
-        ("training.log_every: {uniform: [1, 9]}", "training.log_every: does not matter for stage 2, which is searched; take it"),
-        ("network.head: {choice: [linear, deeplabv3plus]}", "network.head: counts for stage 1 too, which the trials share: add"),
-        ("training.precision: {choice: [float32, bfloat16]}", "training.precision: counts for stage 1 too"),
-        ("consistency.weight: {uniform: [0, 1]}",
-         "search.consistency.weight: uniform=[0, 1] are whole numbers only: write [0.0, 1.0] for those between"),
-        ("stage3.changes.consistency.weight: {uniform: [1, 9]}", "does not matter for stage 2"),
-        ("1: {uniform: [0, 1]}", "search.1"),
-        ("consistency.weight: {uniform: [0]}", "search.consistency.weight: uniform.1: is not set"),
-        ("consistency.weight: {choice: [2026-01-01]}", "2026-01-01 is a date: give numbers"),
-        ("consistency.weight:", "search.consistency.weight=None: give a range or choices"),
-        ("seed: {choice: [1, 2]}", "search.seed: may not be searched"),
-        ("cluster.workers: {choice: [1, 2]}", "search.cluster.workers: may not be searched"),
-        ("cluster.resources_per_worker: {choice: [{}]}", "search.cluster.resources_per_worker: may not be searched"),
-        ("data.labelled: {choice: [1, 2]}", "search.data.labelled: may not be searched"),
+        ("consistency.wieght: {uniform: [0, 1]}", UNKNOWN, "wieght: unknown key; did you mean consistency.weight?"),
+        ("consistency: {uniform: [0, 1]}", UNKNOWN, "search.consistency: is a section; name one of its keys"),
+        ("zzz: {uniform: [0, 1]}", UNKNOWN, "search.zzz: "),
+        ("consistency.weight: {unifrom: [0, 1]}", UNKNOWN, "unifrom=[0, 1]: unknown key; did you mean uniform?"),
+        ("consistency.weight: [0, 1]", "sweep/parameter", "search.consistency.weight=[0, 1]: "),
+        ("consistency.weight: {}", "sweep/parameter", "search.consistency.weight: "),
+        ("consistency.weight: {uniform: [0, 1], choice: [1]}", "sweep/parameter", "uniform, loguniform and choice"),
+        ("consistency.weight: {uniform: [a, 1]}", INVALID, "search.consistency.weight: uniform.0='a': "),
+        ("consistency.weight: {uniform: [0, .inf]}", INVALID, "uniform.1=inf: "),
+        ("consistency.weight: {uniform: [0.5, 0.5]}", "sweep/range", "search.consistency.weight: uniform=[0.5, 0.5]: "),
+        ("consistency.weight: {loguniform: [2, 1]}", "sweep/range", "loguniform=[2.0, 1.0]: "),
+        ("consistency.weight: {loguniform: [0, 1]}", "sweep/range", "loguniform=[0.0, 1.0]: "),
+        ("consistency.weight: {uniform: [0, 1], step: 0}", "sweep/range", "step=0: must be above 0 and fit into uniform=[0, 1]"),
+        ("consistency.weight: {uniform: [0, 1], step: 1.5}", "sweep/range", "step=1.5: "),
+        ("consistency.weight: {loguniform: [1, 2], step: 1}", "sweep/range", "step=1: belongs to uniform, not to loguniform"),
+        ("consistency.weight: {choice: []}", "sweep/choice", "search.consistency.weight: choice=[]: "),
+        ("ema.decay: {choice: [[[0, 0.9]], [[0, 0.9]]]}", "sweep/choice", "search.ema.decay: choice: has [[0, 0.9]] twice"),
+        ("consistency.weight: {uniform: [-1, 1]}", INVALID, "search.consistency.weight=-1: "),
+        ("consistency.confidence_threshold: {uniform: [0, 2]}", INVALID, "confidence_threshold=2: "),
+        ("ema.decay: {choice: [[[0, 0.9]], [[0, 1.5]]]}", INVALID, "search.ema.decay=[[0, 1.5]]: "),
+        ("stage2.steps: {loguniform: [10, 1000]}", INVALID, "search.stage2.steps="),
+        ("stage2.steps: {uniform: [10, 20], step: 0.5}", INVALID, "search.stage2.steps="),
+        ("stage1.steps: {uniform: [10, 20]}", "sweep/no-effect", "stage 2, which is searched; it does for stage 1: search that"),
+        ("training.log_every: {uniform: [1, 9]}", "sweep/no-effect", "training.log_every: "),
+        ("network.head: {choice: [linear, deeplabv3plus]}", "sweep/shared-stage", "network.head: counts for stage 1 too"),
+        ("training.precision: {choice: [float32, bfloat16]}", "sweep/shared-stage", "training.precision: counts for stage 1 too"),
+        ("consistency.weight: {uniform: [0, 1]}", "sweep/range", "search.consistency.weight: uniform=[0, 1]"),
+        ("consistency.weight: {uniform: [0, 1]}", "sweep/range", "write [0.0, 1.0]"),
+        ("stage3.changes.consistency.weight: {uniform: [1, 9]}", "sweep/no-effect", "stage 2"),
+        ("1: {uniform: [0, 1]}", INVALID, "search.1"),
+        ("consistency.weight: {uniform: [0]}", "config/missing-key", "search.consistency.weight: uniform.1: "),
+        ("consistency.weight: {choice: [2026-01-01]}", "sweep/choice", "2026-01-01 is a date: "),
+        ("consistency.weight:", "sweep/parameter", "search.consistency.weight=None: "),
+        ("seed: {choice: [1, 2]}", "sweep/not-searchable", "search.seed: "),
+        ("cluster.workers: {choice: [1, 2]}", "sweep/not-searchable", "search.cluster.workers: "),
+        ("cluster.resources_per_worker: {choice: [{}]}", "sweep/not-searchable", "search.cluster.resources_per_worker: "),
+        ("data.labelled: {choice: [1, 2]}", "sweep/not-searchable", "search.data.labelled: "),
         ("consistency.weight: {uniform: [0, 1], when: {ema.decay: [1]}}",
-         "ema.decay is no choice that is searched above consistency.weight"),
+         "sweep/when", "ema.decay is no choice that is searched above consistency.weight"),
         ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {consistency.ramp_up: [0.4]}}",
-         "consistency.ramp_up is never 0.4; its choices are 0.0, 0.5"),
+         "sweep/when", "consistency.ramp_up is never 0.4; its choices are 0.0, 0.5"),
         ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {consistency.ramp_up: []}}",
-         "consistency.ramp_up is never []"),
+         "sweep/when", "consistency.ramp_up is never []"),
         ("consistency.ramp_up: {choice: [0.0, 0.5]}\n  consistency.weight: {uniform: [0, 1], when: {ema.decay: [1]}}",
-         "ema.decay is no choice that is searched above consistency.weight; those are consistency.ramp_up"),
+         "sweep/when", "those are consistency.ramp_up"),
     ],
 )  # fmt: skip
-def test_a_bad_search_is_refused(tmp_path: Path, search: str, expected: str) -> None:
-    assert expected in refusal(tmp_path, f"stages: [2]\ntrials: 5\nsearch:\n  {search}\n")
+def test_a_bad_search_is_refused(tmp_path: Path, search: str, code: str, named: str) -> None:
+    with refused(code, named) as raised:
+        check(tmp_path, f"stages: [2]\ntrials: 5\nsearch:\n  {search}\n")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "code", "named"),
     [
-        ("stages: [1, 3]\ntrials: 5", "stages=[1, 3]: give consecutive stages of 1, 2 and 3"),
-        ("stages: [4]\ntrials: 5", "stages=[4]: give consecutive"),
-        ("stages: []\ntrials: 5", "stages=[]: give consecutive"),
-        ("stages: 2\ntrials: 5", "stages=2: give consecutive"),
-        ("stages: [2]", "trials: is not set; only searcher: grid ends by itself, tpe does not"),
-        ("stages: [2]\ntrials: 0", "trials=0: should be greater than or equal to 1"),
-        ("stages: [2]\ntrials: 5\nat_once: 0", "at_once=0: should be greater than or equal to 1"),
-        ("stages: [2]\ntrials: 5\ntrails: 5", "trails=5: unknown key; did you mean trials?"),
-        ("stages: [2]\ntrials: 5\nsearcher: tpes", "searcher='tpes': should be 'tpe', 'random' or 'grid'"),
-        ("stages: [2]\ntrials: 5\nbudget: {hour: 1}", "budget.hour=1: unknown key; did you mean hours?"),
-        ("stages: [2]\ntrials: 5\nbudget: {hours: 0}", "budget.hours=0: should be greater than 0"),
-        ("stages: [2]\ntrials: 5\nscheduler: ashe", "scheduler='ashe': give {asha: {grace_steps: 200}} or none"),
-        ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace: 1}}", "scheduler.grace=1: unknown key; did you mean grace_steps?"),
-        ("stages: [2]\nsearcher: grid", "search.consistency.weight: searcher: grid needs a choice, or uniform with a step"),
-        ("stages: [2]\ntrials: 5\nfixed: {consistency.weight: 1}", "consistency.weight: is under search and under fixed"),
-        ("stages: [2]\ntrials: 5\nfixed: {stage2.stesp: 1}", "fixed.stage2.stesp: unknown key; did you mean stage2.steps?"),
-        ("stages: [2]\ntrials: 5\nfixed: {cluster: {workers: 1}}", "fixed.cluster: is a section"),
-        ("stages: [2]\ntrials: 5\nfixed: {stages: 1}", "fixed.stages: the sweep sets it itself"),
-        ("stages: [2]\ntrials: 5\nfixed: {stage2.steps: 0}", "stage2.steps=0: should be greater than or equal to 1"),
+        ("stages: [1, 3]\ntrials: 5", "sweep/stages", "stages=[1, 3]: "),
+        ("stages: [4]\ntrials: 5", "sweep/stages", "stages=[4]: "),
+        ("stages: []\ntrials: 5", "sweep/stages", "stages=[]: "),
+        ("stages: 2\ntrials: 5", "sweep/stages", "stages=2: "),
+        ("stages: [2]", "config/missing-key", "trials: "),
+        ("stages: [2]\ntrials: 0", INVALID, "trials=0: "),
+        ("stages: [2]\ntrials: 5\nat_once: 0", INVALID, "at_once=0: "),
+        ("stages: [2]\ntrials: 5\ntrails: 5", UNKNOWN, "trails=5: unknown key; did you mean trials?"),
+        ("stages: [2]\ntrials: 5\nsearcher: tpes", INVALID, "searcher='tpes': should be 'tpe', 'random' or 'grid'"),
+        ("stages: [2]\ntrials: 5\nbudget: {hour: 1}", UNKNOWN, "budget.hour=1: unknown key; did you mean hours?"),
+        ("stages: [2]\ntrials: 5\nbudget: {hours: 0}", INVALID, "budget.hours=0: "),
+        ("stages: [2]\ntrials: 5\nscheduler: ashe", "sweep/asha", "scheduler='ashe': give {asha: {grace_steps: 200}} or none"),
+        ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace: 1}}", UNKNOWN, "scheduler.grace=1: unknown key; did you mean grace"),
+        ("stages: [2]\nsearcher: grid", "sweep/parameter", "search.consistency.weight: searcher: grid"),
+        ("stages: [2]\ntrials: 5\nfixed: {consistency.weight: 1}", "sweep/key-twice", "consistency.weight: "),
+        ("stages: [2]\ntrials: 5\nfixed: {stage2.stesp: 1}", UNKNOWN, "fixed.stage2.stesp: unknown key; did you mean stage2"),
+        ("stages: [2]\ntrials: 5\nfixed: {cluster: {workers: 1}}", UNKNOWN, "fixed.cluster: is a section"),
+        ("stages: [2]\ntrials: 5\nfixed: {stages: 1}", "sweep/not-searchable", "fixed.stages: "),
+        ("stages: [2]\ntrials: 5\nfixed: {stage2.steps: 0}", INVALID, "stage2.steps=0: "),
         ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace_steps: 800}}",
-         "scheduler.asha.grace_steps=800: the last evaluation before the end at step 800 is at step 750"),
+         "sweep/asha", "scheduler.asha.grace_steps=800: the last evaluation before the end at step 800 is at step 750"),
         ("stages: [2]\ntrials: 5\nscheduler: {asha: {grace_steps: 10}}\nfixed: {training.evaluate_every: 400}",
-         "training.evaluate_every=400 gives 1 evaluations before the end at step 800, it needs 2: make evaluate_every 399"),
+         "sweep/asha", "make evaluate_every 399"),
     ],
 )  # fmt: skip
-def test_bad_settings_are_refused(tmp_path: Path, settings: str, expected: str) -> None:
-    assert expected in refusal(tmp_path, f"search: {{consistency.weight: {{uniform: [0.0, 1]}}}}\n{settings}\n")
+def test_bad_settings_are_refused(tmp_path: Path, settings: str, code: str, named: str) -> None:
+    with refused(code, named) as raised:
+        check(tmp_path, f"search: {{consistency.weight: {{uniform: [0.0, 1]}}}}\n{settings}\n")
+    assert "\n" not in str(raised.value)
 
 
-def test_what_is_no_space_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"^threshold: neither a space that ships \(.*thresholds.*\).*did you mean thresholds\?"
-    ):
+@pytest.mark.parametrize(
+    ("text", "code", "named"),
+    [
+        ("- a list\n", "config/not-a-mapping", "space.yaml"),
+        ("a: [\n", "config/not-yaml", "space.yaml"),
+        ("{stages: [2], trials: 5, search: {}}", "sweep/parameter", "search={}"),
+        ("{stages: [2], trials: 5}", "config/missing-key", "search: "),
+    ],
+)
+def test_what_is_no_space_is_refused(tmp_path: Path, text: str, code: str, named: str) -> None:
+    with refused(code, named):
+        check(tmp_path, text)
+
+
+def test_a_space_that_does_not_ship_is_refused(tmp_path: Path) -> None:
+    with refused("sweep/not-found", "threshold: ", "did you mean thresholds?"):
         load_space("threshold")
-    assert "a space is a mapping" in refusal(tmp_path, "- a list\n")
-    assert "not YAML" in refusal(tmp_path, "a: [\n")
-    assert "search={}: name at least one key" in refusal(tmp_path, "{stages: [2], trials: 5, search: {}}")
-    assert "search: is not set" in refusal(tmp_path, "{stages: [2], trials: 5}")
-    told = refusal(tmp_path, "{trials: 5, search: {ema.decay: {choice: [1]}}}")
-    assert told.endswith("stages: is not set"), "--set is of the configuration, not of the space"
+    with refused("config/missing-key", "stages: is not set") as raised:
+        check(tmp_path, "{trials: 5, search: {ema.decay: {choice: [1]}}}")
+    assert "--set" not in raised.value.message, "--set is of the configuration, not of the space"
 
 
 def test_a_setting_of_a_loss_that_has_no_weight_is_refused(tmp_path: Path) -> None:
     threshold = "{stages: [2], trials: 5, search: {SECTION.confidence_threshold: {uniform: [0.0, 1]}MORE}}"
     for section in ("consistency", "pseudo_mask"):
         text = threshold.replace("SECTION", section)
-        told = refusal(tmp_path, text.replace("MORE", ""), changes=[f"{section}.weight=0"])
-        assert f"{section}.confidence_threshold: does not matter while {section}.weight is 0" in told
+        with refused("sweep/no-effect", f"{section}.confidence_threshold: ", f"{section}.weight"):
+            check(tmp_path, text.replace("MORE", ""), [f"{section}.weight=0"])
         both = Space.model_validate(yaml.safe_load(text.replace("MORE", f", {section}.weight: {{choice: [0, 1]}}")))
         check_space(both, load("demo", [f"{section}.weight=0"]))
 
 
 def test_a_key_that_the_stage_has_changed_is_searched_there(tmp_path: Path) -> None:
     changes = ["stage2.changes={consistency: {weight: 0.3}}"]
-    told = refusal(
-        tmp_path, "{stages: [2], trials: 5, search: {consistency.weight: {uniform: [0, 1]}}}", changes=changes
-    )
-    assert told.endswith("stage2.changes sets it there: search stage2.changes.consistency.weight")
+    with refused("sweep/no-effect", "search stage2.changes.consistency.weight"):
+        check(tmp_path, "{stages: [2], trials: 5, search: {consistency.weight: {uniform: [0, 1]}}}", changes)
     check_space(a_space({"stage2.changes.consistency.weight": {"uniform": [0.0, 1]}}), load("demo", changes))
     rate, own = (
         {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}},

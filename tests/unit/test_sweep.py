@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.refusals import refused
 from threestage.config import Config, load
-from threestage.errors import InputError, StageFailure
+from threestage.errors import StageFailure
 from threestage.on_ray import sweep as on_ray_sweep
 from threestage.on_ray import train as on_ray_train
 from threestage.sweeps import outcome, prepare, sweep
@@ -150,7 +151,7 @@ def test_trials_that_all_fail_before_they_are_judged_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = Cluster(monkeypatch, lambda trial: "the disk is full")
-    with pytest.raises(StageFailure, match=r"5 trials in a row have failed .* one of the last: the disk is full"):
+    with refused("sweep/trials-failed", "5 trials", "the disk is full", error=StageFailure):
         run(a_sweep(tmp_path, search={KEY: {"uniform": [0.0, 0.9]}}, trials=100))
     assert len(cluster.begun) == 5
 
@@ -171,30 +172,26 @@ def test_more_trials_go_on_where_the_search_ended(tmp_path: Path, monkeypatch: p
 
 def test_models_that_were_deleted_are_not_trained_again_to_be_promoted(tmp_path: Path) -> None:
     best = Trial(number=3, params={KEY: 0.5}, seed=0, state="finished", curve=((800, 0.5),))
-    with pytest.raises(InputError, match=r"the models of trial 3 were deleted .* threestage run .*best.yaml"):
+    with refused("sweep/models-deleted", "--promote", "trial 3", "best.yaml"):
         outcome.promote(a_sweep(tmp_path), best, lambda *_: None, print, lambda *_: None)
 
 
-def identity_refused(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] = ()) -> str | None:
-    """What a --resume with other settings is told."""
+def resumed(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] = ()) -> str | None:
+    """A --resume with other settings."""
     config = load("demo", ["data.root=/nowhere", *overrides])
-    asked = Sweep(Space.model_validate({**SPACE, **settings}), config, str(tmp_path), resume=True)
-    try:
-        prepare.known(asked)
-    except InputError as error:
-        return str(error)
-    return None
+    return prepare.known(Sweep(Space.model_validate({**SPACE, **settings}), config, str(tmp_path), resume=True))
 
 
 def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
     asked = a_sweep(tmp_path)
     assert prepare.known(asked) is None
     key = prepare.begin(asked)
-    with pytest.raises(InputError, match="holds a sweep: go on with it by --resume"):
+    with refused("sweep/exists", f"--out {tmp_path}", "--resume"):
         prepare.known(asked)
     assert prepare.known(Sweep(asked.space, asked.config, asked.out, resume=True)) == key
-    assert identity_refused(tmp_path, {"trials": 9, "at_once": 3, "budget": {"hours": 1}}) is None
-    assert identity_refused(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) is None
-    other = identity_refused(tmp_path, {"search": {KEY: {"choice": [0.0, 0.5]}}})
-    assert other is not None and f"search.{KEY}.choice" in other
-    assert "stage2.steps=800, now it is 900" in str(identity_refused(tmp_path, {}, ["stage2.steps=900"]))
+    assert resumed(tmp_path, {"trials": 9, "at_once": 3, "budget": {"hours": 1}}) == key
+    assert resumed(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) == key
+    with refused("sweep/other-settings", f"search.{KEY}.choice"):
+        resumed(tmp_path, {"search": {KEY: {"choice": [0.0, 0.5]}}})
+    with refused("sweep/other-settings", "stage2.steps=800", "900"):
+        resumed(tmp_path, {}, ["stage2.steps=900"])

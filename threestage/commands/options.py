@@ -92,7 +92,7 @@ def _sides(option: str, text: str | None) -> list[int] | None:
         return None
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise InputError(f"{option} {text}: write height and width in pixels, e.g. {option} 256,512")
+        raise InputError(f"{option} {text}: write height and width in pixels, e.g. {option} 256,512", "config/usage")
     return [int(part) for part in parts]
 
 
@@ -101,5 +101,5 @@ def _numbers(text: str | None) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--scales {text}: write numbers with commas between them, e.g. --scales 0.75,1,1.25"
+            f"--scales {text}: write numbers with commas between them, e.g. --scales 0.75,1,1.25", "config/usage"
         ) from None

@@ -28,8 +28,9 @@ class Attempts:
         if 0 <= self._max_failures < lost and done < len(parts):
             raise StageFailure(
                 f"{parts[done]}: the process that works on it or on what follows was lost {lost} times, out of memory or by "
-                "an image that ends it (the logs of Ray's workers say which): give it nodes with more memory, or leave that "
-                "image out"
+                "an image that ends it (the logs of Ray's workers say which); give it nodes with more memory, or leave that "
+                "image out",
+                "ray/process-lost",
             )
 
     def done(self, piece: int, parts: int) -> None:

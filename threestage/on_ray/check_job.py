@@ -65,13 +65,15 @@ def _travels(config: Config, out: str) -> Found:
     for name, path in {**paths, "network.weights": config.network.weights}.items():
         if path is not None and not anywhere(path):
             raise InputError(
-                f"{name}={path} is a path below this folder, which no job sees: give s3://bucket/prefix, or an absolute path "
-                "that all nodes share"
+                f"{name}={path}: is a path below this folder, which no job sees; give s3://bucket/prefix, or an absolute path "
+                "that all nodes share",
+                "submit/unshared-place",
             )
     text = config.model_dump_json()
     if without_secrets(text) != text:
         raise InputError(
-            "the configuration holds a credential, which would travel with the job: set it in the cluster's environment"
+            "the configuration: holds a credential, which would travel with the job; set it in the cluster's environment",
+            "submit/secret-setting",
         )
     return Found("every path is one that other machines can have; no credential is in the configuration")
 

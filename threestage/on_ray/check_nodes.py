@@ -49,7 +49,7 @@ def nodes_reach(config: Config, out: str) -> Found:
         for problem in (*_other_versions(view), *view.problems):
             problems.setdefault(problem, []).append(name)
     if problems:
-        raise InputError("; ".join(f"{_names(found)}: {problem}" for problem, found in problems.items()))
+        raise InputError("; ".join(f"{_names(found)}: {problem}" for problem, found in problems.items()), "check/nodes")
     torch = sorted({view.versions["torch"] for view in views.values()} | {versions()["torch"]})
     number = f"{len(views)} of {len(nodes)} nodes" if len(nodes) > 1 else "its one node"
     here = ", ".join(f"{what} {version}" for what, version in versions().items())

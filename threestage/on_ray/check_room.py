@@ -74,7 +74,7 @@ def _room(config: Config, nodes: Sequence[Mapping[str, float]], growth: Growth, 
     if most < cluster.least_workers:
         mend = f"{f'set cluster.workers={most}' if most else ASK_FOR_LESS}, or {more}"
         if not growth.untold:
-            raise InputError(f"{asked}; {there}: {mend}")
+            raise InputError(f"{asked}; {there}; {mend}", "ray/too-small")
         return Found(
             asked, f"{asked}; {there} and an autoscaler whose limits are not known: should no node come, {mend}"
         )

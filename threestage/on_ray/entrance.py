@@ -47,13 +47,16 @@ def admitted(name: str, address: str) -> tuple[str, dict[str, str]]:
     if "://" in address:
         raise InputError(
             f"{name}={address}: a run connects to HOST:PORT of the cluster's head, from one of its nodes; from elsewhere, "
-            "`threestage check --address http://…` (the dashboard) tries it there, as `threestage submit` would run it"
+            "`threestage check --address http://…` (the dashboard) tries it there, as `threestage submit` would run it",
+            "ray/address",
         )
     if address == "auto":
         try:
             address = str(services.canonicalize_bootstrap_address_or_die(address))
         except ConnectionError:
-            raise InputError(f"{name}={address}: no Ray runs on this machine: start it, or give HOST:PORT") from None
+            raise InputError(
+                f"{name}={address}: no Ray runs on this machine; start it, or give HOST:PORT", "ray/no-answer"
+            ) from None
     there = _versions_there(name, address)
     _refuse_other_versions(name, address, there)
     return address, there
@@ -63,15 +66,18 @@ def _versions_there(name: str, address: str) -> dict[str, str]:
     try:
         return _metadata(create_gcs_channel(address))
     except ray.exceptions.AuthenticationError:
-        raise InputError(f"{name}={address} wants a token and none was found: {TOKEN}") from None
+        raise InputError(f"{name}={address}: wants a token, and none was found; {TOKEN}", "ray/no-token") from None
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise InputError(f"{name}={address} refuses the token: {TOKEN}") from None
+            raise InputError(f"{name}={address}: refuses the token; {TOKEN}", "ray/wrong-token") from None
         raise InputError(
-            f"{name}={address}: no Ray answers there ({error.code().name}): start the cluster, or mend the address"
+            f"{name}={address}: no Ray answers there ({error.code().name}); start the cluster, or correct the address",
+            "ray/no-answer",
         ) from None
     except (ValueError, KeyError):
-        raise InputError(f"{name}={address} answers, but not as a Ray cluster: mend the address") from None
+        raise InputError(
+            f"{name}={address}: answers, but not as a Ray cluster; correct the address", "ray/other-service"
+        ) from None
 
 
 def _metadata(channel: grpc.Channel) -> dict[str, str]:
@@ -95,6 +101,7 @@ def _refuse_other_versions(name: str, address: str, there: Mapping[str, str]) ->
         other = there[f"{what.lower()}_version"]
         if other != version:
             raise InputError(
-                f"{name}={address} has {what} {other}, here is {version}, and Ray connects only equals: install {what} {other} "
-                "here, or submit the run with `threestage submit`, which needs no equal versions"
+                f"{name}={address}: has {what} {other}, here is {version}, and Ray connects only equal versions; install {what} "
+                f"{other} here, or submit the run with `threestage submit`, which needs no equal versions",
+                "ray/other-version",
             )

@@ -34,4 +34,4 @@ def ingest_on_ray(
         try:
             return ingest(source, root, settings, progress, each)
         except StageFailure as error:
-            raise StageFailure(f"ingest: {error}") from error
+            raise StageFailure(f"ingest: {error.message}", error.code) from error

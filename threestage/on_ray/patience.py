@@ -143,7 +143,7 @@ def noticing_silence(what: str, cluster: ClusterSettings, warn: Warn) -> Iterato
 
 def _report_or_end(wait: _Wait, what: str, cluster: ClusterSettings, workers: int, warn: Warn) -> None:
     if wait.seconds > cluster.start_timeout_s:
-        raise NoRoom(_state(what, cluster, wait.seconds, workers))
+        raise NoRoom(_state(what, cluster, wait.seconds, workers), "ray/no-room")
     if wait.report_is_due():
         warn(_state(what, cluster, wait.seconds, workers))
 

@@ -13,6 +13,7 @@ import ray
 import ray.exceptions
 from ray.util.metrics import Gauge
 
+from threestage.errors import StageFailure
 from threestage.on_ray.beside_driver import beside_driver
 
 if TYPE_CHECKING:  # the monitor's process needs no torch
@@ -37,7 +38,7 @@ class News(NamedTuple):
 
     rows: list[dict[str, float]]
     warnings: list[str]
-    failure: str | None
+    failure: StageFailure | None
     signs: dict[int, tuple[Sign, float]]
 
 
@@ -45,7 +46,7 @@ class _Monitor:
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
         self._warnings: list[str] = []
-        self._failure: str | None = None
+        self._failure: StageFailure | None = None
         self._signs: dict[int, tuple[Sign, float]] = {}
         self._notices = 0
         self._controller: Any = None
@@ -56,8 +57,8 @@ class _Monitor:
     def warn(self, text: str) -> None:
         self._warnings.append(text)
 
-    def fail(self, text: str) -> None:
-        self._failure = self._failure or text
+    def fail(self, failure: StageFailure) -> None:
+        self._failure = self._failure or failure
 
     def failed(self) -> bool:
         return self._failure is not None

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 
@@ -86,15 +87,23 @@ class ClusterSettings(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not 1 <= self.least_workers <= self.most_workers:
-            raise ValueError(f"workers={self.workers}: at least 1, or [least, most] with least ≤ most")
+            raise InputError(
+                f"workers={self.workers}: at least 1, or [least, most] with least ≤ most", "config/invalid-value"
+            )
         if self.sync_batch_norm and not self.gpus_per_worker:
-            raise ValueError(
-                "sync_batch_norm=true needs GPUs, torch has none for CPUs: set gpus_per_worker, or sync_batch_norm=null"
+            raise InputError(
+                "sync_batch_norm=true: needs GPUs, torch has none for CPUs; set gpus_per_worker, or sync_batch_norm=null",
+                "config/conflict",
             )
         if self.backend == "nccl" and not self.gpus_per_worker:
-            raise ValueError("backend=nccl needs GPUs: set gpus_per_worker, or backend=gloo")
+            raise InputError("backend=nccl: needs GPUs; set gpus_per_worker, or backend=gloo", "config/conflict")
         if self.accelerator is not None and not self.gpus_per_worker:
-            raise ValueError(f"accelerator={self.accelerator} needs GPUs: set gpus_per_worker, or accelerator=null")
+            raise InputError(
+                f"accelerator={self.accelerator}: needs GPUs; set gpus_per_worker, or accelerator=null",
+                "config/conflict",
+            )
         if not {"CPU", "GPU"}.isdisjoint(self.resources_per_worker):
-            raise ValueError("resources_per_worker: give CPU and GPU as cpus_per_worker and gpus_per_worker")
+            raise InputError(
+                "resources_per_worker: give CPU and GPU as cpus_per_worker and gpus_per_worker", "config/conflict"
+            )
         return self

@@ -59,9 +59,11 @@ def connect(address: str | None) -> Client:
     """
     named, url = _address(address)
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        why = "is not the URL of a dashboard" if url else "is not given"
         raise InputError(
-            f"{named}: give the URL of the cluster's dashboard with --address, e.g. http://127.0.0.1:8265 (on Kubernetes: "
-            "kubectl port-forward service/NAME-head-svc 8265)"
+            f"{named}: {why}; give that of the cluster's with --address, e.g. http://127.0.0.1:8265 (on Kubernetes: "
+            "kubectl port-forward service/NAME-head-svc 8265)",
+            "ray/address",
         )
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray puts it above what it is given
     for name in NOISY_LOGGERS:
@@ -70,7 +72,8 @@ def connect(address: str | None) -> Client:
         return Client(url)
     except (requests.RequestException, ConnectionError) as error:
         raise InputError(
-            f"{named}: no answer: start the cluster or its port-forward, or mend the address ({one_line(error)})"
+            f"{named}: no answer ({one_line(error)}); start the cluster or its port-forward, or correct the address",
+            "ray/no-answer",
         ) from None
     except (AuthenticationError, RuntimeError, ValueError) as error:
         raise _explained(url, error) from None
@@ -79,21 +82,23 @@ def connect(address: str | None) -> Client:
 def _address(option: str | None) -> tuple[str, str]:
     """What an error says of the address, and the address. RAY_ADDRESS is HOST:PORT of a head where a run needs one."""
     given = {"--address ": option} | {f"{name}=": os.environ.get(name) for name in ADDRESS_VARIABLES}
-    name, address = next(((name, value) for name, value in given.items() if value), ("--address is not given", ""))
+    name, address = next(((name, value) for name, value in given.items() if value), ("--address", ""))
     url = address.rstrip("/")
     return f"{name}{url}", url
 
 
 def _explained(url: str, error: Exception) -> Exception:
-    """What the job API refuses, as one line with its mend."""
+    """What the job API refuses, as one line with its fix."""
     text = str(error)
     if isinstance(error, AuthenticationError) and "Authentication failed" in text:
-        return InputError(f"{url} refuses the token: {TOKEN}")
+        return InputError(f"{url}: refuses the token; {TOKEN}", "ray/wrong-token")
     if isinstance(error, AuthenticationError) or "RAY_AUTH_TOKEN" in text:
-        return InputError(f"{url} wants a token and none was found: {TOKEN}")
+        return InputError(f"{url}: wants a token, and none was found; {TOKEN}", "ray/no-token")
     if "404" in text or "ersion" in text:
-        return InputError(f"{url} answers, but not as Ray's job API: mend the address ({one_line(error)})")
-    return StageFailure(f"{url}: {one_line(error)}")
+        return InputError(
+            f"{url}: answers, but not as Ray's job API ({one_line(error)}); correct the address", "ray/other-service"
+        )
+    return StageFailure(f"{url}: {one_line(error)}", "ray/job-api")
 
 
 def one_line(text: object) -> str:
@@ -150,17 +155,21 @@ def unpacked(wheel: str) -> Iterator[str]:
             with zipfile.ZipFile(wheel) as archive:
                 _unpack(archive, wheel, folder)
         except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"--wheel {wheel}: {one_line(error)}: give a .whl file that `pip wheel` made") from None
+            raise InputError(
+                f"--wheel {wheel}: {one_line(error)}; give a .whl file that `pip wheel` made", "submit/wheel"
+            ) from None
         yield str(Path(folder, "threestage"))
 
 
 def _unpack(archive: zipfile.ZipFile, wheel: str, folder: str) -> None:
     members = [info for info in archive.infolist() if info.filename.startswith("threestage/")]
     if not any(info.filename == "threestage/__main__.py" for info in members):
-        raise InputError(f"--wheel {wheel}: it holds no threestage that can be submitted: build it anew")
+        raise InputError(
+            f"--wheel {wheel}: it holds no threestage that can be submitted; build it again", "submit/wheel"
+        )
     size = sum(info.file_size for info in members)
     if size > LIMIT_BYTES:
-        raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}")
+        raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}", "submit/too-large")
     archive.extractall(folder, members)
 
 
@@ -208,8 +217,9 @@ def _running(client: Client, job: Job) -> str | None:
         if other.status not in OVER and (other.metadata or {}).get("threestage.out") == job.out:
             if other.entrypoint != job.entrypoint:
                 raise InputError(
-                    f"{other.submission_id} works on {job.out} with other arguments ({other.entrypoint}): wait for it, stop it "
-                    f"(ray job stop --address {client.get_address()} {other.submission_id}), or give another --out"
+                    f"--out {job.out}: {other.submission_id} works on it with other arguments ({other.entrypoint}); wait for it, "
+                    f"stop it (ray job stop --address {client.get_address()} {other.submission_id}), or give another --out",
+                    "submit/other-arguments",
                 )
             return str(other.submission_id)
     return None
@@ -321,6 +331,7 @@ class _Log:
 def _refuse_unknown(job_id: str, error: Exception) -> None:
     if "status code 404" in str(error):
         raise StageFailure(
-            f"the cluster does not know {job_id} any more, its head has been replaced: the same command goes on with the run, "
-            "a sweep with --resume"
+            f"{job_id}: the cluster does not know it any more, its head has been replaced; the same command continues the run, "
+            "a sweep with --resume",
+            "submit/unknown-job",
         ) from None

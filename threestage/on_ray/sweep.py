@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from threestage.config import Config
 from threestage.data import storage
-from threestage.errors import InputError, NoRoom, StageFailure
+from threestage.errors import CodedError, InputError, NoRoom, StageFailure
 from threestage.on_ray.sweep_room import TRIAL_CPUS
 from threestage.on_ray.train import quiet_ray_data, run_on_ray
 from threestage.reused import parts_elsewhere
@@ -67,7 +67,9 @@ def run_trials(
             tuner.fit()
         except TuneError as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise StageFailure(f"the trials were interrupted: {reason[0]}; --resume goes on") from error
+            raise StageFailure(
+                f"the trials were interrupted: {reason[0]}; --resume continues", "sweep/interrupted"
+            ) from error
         finally:
             journal.interrupt()
 
@@ -265,4 +267,5 @@ class _News:
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = error.message if isinstance(error, CodedError) else str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -14,7 +14,7 @@ from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.records import load_manifest
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray.causes import cause_of, first_line
+from threestage.on_ray.causes import cause_of, code_of, first_line
 from threestage.on_ray.room import (
     READER_CPUS,
     Growth,
@@ -51,7 +51,7 @@ def refuse_impossible(
     there = f"the cluster has {room.there()} on {number_of(len(nodes), 'node')}{coming}"
     problem = f"at_once={space.at_once}: {room.asked()}; {there}"
     if not growth.untold:
-        raise InputError(f"{problem}: {room.mend()}")
+        raise InputError(f"{problem}; {room.mend()}", "ray/too-small")
     warn(
         f"{problem} and an autoscaler whose limits are not known: trials wait for nodes; should none come, {room.mend()}"
     )
@@ -136,14 +136,19 @@ def remote_step_time(config: Config, stage: StageName, manifest_version: int, wa
         what = f"{stage}: a step is to be measured on {device}; waiting for {waited:.0f} s for room or its end"
         if waited > cluster.start_timeout_s + MEASURING_SECONDS:
             ray.cancel(result, force=True)
-            raise StageFailure(f"{what}: is the cluster busy? Try again, or ask for less with cluster.cpus_per_worker")
+            raise StageFailure(
+                f"{what}: is the cluster busy? Try again, or ask for less with cluster.cpus_per_worker", "ray/no-room"
+            )
         warn(what)
     try:
         return ray.get(result)
     except ray.exceptions.RayError as error:
         if isinstance(cause := cause_of(error), InputError):
             raise cause from error
-        raise StageFailure(f"{stage}: no step could be trained to measure it: {first_line(error)}") from error
+        raise StageFailure(
+            f"{stage}: no step could be trained to measure it: {first_line(error)}",
+            code_of(error) or "stage/not-measured",
+        ) from error
 
 
 def _measure(settings: dict[str, Any], stage: StageName, manifest_version: int) -> StepTime:

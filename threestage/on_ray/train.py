@@ -23,7 +23,7 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray.causes import first_line, last_line
+from threestage.on_ray.causes import FAILED, code_of, first_line, last_line
 from threestage.on_ray.check_room import room_there
 from threestage.on_ray.data import stream_options, unlabelled_stream
 from threestage.on_ray.entrance import address_of, admitted
@@ -73,7 +73,9 @@ def run_on_ray(
                     heard()
                     yield report
         except ray.exceptions.RayError as error:
-            raise StageFailure(f"pseudo-masks: {first_line(error)}; the same command goes on") from error
+            raise StageFailure(
+                f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
+            ) from error
 
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         if len(items) < 2:
@@ -92,7 +94,7 @@ def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
         try:
             doubt = room_there(config).doubt
         except InputError as error:
-            doubt = f"{error}; the run waits for room"
+            doubt = f"{error.message}; the run waits for room"
         if doubt is not None:
             warn(doubt)
     elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
@@ -131,8 +133,9 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{named[0]}={named[1]}: this machine cannot take part in the cluster ({reason}): try it on one of its nodes, or "
-                "give --address the URL of its dashboard"
+                f"{named[0]}={named[1]}: this machine cannot take part in the cluster ({reason}); try it on one of its nodes, or "
+                "give --address the URL of its dashboard",
+                "ray/not-a-node",
             ) from error
         try:
             yield
@@ -178,12 +181,15 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: Tra
             _watch_fit(task, partial(show, task.stage), warn, function, driver)
             return
         except ray.train.TrainingFailedError as error:
-            raise StageFailure(f"{task.stage}: {last_line(error)}; the same command goes on") from error
+            raise StageFailure(
+                f"{task.stage}: {last_line(error)}; the same command continues",
+                code_of(error) or "stage/training-failed",
+            ) from error
         except ray.exceptions.RayActorError as error:
             failures += 1
             if 0 <= task.settings().cluster.max_failures < failures:
                 raise StageFailure(
-                    f"{task.stage}: Ray Train's controller was lost {failures} times: {error}"
+                    f"{task.stage}: Ray Train's controller was lost {failures} times: {error}", "ray/process-lost"
                 ) from error
             warn(f"{task.stage}: Ray Train's controller was lost; the stage goes on from its last checkpoint")
 
@@ -248,7 +254,7 @@ def _pass_on(news: News, stage: str, show: Callable[[Mapping[str, float]], None]
     for warning in news.warnings:
         warn(warning)
     if news.failure is not None:
-        raise StageFailure(f"{stage}: {news.failure}")
+        raise StageFailure(f"{stage}: {news.failure.message}", news.failure.code)
 
 
 class _Introduction(ControllerCallback):

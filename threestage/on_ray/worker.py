@@ -37,7 +37,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         try:
             train_stage(task, RayWorker(task, monitor, pulse, arguments["driver"]))
         except StageFailure as error:
-            ray.get(monitor.fail.remote(str(error)))
+            ray.get(monitor.fail.remote(error))
             raise
 
 

@@ -142,7 +142,9 @@ class Models:
 
         wanted = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", model_uri)
         if wanted is None:
-            raise InputError(f"{model_uri} names no model: write models:/NAME@{CHAMPION} or models:/NAME/3")
+            raise InputError(
+                f"{model_uri}: names no model; write models:/NAME@{CHAMPION} or models:/NAME/3", "mlflow/model-uri"
+            )
         try:
             if wanted["alias"] is not None:
                 return self._client.get_model_version_by_alias(wanted["name"], wanted["alias"])
@@ -152,8 +154,9 @@ class Models:
                 raise
             names = {model.name for model in _pages(self._client.search_registered_models)} - {wanted["name"]}
             raise InputError(
-                f"{model_uri} is not in {redact(self.uri)}: `threestage models list` shows what is"
-                + did_you_mean(wanted["name"], names)
+                f"{model_uri}: is not in {redact(self.uri)}; `threestage models list` shows what is"
+                + did_you_mean(wanted["name"], names),
+                "mlflow/no-model",
             ) from error
 
     def _by_alias(self, name: str, alias: str) -> Any:
@@ -223,7 +226,9 @@ def read_model(folder: str) -> dict[str, bytes]:
     try:
         return {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
     except FileNotFoundError as error:
-        raise InputError(f"{folder} is no model folder: it must hold {WEIGHTS} and {CARD}") from error
+        raise InputError(
+            f"{folder}: is no model folder; it must hold {WEIGHTS} and {CARD}", "models/no-model"
+        ) from error
 
 
 def file_tags(digest: str, files: Mapping[str, str], no_program: str | None) -> dict[str, str]:
@@ -288,13 +293,16 @@ def _make_folder(destination: str | Path) -> Path:
 
     if storage.has_scheme(str(destination)):
         raise InputError(
-            f"{destination}: a model is pulled into a folder of this machine: name one, then copy it there"
+            f"{destination}: a model is pulled into a folder of this machine; name one, then copy it there",
+            "storage/scheme",
         )
     claim(str(destination), PULLED_MODEL)
     try:
         Path(destination).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{destination} cannot be made a folder ({error.strerror}): name another") from error
+        raise InputError(
+            f"{destination}: cannot be made a folder ({error.strerror}); name another", "storage/not-a-folder"
+        ) from error
     return Path(destination)
 
 

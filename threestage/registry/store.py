@@ -82,7 +82,10 @@ def open_models(settings: RegistrySettings) -> Models:
     uri = confirmed_uri(settings.tracking_uri, settings.host_from)
     path = sqlite_path(uri)
     if path is not None and not path.exists():
-        raise InputError(f"tracking store {uri}: there is none; name yours with --tracking-uri or MLFLOW_TRACKING_URI")
+        raise InputError(
+            f"tracking store {uri}: there is none; name yours with --tracking-uri or MLFLOW_TRACKING_URI",
+            "mlflow/no-store",
+        )
     return Models(uri, _client(uri), settings.experiment)
 
 
@@ -107,7 +110,10 @@ def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | No
     location = found.artifact_location
     refuse_foreign_source(f"registry.experiment={name}", location, uri, lambda: [location])
     if found.lifecycle_stage != "active":
-        raise InputError(f"registry.experiment={name} was deleted in MLflow: restore it there or choose another name")
+        raise InputError(
+            f"registry.experiment={name}: was deleted in MLflow; restore it there, or choose another name",
+            "mlflow/deleted-experiment",
+        )
     return str(found.experiment_id)
 
 
@@ -147,8 +153,9 @@ class Registry:
         digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if digest != record.lineage["model_digest"]:
             raise InputError(
-                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with: "
-                "put them back, or run again with another --out"
+                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with; "
+                "put them back, or run again with another --out",
+                "models/changed-file",
             )
         name = self._model_name or model_name_of(record.run_name)
         with talking_to(self.uri):

@@ -61,7 +61,7 @@ def write_report(
         except (InputError, StageFailure, OSError) as error:
             if data is not None:
                 raise
-            reason = explain(None, error) if isinstance(error, OSError) else error
+            reason = explain(None, error) if isinstance(error, OSError) else error.message
             missing.append(f"No pictures and no calibration: {reason}.")
     content = page(found.name, found.verdict or INTRODUCTION, _sections(found, seen, missing)).encode(
         "utf-8", "replace"
@@ -85,13 +85,16 @@ def _refuse_other_file(uri: str) -> None:
 def _look(run: Run, data: str | None, images: int, measure: int | None, show: Show) -> _Seen:
     root = data or run.data_root
     if root is None:
-        raise InputError("the run does not name its data set before its end: give it with --data")
+        raise InputError(
+            f"{run.uri}: the run does not name its data set before its end; give it with --data", "report/no-data-set"
+        )
     validation = Validation(run, root)
     measured = validation.measure(measure or validation.affordable(images), show)
     if measured[-1].pixels == 0:
         raise InputError(
-            f"{root}: every pixel of the measured validation images is ignored: give more of them with --measure, or another "
-            "data set with --data"
+            f"{root}: every pixel of the measured validation images is ignored; give more of them with --measure, or another "
+            "data set with --data",
+            "report/nothing-to-measure",
         )
     said = _measured_on(run, validation, measured)
     examples = validation.examples(choose(measured[-1].image_iou, images), measured)

@@ -86,7 +86,10 @@ def read_run(uri: str) -> Run:
     uri = storage.absolute(uri)
     parts = parts_elsewhere(uri)
     if not storage.exists(storage.join(uri, "split.json")):
-        raise InputError(f"{redact(uri)}: no run there, it has no split.json: give the folder that a run got as --out")
+        raise InputError(
+            f"{redact(uri)}: no run is there, it has no split.json; give the folder that a run got as --out",
+            "run/no-run",
+        )
     split = saved_split(storage.join(uri, "split.json"))[0]
     settings = _json(storage.join(uri, CONFIG_NAME), RunSettings) or {}
     results = _json(storage.join(uri, "results.json"), Results) or {}

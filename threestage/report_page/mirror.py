@@ -3,7 +3,7 @@
 import os
 
 from threestage.data import storage
-from threestage.errors import InputError
+from threestage.errors import InputError, reason_of
 from threestage.mirror import RUN_NAME, registry_of
 from threestage.registry import open_registry
 from threestage.report_page.figures import CONFIG_NAME, PAGE_NAME
@@ -30,5 +30,5 @@ def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = Non
         key = str(storage.read_value(identity, "run_key", str))
         open_registry(settings).close_run(key, "FINISHED", {}, {PAGE_NAME: page})
     except (InputError, OSError) as error:
-        return f"the page is not logged to MLflow: {redact(str(error))}"
+        return f"the page is not logged to MLflow: {redact(reason_of(error))}"
     return None

@@ -101,7 +101,10 @@ class Validation:
         self.downscale = card.downscale
         self.samples = validation_set(root, self.manifest, run.split, card.downscale)
         if len(self.samples) == 0:
-            raise InputError(f"{root} holds none of the images that the run validated on: give --data another data set")
+            raise InputError(
+                f"{root}: holds none of the images that the run validated on; give another data set with --data",
+                "run/other-data-set",
+            )
         self.changed = run.stages[-1].validation_digest not in (None, self.samples.digest())
         self._labelled = labelled_set(root, self.manifest, run.split, card.downscale, None)
         self._device = default_device()
@@ -161,8 +164,9 @@ def _manifest(root: str, classes: tuple[str, ...]) -> Manifest:
     manifest = load_manifest(root)
     if manifest.classes != classes:
         raise InputError(
-            f"{root} has the classes {list(manifest.classes)}, the run's models know {list(classes)}: give the run's data set "
-            "with --data"
+            f"{root}: has the classes {list(manifest.classes)}, the run's models know {list(classes)}; give the run's data set "
+            "with --data",
+            "run/other-data-set",
         )
     return manifest
 

@@ -15,19 +15,21 @@ WEIGHTED_SECTIONS = ("consistency", "pseudo_mask")
 
 
 def check_space(space: Space, config: Config) -> None:
-    """Raises InputError with one line that names the key, the value and the mend."""
+    """Raises InputError with one line that names the key, the value and the fix."""
     known = set(_leaves(config, ""))
     for key in space.fixed:
         _check_known("fixed", key, known)
         if key in SET_BY_THE_SWEEP:
-            raise InputError(f"fixed.{key}: the sweep sets it itself: take it out")
+            raise InputError(f"fixed.{key}: the sweep sets it itself; take it out", "sweep/not-searchable")
         if key in CONFIRMING:
             raise InputError(f"fixed.{key}: a space names no host: give it with --set {key}=VALUE", CODE)
     base = changed(config, space.fixed)
     for key in space.search:
         _check_known("search", key, known)
         if key in NEVER_SEARCHED or key.split(".")[0] in NEVER_SEARCHED:
-            raise InputError(f"search.{key}: may not be searched, it is no hyperparameter: set it with --set")
+            raise InputError(
+                f"search.{key}: may not be searched, it is no hyperparameter; set it with --set", "sweep/not-searchable"
+            )
         _check_values(space, base, key)
         _check_counts(space, base, key)
         _check_weight(space, base, key)
@@ -57,9 +59,9 @@ def _check_known(where: str, key: str, known: Collection[str]) -> None:
     if key in known:
         return
     if inside := sorted(other for other in known if other.startswith(f"{key}.")):
-        raise InputError(f"{where}.{key}: is a section; name one of its keys, e.g. {inside[0]}")
+        raise InputError(f"{where}.{key}: is a section; name one of its keys, e.g. {inside[0]}", "config/unknown-key")
     hint = did_you_mean(key, known) or "; keys are written as for --set, e.g. consistency.weight"
-    raise InputError(f"{where}.{key}: unknown key{hint}")
+    raise InputError(f"{where}.{key}: unknown key{hint}", "config/unknown-key")
 
 
 def _check_values(space: Space, base: Config, key: str) -> None:
@@ -68,8 +70,8 @@ def _check_values(space: Space, base: Config, key: str) -> None:
         try:
             changed(there, {key: value})
         except InputError as error:
-            problem = str(error).removeprefix(f"{key}={value!r}: ")
-            raise InputError(f"search.{key}={value!r}: {problem}") from None
+            problem = error.message.removeprefix(f"{key}={value!r}: ")
+            raise InputError(f"search.{key}={value!r}: {problem}", error.code) from None
 
 
 def _check_counts(space: Space, base: Config, key: str) -> None:
@@ -85,7 +87,9 @@ def _check_counts(space: Space, base: Config, key: str) -> None:
         mend = f"it does for stage {' and '.join(map(str, stages))}: search that, or take it out"
     else:
         mend = "take it out"
-    raise InputError(f"search.{key}: does not matter for stage {searched}, which is searched; {mend}")
+    raise InputError(
+        f"search.{key}: does not matter for stage {searched}, which is searched; {mend}", "sweep/no-effect"
+    )
 
 
 def _check_weight(space: Space, base: Config, key: str) -> None:
@@ -97,7 +101,10 @@ def _check_weight(space: Space, base: Config, key: str) -> None:
     there = changed(base, with_parents(space, key))
     searched = any(other == weight or other.endswith(f".changes.{weight}") for other in space.search)
     if not searched and not any(_weight(there, section, n) for n in space.stages):
-        raise InputError(f"search.{key}: does not matter while {weight} is 0: set or search {weight}, or take it out")
+        raise InputError(
+            f"search.{key}: does not matter while {weight} is 0; set or search {weight}, or take it out",
+            "sweep/no-effect",
+        )
 
 
 def _check_whole(space: Space, base: Config, key: str) -> None:
@@ -106,8 +113,9 @@ def _check_whole(space: Space, base: Config, key: str) -> None:
     if parameter.whole and parameter.step is None and isinstance(now, float):
         low, high = parameter.bounds
         raise InputError(
-            f"search.{key}: uniform=[{low}, {high}] are whole numbers only: "
-            f"write [{low}.0, {high}.0] for those between, or add step: 1"
+            f"search.{key}: uniform=[{low}, {high}] are whole numbers only; "
+            f"write [{low}.0, {high}.0] for those between, or add step: 1",
+            "sweep/range",
         )
 
 
@@ -122,7 +130,8 @@ def _check_stages(space: Space, base: Config) -> None:
         rest = [n for n in space.stages if n != space.first_stage]
         raise InputError(
             f"stages={list(space.stages)}: no searched key matters for stage {space.first_stage}, which every trial would "
-            f"train alike: write stages: {rest}"
+            f"train alike; write stages: {rest}",
+            "sweep/no-effect",
         )
 
 
@@ -133,7 +142,7 @@ def _check_places(space: Space, base: Config) -> None:
         for place in paths(space, base, key):
             for name in {place, *(f"{stage}.changes.{place}" for stage in STAGES[1:])}:
                 if (other := taken.setdefault(name, key)) != key:
-                    raise InputError(f"search.{key}: sets what search.{other} sets: take one out")
+                    raise InputError(f"search.{key}: sets what search.{other} sets; take one out", "sweep/key-twice")
 
 
 def _check_asha(space: Space, asha: Asha, base: Config) -> None:
@@ -147,10 +156,12 @@ def _check_asha(space: Space, asha: Asha, base: Config) -> None:
     if len(measured) < 3:
         raise InputError(
             f"scheduler.asha: training.evaluate_every={every} gives {len(measured) - 1} evaluations before the end at "
-            f"step {total}, it needs 2: make evaluate_every {max(1, (steps[-1] - 1) // 2)} or less, or scheduler none"
+            f"step {total}, it needs 2; make evaluate_every {max(1, (steps[-1] - 1) // 2)} or less, or scheduler none",
+            "sweep/asha",
         )
     if asha.grace_steps > measured[-2]:
         raise InputError(
             f"scheduler.asha.grace_steps={asha.grace_steps}: the last evaluation before the end at step {total} is at "
-            f"step {measured[-2]}: give that or less, or scheduler none"
+            f"step {measured[-2]}; give that or less, or scheduler none",
+            "sweep/asha",
         )

@@ -23,7 +23,9 @@ def publish(asked: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     rows = results.best_rows(trials)
     if not rows:
         reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in trials if trial.reason)
-        raise StageFailure(f"no trial of {len(trials)} has finished: {reasons or 'all were stopped'}")
+        raise StageFailure(
+            f"no trial of {len(trials)} has finished: {reasons or 'all were stopped'}", "sweep/trials-failed"
+        )
     validation = results.validation_text(_split(asked), config.data)
     header = results.best_header(out, rows[0], validation)
     text = results.best_yaml(config, best_overrides(space, config, rows[0].params), header)
@@ -69,8 +71,9 @@ def promote(
     folder = run_folder(asked.out, best.number)
     if not storage.exists(storage.join(folder, f"stage{asked.space.last_stage}", "done.json")):
         raise InputError(
-            f"--promote: the models of trial {best.number} were deleted when others were better: train them again by "
-            f"threestage run {storage.join(asked.out, 'best.yaml')}"
+            f"--promote: the models of trial {best.number} were deleted when others were better; train them again with "
+            f"threestage run {storage.join(asked.out, 'best.yaml')}",
+            "sweep/models-deleted",
         )
     config = trial_config(asked.space, asked.config, best.params, best.seed)
     shared = shared_folder(asked.out, best.seed) if asked.space.shared_stages else None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
+from threestage.errors import InputError
 from threestage.settings import Settings
 
 Number = int | FiniteFloat
@@ -20,8 +21,9 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_with_numbers(part) for part in value]
     if not isinstance(value, str | int | float | dict | None):
-        raise ValueError(
-            f"{value} is a {type(value).__name__}: give numbers, texts, true or false, null, or lists of them"
+        raise InputError(
+            f"{value} is a {type(value).__name__}: give numbers, texts, true or false, null, or lists of them",
+            "sweep/choice",
         )
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
@@ -43,13 +45,13 @@ class Parameter(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if sum(given is not None for given in (self.uniform, self.loguniform, self.choice)) != 1:
-            raise ValueError("give exactly one of uniform, loguniform and choice")
+            raise InputError("give exactly one of uniform, loguniform and choice", "sweep/parameter")
         if self.choice is not None:
             labels = [label(value) for value in self.choice]
             if not labels:
-                raise ValueError("choice=[] is empty: give values")
+                raise InputError("choice=[]: is empty; give values", "sweep/choice")
             if twice := [one for one in labels if labels.count(one) > 1]:
-                raise ValueError(f"choice has {twice[0]} twice: take one out")
+                raise InputError(f"choice: has {twice[0]} twice; take one out", "sweep/choice")
         else:
             self._check_range()
         if self.step is not None:
@@ -59,16 +61,18 @@ class Parameter(Settings):
     def _check_range(self) -> None:
         low, high = self.bounds
         if low >= high:
-            raise ValueError(f"{self.kind}=[{low}, {high}] is empty: the first bound must be below the second")
+            raise InputError(
+                f"{self.kind}=[{low}, {high}]: is empty; the first bound must be below the second", "sweep/range"
+            )
         if self.loguniform is not None and low <= 0:
-            raise ValueError(f"loguniform=[{low}, {high}]: both bounds must be above 0")
+            raise InputError(f"loguniform=[{low}, {high}]: both bounds must be above 0", "sweep/range")
 
     def _check_step(self, step: float) -> None:
         if self.uniform is None:
-            raise ValueError(f"step={step} goes with uniform, not with {self.kind}: take it out")
+            raise InputError(f"step={step}: belongs to uniform, not to {self.kind}; take it out", "sweep/range")
         low, high = self.bounds
         if not 0 < step <= high - low:
-            raise ValueError(f"step={step}: must be above 0 and fit into uniform=[{low}, {high}]")
+            raise InputError(f"step={step}: must be above 0 and fit into uniform=[{low}, {high}]", "sweep/range")
 
     @property
     def kind(self) -> Literal["uniform", "loguniform", "choice"]:

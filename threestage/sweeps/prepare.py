@@ -117,14 +117,17 @@ def known(asked: Sweep) -> str | None:
     if not storage.exists(uri):
         return None
     if not asked.resume:
-        raise InputError(f"{asked.out} holds a sweep: go on with it by --resume, or give another --out")
+        raise InputError(
+            f"--out {asked.out}: holds a sweep; continue it with --resume, or give another --out", "sweep/exists"
+        )
     saved, now = storage.read_json(uri, _Record), _identity(asked)
     for part in ("space", "config"):
         for name in sorted({*saved[part], *now[part]}):
             before, after = saved[part].get(name), now[part].get(name)
             if before != after:
                 raise InputError(
-                    f"{uri} was made with {name}={before!r}, now it is {after!r}: set it back, or give another --out"
+                    f"{uri}: was made with {name}={before!r}, now it is {after!r}; set it back, or give another --out",
+                    "sweep/other-settings",
                 )
     return str(saved["sweep_key"])
 

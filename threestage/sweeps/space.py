@@ -54,7 +54,7 @@ class Space(Settings):
         if isinstance(value, Asha):
             return value
         if not isinstance(value, dict) or list(value) != ["asha"]:
-            raise ValueError("give {asha: {grace_steps: 200}} or none")
+            raise InputError("give {asha: {grace_steps: 200}} or none", "sweep/asha")
         return value["asha"]
 
     @field_serializer("scheduler")
@@ -66,22 +66,27 @@ class Space(Settings):
     def _consecutive(cls, value: Any) -> Any:
         numbers = tuple(value) if isinstance(value, list | tuple) else ()
         if numbers not in [(1,), (2,), (3,), (1, 2), (2, 3), (1, 2, 3)]:
-            raise ValueError("give consecutive stages of 1, 2 and 3, e.g. [2] or [2, 3]")
+            raise InputError("give consecutive stages of 1, 2 and 3, e.g. [2] or [2, 3]", "sweep/stages")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.search:
-            raise ValueError("search={}: name at least one key and its range or choices")
+            raise InputError("search={}: name at least one key and its range or choices", "sweep/parameter")
         if both := [key for key in self.search if key in self.fixed]:
-            raise ValueError(f"{both[0]}: is under search and under fixed: take it out of one")
+            raise InputError(f"{both[0]}: is under search and under fixed; take it out of one", "sweep/key-twice")
         if self.trials is None and self.searcher != "grid":
-            raise ValueError(f"trials: is not set; only searcher: grid ends by itself, {self.searcher} does not")
+            raise InputError(
+                f"trials: is not set; only searcher: grid ends by itself, {self.searcher} does not",
+                "config/missing-key",
+            )
         before: dict[str, Parameter] = {}
         for key, parameter in self.search.items():
             _check_when(key, parameter, before)
             if self.searcher == "grid" and parameter.choice is None and parameter.step is None:
-                raise ValueError(f"search.{key}: searcher: grid needs a choice, or uniform with a step")
+                raise InputError(
+                    f"search.{key}: searcher: grid needs a choice, or uniform with a step", "sweep/parameter"
+                )
             before[key] = parameter
         return self
 
@@ -104,14 +109,17 @@ def _check_when(key: str, parameter: Parameter, before: Mapping[str, Parameter])
         choice = before[other].choice if other in before else None
         if choice is None:
             earlier = [name for name, searched in before.items() if searched.choice is not None]
-            raise ValueError(
+            raise InputError(
                 f"search.{key}.when: {other} is no choice that is searched above {key}"
-                + (f"; those are {', '.join(earlier)}" if earlier else "")
+                + (f"; those are {', '.join(earlier)}" if earlier else ""),
+                "sweep/when",
             )
         labels = [label(value) for value in choice]
         if not wanted or (wrong := [label(value) for value in wanted if label(value) not in labels]):
             given = ", ".join(wrong) if wanted else "[]"
-            raise ValueError(f"search.{key}.when: {other} is never {given}; its choices are {', '.join(labels)}")
+            raise InputError(
+                f"search.{key}.when: {other} is never {given}; its choices are {', '.join(labels)}", "sweep/when"
+            )
 
 
 def load_space(source: str) -> Space:
@@ -120,28 +128,32 @@ def load_space(source: str) -> Space:
     file = shipped.get(source) or storage.path_here(source, "a space")
     if not file.is_file():
         hint = did_you_mean(source, shipped)
-        raise InputError(f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}")
+        raise InputError(
+            f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}", "sweep/not-found"
+        )
     tree = read_yaml(file.read_bytes(), source)
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: a space is a mapping with stages: and search:")
+        raise InputError(f"{source}: a space is a mapping with stages: and search:", "config/not-a-mapping")
     try:
         search = tree.get("search")
         for key, parameter in search.items() if isinstance(search, dict) else ():
             _check_parameter(key, parameter)
         return validated(Space, tree)
     except InputError as error:
-        without = re.sub(r"; give it with --set \S+", "", str(error))  # that changes the configuration only
-        raise InputError(f"{source}: {without}") from None
+        without = re.sub(r"; give it with --set \S+", "", error.message)  # that changes the configuration only
+        raise InputError(f"{source}: {without}", error.code) from None
 
 
 def _check_parameter(key: Any, parameter: Any) -> None:
     """For complaints that name the searched key and what is valid there."""
     if not isinstance(parameter, dict):
-        raise InputError(f"search.{key}={parameter!r}: give a range or choices, e.g. {{uniform: [0, 1]}}")
+        raise InputError(
+            f"search.{key}={parameter!r}: give a range or choices, e.g. {{uniform: [0, 1]}}", "sweep/parameter"
+        )
     try:
         validated(Parameter, parameter)
     except InputError as error:
-        raise InputError(f"search.{key}: {error}") from None
+        raise InputError(f"search.{key}: {error.message}", error.code) from None
 
 
 def _shipped() -> dict[str, Path]:
@@ -204,8 +216,9 @@ def paths(space: Space, base: Config, key: str) -> list[str]:
         missing = " and ".join(str(n) for n in range(shared[0], space.first_stage))
         of = " and ".join(map(str, shared))
         raise InputError(
-            f"search.{key}: counts for stage {of} too, which the trials share: "
-            f"add {missing} to stages, or search another key"
+            f"search.{key}: counts for stage {of} too, which the trials share; "
+            f"add {missing} to stages, or search another key",
+            "sweep/shared-stage",
         )
     later, own = STAGES[space.first_stage - 1 :], with_own_value(base, key)
     return [f"{name}.changes.{key}" for name in later if name not in own]

@@ -193,8 +193,9 @@ class _Running:
         if self._in_vain():
             reason = next(trial.reason for trial in reversed(journal.trials) if trial.reason)
             raise StageFailure(
-                f"{journal.in_vain} trials in a row have failed before their first evaluation, one of the last: {reason}; mend "
-                "that, --resume goes on"
+                f"{journal.in_vain} trials in a row have failed before their first evaluation, one of the last: {reason}; fix "
+                "that, --resume continues",
+                "sweep/trials-failed",
             )
         if self._spent():
             waiting = sum(not trial.over for trial in journal.trials)

@@ -1,0 +1,117 @@
+"""Every error that a user meets has a stable code, which tests, programs and docs/troubleshooting.md name."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "threestage"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ERRORS = {"InputError", "StageFailure", "NoRoom"}
+CODE = re.compile(r"(?P<area>[a-z]+(-[a-z]+)*)/[a-z0-9]+(-[a-z0-9]+)*")
+AREAS = {
+    "budget",
+    "check",
+    "class-map",
+    "clean",
+    "config",
+    "data",
+    "evaluate",
+    "hosts",
+    "image",
+    "init",
+    "mask",
+    "mlflow",
+    "models",
+    "network",
+    "predict",
+    "ray",
+    "report",
+    "run",
+    "stage",
+    "storage",
+    "submit",
+    "sweep",
+    "weights",
+}
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+
+
+def constants() -> dict[str, list[str]]:
+    """The texts that modules give names to, by name: a module may import the name of another."""
+    found: dict[str, list[str]] = {}
+    for tree in TREES.values():
+        for node in tree.body:
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        found.setdefault(target.id, []).append(node.value.value)
+    return found
+
+
+CONSTANTS = constants()
+
+
+def is_code(node: ast.expr | None) -> bool:
+    """A code as text or by the name of a constant, or one that another error brings along."""
+    if isinstance(node, ast.Constant):
+        found = CODE.fullmatch(str(node.value))
+        return found is not None and found["area"] in AREAS
+    if isinstance(node, ast.Name):
+        texts = CONSTANTS.get(node.id, [])
+        return bool(texts) and all(is_code(ast.Constant(text)) for text in texts)
+    if isinstance(node, ast.BoolOp):  # the first of several that there is
+        return all(map(is_code, node.values))
+    if isinstance(node, ast.IfExp):
+        return is_code(node.body) and is_code(node.orelse)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "code_of"
+    return isinstance(node, ast.Attribute) and node.attr == "code"
+
+
+def constructions(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            yield node
+
+
+def code_of(call: ast.Call) -> ast.expr | None:
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    return named[0] if named else next(iter(call.args[1:]), None)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_every_error_has_a_code(file: Path) -> None:
+    without = [call.lineno for call in constructions(TREES[file], ERRORS) if not is_code(code_of(call))]
+    assert not without, f"{file}: no code of the form area/what-is-wrong with a known area in lines {without}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_validators_of_settings_raise_errors_with_codes(file: Path) -> None:
+    """`InputError` is a ValueError, which pydantic takes."""
+    validators = [
+        node
+        for node in ast.walk(TREES[file])
+        if isinstance(node, ast.FunctionDef)
+        and any("validator" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    plain = [call.lineno for node in validators for call in constructions(node, {"ValueError"})]
+    assert not plain, f"{file}: ValueError in lines {plain}; raise InputError with a code"
+
+
+@pytest.mark.parametrize("code", ["data/no-files", "models/no-program", "class-map/repeated-id"])
+def test_a_code(code: str) -> None:
+    assert is_code(ast.Constant(code))
+
+
+@pytest.mark.parametrize(
+    "code", ["", "no-files", "Data/no-files", "data/no files", "data/", "tests/no-area", "data/a/b"]
+)
+def test_no_code(code: str) -> None:
+    assert not is_code(ast.Constant(code))
