@@ -97,7 +97,7 @@ def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
     read a file that does not travel. A wrong option ends the process as it does for the command itself.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"--working-dir {folder}: no such folder", "submit/no-folder")
+        raise InputError(f"--working-dir {folder}: no such folder", "storage/not-found")
     for argument in arguments:
         if without_secrets(argument) != argument or may_be_secret(argument.rpartition("=")[2]):
             raise InputError(
@@ -109,7 +109,7 @@ def read_job(command: str, arguments: Sequence[str], folder: str) -> Job:
         given = _parsed(command, arguments)
         if given.get("local"):
             raise InputError(
-                "--local: is for one machine without Ray; leave it out of what is submitted", "submit/local"
+                "--local: is for one machine without Ray; leave it out of what is submitted", "config/usage"
             )
         for option in INPUTS:
             anywhere(given.get(option) or ".")
@@ -299,7 +299,7 @@ def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict
     for text in asked:
         name, given, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE", "submit/env")
+            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE", "config/usage")
         if given:
             sent[name] = _harmless(name, value)
         else:
@@ -328,7 +328,7 @@ def resources(text: str | None) -> dict[str, float]:
         return {str(name): float(amount) for name, amount in found.items()}
     except (ValueError, TypeError, AttributeError):
         fix = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
-        raise InputError(f"--entrypoint-resources {text}: {fix}", "submit/entrypoint-resources") from None
+        raise InputError(f"--entrypoint-resources {text}: {fix}", "config/usage") from None
 
 
 def _harmless(name: str, value: str) -> str:

@@ -197,7 +197,7 @@ def test_pull_gives_back_the_very_files_and_names_what_is_wrong(
     for wrong in ("models:/team-shapes@stage2", "models:/team-shapes/7", "models:/other@stage3"):
         with refused("mlflow/no-model", wrong):
             registry.models.pull(wrong, tmp_path / "wrong")
-    with refused("mlflow/model-uri", "team-shapes"):
+    with refused("mlflow/no-model", "team-shapes"):
         registry.models.pull("team-shapes", tmp_path / "wrong")
     artifacts = tmp_path / "a folder/mlartifacts" / version.run_id / "artifacts"
     for name in names:

@@ -16,9 +16,9 @@ import ray
 import torch
 
 from tests.conftest import tiny_config
+from tests.refusals import refused
 from threestage.checks.lines import Found, Line
 from threestage.config import Config, changed
-from threestage.errors import InputError
 from threestage.on_ray import check, check_job, check_nodes, check_room
 from threestage.on_ray import entrance as entry
 from threestage.on_ray.room import Growth
@@ -33,13 +33,6 @@ def with_cluster(config: Config, **values: object) -> Config:
     return changed(config, {f"cluster.{key}": value for key, value in values.items()})
 
 
-def problem(find: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as raised:
-        find()
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
 # ---- Room
 
 
@@ -50,10 +43,14 @@ def room(config: Config, *nodes: dict[str, float], growth: Growth = Growth(), **
 def test_room_for_workers_and_the_reader(config: Config) -> None:
     asked = "the run asks for 3 × (CPU 1) and CPU 1 to read the pool; there"
     assert room(config, {"CPU": 4.0}, workers=3) == Found(asked)
-    assert problem(lambda: room(config, {"CPU": 3.0}, workers=3)) == f"{asked}: set cluster.workers=2, or add nodes"
-    assert "cluster.cpus_per_worker" in problem(lambda: room(config, {"CPU": 8.0}, cpus_per_worker=9))
-    assert "(CPU 1, GPU 1)" in problem(lambda: room(config, {"CPU": 8.0}, gpus_per_worker=1))
-    assert "placed STRICT_SPREAD" in problem(lambda: room(config, {"CPU": 8.0}, workers=2, placement="STRICT_SPREAD"))
+    with refused("ray/too-small", f"{asked}; set cluster.workers=2, or add nodes"):
+        room(config, {"CPU": 3.0}, workers=3)
+    with refused("ray/too-small", "cluster.cpus_per_worker"):
+        room(config, {"CPU": 8.0}, cpus_per_worker=9)
+    with refused("ray/too-small", "(CPU 1, GPU 1)"):
+        room(config, {"CPU": 8.0}, gpus_per_worker=1)
+    with refused("ray/too-small", "placed STRICT_SPREAD"):
+        room(config, {"CPU": 8.0}, workers=2, placement="STRICT_SPREAD")
 
 
 def test_an_elastic_group_begins_with_what_fits(config: Config) -> None:
@@ -85,9 +82,8 @@ def test_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "share them" in str(check_room.room_here(with_cluster(config, workers=4, gpus_per_worker=0.25)).doubt)
-    assert "name a cluster that has more" in problem(
-        lambda: check_room.room_here(with_cluster(config, workers=2, gpus_per_worker=1))
-    )
+    with refused("ray/too-small", "name a cluster that has more"):
+        check_room.room_here(with_cluster(config, workers=2, gpus_per_worker=1))
 
 
 # ---- The cluster's door
@@ -104,14 +100,13 @@ def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
 def test_an_address_that_a_run_cannot_use(address: str) -> None:
-    assert "connects to HOST:PORT" in problem(lambda: entry.lets_in("RAY_ADDRESS", address))
+    with refused("ray/address", f"RAY_ADDRESS={address}: ", "HOST:PORT"):
+        entry.lets_in("RAY_ADDRESS", address)
 
 
 def test_nobody_listens() -> None:
-    found = problem(lambda: entry.lets_in("cluster.address", "127.0.0.1:1"))
-    assert found == (
-        "cluster.address=127.0.0.1:1: no Ray answers there (UNAVAILABLE): start the cluster, or mend the address"
-    )
+    with refused("ray/no-answer", "cluster.address=127.0.0.1:1: ", "UNAVAILABLE"):
+        entry.lets_in("cluster.address", "127.0.0.1:1")
 
 
 class Refusing(grpc.GenericRpcHandler):
@@ -135,10 +130,8 @@ def refusing() -> Iterator[str]:
 
 
 def test_another_token(refusing: str) -> None:
-    found = problem(lambda: entry.lets_in("cluster.address", refusing))
-    assert found.startswith(
-        f"cluster.address={refusing} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-    )
+    with refused("ray/wrong-token", f"cluster.address={refusing}: ", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"):
+        entry.lets_in("cluster.address", refusing)
 
 
 def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +139,8 @@ def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ray.exceptions.AuthenticationError("no token was found")
 
     monkeypatch.setattr(entry, "create_gcs_channel", no_token)
-    found = problem(lambda: entry.lets_in("cluster.address", "127.0.0.1:1"))
-    assert found.startswith("cluster.address=127.0.0.1:1 wants a token and none was found: set RAY_AUTH_MODE=token")
+    with refused("ray/no-token", "cluster.address=127.0.0.1:1: ", "RAY_AUTH_MODE=token"):
+        entry.lets_in("cluster.address", "127.0.0.1:1")
 
 
 @pytest.mark.filterwarnings("default")  # Ray's own
@@ -159,20 +152,16 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr(check, "lets_in", lambda name, address: Found("fine"))
     monkeypatch.setattr("threestage.on_ray.train.admitted", lambda name, address: None)
     monkeypatch.setattr(ray, "init", refuse)
-    with contextlib.ExitStack() as connection:
-        found = problem(lambda: check.connect("RAY_ADDRESS", "head:6379", config.cluster, connection))
-    assert found == (
-        "RAY_ADDRESS=head:6379: this machine cannot take part in the cluster (no raylet here): try it on one of its nodes, or "
-        "give --address the URL of its dashboard"
-    )
+    with contextlib.ExitStack() as connection, refused("ray/not-a-node", "RAY_ADDRESS=head:6379: ", "(no raylet here)"):
+        check.connect("RAY_ADDRESS", "head:6379", config.cluster, connection)
 
 
 @pytest.mark.parametrize("what", ["Ray", "Python"])
 def test_other_versions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(entry, "_metadata", lambda channel: there | {f"{what.lower()}_version": "1.2.3"})
-    found = problem(lambda: entry.lets_in("cluster.address", "127.0.0.1:1"))
-    assert found.startswith(f"cluster.address=127.0.0.1:1 has {what} 1.2.3, here is ")
+    with refused("ray/other-version", "cluster.address=127.0.0.1:1: ", f"{what} 1.2.3"):
+        entry.lets_in("cluster.address", "127.0.0.1:1")
 
 
 def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,15 +184,17 @@ def test_a_node_with_another_folder_of_that_name(config: Config, tmp_path: Path)
 
 
 def test_nodes_that_lack_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in ("one", "two", "three")]
-    old = check_nodes.View(versions=check.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",))
-    fine = check_nodes.View(versions=check.versions())
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(check_nodes, "_views", lambda *given: {"one": old, "two": old, "three": fine})
-    assert problem(lambda: check_nodes.nodes_reach(config, "s3://bucket/run")) == (
-        f"node one and 1 more: it has threestage 0.0.1, here is {check.versions()['threestage']}: install the same; "
-        "node one and 1 more: data.root: not there"
+    alive = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in ("one", "two", "three")]
+    old = check_nodes.View(
+        versions=check.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there [data/gone]",)
     )
+    fine = check_nodes.View(versions=check.versions())
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    monkeypatch.setattr(check_nodes, "_views", lambda *given: {"one": old, "two": old, "three": fine})
+    nodes = "node one and 1 more: "
+    with refused("check/nodes", f"{nodes}it has threestage 0.0.1", f"{nodes}data.root: not there") as raised:
+        check_nodes.nodes_reach(config, "s3://bucket/run")
+    assert "[data/" not in raised.value.message, "one line, one code"
 
 
 def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,11 +214,14 @@ def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_a_job_could_not_read(config: Config, scenes: Path) -> None:
     assert check_job._travels(config, "s3://bucket/run").doubt is None
-    assert "--out=runs/x is a path below this folder" in problem(lambda: check_job._travels(config, "runs/x"))
+    with refused("submit/unshared-place", "--out=runs/x: "):
+        check_job._travels(config, "runs/x")
     relative = changed(config, {"data.root": "data"})
-    assert "data.root=data is a path" in problem(lambda: check_job._travels(relative, "s3://bucket/run"))
+    with refused("submit/unshared-place", "data.root=data: "):
+        check_job._travels(relative, "s3://bucket/run")
     secret = changed(config, {"registry.tracking_uri": "http://me:secret@mlflow:5000"})
-    assert "holds a credential" in problem(lambda: check_job._travels(secret, "s3://bucket/run"))
+    with refused("submit/secret-setting"):
+        check_job._travels(secret, "s3://bucket/run")
 
 
 class Client:

@@ -86,7 +86,7 @@ def test_a_script_is_the_command(command: str, monkeypatch: pytest.MonkeyPatch) 
         ("run", ("demo", *DATA), UNSHARED, ["--out", "s3://bucket/prefix"]),
         ("run", ("demo", *DATA, "--out", "runs/x"), UNSHARED, ["--out runs/x"]),
         ("run", (*RUN, "--reuse", "runs/y"), UNSHARED, ["--reuse runs/y"]),
-        ("run", (*RUN, "--local"), "submit/local", ["--local"]),
+        ("run", (*RUN, "--local"), "config/usage", ["--local"]),
         ("run", (*RUN, "--set", "network.weights=w.pth"), UNSHARED, ["network.weights=w.pth", "network.pretrained"]),
         ("run", ("demo", "--out", OUT), UNSHARED, ["data.root="]),
         ("run", (*RUN, "--set", "data.unlabelled=more"), UNSHARED, ["data.unlabelled=more"]),
@@ -121,7 +121,7 @@ def test_a_configuration_must_travel(project: Path) -> None:
     (project / ".rayignore").write_text("*.yaml\n")
     with refused("submit/file-ignored", "mine.yaml", ".rayignore"):
         check_files(job)
-    with refused("submit/no-folder", "--working-dir nowhere"):
+    with refused("storage/not-found", "--working-dir nowhere"):
         submission.read_job("run", RUN, "nowhere")
 
 
@@ -180,7 +180,7 @@ def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
 
 
 def test_a_name_that_no_variable_has() -> None:
-    with refused("submit/env", "--env A B"):
+    with refused("config/usage", "--env A B"):
         submission.environment(read("run", *RUN), ["A B"], {})
 
 
@@ -301,7 +301,7 @@ def test_other_files_travel_without_a_flag() -> None:
 
 @pytest.mark.parametrize("text", ["driver", "[1]", '{"driver": "much"}', "1"])
 def test_resources_that_are_none(text: str) -> None:
-    with refused("submit/entrypoint-resources", f"--entrypoint-resources {text}"):
+    with refused("config/usage", f"--entrypoint-resources {text}"):
         submission.resources(text)
     assert submission.resources(None) == {}
 

@@ -191,7 +191,7 @@ def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
     assert prepare.known(Sweep(asked.space, asked.config, asked.out, resume=True)) == key
     assert resumed(tmp_path, {"trials": 9, "at_once": 3, "budget": {"hours": 1}}) == key
     assert resumed(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) == key
-    with refused("sweep/other-settings", f"search.{KEY}.choice"):
+    with refused("run/other-settings", f"search.{KEY}.choice"):
         resumed(tmp_path, {"search": {KEY: {"choice": [0.0, 0.5]}}})
-    with refused("sweep/other-settings", "stage2.steps=800", "900"):
+    with refused("run/other-settings", "stage2.steps=800", "900"):
         resumed(tmp_path, {}, ["stage2.steps=900"])

@@ -143,7 +143,7 @@ class Models:
         wanted = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", model_uri)
         if wanted is None:
             raise InputError(
-                f"{model_uri}: names no model; write models:/NAME@{CHAMPION} or models:/NAME/3", "mlflow/model-uri"
+                f"{model_uri}: names no model; write models:/NAME@{CHAMPION} or models:/NAME/3", "mlflow/no-model"
             )
         try:
             if wanted["alias"] is not None:

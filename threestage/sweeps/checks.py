@@ -115,7 +115,7 @@ def _check_whole(space: Space, base: Config, key: str) -> None:
         raise InputError(
             f"search.{key}: uniform=[{low}, {high}] are whole numbers only; "
             f"write [{low}.0, {high}.0] for those between, or add step: 1",
-            "sweep/range",
+            "sweep/parameter",
         )
 
 

@@ -23,7 +23,7 @@ def _with_numbers(value: Any) -> Any:
     if not isinstance(value, str | int | float | dict | None):
         raise InputError(
             f"{value} is a {type(value).__name__}: give numbers, texts, true or false, null, or lists of them",
-            "sweep/choice",
+            "sweep/parameter",
         )
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
@@ -49,9 +49,9 @@ class Parameter(Settings):
         if self.choice is not None:
             labels = [label(value) for value in self.choice]
             if not labels:
-                raise InputError("choice=[]: is empty; give values", "sweep/choice")
+                raise InputError("choice=[]: is empty; give values", "sweep/parameter")
             if twice := [one for one in labels if labels.count(one) > 1]:
-                raise InputError(f"choice: has {twice[0]} twice; take one out", "sweep/choice")
+                raise InputError(f"choice: has {twice[0]} twice; take one out", "sweep/parameter")
         else:
             self._check_range()
         if self.step is not None:
@@ -62,17 +62,17 @@ class Parameter(Settings):
         low, high = self.bounds
         if low >= high:
             raise InputError(
-                f"{self.kind}=[{low}, {high}]: is empty; the first bound must be below the second", "sweep/range"
+                f"{self.kind}=[{low}, {high}]: is empty; the first bound must be below the second", "sweep/parameter"
             )
         if self.loguniform is not None and low <= 0:
-            raise InputError(f"loguniform=[{low}, {high}]: both bounds must be above 0", "sweep/range")
+            raise InputError(f"loguniform=[{low}, {high}]: both bounds must be above 0", "sweep/parameter")
 
     def _check_step(self, step: float) -> None:
         if self.uniform is None:
-            raise InputError(f"step={step}: belongs to uniform, not to {self.kind}; take it out", "sweep/range")
+            raise InputError(f"step={step}: belongs to uniform, not to {self.kind}; take it out", "sweep/parameter")
         low, high = self.bounds
         if not 0 < step <= high - low:
-            raise InputError(f"step={step}: must be above 0 and fit into uniform=[{low}, {high}]", "sweep/range")
+            raise InputError(f"step={step}: must be above 0 and fit into uniform=[{low}, {high}]", "sweep/parameter")
 
     @property
     def kind(self) -> Literal["uniform", "loguniform", "choice"]:

@@ -127,7 +127,7 @@ def known(asked: Sweep) -> str | None:
             if before != after:
                 raise InputError(
                     f"{uri}: was made with {name}={before!r}, now it is {after!r}; set it back, or give another --out",
-                    "sweep/other-settings",
+                    "run/other-settings",
                 )
     return str(saved["sweep_key"])
 

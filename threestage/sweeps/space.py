@@ -54,7 +54,7 @@ class Space(Settings):
         if isinstance(value, Asha):
             return value
         if not isinstance(value, dict) or list(value) != ["asha"]:
-            raise InputError("give {asha: {grace_steps: 200}} or none", "sweep/asha")
+            raise InputError("give {asha: {grace_steps: 200}} or none", "config/invalid-value")
         return value["asha"]
 
     @field_serializer("scheduler")
@@ -66,7 +66,7 @@ class Space(Settings):
     def _consecutive(cls, value: Any) -> Any:
         numbers = tuple(value) if isinstance(value, list | tuple) else ()
         if numbers not in [(1,), (2,), (3,), (1, 2), (2, 3), (1, 2, 3)]:
-            raise InputError("give consecutive stages of 1, 2 and 3, e.g. [2] or [2, 3]", "sweep/stages")
+            raise InputError("give consecutive stages of 1, 2 and 3, e.g. [2] or [2, 3]", "config/invalid-value")
         return value
 
     @model_validator(mode="after")
