@@ -70,7 +70,7 @@ def reported() -> Iterator[None]:
     except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer
         from threestage.data.store_errors import explain
 
-        _fail(InputError(explain(None, error), "storage/unavailable"), 2)
+        _fail(explain(None, error), 2)
 
 
 def _usage(error: Any) -> str:

@@ -122,7 +122,7 @@ def failing(error: Exception) -> Callable[..., None]:
             {"code": "config/unknown-key", "key": "stage1.stps", "value": "3", "fix": "did you mean steps?"},
         ),
         (StageFailure("stage1: NaN in step 2", "stage/diverged"), 1, {"code": "stage/diverged", "key": None}),
-        (OSError(28, "No space left on device", "/runs/a"), 2, {"code": "storage/unavailable", "value": "/runs/a"}),
+        (OSError(28, "No space left on device", "/runs/a"), 2, {"code": "storage/full", "value": "/runs/a"}),
         (typer.Abort(), 1, {"code": "clean/no-answer"}),
         (InputError("s3://me:hunter2@bucket/run: not there; correct it"), 2, {"code": None, "value": "s3://bucket/run"}),
     ],

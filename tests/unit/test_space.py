@@ -74,7 +74,7 @@ def check(tmp_path: Path, text: str, changes: Sequence[str] = ()) -> None:
         ("consistency.weight: {uniform: [0.5, 0.5]}", "sweep/parameter", "search.consistency.weight: uniform=[0.5, 0.5]: "),
         ("consistency.weight: {loguniform: [2, 1]}", "sweep/parameter", "loguniform=[2.0, 1.0]: "),
         ("consistency.weight: {loguniform: [0, 1]}", "sweep/parameter", "loguniform=[0.0, 1.0]: "),
-        ("consistency.weight: {uniform: [0, 1], step: 0}", "sweep/parameter", "step=0: must be above 0 and fit into uniform=[0, 1]"),
+        ("consistency.weight: {uniform: [0, 1], step: 0}", "sweep/parameter", "step=0: must be above 0"),
         ("consistency.weight: {uniform: [0, 1], step: 1.5}", "sweep/parameter", "step=1.5: "),
         ("consistency.weight: {loguniform: [1, 2], step: 1}", "sweep/parameter", "step=1: belongs to uniform, not to loguniform"),
         ("consistency.weight: {choice: []}", "sweep/parameter", "search.consistency.weight: choice=[]: "),

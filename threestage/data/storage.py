@@ -31,7 +31,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
 from threestage.redaction import redact
-from threestage.settings import Settings
+from threestage.settings import Settings, raised_by
 from threestage.user_text import lines_of
 
 Model = TypeVar("Model", bound=Settings)
@@ -339,10 +339,10 @@ def shaped(value: Any, shape: Any, where: str) -> Any:
     try:
         return _adapter(shape).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "all of it"
+        first, own = error.errors()[0], raised_by(dict(error.errors()[0]))
+        place, reason = ".".join(map(str, first["loc"])) or "all of it", first["msg"] if own is None else own.message
         raise InputError(
-            f"{where}: is damaged, or another version wrote it ({place}: {first['msg']}); bring it back from a copy",
+            f"{where}: is damaged, or another version wrote it ({place}: {reason}); bring it back from a copy",
             "storage/damaged-json",
         ) from None
 

@@ -23,13 +23,14 @@ from threestage.checks.lines import Found, Line, not_tried, tried
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.store_errors import without_secrets
-from threestage.errors import InputError, reason_of
+from threestage.errors import CodedError, InputError, reason_of
 from threestage.on_ray.check import versions
 from threestage.on_ray.entrance import OPEN
 from threestage.on_ray.submit import NO_CONNECTION, OVER, Client, connect, one_line
 from threestage.settings import Settings
 from threestage.submission import anywhere
 
+CODE = "check/job"
 MARK = "threestage-check "
 SPECIFICATION = "check.json"
 PYTHON = "python"  # the cluster's, as for what is submitted
@@ -100,12 +101,13 @@ def _run(client: Client, specification: Specification) -> Iterator[Line]:
                 metadata={"threestage.command": "check"},
             )
         except (requests.RequestException, AuthenticationError, RuntimeError) as error:
-            yield Line("the job", "", problem=f"it cannot be submitted: {one_line(error)}")
+            yield Line("the job", "", problem=f"it cannot be submitted: {one_line(error)}", code=CODE)
             return
     try:
         yield from _follow(client, job)
     except AuthenticationError as error:
-        yield Line("the job", job, problem=f"the cluster does not take the token any more: {one_line(error)}")
+        problem = f"the cluster does not take the token any more: {one_line(error)}"
+        yield Line("the job", job, problem=problem, code="ray/wrong-token")
     finally:
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
             client.stop_job(job)
@@ -130,10 +132,11 @@ def _follow(client: Client, job: str) -> Iterator[Line]:
                 client.delete_job(job)
                 return
             last = (log.strip().splitlines() or [client.get_job_info(job).message])[-1]
-            yield Line("the job", job, problem=f"it ended too early: {last[:300]}; {mend}")
+            yield Line("the job", job, problem=f"it ended too early: {last[:300]}; {mend}", code=CODE)
             return
         time.sleep(POLL_S)
-    yield Line("the job", job, problem=f"no word of it for {SILENCE_S:.0f} s: has the cluster room for it? {mend}")
+    problem = f"no word of it for {SILENCE_S:.0f} s: has the cluster room for it? {mend}"
+    yield Line("the job", job, problem=problem, code=CODE)
 
 
 # ---- On the cluster
@@ -165,7 +168,8 @@ def main(file: str) -> None:
         for line in check(found.config, found.out, local=False):
             say(line)
     except Exception as error:
-        say(Line("the job", "", problem=reason_of(error)))
+        code = error.code if isinstance(error, CodedError) else CODE
+        say(Line("the job", "", problem=reason_of(error), code=code))
 
 
 def say(line: Line) -> None:

@@ -129,7 +129,8 @@ def own_file(config: Config) -> Line | None:
     mend = "set registry.tracking_uri (or MLFLOW_TRACKING_URI) to an MLflow server"
     line = Line("registry.tracking_uri for others", f"sqlite:///{path}")
     if JOB in os.environ:
-        return line._replace(problem=f"sqlite:///{path} is a file where the job runs, and is lost with it: {mend}")
+        problem = f"sqlite:///{path} is a file where the job runs, and is lost with it; {mend}"
+        return line._replace(problem=problem, code="mlflow/local-file")
     return line._replace(
         doubt=f"sqlite:///{path} is a file of this machine: the run writes it, no other node reads it: {mend}"
     )

@@ -61,8 +61,8 @@ def write_report(
         except (InputError, StageFailure, OSError) as error:
             if data is not None:
                 raise
-            reason = explain(None, error) if isinstance(error, OSError) else error.message
-            missing.append(f"No pictures and no calibration: {reason}.")
+            known = explain(None, error) if isinstance(error, OSError) else error
+            missing.append(f"No pictures and no calibration: {known.message}.")
     content = page(found.name, found.verdict or INTRODUCTION, _sections(found, seen, missing)).encode(
         "utf-8", "replace"
     )
