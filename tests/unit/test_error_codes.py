@@ -41,37 +41,30 @@ AREAS = {
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
-def constants() -> dict[str, list[str]]:
-    """The texts that modules give names to, by name: a module may import the name of another."""
-    found: dict[str, list[str]] = {}
-    for tree in TREES.values():
-        for node in tree.body:
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, str)
-            ):
-                for target in node.targets:
-                    if isinstance(target, ast.Name):
-                        found.setdefault(target.id, []).append(node.value.value)
+def assigned(name: str, tree: ast.AST) -> list[ast.expr]:
+    """What a module, a function of it, or the module that it is imported from gives a name to."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
+            found.append(node.value)
+        elif isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            source = PACKAGE.parent.joinpath(*str(node.module).split(".")).with_suffix(".py")
+            found += assigned(name, TREES[source])
     return found
 
 
-CONSTANTS = constants()
-
-
-def is_code(node: ast.expr | None) -> bool:
-    """A code as text or by the name of a constant, or one that another error brings along."""
+def is_code(node: ast.expr | None, tree: ast.AST) -> bool:
+    """A code as text or by a name, or one that another error brings along."""
     if isinstance(node, ast.Constant):
         found = CODE.fullmatch(str(node.value))
         return found is not None and found["area"] in AREAS
     if isinstance(node, ast.Name):
-        texts = CONSTANTS.get(node.id, [])
-        return bool(texts) and all(is_code(ast.Constant(text)) for text in texts)
+        values = assigned(node.id, tree)
+        return bool(values) and all(is_code(value, tree) for value in values)
     if isinstance(node, ast.BoolOp):  # the first of several that there is
-        return all(map(is_code, node.values))
+        return all(is_code(value, tree) for value in node.values)
     if isinstance(node, ast.IfExp):
-        return is_code(node.body) and is_code(node.orelse)
+        return is_code(node.body, tree) and is_code(node.orelse, tree)
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id == "code_of"
     return isinstance(node, ast.Attribute) and node.attr == "code"
@@ -90,7 +83,7 @@ def code_of(call: ast.Call) -> ast.expr | None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_every_error_has_a_code(file: Path) -> None:
-    without = [call.lineno for call in constructions(TREES[file], ERRORS) if not is_code(code_of(call))]
+    without = [call.lineno for call in constructions(TREES[file], ERRORS) if not is_code(code_of(call), TREES[file])]
     assert not without, f"{file}: no code of the form area/what-is-wrong with a known area in lines {without}"
 
 
@@ -111,11 +104,11 @@ def test_validators_of_settings_raise_errors_with_codes(file: Path) -> None:
 
 @pytest.mark.parametrize("code", ["data/no-files", "models/no-program", "class-map/repeated-id"])
 def test_a_code(code: str) -> None:
-    assert is_code(ast.Constant(code))
+    assert is_code(ast.Constant(code), ast.Module([], []))
 
 
 @pytest.mark.parametrize(
     "code", ["", "no-files", "Data/no-files", "data/no files", "data/", "tests/no-area", "data/a/b"]
 )
 def test_no_code(code: str) -> None:
-    assert not is_code(ast.Constant(code))
+    assert not is_code(ast.Constant(code), ast.Module([], []))
