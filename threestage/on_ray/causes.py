@@ -9,7 +9,7 @@ import ray.exceptions
 from threestage.errors import CodedError, InputError, StageFailure, reason_of
 
 FAILED = "ray/task-failed"
-CODE = re.compile(r" \[[a-z-]+/[a-z-]+\]$")
+_CODE = re.compile(r" \[[a-z-]+/[a-z-]+\]$")
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -54,7 +54,7 @@ def last_line(error: BaseException) -> str:
     """Of its cause, without a code; errors of Ray Train begin with traces."""
     cause = cause_of(error)
     lines = [line.strip() for line in _text(cause).splitlines() if line.strip()]
-    return CODE.sub("", lines[-1]) if lines else type(cause).__name__
+    return _CODE.sub("", lines[-1]) if lines else type(cause).__name__
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def check_space(space: Space, config: Config) -> None:
         if key in SET_BY_THE_SWEEP:
             raise InputError(f"fixed.{key}: the sweep sets it itself; take it out", "sweep/not-searchable")
         if key in CONFIRMING:
-            raise InputError(f"fixed.{key}: a space names no host: give it with --set {key}=VALUE", CODE)
+            raise InputError(f"fixed.{key}: a space names no host; give it with --set {key}=VALUE", CODE)
     base = changed(config, space.fixed)
     for key in space.search:
         _check_known("search", key, known)
