@@ -9,7 +9,7 @@ import ray.exceptions
 from threestage.errors import CodedError, InputError, StageFailure, reason_of
 
 FAILED = "ray/task-failed"
-_CODE = re.compile(r" \[[a-z-]+/[a-z-]+\]$")
+_CODE = re.compile(r" \[[a-z-]+/[a-z0-9-]+\]$")
 
 
 def cause_of(error: BaseException) -> BaseException:
