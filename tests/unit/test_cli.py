@@ -121,7 +121,7 @@ def failing(error: Exception) -> Callable[..., None]:
             2,
             {"code": "config/unknown-key", "key": "stage1.stps", "value": "3", "fix": "did you mean steps?"},
         ),
-        (StageFailure("stage1: NaN in step 2", "stage/diverged"), 1, {"code": "stage/diverged", "key": None}),
+        (StageFailure("stage1: NaN in step 2", "stage/diverged"), 1, {"code": "stage/diverged", "fix": None}),
         (OSError(28, "No space left on device", "/runs/a"), 2, {"code": "storage/full", "value": "/runs/a"}),
         (typer.Abort(), 1, {"code": "clean/no-answer"}),
         (InputError("s3://me:hunter2@bucket/run: not there; correct it"), 2, {"code": None, "value": "s3://bucket/run"}),
@@ -143,7 +143,7 @@ def test_a_command_line_that_cannot_be_read(threestage: Run) -> None:
     code, out, line = threestage("config", "--json", "--nonsense")
     assert code == 2 and json.loads(out)["error"]["code"] == "config/usage"
     assert "--nonsense" in line and line.endswith(" [config/usage]\n")
-    refused(threestage("ingest", "photos"), "OUT", "threestage ingest --help", "[config/usage]")
+    refused(threestage("ingest", "photos"), "'out'", "ingest --help", "[config/usage]")
 
 
 def test_config_prints_the_whole_tree(threestage: Run) -> None:

@@ -183,8 +183,8 @@ def test_a_password_never_reaches_a_host_of_a_file(thief: tuple[str, list[str]],
     (run / "run.json").write_text('{"run_key": "abc"}')
     refused_host(lambda: sync(str(run)), uri, "config.json")
     assert uri in str(log_page(str(run), "page", finished=True))
-    lines = {line.name: line.problem for line in check(load(write({"registry.tracking_uri": uri})), "out", local=False)}
-    assert hosts.CODE in str(lines["registry.tracking_uri"])
+    codes = {line.name: line.code for line in check(load(write({"registry.tracking_uri": uri})), "out", local=False)}
+    assert codes["registry.tracking_uri"] == hosts.CODE
     assert sent == []
     assert registry_of({"registry": {"tracking_uri": uri}}, uri, "config.json").host_from is None  # --tracking-uri
 

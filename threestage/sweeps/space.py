@@ -140,7 +140,7 @@ def load_space(source: str) -> Space:
             _check_parameter(key, parameter)
         return validated(Space, tree)
     except InputError as error:
-        without = re.sub(r"; give it with --set \S+", "", error.message)  # that changes the configuration only
+        without = re.sub(r"; give it with --set [^\s;]+", "", error.message)  # that changes the configuration only
         raise InputError(f"{source}: {without}", error.code) from None
 
 
