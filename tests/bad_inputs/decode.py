@@ -138,12 +138,12 @@ IMAGES: list[tuple[str, str, Callable[[], bytes], str]] = [
     ("PNG of 70,000 pieces", "image/costly", lambda: png(4, 4, 8, 2, b"\1" * 12, chunk(b"IDAT", b"") * 70_000), ".png"),
 ]
 MASKS = [
-    ("mask: RGB TIFF of 16 bits", "left out [mask/bits]",
+    ("mask: RGB TIFF of 16 bits", "left out [mask/layout]",
      mask(lambda: tiff(PIXELS.astype(np.uint16), RGB), ".tif")),
-    ("mask: TIFF of two pages", "left out [mask/frames]", mask(pages("TIFF"), ".tif")),
-    ("mask: TIFF of ids and another band", "left out [mask/bands]",
+    ("mask: TIFF of two pages", "left out [image/frames]", mask(pages("TIFF"), ".tif")),
+    ("mask: TIFF of ids and another band", "left out [mask/layout]",
      mask(lambda: tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), ".tif")),
-    ("mask: grey TIFF in which 0 is white", "left out [mask/inverted]",
+    ("mask: grey TIFF in which 0 is white", "left out [mask/layout]",
      mask(lambda: tiff(IDS[..., None], 0), ".tif")),
     ("mask: TIFF of JPEG", "left out [mask/lossy]",
      mask(lambda: encoded(Image.fromarray(PIXELS), "TIFF", compression="jpeg"), ".tif")),

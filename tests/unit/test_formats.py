@@ -91,11 +91,11 @@ def test_one_end_of_the_names_that_explains_all_masks_is_proposed(tmp_path: Path
     touch(tmp_path, "y/other.png")
     with refused("data/no-pair"):
         paired(tmp_path)
-    assert paired(tmp_path, suffix="_mask")[0]["other"] == "mask whose name does not end with _mask [mask/no-image]"
+    assert paired(tmp_path, suffix="_mask")[0]["other"] == "mask whose name does not end with _mask [mask/unpaired]"
     touch(tmp_path, "x/3.jpg", "x/4.jpg", "y/3.png", "y/4_mask.png")
     (tmp_path / "y/other.png").unlink()
     found, _ = paired(tmp_path)
-    assert found["3"] == "3.png" and found["4_mask"] == "mask without an image; rename it without _mask [mask/no-image]"
+    assert found["3"] == "3.png" and found["4_mask"] == "mask without an image; rename it without _mask [mask/unpaired]"
     for wrong in ("_mask.png", "a/b"):
         with pytest.raises(ValidationError, match=r"\[data/mask-suffix\]"):
             IngestSettings(format="folders", masks="y", mask_suffix=wrong)
@@ -240,7 +240,7 @@ def test_labelled_only(tmp_path: Path) -> None:
     (tmp_path / "SegmentationClass/t2.png").unlink()
     assert found(tmp_path, "voc", labelled_only=True) == {
         "JPEGImages/t1": ("SegmentationClass/t1.png", "train", None),
-        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClass has no mask [mask/missing]"),
+        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClass has no mask [image/missing]"),
         "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
     }
     touch(tmp_path, "leftImg8bit/train_extra/bonn/bonn_1_leftImg8bit.png")
@@ -548,7 +548,7 @@ def test_what_is_not_converted_is_refused_by_name() -> None:
     clear.putalpha(100)
     frames = encoded(photo(), "TIFF", save_all=True, append_images=[photo("L")])
     cases = {
-        b"": "image/empty",
+        b"": "image/undecodable",
         b"text": "image/undecodable",
         sixteen: "image/bits",
         encoded(clear): "image/transparent",

@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "animated WebP": (frames("WEBP"), "image/frames"),
     "animated PNG": (frames("PNG"), "image/frames"),
     "TIFF of two pages": (frames("TIFF"), "image/frames"),
-    "Lab TIFF": (tiff(PIXELS, 8), "image/mode"),
+    "Lab TIFF": (tiff(PIXELS, 8), "image/bands"),
 }  # fmt: skip
 
 
@@ -251,17 +251,17 @@ def test_ids_of_any_whole_numbers(dtype: type) -> None:
 
 
 REFUSED_MASKS: dict[str, tuple[bytes, str]] = {
-    "RGB TIFF of 16 bits": (tiff(COLOURS[IDS].astype(np.uint16), RGB), "mask/bits"),
-    "RGB PNG of 16 bits": (png(3, 2, 16, 2, b"\0\x0a\0\x14\0\x1e" * 3), "mask/bits"),
-    "floats": (tiff(IDS[..., None].astype(np.float32), GREY), "mask/numbers"),
-    "two pages": (encoded(Image.fromarray(IDS), "TIFF", save_all=True, append_images=[Image.fromarray(IDS)]), "mask/frames"),
+    "RGB TIFF of 16 bits": (tiff(COLOURS[IDS].astype(np.uint16), RGB), "mask/layout"),
+    "RGB PNG of 16 bits": (png(3, 2, 16, 2, b"\0\x0a\0\x14\0\x1e" * 3), "mask/layout"),
+    "floats": (tiff(IDS[..., None].astype(np.float32), GREY), "mask/layout"),
+    "two pages": (encoded(Image.fromarray(IDS), "TIFF", save_all=True, append_images=[Image.fromarray(IDS)]), "image/frames"),
     "animated PNG": (
-        encoded(Image.fromarray(IDS), save_all=True, append_images=[Image.fromarray(IDS).rotate(180)]), "mask/frames"
+        encoded(Image.fromarray(IDS), save_all=True, append_images=[Image.fromarray(IDS).rotate(180)]), "image/frames"
     ),
-    "a band beside": (tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), "mask/bands"),
-    "colours and a band": (tiff(np.dstack([COLOURS[IDS], IDS]), RGB, extra=[0]), "mask/bands"),
-    "transparency": (encoded(opaque_and_clear("RGBA").resize((3, 2))), "mask/bands"),
-    "white is 0": (tiff(IDS[..., None], 0), "mask/inverted"),
+    "a band beside": (tiff(np.dstack([IDS, IDS]), GREY, extra=[0]), "mask/layout"),
+    "colours and a band": (tiff(np.dstack([COLOURS[IDS], IDS]), RGB, extra=[0]), "mask/layout"),
+    "transparency": (encoded(opaque_and_clear("RGBA").resize((3, 2))), "mask/layout"),
+    "white is 0": (tiff(IDS[..., None], 0), "mask/layout"),
     "JPEG in TIFF": (encoded(Image.fromarray(COLOURS[IDS]), "TIFF", compression="jpeg"), "mask/lossy"),
     "WebP": (encoded(Image.fromarray(COLOURS[IDS]), "WEBP", lossless=True), "mask/lossy"),
 }  # fmt: skip

@@ -311,7 +311,7 @@ def test_parquet_of_others(model: ModelFiles, tmp_path: Path) -> None:
     assert [part.rows for part in counting.parts] == [4, 2, 3]
     assert (report.images, report.bad) == (8, 1)
     (reject,) = report.rejected
-    assert (reject.source, reject.reason) == (f"{source}/two.parquet#2", "is null [image/empty]")
+    assert (reject.source, reject.reason) == (f"{source}/two.parquet#2", "is null [image/undecodable]")
     masks = {path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*.png")}
     assert len(masks) == 8 and {"x/y.png", "two/00000001.png", "one/00000004.png"} <= masks
     assert sum(name.startswith("a-") for name in masks) == 3 and sum(name.startswith("etc/passwd-") for name in masks)

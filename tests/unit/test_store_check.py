@@ -51,7 +51,7 @@ EXPECTED = {
     "redirect": ("storage/region", "s3://bucket: region us-east-1", "storage.region (or AWS_REGION)"),
     "busy": ("storage/busy", "s3://bucket: endpoint {endpoint}", "SLOW_DOWN: Please reduce"),
     "clock": ("storage/clock", "s3://bucket: endpoint {endpoint}", "clock"),
-    "token": ("storage/session-token", "endpoint {endpoint}", "AWS_SESSION_TOKEN"),
+    "token": ("storage/credentials", "endpoint {endpoint}", "AWS_SESSION_TOKEN"),
     "web site": ("storage/not-s3", "s3://bucket: endpoint {endpoint}", "storage.endpoint"),
 }
 

@@ -87,7 +87,7 @@ def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -
     BadImage, and whatever a decoder raises here or in the body, becomes a BadFile.
     """
     if not data:
-        raise BadFile(f"{prefix}is empty", "image/empty")
+        raise BadFile(f"{prefix}is empty", "image/undecodable")
     try:
         refuse(read_layout(data))
         with open_image(data) as probe:
@@ -104,20 +104,20 @@ def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -
 def _refuse_mask_layout(layout: Layout) -> None:
     """Raise BadImage where the values could not be read as they are stored."""
     if layout.pages:
-        raise BadImage(MASK_FRAMES, "mask/frames")
+        raise BadImage(MASK_FRAMES, "image/frames")
     if layout.colour_bands > 1 and layout.bits > 8:
-        raise BadImage(f"has colours of {layout.bits} bits per channel: save it with 8", "mask/bits")
+        raise BadImage(f"has colours of {layout.bits} bits per channel: save it with 8", "mask/layout")
     if layout.sample_format not in (UNSIGNED, SIGNED):
-        raise BadImage("holds no whole numbers: save its ids as PNG", "mask/numbers")
+        raise BadImage("holds no whole numbers: save its ids as PNG", "mask/layout")
     if layout.white_is_zero and layout.bits > 1:
-        raise BadImage("is a TIFF in which 0 is white, whose ids may be inverted: save it as PNG", "mask/inverted")
+        raise BadImage("is a TIFF in which 0 is white, whose ids may be inverted: save it as PNG", "mask/layout")
     _refuse_mask_bands(layout.bands, layout.colour_bands + 1)
 
 
 def _refuse_mask_bands(bands: int, most: int) -> None:
     if bands > most:
         raise BadImage(
-            f"has {bands} bands: ids (one band or a palette) or RGB colours are read, remove the others", "mask/bands"
+            f"has {bands} bands: ids (one band or a palette) or RGB colours are read, remove the others", "mask/layout"
         )
 
 
@@ -128,7 +128,7 @@ def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> N
         kind = f"TIFF of {compression}" if compression in LOSSY_TIFFS else image.format
         raise BadImage(f"is a {kind}, which may change ids: save it as PNG", "mask/lossy")
     if has_frames(image, layout):
-        raise BadImage(MASK_FRAMES, "mask/frames")
+        raise BadImage(MASK_FRAMES, "image/frames")
     height, width = upright_size(image)
     if (height, width) != size:
         raise BadImage(f"is {width}x{height} but its image, upright, is {size[1]}x{size[0]} pixels", "mask/size")
@@ -153,7 +153,7 @@ def _source_values(image: Image.Image, layout: Layout, lookup: Lookup) -> npt.ND
         return values.astype(np.uint8)
     elif image.mode not in ("L", "RGB") and not image.mode.startswith("I"):
         raise BadImage(
-            f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read", "mask/mode"
+            f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read", "mask/layout"
         )
     return values
 

@@ -376,7 +376,7 @@ def _voc(stamps: Stamps, source: str, paths: Paths, settings: IngestSettings) ->
     for path, stem in images.items():
         name = stem.rsplit("/", 1)[-1]
         problem = (
-            f"listed as labelled but {folders[0]} has no mask [mask/missing]"
+            f"listed as labelled but {folders[0]} has no mask [image/missing]"
             if name in masks and not masks[name]
             else None
         )

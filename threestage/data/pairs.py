@@ -84,13 +84,15 @@ def pair(image_ids: Collection[str], masks: Mapping[str, str], mask_suffix: str)
         paths = rest.pop(key)
         pairs.masks[image_id] = paths[0]
         if len(paths) > 1:
-            pairs.problems[image_id] = f"has two masks, {masks[paths[0]]} and {masks[paths[1]]}: keep one [mask/two]"
+            pairs.problems[image_id] = (
+                f"has two masks, {masks[paths[0]]} and {masks[paths[1]]}: keep one [mask/unpaired]"
+            )
     lonely = [image_id for image_id in image_ids if image_id not in partners]
     unread = _without_end(stems(masks, PICTURE_SUFFIXES - MASK_SUFFIXES), mask_suffix)
     for image_id, key in _partners(lonely, unread).items():
         uri = masks[unread[key][0]]
         pairs.problems[image_id] = (
-            f"its mask {uri} is not read: save it as PNG ({', '.join(sorted(MASK_SUFFIXES))} are) [mask/format]"
+            f"its mask {uri} is not read: save it as PNG ({', '.join(sorted(MASK_SUFFIXES))} are) [data/mask-format]"
         )
     twins, end = alike(image_ids), suffix_rule(map(nfc, lonely), map(nfc, rest))
     for key, paths in rest.items():
@@ -98,7 +100,7 @@ def pair(image_ids: Collection[str], masks: Mapping[str, str], mask_suffix: str)
         reason = f"; rename it without {end}" if end else ""
         if twin is not None:
             reason = f"; its name looks like that of {twin}: {code_points(key)} here, {code_points(twin)} there"
-        pairs.orphans |= dict.fromkeys(paths, f"mask without an image{reason} [mask/no-image]")
+        pairs.orphans |= dict.fromkeys(paths, f"mask without an image{reason} [mask/unpaired]")
     return pairs
 
 
@@ -107,7 +109,7 @@ def _without_end(found: Mapping[str, list[str]], end: str, pairs: Pairs | None =
     kept = {stem.removesuffix(end): paths for stem, paths in found.items() if stem.endswith(end)}
     if pairs is not None:
         others = (path for stem, paths in found.items() if not stem.endswith(end) for path in paths)
-        pairs.orphans |= dict.fromkeys(others, f"mask whose name does not end with {end} [mask/no-image]")
+        pairs.orphans |= dict.fromkeys(others, f"mask whose name does not end with {end} [mask/unpaired]")
     return kept
 
 

@@ -153,13 +153,13 @@ def pool_row(
     """A row as a file holds it. `unnamed`: its id, where it has none that can be used."""
     place = str(source)
     if isinstance(image_id, parquet.Damaged):
-        return PoolRow(unnamed, place, b"", problem=f"its image_id {image_id} [image/bad-id]")
+        return PoolRow(unnamed, place, b"", problem=f"its image_id {image_id} [image/damaged-row]")
     if image_id is not None and len(image_id) > MAX_ID_BYTES:
-        problem = f"its image_id has {len(image_id)} letters, more than {MAX_ID_BYTES} [image/bad-id]"
+        problem = f"its image_id has {len(image_id)} letters, more than {MAX_ID_BYTES} [image/damaged-row]"
         return PoolRow(unnamed, place, b"", problem=problem)
     name = unnamed if image_id is None else image_id
     if image is None:
-        return PoolRow(name, place, b"", problem="is null [image/empty]")
+        return PoolRow(name, place, b"", problem="is null [image/undecodable]")
     if isinstance(image, parquet.Damaged):
         return PoolRow(name, place, b"", problem=f"{image} [image/too-large]")
     return PoolRow(name, place, image, mask)
@@ -171,7 +171,7 @@ def lost_rows(uri: str, name: str, group: parquet.Group) -> Iterator[list[PoolRo
         rows = min(storage.ROW_GROUP_ROWS, group.first + group.rows - start)
         names = unnamed(name, parquet.Group(start, rows, None))
         yield [
-            PoolRow(image_id, f"{uri}#{number}", b"", problem=f"{group.problem} [image/lost-row]")
+            PoolRow(image_id, f"{uri}#{number}", b"", problem=f"{group.problem} [image/damaged-row]")
             for number, image_id in enumerate(names, start)
         ]
 
@@ -214,7 +214,7 @@ def _fetch(row: dict[str, Any], replaced: bool) -> PoolRow:
             image = storage.read_bytes(row["image_uri"])
             if len(image) != row["bytes"]:
                 had = row["bytes"]
-                problem = f"has changed since it was listed: it had {had} bytes, now {len(image)} [image/changed]"
+                problem = f"has changed since it was listed: it had {had} bytes, now {len(image)} [image/unreadable]"
     except (FileNotFoundError, PermissionError, InputError) as error:
         reason = error.message if isinstance(error, InputError) else error
         problem = f"cannot be read: {reason} [image/unreadable]"

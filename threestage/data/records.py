@@ -318,7 +318,7 @@ def open_picture(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     if has_frames(image, layout):
         raise BadImage("holds more than one frame: give one file per image", "image/frames")
     if image.mode not in PICTURE_MODES:
-        raise BadImage(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB", "image/mode")
+        raise BadImage(f"has the pixel mode {image.mode}, which is not converted: save it as 8-bit RGB", "image/bands")
     _refuse_bands(image, layout)
     return image
 

@@ -105,7 +105,7 @@ def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PI
         if values.shape != image.shape[:2]:
             raise BadImage(
                 f"the image is of {image.shape[:2]} pixels and its {name} of {values.shape}: one has changed",
-                "image/changed",
+                "image/unreadable",
             )
     return Decoded(image, maps)
 

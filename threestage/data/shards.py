@@ -255,6 +255,4 @@ def _check_same(item: SourceItem, known: Known, image_digest: str) -> None:
             "image/same-id",
         )
     if known.split != item.split:
-        raise BadFile(
-            f"the data set has it in split {known.split}, and here it is in {item.split}", "image/other-split"
-        )
+        raise BadFile(f"the data set has it in split {known.split}, and here it is in {item.split}", "image/same-id")

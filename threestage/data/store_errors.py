@@ -44,11 +44,11 @@ OF_THE_STORE = {
     ),
     "expiredtoken": (
         "the session token has expired at {endpoint}; renew AWS_SESSION_TOKEN and the keys that go with it",
-        "storage/session-token",
+        "storage/credentials",
     ),
     "invalidtoken": (
         "{endpoint} refuses the session token; renew AWS_SESSION_TOKEN, or unset it",
-        "storage/session-token",
+        "storage/credentials",
     ),
     "requesttimetooskewed": (
         "{endpoint} refuses the time of the request; set the clock of this machine",
