@@ -12,7 +12,7 @@ from threestage.settings import Settings
 REJECT_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 SHOWN = 20
 WRITTEN_AT_ONCE = 10_000
-CODE = re.compile(r" \[[a-z-]+/[a-z-]+\]$")
+CODE = re.compile(r" \[[a-z-]+/[a-z0-9-]+\]$")
 
 
 class Reject(Settings):
