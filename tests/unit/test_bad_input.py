@@ -160,7 +160,7 @@ evaluate model data --window 15,16                   | network/size-multiple | w
 evaluate model data --stride 8,8                     | predict/stride | stride=8x8
 evaluate model data --scales ,                       | config/usage | --scales , | e.g. --scales 0.75,1,1.25
 evaluate model data --scales 1,1000000               | config/invalid-value | scales.1=1000000.0
-evaluate models:/x data --tracking-uri sqlite:///empty.db | mlflow/model-uri | models:/x | models:/NAME@champion
+evaluate models:/x data --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/x | models:/NAME@champion
 evaluate models:/x/1 data --tracking-uri CLOSED      | mlflow/unavailable | CLOSED
 predict model nowhere out                            | predict/not-found | nowhere
 predict model empty out                              | predict/no-images | empty
@@ -185,19 +185,19 @@ clean sweep --yes                                    | run/no-run | sweep
 models list --tracking-uri CLOSED                    | mlflow/unavailable | CLOSED
 models list --tracking-uri sqlite:///text.pth        | mlflow/unavailable | text.pth | registry.tracking_uri
 models list --tracking-uri sqlite:///no.db           | mlflow/no-store | no.db | --tracking-uri
-models pull camvid mod --tracking-uri sqlite:///empty.db | mlflow/model-uri | camvid | models:/NAME@champion
+models pull camvid mod --tracking-uri sqlite:///empty.db | mlflow/no-model | camvid | models:/NAME@champion
 models promote models:/camvid/9 --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/camvid/9
 models lineage models:/camvid@stage9 --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/camvid@stage9
-submit run demo                                      | config/usage | s3://bucket/prefix
+submit run demo                                      | submit/unshared-place | s3://bucket/prefix
 submit run demo --out runs/x                         | submit/unshared-place | --out runs/x | s3://bucket/prefix
 submit run demo --out s3://b/x                       | submit/unshared-place | data.root=demo | s3://bucket/
 submit run camvd --out s3://b/x                      | config/not-found | camvd | did you mean camvid?
 submit run demo --out s3://b/x --sed 3               | config/usage | --sed | --seed
-submit run demo --out s3://b/x --local               | submit/local | --local
-submit run demo --out s3://b/x --working-dir nowhere | submit/no-folder | --working-dir nowhere
-submit run demo --out s3://b/x --env 3=4 --set data.root=s3://b/d | submit/env | --env 3
+submit run demo --out s3://b/x --local               | config/usage | --local
+submit run demo --out s3://b/x --working-dir nowhere | storage/not-found | --working-dir nowhere
+submit run demo --out s3://b/x --env 3=4 --set data.root=s3://b/d | config/usage | --env 3
 submit run demo --out s3://b/x --env A_KEY=x --set data.root=s3://b/d | submit/secret-variable | --env A_KEY
-submit run demo --out s3://b/x --entrypoint-resources { --set data.root=s3://b/d | submit/entrypoint-resources | AMOUNT
+submit run demo --out s3://b/x --entrypoint-resources { --set data.root=s3://b/d | config/usage | AMOUNT
 submit run demo --out s3://b/x --working-dir empty --address localhost --set data.root=s3://b/d | ray/address | localhost
 submit run demo --out s3://b/x --working-dir empty --address CLOSED --set data.root=s3://b/d | ray/no-answer | --address CLOSED
 submit sweep thresholdz demo --out s3://b/x          | sweep/not-found | thresholdz | did you mean thresholds?
