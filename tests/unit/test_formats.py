@@ -39,7 +39,7 @@ def test_folders_pair_by_relative_name(tmp_path: Path) -> None:
         ("a/1", f"{y}/a/1.png", "val", None),
         ("b/1", None, "val", None),
         ("b/2", f"{y}/b/2.png", "val", None),
-        ("c/9", None, "val", "mask without an image"),
+        ("c/9", None, "val", "mask without an image [mask/unpaired]"),
     ]
 
 
@@ -47,7 +47,7 @@ def test_an_image_with_two_masks_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "x/1.jpg", "x/2.jpg", "y/1.png", "y/1.tif", "y/2.png")
     items = discover(str(tmp_path / "x"), IngestSettings(format="folders", masks=str(tmp_path / "y")))
     assert [item.problem for item in items] == [
-        f"has two masks, {tmp_path}/y/1.png and {tmp_path}/y/1.tif: keep one",
+        f"has two masks, {tmp_path}/y/1.png and {tmp_path}/y/1.tif: keep one [mask/unpaired]",
         None,
     ]
 
@@ -217,9 +217,9 @@ def test_augmented_voc_keeps_val_apart_and_names_what_is_absent(tmp_path: Path) 
     assert found(tmp_path, "voc") == {
         "JPEGImages/aug": ("SegmentationClassAug/aug.png", "train", None),
         "JPEGImages/free": (None, "train", None),
-        "JPEGImages/lost": (None, "train", "listed in ImageSets/Segmentation but absent"),
+        "JPEGImages/lost": (None, "train", "listed in ImageSets/Segmentation but absent [image/missing]"),
         "JPEGImages/t1": ("SegmentationClassAug/t1.png", "train", None),
-        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClassAug has no mask"),
+        "JPEGImages/t2": (None, "train", "listed as labelled but SegmentationClassAug has no mask [image/missing]"),
         "JPEGImages/v1": ("SegmentationClass/v1.png", "val", None),
     }
 
