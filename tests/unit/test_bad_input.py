@@ -61,13 +61,13 @@ config list.yaml                                     | config/not-a-mapping | li
 config empty.yaml                                    | config/not-a-mapping | empty.yaml
 config binary.yaml                                   | data/not-utf8 | binary.yaml
 config wrong-base.yaml                               | config/unknown-base | base='camvd' | did you mean camvid?
-config types.yaml                                    | config/invalid | stage1.steps='many' | augment=[1]
+config types.yaml                                    | config/invalid-value | stage1.steps='many' | augment=[1]
 config demo --set stage1.steps                       | config/not-an-assignment | --set stage1.steps
 config demo --set stage1..steps=3                    | config/not-an-assignment | --set stage1..steps=3
 config demo --set stage1.stps=3                      | config/unknown-key | stage1.stps=3 | did you mean steps?
 config demo --set stge1.steps=3                      | config/unknown-key | stge1 | did you mean stage1?
 config demo --set stage1=3                           | config/invalid-value | stage1=3
-config demo --set stage1.steps.x=3                   | config/invalid-value | stage1.steps.x=3 | steps is a value
+config demo --set stage1.steps.x=3                   | config/unknown-key | stage1.steps.x=3 | steps is a value
 config demo --set stage1.steps=-1                    | config/invalid-value | stage1.steps=-1
 config demo --set stage1.steps=                      | config/invalid-value | stage1.steps=None
 config demo --set optimiser.learning_rate=inf        | config/invalid-value | optimiser.learning_rate=inf
@@ -122,7 +122,7 @@ check camvd                                          | config/not-found | camvd 
 check mine.yaml --local --address x:1                | check/local-address | --address x:1
 check mine.yaml --local --out s3:/bucket             | storage/scheme | s3:/bucket | s3://bucket/prefix
 init s3://bucket/project                             | storage/scheme | s3://bucket/project
-init file                                            | storage/not-a-folder | file
+init file                                            | init/exists | file
 """
 IMAGES = """
 ingest nowhere out --format images --local           | data/no-files | nowhere
@@ -394,4 +394,7 @@ def test_a_question_that_nobody_answers(
     (tmp_path / "split.json").write_text(json.dumps({"split": split}))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert run_program(f"clean {tmp_path}", monkeypatch) == 1
-    assert "give --yes" in capsys.readouterr().err and (tmp_path / "stage1/checkpoints/1").exists()
+    assert (
+        "--yes to skip the question [clean/no-answer]" in capsys.readouterr().err
+        and (tmp_path / "stage1/checkpoints/1").exists()
+    )
