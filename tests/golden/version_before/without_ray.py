@@ -1,0 +1,83 @@
+"""`threestage sweep` in this process, with stand-ins for Ray, Ray Tune and MLflow: the one file of these tests that knows
+the inside of the package."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from threestage.config import Config
+from threestage.local import run_local
+from threestage.sweeps.journal import Journal
+from threestage.sweeps.space import Space, trial_config
+from threestage.sweeps.trials import Trial, curve_of, run_folder, shared_folder
+
+
+class NoMlflow:
+    def __init__(self, *given: Any) -> None:
+        pass
+
+    def update(self, *given: Any) -> None:
+        pass
+
+    def close(self, *given: Any) -> None:
+        pass
+
+
+class Trials:
+    """Runs trials one after the other. `ends`: by number, the reason of a trial that fails, or what is raised when it begins."""
+
+    def __init__(self, ends: Mapping[int, str | BaseException]) -> None:
+        self.ends = ends
+        self.begun: list[int] = []
+        self.shared: list[str] = []
+
+    def run(
+        self, space: Space, config: Config, out: str, journal: Journal, following: Callable[[], Trial | None], count: int,
+        over: Callable[[], bool], warn: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        while not over() and (trial := following()) is not None:
+            self.begun.append(trial.number)
+            journal.begin(trial.number)
+            end = self.ends.get(trial.number)
+            if isinstance(end, BaseException):
+                raise end
+            if end is not None:
+                journal.end(trial.number, "failed", end)
+                continue
+            settings, folder = trial_config(space, config, trial.params, trial.seed), run_folder(out, trial.number)
+            run_local(settings, folder, lambda stage, row: None, warn, reuse=shared_folder(out, trial.seed))
+            journal.note(trial.number, [f"stage{number}" for number in space.stages], ["pseudo_masks1", "stage1"])
+            for step, score in curve_of(folder, space.stages, settings):
+                journal.score(trial.number, step, score)
+            journal.end(trial.number, "finished")
+
+    def share(self, config: Config, out: str, show: Any, warn: Any, **given: Any) -> None:
+        self.shared.append(Path(out).name)
+        run_local(config, out, show, warn)
+
+
+@contextlib.contextmanager
+def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials]:
+    """Sweeps inside it run here; gives what they run."""
+    trials = Trials(ends)
+
+    def nothing(*given: Any, **named: Any) -> None:
+        return None
+
+    stand_ins: dict[str, Any] = {
+        "threestage.on_ray.train.connected": lambda *given: contextlib.nullcontext(),
+        "threestage.on_ray.train.warn_of_traps": nothing,
+        "threestage.on_ray.train.run_on_ray": trials.share,
+        "threestage.on_ray.sweep.run_trials": trials.run,
+        "threestage.on_ray.sweep.quieten": nothing,
+        "threestage.sweeps.prepare.plan": nothing,
+        "threestage.sweeps.progress.SweepProgress.plan": nothing,
+        "threestage.sweeps.sweep.open_registry": nothing,
+        "threestage.sweeps.sweep.Mirror": NoMlflow,
+    }
+    with contextlib.ExitStack() as patches:
+        for name, stand_in in stand_ins.items():
+            patches.enter_context(patch(name, stand_in))
+        yield trials
