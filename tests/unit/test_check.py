@@ -251,6 +251,7 @@ def test_workers_that_do_not_fit_on_a_machine_together(config: Config) -> None:
     found = str(step_line(config, measured(), 3, 1.0).problem)
     assert found.startswith("3 workers on this machine need 9 GiB and there are 8 GiB: fewer cluster.workers, or ask")
     assert "training.accumulate=2" in found and "stage2.unlabelled_batch" in found
+    assert [step_line(config, measured(), workers, 1.0).code for workers in (2, 3)] == [None, "check/memory"]
 
 
 def test_workers_that_share_a_gpu(config: Config) -> None:
@@ -263,6 +264,9 @@ def test_a_gpu_that_is_too_small(config: Config) -> None:
     one = Measured(stage="stage1", on_gpu=True, problem="does not fit: CUDA out of memory")
     found = str(step_line(config, one, 1, 1.0).problem)
     assert found.startswith("does not fit: CUDA out of memory; ask for less memory: ") and "unlabelled" not in found
+    assert step_line(config, one, 1, 1.0).code == "check/memory"
+    other = Measured(stage="stage1", problem="no step could be computed: no kernel")
+    assert step_line(config, other, 1, 1.0)[3:5] == (other.problem, "check/no-step")
 
 
 def test_the_duration_of_what_was_measured(config: Config) -> None:

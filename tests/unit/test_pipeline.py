@@ -213,6 +213,14 @@ def test_other_settings_are_refused_by_name(scenes: Path, undisturbed: Path) -> 
         run_local(tiny_config(scenes, data__labelled=9), str(undisturbed), quiet)
 
 
+def test_another_data_set_is_refused(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
+    write_scenes(str(tmp_path / "more"), {"train": 5}, seed=9)
+    masks = IngestSettings(format="camvid", class_map=str(tmp_path / "more" / "class_map.yaml"))
+    ingest(str(tmp_path / "more"), str(tmp_path / "data"), masks)
+    with refused("run/other-data-set", tmp_path / "data", "data.root"):
+        run_local(tiny_config(tmp_path / "data"), str(undisturbed), quiet)
+
+
 def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scenes, root)

@@ -498,12 +498,15 @@ def test_inputs_that_hold_nothing(model: ModelFiles, tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": ["a"]}), tmp_path / "text/a.parquet")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "rowless").mkdir()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "rowless/a.parquet")
     for name, code, named in (
         ("nowhere", "not-found", "nowhere:"),
         ("nowhere.parquet", "not-found", "nowhere.parquet:"),
         ("empty", "no-images", "empty:"),
         ("text", "no-images", "picture (string)"),
         ("broken", "no-images", "a.parquet: not a Parquet file"),
+        ("rowless", "empty-input", "rowless:"),
     ):
         with refused(f"predict/{code}", named) as raised:
             run(model, tmp_path / name, tmp_path / "out")

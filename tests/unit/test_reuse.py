@@ -79,6 +79,13 @@ def test_a_run_whose_first_stage_differs_can_reuse_nothing(scenes: Path, shared:
         stages_shown(tiny_config(scenes), tmp_path / "c", tmp_path / "nowhere")
 
 
+def test_a_run_that_has_begun_reuses_nothing(scenes: Path, shared: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(shared, own)
+    with refused("run/reuse-too-late", f"--reuse {shared}", own, "--out"):
+        stages_shown(tiny_config(scenes, stages=1), own, shared)
+
+
 def test_a_run_does_not_train_into_one_that_is_gone(scenes: Path, shared: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shared, other)
