@@ -14,7 +14,8 @@ from threestage.config import Config
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
-from threestage.registry import RegistrySettings, open_registry
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.records import RegistrySettings
 
 torch.set_num_threads(1)
 

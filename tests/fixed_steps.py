@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from threestage.models.network import Network, NetworkSettings, build_network
+from threestage.models.network import Network, build_network
+from threestage.models.settings import NetworkSettings
 from threestage.training.checkpoint import TrainState
 from threestage.training.ema import make_teacher
 from threestage.training.loop import make_scaler

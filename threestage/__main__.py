@@ -3,14 +3,14 @@
 import os
 import sys
 
-from threestage.cli import main, reported
-from threestage.plain_text import visible
-from threestage.submission import check_environment
+from threestage.cli.app import main, reported
+from threestage.plain_text import escape_control_chars
+from threestage.ray_backend.job_package import check_environment
 
 
 def begin() -> None:
     with reported():
-        check_environment(os.environ, lambda text: print(f"warning: {visible(text)}", file=sys.stderr))
+        check_environment(os.environ, lambda text: print(f"warning: {escape_control_chars(text)}", file=sys.stderr))
     main()
 
 

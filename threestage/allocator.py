@@ -6,7 +6,7 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Keep freed memory for the next tensors of their size, rather than give it back to the system after each use.
 
     A forward pass on a CPU otherwise maps and clears its tensors anew for every batch, which takes 40 % of its time

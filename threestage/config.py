@@ -1,38 +1,41 @@
 """The whole configuration: one tree of frozen settings, from a preset or a YAML file plus `--set a.b=c`."""
 
 import math
-import re
-import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from itertools import takewhile
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from threestage.augment.views import AugmentSettings
+from threestage.config_errors import (
+    explained,
+)
 from threestage.data import storage
 from threestage.data.records import DataSettings
 from threestage.data.storage import StorageSettings
-from threestage.errors import InputError, did_you_mean, joined
+from threestage.errors import InputError, did_you_mean
 from threestage.hosts import CONFIRMING, host_of, refuse_unconfirmed
-from threestage.models.network import NetworkSettings, crop_fits, size_multiple
-from threestage.on_ray.settings import ClusterSettings
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.models.network import crop_fits, size_multiple
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pseudo_masks import PseudoMaskSettings
 from threestage.presets import preset_names as preset_names
-from threestage.pseudo_masks import PseudoMaskSettings
-from threestage.registry import RegistrySettings
-from threestage.settings import Settings, raised_by
+from threestage.ray_settings import ClusterSettings
+from threestage.settings import Settings
 from threestage.training.loop import LoopSettings
 from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.schedule import EmaSettings, OptimiserSettings
-from threestage.yaml_text import read_yaml
+from threestage.user_files import read_yaml
 
 StageName = Literal["stage1", "stage2", "stage3"]
 Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
-OF_THE_RUN = frozenset({"pseudo_mask.guard", "pseudo_mask.batch_size", "pseudo_mask.of_last_stage"})  # not of a stage
+RUN_ONLY_KEYS = frozenset(
+    {"pseudo_mask.guard", "pseudo_mask.batch_size", "pseudo_mask.of_last_stage"}
+)  # not of a stage
 Model = TypeVar("Model", bound=BaseModel)
-LONGEST_SHOWN = 300  # characters of a wrong value
-LATER_KEYS: dict[str, Any] = {
+KEYS_ADDED_LATER: dict[str, Any] = {
     "training.batch": "per_worker",
     "training.learning_rate_rule": "none",
     "training.accumulate": 1,
@@ -229,14 +232,14 @@ class Config(Settings):
     def _changes_fit(self) -> Self:
         for name in STAGES:
             changes: Mapping[Any, Any] = self.stage(name).changes
-            for key in sorted(OF_THE_RUN & set(flatten(dict(changes)))):
+            for key in sorted(RUN_ONLY_KEYS & set(flatten(dict(changes)))):
                 raise InputError(
                     f"{name}.changes: {key} is the same for all stages; set it outside changes", "config/conflict"
                 )
             try:
                 self.for_stage(name)
             except ValidationError as error:
-                problem = _explained(Config, error)
+                problem = explained(Config, error)
                 raise InputError(f"{name}.changes: {problem.message}", problem.code) from None
         return self
 
@@ -286,7 +289,11 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         sections |= {"pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
     dump["training"] = config.training.model_dump(mode="json", include=TRAINING_KEYS)
-    keys = {key: value for key, value in flatten(dump).items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
+    keys = {
+        key: value
+        for key, value in flatten(dump).items()
+        if key not in KEYS_ADDED_LATER or value != KEYS_ADDED_LATER[key]
+    }
     without = {
         "data.root",
         "data.unlabelled",
@@ -296,7 +303,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.split_seed",
         "data.group",
         "data.validation",
-        *OF_THE_RUN,
+        *RUN_ONLY_KEYS,
     }
     if stage == "stage1":
         without |= {"supervised.strong_view"} if sees_pool else {"supervised.weight", "supervised.strong_view"}
@@ -392,7 +399,7 @@ def validated(model: type[Model], tree: dict[str, Any]) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise _explained(model, error) from None
+        raise explained(model, error) from None
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -438,81 +445,3 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise InputError(f"{path}={value!r}: {parent} is a value, not a section", "config/unknown-key")
     tree[leaf] = value
-
-
-def _explained(root: type[BaseModel], error: ValidationError) -> InputError:
-    """What pydantic complains of: one text per key; where a key takes several types, each type's complaint."""
-    by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
-    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors()]
-    for problem in problems:
-        location = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(part))
-        by_key.setdefault(location, []).append(problem)
-    return joined([_explain(root, location, found) for location, found in by_key.items()], "config/invalid")
-
-
-def _explain(root: type[BaseModel], location: tuple[str | int, ...], problems: Sequence[dict[str, Any]]) -> InputError:
-    path, problem = ".".join(map(str, location)), problems[0]
-    if problem["type"] == "extra_forbidden":
-        section = _model_at(root, location[:-1])
-        valid = sorted(section.model_fields) if section else []
-        same = [key for key in _keys(root) if key.rpartition(".")[2] == location[-1]]
-        hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(location[-1], valid)
-        text = f"{path}={_shown(problem['input'])}: unknown key{hint or ';'} valid here: {', '.join(valid)}"
-        return InputError(text, "config/unknown-key")
-    if problem["type"] == "missing":
-        return InputError(f"{path}: is not set; give it with --set {path}=VALUE", "config/missing-key")
-    own = raised_by(problem)
-    message = " or ".join(dict.fromkeys(map(_in_words, problems)))
-    text = message if not location else f"{path}={_shown(problem['input'])}: {message}"
-    return InputError(text, "config/invalid-value" if own is None or own.code is None else own.code)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all settings in a model."""
-    for name in model.model_fields:
-        section = _model_at(model, [name])
-        if section is None:
-            yield prefix + name
-        else:
-            yield from _keys(section, f"{prefix}{name}.")
-
-
-def _in_words(problem: dict[str, Any]) -> str:
-    """A complaint of pydantic's, which names its own types, in the words of a configuration."""
-    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "should be a section: keys with values"
-    if problem["type"] == "tuple_type":
-        return "should be a list, e.g. [1, 2]"
-    own = raised_by(problem)
-    message = str(problem["msg"]) if own is None else own.message
-    if problem["type"] == "literal_error":
-        message += did_you_mean(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
-    for beginning in ("Value error, ", "Input ", "String ", "Tuple "):
-        message = message.removeprefix(beginning)
-    return message
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
-
-
-def _is_union_tag(part: str) -> bool:
-    return part.startswith(("constrained-", "literal[", "function-", "tuple[", "[key]")) or part in {
-        "int",
-        "float",
-        "str",
-        "bool",
-    }
-
-
-def _model_at(root: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
-    model: Any = root
-    for part in location:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return None
-        model = field.annotation
-        if get_origin(model) in (Union, types.UnionType):
-            model = next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None

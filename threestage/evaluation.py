@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.batches import SampleSet
+from threestage.data.parallel import ahead
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 from threestage.errors import InputError
-from threestage.inference import Protocol, check_protocol, predict
 from threestage.models.export import ModelCard
 from threestage.models.network import Network, size_multiple
-from threestage.pool_prediction import ahead
-from threestage.pseudo_masks import batches_by_size, best_class
+from threestage.prediction.pseudo_masks import batches_by_size, best_class
+from threestage.prediction.tta import TTASettings, check_protocol, predict
 from threestage.training.metrics import (
     RELIABILITY_BINS,
     absent_class_shares,
@@ -133,7 +133,7 @@ def evaluate_model(
     card: ModelCard,
     dataset: str,
     split: SplitName,
-    protocol: Protocol = Protocol(),
+    protocol: TTASettings = TTASettings(),
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Everything that `threestage evaluate` reports of one split of a data set, as JSON; see `Scores.summary`.

@@ -9,7 +9,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]{0,40}m")
 MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w)")
 
 
-def visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """The text with every character that a terminal would obey, or not show, as its escape: \\x1b, \\u202e."""
     if text.isascii() and text.isprintable():
         return text
@@ -21,12 +21,12 @@ def visible(text: str) -> str:
 
 def visible_log(text: str) -> str:
     """A piece of a job's log as `visible`: colours are left out, and a carriage return ends a line."""
-    return visible(COLOUR.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+    return escape_control_chars(COLOUR.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def one_line(text: object) -> str:
     """The text as `visible`, in one line."""
-    return visible(" ".join(str(text).split()))
+    return escape_control_chars(" ".join(str(text).split()))
 
 
 def markdown(text: object) -> str:

@@ -2,8 +2,8 @@
 
 import sys
 
-from threestage.predict import PredictSettings, predict_input, read_model
-from threestage.registry import RegistrySettings
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.predict import PredictSettings, predict_input, read_model
 
 model, images, out = sys.argv[1:]
 report = predict_input(read_model(model, RegistrySettings()), images, out, PredictSettings(confidence=True))

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from threestage.data.records import decode_image, downscale_image
-from threestage.predict import open_model
-from threestage.pseudo_masks import predict
-from threestage.registry import RegistrySettings
-from threestage.report import palette_png
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.predict import open_model
+from threestage.prediction.pseudo_masks import predict
+from threestage.report.terminal_tables import palette_png
 
 model, image, mask = sys.argv[1:]
 network, card = open_model(model, RegistrySettings())

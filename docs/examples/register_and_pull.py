@@ -2,8 +2,9 @@
 
 import sys
 
-from threestage.mirror import sync
-from threestage.registry import RegistrySettings, open_models
+from threestage.mlflow_sync.client import open_models
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.mlflow_sync.run_sync import sync
 
 run, tracking_uri, folder = sys.argv[1:]
 versions = sync(run, tracking_uri)

@@ -3,11 +3,11 @@
 import sys
 
 from threestage.evaluation import evaluate_model
-from threestage.inference import Protocol
-from threestage.predict import open_model
-from threestage.registry import RegistrySettings
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.predict import open_model
+from threestage.prediction.tta import TTASettings
 
 model, dataset = sys.argv[1:]
 network, card = open_model(model, RegistrySettings())
-scores = evaluate_model(network, card, dataset, "val", Protocol(flip=True))
+scores = evaluate_model(network, card, dataset, "val", TTASettings(flip=True))
 print(f"{scores['protocol']}: mean IoU {scores['mean_iou']:.3f}", scores["per_class_iou"])

@@ -2,7 +2,7 @@
 
 import sys
 
-from threestage.report_page import write_report
+from threestage.report.report import write_report
 
 page = write_report(sys.argv[1], images=3)
 print(page.uri, page.missing)

@@ -2,9 +2,9 @@
 
 import sys
 
-from threestage import runs
 from threestage.config import load
-from threestage.report import results_table
+from threestage.report.terminal_tables import results_table
+from threestage.run import run as runs
 
 dataset, run, *changes = sys.argv[1:]
 config = load("own_images", [f"data.root={dataset}", *changes])

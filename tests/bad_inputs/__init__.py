@@ -47,7 +47,7 @@ class Ended(NamedTuple):
 
 def threestage(*arguments: object) -> Ended:
     """Run the command line in this process."""
-    from threestage.cli import main
+    from threestage.cli.app import main
 
     out, err = io.StringIO(), io.StringIO()
     command, wide = ["threestage", *map(str, arguments)], {"COLUMNS": "400"}

@@ -20,7 +20,8 @@ SYMBOL = "Symbol('s6', positive=True, integer=True)"
 
 def _model(folder: Path) -> Path:
     from threestage.models.export import ModelCard, save_model
-    from threestage.models.network import NetworkSettings, build_network
+    from threestage.models.network import build_network
+    from threestage.models.settings import NetworkSettings
 
     settings = NetworkSettings(encoder="test_resnet", head="linear", output_stride=32)
     colours = ((0, 0, 0), (200, 0, 0))
@@ -60,7 +61,8 @@ def _unknown_type(folder: Path) -> str:
 
 def _pth(tensors: dict[Any, torch.Tensor]) -> str:
     from threestage.errors import InputError
-    from threestage.models.network import NetworkSettings, check_settings
+    from threestage.models.network import check_settings
+    from threestage.models.settings import NetworkSettings
 
     torch.save(tensors, "weights.pth")
     try:
@@ -74,7 +76,7 @@ def packed_model() -> Any:
     """registry/packed_model.py, which MLflow warns of when it is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("threestage.registry.packed_model")
+        return importlib.import_module("threestage.mlflow_sync.packed_model")
 
 
 def _program(**strings: Any) -> Callable[[Path], str]:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.bad_inputs import BadInput, refused, threestage
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
 
 REFUSED = "refused [data/foreign-folder], nothing changed"
 

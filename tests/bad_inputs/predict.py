@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.bad_inputs import BadInput, Ended, refused, threestage
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
 
 
 def png(side: int = 40, seed: int = 0) -> bytes:

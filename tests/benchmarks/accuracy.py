@@ -29,9 +29,9 @@ import torch
 from tests.benchmarks.paired import describe
 from threestage.config import Config, changed, load, stage_keys
 from threestage.evaluation import evaluate_model
-from threestage.local import run_local
 from threestage.models.export import load_model
-from threestage.over_seeds import deviation, plus_minus
+from threestage.report.seed_summary import deviation, plus_minus
+from threestage.run.local_backend import run_local
 
 MOBILENET = (
     "network.encoder=mobilenetv2_100", "network.output_stride=16", "network.head=deeplabv3plus", "network.pretrained=false",

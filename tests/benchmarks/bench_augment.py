@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from tests.benchmarks.measure import report
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 from threestage.augment.draws import Draws, generator
 from threestage.augment.photometry import PHOTOMETRIC
 from threestage.augment.plans import OPERATIONS, StrongSettings
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     rows: list[dict[str, Any]] = []
     for view, ways in (("strong", strong_ways), ("weak", weak_ways)):
         for size in SIZES:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
 from threestage.data.split import Split
-from threestage.stages import StageTask
+from threestage.run.stages import StageTask
 from threestage.training.step import StepInputs
 
 WORKERS = (1, 2, 4, 8)
@@ -58,8 +58,8 @@ class Sleeping:
 def train_sleeping(arguments: dict[str, Any]) -> None:
     import ray.train
 
-    from threestage.on_ray.pulse import Pulse
-    from threestage.on_ray.worker import RayWorker
+    from threestage.ray_backend.heartbeat import Heartbeat
+    from threestage.ray_backend.worker import RayWorker
     from threestage.training.checkpoint import TrainState
     from threestage.training.loop import fit, make_scaler, resume
     from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -67,7 +67,7 @@ def train_sleeping(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     config, context = task.settings(), ray.train.get_context()
-    with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
+    with Heartbeat(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
         worker, student = RayWorker(task, monitor, pulse, arguments["driver"]), Point()
         optimiser = torch.optim.AdamW([{"params": student.parameters(), "initial_lr": 1e-3}])
         state = TrainState(student, None, optimiser, make_scaler("float32", worker.device))
@@ -82,7 +82,7 @@ def train_sleeping(arguments: dict[str, Any]) -> None:
 
 def step_seconds(workers: int, steps: int, sleep_s: float) -> float:
     """Median over the rows after the first."""
-    from threestage.on_ray.train import train_on_ray
+    from threestage.ray_backend.train import train_on_ray
 
     folder = tempfile.mkdtemp()
     config = tiny_config(

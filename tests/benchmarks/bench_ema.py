@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.benchmarks.measure import report
 from tests.benchmarks.on_device import clock
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
 from threestage.training.ema import make_teacher, update_teacher
 from threestage.training.worker import default_device
 

@@ -20,12 +20,13 @@ from torch import Tensor
 from tests.benchmarks.bench_step import make_data
 from tests.benchmarks.measure import report
 from tests.benchmarks.on_device import clock
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import Sample, decode_sample, samples_of
 from threestage.evaluation import BATCH, evaluate
-from threestage.models.network import Network, NetworkSettings, build_network
+from threestage.models.network import Network, build_network
+from threestage.models.settings import NetworkSettings
 from threestage.training.metrics import confusion_matrix
 from threestage.training.worker import default_device
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder))
         manifest = load_manifest(data)

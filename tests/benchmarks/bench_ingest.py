@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.benchmarks.measure import cpu_seconds, report, tree, write_jpegs
-from threestage.data.check import check_image
+from threestage.data.image_validation import check_image
 from threestage.data.ingest import IngestSettings, ingest
 
 ROWS_PER_FILE = 128
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     import ray
 
-    from threestage.on_ray.train import quiet_ray_data
+    from threestage.ray_backend.connect import quiet_ray_data
 
     ray.init("local", num_cpus=2, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
     quiet_ray_data()
@@ -96,8 +96,8 @@ def in_this_process(source: Path, root: Path) -> None:
 
 
 def in_ray_tasks(source: Path, root: Path) -> None:
-    from threestage.on_ray.ingest import ingest_on_ray
-    from threestage.on_ray.settings import ClusterSettings
+    from threestage.ray_backend.tasks import ingest_on_ray
+    from threestage.ray_settings import ClusterSettings
 
     ingest_on_ray(str(source), str(root), SETTINGS, ClusterSettings())
 

@@ -72,10 +72,11 @@ def prepare(jpegs: Path, root: str, out: str) -> Any:
     from threestage.data.ingest import IngestSettings, ingest
     from threestage.data.pool import data_set_files, write_pool
     from threestage.data.split import Split
-    from threestage.models.network import NetworkSettings, build_network
-    from threestage.pool_prediction import predict_file
-    from threestage.pseudo_masks import PoolTask, gather
-    from threestage.stages import StageTask
+    from threestage.models.network import build_network
+    from threestage.models.settings import NetworkSettings
+    from threestage.prediction.pool_prediction import predict_file
+    from threestage.prediction.pseudo_masks import PoolTask, gather
+    from threestage.run.stages import StageTask
 
     manifest = ingest(str(jpegs), root, IngestSettings(format="images", rows_per_file=256)).manifest
     files = data_set_files(root, manifest)
@@ -110,9 +111,9 @@ def stream(task: dict[str, Any]) -> Iterator[int]:
 
     import ray
 
-    from threestage.on_ray.data import stream_batches, stream_options, unlabelled_stream
-    from threestage.on_ray.train import quiet_ray_data
-    from threestage.stages import StageTask
+    from threestage.ray_backend.connect import quiet_ray_data
+    from threestage.ray_backend.pool_stream import stream_batches, stream_options, unlabelled_stream
+    from threestage.run.stages import StageTask
     from threestage.training.checkpoint import Pointer
 
     ray.init(

@@ -22,17 +22,18 @@ import ray
 import torch
 
 from tests.benchmarks.measure import cpu_seconds, report, tree, write_jpegs
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.pool import PoolFile, data_set_files, read_rows, rows_of
 from threestage.data.records import decode_image, encode_mask, load_manifest
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import Network, NetworkSettings, build_network
-from threestage.on_ray.predict_pool import predict_pool
-from threestage.on_ray.settings import ClusterSettings
-from threestage.on_ray.train import quiet_ray_data
-from threestage.pool_prediction import predict_files
-from threestage.pseudo_masks import PoolTask, quantise
+from threestage.models.network import Network, build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pool_prediction import predict_files
+from threestage.prediction.pseudo_masks import PoolTask, quantise
+from threestage.ray_backend.connect import quiet_ray_data
+from threestage.ray_backend.predict import predict_pool
+from threestage.ray_settings import ClusterSettings
 from threestage.training.worker import default_device
 
 BATCH = 8
@@ -190,7 +191,7 @@ def main() -> None:
         parser.error(
             f"--images: at least {2 * ROWS_PER_FILE}, two files: the first starts the job, the others are measured"
         )
-    keep_freed_memory()  # in all variants
+    disable_malloc_trim()  # in all variants
     torch.set_num_threads(1)
     quiet_ray_data()
     ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), log_to_driver=False, dashboard_host="127.0.0.1")

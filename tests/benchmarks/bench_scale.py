@@ -61,7 +61,7 @@ def make_pool(root: str, images: int) -> Any:
     from threestage.data.pseudo_mask_files import PSEUDO_MASK_SCHEMA
     from threestage.data.records import encode_mask
     from threestage.data.split import Split
-    from threestage.stages import StageTask
+    from threestage.run.stages import StageTask
 
     jpeg, pixels = _jpeg(), np.zeros((SIDE, SIDE), np.uint8)
     files, index = [], []
@@ -111,9 +111,9 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
 
     import ray
 
-    from threestage.on_ray.data import stream_batches, stream_options, unlabelled_stream
-    from threestage.on_ray.train import quiet_ray_data
-    from threestage.stages import StageTask
+    from threestage.ray_backend.connect import quiet_ray_data
+    from threestage.ray_backend.pool_stream import stream_batches, stream_options, unlabelled_stream
+    from threestage.run.stages import StageTask
     from threestage.training.checkpoint import Pointer
 
     ray.init(

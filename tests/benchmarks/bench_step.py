@@ -23,19 +23,18 @@ from torch import Tensor
 
 from tests.benchmarks.measure import CAMVID, report
 from tests.benchmarks.on_device import PeakMemory, bytes_of, clock
-from threestage import pipeline
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 from threestage.config import STAGES, Config, load
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
-from threestage.local import predict_pool
-from threestage.stages import StageTask, build_state, load_data, local_unlabelled, make_source, train_stage
+from threestage.run import pipeline
+from threestage.run.local_backend import predict_pool
+from threestage.run.stages import StageTask, build_state, load_data, local_unlabelled, make_source, train_stage
 from threestage.training import losses
 from threestage.training.checkpoint import TrainState
 from threestage.training.ema import update_teacher
-from threestage.training.loop import autocast_dtype, fit
+from threestage.training.loop import Window, autocast_dtype, fit
 from threestage.training.step import StepInputs, StepSource, piece_sums
-from threestage.training.window import Window
 from threestage.training.worker import LocalWorker
 
 TURN = 5  # steps
@@ -212,7 +211,7 @@ def main() -> None:
 
 def measure_stages(config: Config, steps: int) -> list[dict[str, Any]]:
     """A row for each stage, each after a few steps of the stage before."""
-    keep_freed_memory()
+    disable_malloc_trim()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     rows: list[dict[str, Any]] = []

@@ -19,14 +19,15 @@ import torch
 
 from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
-from threestage import pipeline
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import SceneSettings, write_scenes
-from threestage.local import predict_pool
-from threestage.on_ray.train import quiet_ray_data, train_on_ray
-from threestage.stages import StageTask, local_unlabelled, train_stage
+from threestage.ray_backend.connect import quiet_ray_data
+from threestage.ray_backend.train import train_on_ray
+from threestage.run import pipeline
+from threestage.run.local_backend import predict_pool
+from threestage.run.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker
 
 ROW = 20  # steps
@@ -81,7 +82,7 @@ def main() -> None:
     if not inside_cluster(nodes=1, cpus=4):
         return
     torch.set_num_threads(1)
-    keep_freed_memory()  # as Ray's worker does, and run_local
+    disable_malloc_trim()  # as Ray's worker does, and run_local
     quiet_ray_data()
     folder = Path(tempfile.mkdtemp())
     write_scenes(str(folder / "scenes"), {"train": 200, "val": 8, "test": 4}, 1, SceneSettings(size=128))

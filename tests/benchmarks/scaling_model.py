@@ -56,7 +56,7 @@ class Constants:
     map_pixels_per_s: float = 150e6  # assumed: a core decodes pseudo-mask and confidence and cuts the canvas
     encode_pixels_per_s: float = 30e6  # assumed: a core writes a pseudo-mask PNG and compresses its confidence
     map_bytes_per_pixel: float = 0.03 + 0.35  # assumed: pseudo-mask as PNG, confidence as zstd
-    stream_tasks: int = 1024  # MAX_TASKS in threestage/on_ray/data.py: no more tasks than that read files
+    stream_tasks: int = 1024  # MAX_TASKS in threestage/ray_backend/pool_stream.py: no more tasks than that read files
     block_bytes: float = 1.1 * 32 * 2**20  # BLOCK_BYTES there
     blocks_per_s: float = 1000  # assumed: what one Ray Data executor and its split coordinator hand out
     object_store_per_node: float = 10e9  # assumed: bytes/s through one node's shared memory, written and read

@@ -8,9 +8,9 @@ import sys
 import time
 from typing import Any
 
-from threestage import runs
 from threestage.config import Config
 from threestage.errors import InputError, StageFailure
+from threestage.run import run
 
 
 def say(**values: Any) -> None:
@@ -20,7 +20,7 @@ def say(**values: Any) -> None:
 def main() -> None:
     config, out = Config.model_validate_json(sys.argv[1]), sys.argv[2]
     try:
-        results = runs.run(
+        results = run.run(
             config, out, False, lambda stage, row: say(stage=stage, row=dict(row)), lambda text: say(warning=text)
         )
     except (InputError, StageFailure) as error:

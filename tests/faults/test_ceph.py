@@ -18,12 +18,12 @@ from tests.conditional_write import one_of_two_writes, the_store_compares
 from tests.conftest import copy_to, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import free_port
-from threestage import local
-from threestage.check import check
+from threestage.checks.run_check import check
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.storage import StorageSettings
 from threestage.data.synthetic import write_scenes
+from threestage.run import local_main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), *needs_ceph]
 
@@ -124,16 +124,16 @@ def test_a_wrong_endpoint(config: Config, bucket: str) -> None:
 def test_a_whole_run_in_one_process(config: Config, bucket: str, tmp_path: Path) -> None:
     """Data, checkpoints, pseudo-masks and models all lie on Ceph."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert local.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
+    assert local_main.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
     stages = storage.read_json(f"{bucket}/run/results.json")["stages"]
     assert [stage["steps"] for stage in stages.values()] == [6, 6, 6]
     assert storage.list_files(f"{bucket}/run/stage3/checkpoints")
-    assert local.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
+    assert local_main.main([str(tmp_path / "config.yaml"), "--out", f"{bucket}/run"]) == 0
 
 
 def threestage(folder: Path, *arguments: str) -> str:
     """A command in a process of its own, which finds the store in its environment only; returns what it printed."""
-    command = [sys.executable, "-c", "from threestage.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from threestage.cli.app import main; main()", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout

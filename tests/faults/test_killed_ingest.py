@@ -43,7 +43,7 @@ def test_killed_in_mid_write_and_run_again(
 ) -> None:
     """`moments`: finished shards at which it is killed."""
     root = f"{bucket}/ds"
-    command = [sys.executable, "-c", "from threestage.cli import main; main()", "ingest", str(photos), root]
+    command = [sys.executable, "-c", "from threestage.cli.app import main; main()", "ingest", str(photos), root]
     command += OPTIONS + where
     for shards in moments:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -23,7 +23,7 @@ SETTINGS = {
 @pytest.mark.timeout(900)
 def test_killed_three_times_and_run_again(scenes: Path, tmp_path: Path) -> None:
     sets = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-c", "from threestage.cli import main; main()", "run", "demo", "--out", "run"]
+    command = [sys.executable, "-c", "from threestage.cli.app import main; main()", "run", "demo", "--out", "run"]
     command += ["--set", f"data.root={scenes}", *sets]
     for seconds in KILL_AFTER_S:
         process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)

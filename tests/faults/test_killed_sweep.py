@@ -17,7 +17,7 @@ from cluster.local import Cluster, local_cluster
 from tests.conftest import copy_to, tiny_config
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.sweeps.trials import Trial, load_trials
+from threestage.sweeps.journal import Trial, load_trials
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,7 +90,7 @@ def write_files(scenes: Path, folder: Path) -> list[str]:
 
 
 def start(command: list[str], cluster: Cluster, log: Path) -> subprocess.Popen[bytes]:
-    program = [sys.executable, "-c", "from threestage.cli import main; main()", *command]
+    program = [sys.executable, "-c", "from threestage.cli.app import main; main()", *command]
     with log.open("ab") as output:
         return subprocess.Popen(program, env=os.environ | cluster.environment, stdout=output, stderr=output)
 

@@ -28,7 +28,7 @@ from threestage.data.pool import load_pool
 from threestage.data.rejects import read_rejects
 from threestage.data.synthetic import write_scenes
 from threestage.errors import StageFailure
-from threestage.local import run_local
+from threestage.run.local_backend import run_local
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -110,7 +110,7 @@ def test_objects_deleted_between_listing_and_reading_cost_themselves_only(
         storage.delete(photo(5), BUCKET)
         storage.delete(photo(6), BUCKET)
 
-    monkeypatch.setattr("threestage.pipeline.list_images", list_then_delete)
+    monkeypatch.setattr("threestage.run.pipeline.list_images", list_then_delete)
     warnings: list[str] = []
     results = run(config, warnings)
     assert all(figures["steps"] == 6 for figures in results.values())
@@ -152,7 +152,7 @@ def test_corrupt_images_are_listed_and_too_many_of_them_refused(config: Config, 
 
 def test_killed_while_it_writes_pseudo_masks_and_run_again(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-c", "from threestage.cli import main; main()", "run", "config.yaml"]
+    command = [sys.executable, "-c", "from threestage.cli.app import main; main()", "run", "config.yaml"]
     command += ["--out", f"{BUCKET}/run"]
     kills = 0
     for when in ("pseudo_masks1", "stage2/checkpoints", "pseudo_masks2"):

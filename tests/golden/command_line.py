@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from threestage.cli import main
+from threestage.cli.app import main
 
 VERSIONS = ("torch", "timm", "numpy", "pillow", "simplejpeg")
 

@@ -17,7 +17,7 @@ from threestage.training.losses import (
     total_loss,
     valid_pixels,
 )
-from threestage.training.step import StepInputs, piece_sums, pieces
+from threestage.training.step import StepInputs, micro_batches, piece_sums
 
 
 def logits_for(probabilities: list[list[float]]) -> Tensor:
@@ -81,7 +81,7 @@ def test_weighted_total_by_hand(accumulate: int) -> None:
     inputs = StepInputs(torch.zeros(2, 3, 1, 1), targets, weights, ("a", "b"))
     counts = {name: valid_pixels(target) for name, target in targets.items()}
     network, loss = Given(main, auxiliary), 0.0
-    for piece in pieces(2, accumulate):
+    for piece in micro_batches(2, accumulate):
         loss += total_loss(piece_sums(network, inputs, piece), counts, weights, 1).item()
     assert loss == pytest.approx(
         0.5 * -math.log(0.8) + 0.25 * (-math.log(0.8) - math.log(0.6)) / 2 + 0.25 * -math.log(0.1)
@@ -102,7 +102,7 @@ def test_two_workers_average_to_the_loss_of_one() -> None:
 def test_pieces_cover_the_batch_once() -> None:
     for images in range(1, 9):
         for accumulate in range(1, 10):
-            cut = [list(range(images))[piece] for piece in pieces(images, accumulate)]
+            cut = [list(range(images))[piece] for piece in micro_batches(images, accumulate)]
             assert [i for piece in cut for i in piece] == list(range(images))
             assert len(cut) == min(images, accumulate) and all(cut)
 

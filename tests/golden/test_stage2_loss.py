@@ -9,10 +9,10 @@ from threestage.augment.draws import Draws, generator
 from threestage.augment.views import Extent, View, network_input
 from threestage.config import ConsistencySettings
 from threestage.data.batches import Batch
-from threestage.pseudo_masks import PseudoMaskSettings
-from threestage.steps import StudentView, as_seen, only_last, pseudo_mask_targets, teacher_targets
+from threestage.prediction.pseudo_masks import PseudoMaskSettings
 from threestage.training.losses import total_loss, valid_pixels
 from threestage.training.step import StepInputs, piece_sums
+from threestage.training.step_inputs import StudentView, only_last, pseudo_mask_targets, teacher_targets, warp_targets
 
 N_L, N_U, C, SIDE = 2, 3, 4, 6
 WEIGHTS = {"supervised_loss": 0.5, "consistency_loss": 0.25, "pseudo_mask_loss": 0.25}
@@ -79,8 +79,8 @@ def test_stage_two_equals_the_reference() -> None:
     pseudo = pseudo_mask_targets(batch(x_l, pm_l), batch(x_u, pm_u), weak_l, weak_u, PseudoMaskSettings())
     targets = {
         "supervised_loss": y_l,
-        "consistency_loss": as_seen(said, views).class_ids,
-        "pseudo_mask_loss": as_seen(pseudo, views).class_ids,
+        "consistency_loss": warp_targets(said, views).class_ids,
+        "pseudo_mask_loss": warp_targets(pseudo, views).class_ids,
     }
     inputs = StepInputs(network_input(torch.cat([weak_l.image, strong_u.image])), targets, WEIGHTS, ())
     counts = {name: valid_pixels(target) for name, target in targets.items()}
@@ -99,7 +99,7 @@ def test_what_all_pixels_divide_is_counted_before_the_threshold() -> None:
             return torch.stack([(1 - image[:, 0]).log(), image[:, 0].log()], 1), None
 
     settings = ConsistencySettings(confidence_threshold=0.9, normaliser="all", labelled=False)
-    target = as_seen(
+    target = warp_targets(
         teacher_targets(Sure(), labelled, unlabelled, settings), [StudentView(image, lambda labels: labels)], 1
     )
     assert target.class_ids.tolist() == [[[255] * 4], [[255] * 4], [[1, 255, 255, 255]]]

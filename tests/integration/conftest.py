@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.s3 import variables
-from threestage.on_ray.train import leave
+from threestage.ray_backend.connect import leave
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import ray.exceptions
 from tests.refusals import refused
 from threestage.data.pool import PoolFile
 from threestage.errors import StageFailure
-from threestage.on_ray.causes import first_line
-from threestage.on_ray.predict_pool import Predict, reports_of
-from threestage.on_ray.settings import ClusterSettings
-from threestage.on_ray.tasks import in_tasks
-from threestage.pseudo_masks import FileReport, Statistics
+from threestage.prediction.pseudo_masks import FileReport, Statistics
+from threestage.ray_backend.failures import first_line
+from threestage.ray_backend.predict import Predict, reports_of
+from threestage.ray_backend.tasks import in_tasks
+from threestage.ray_settings import ClusterSettings
 
 pytestmark = [
     pytest.mark.integration,

@@ -39,9 +39,9 @@ MACHINES = {
 }
 DRIVER = """
 import sys, time, ray
-from threestage.on_ray.patience import await_resources
-from threestage.on_ray.room import room_for_one
-from threestage.on_ray.settings import ClusterSettings
+from threestage.ray_backend.stall_monitor import await_resources
+from threestage.ray_backend.capacity import room_for_one
+from threestage.ray_settings import ClusterSettings
 
 ray.init(sys.argv[1], log_to_driver=False)
 cluster = ClusterSettings(gpus_per_worker=1, start_timeout_s=60, report_after_s=1)

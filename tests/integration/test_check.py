@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import copy_to, tiny_config
-from threestage.check import check
+from threestage.checks.run_check import check
 from threestage.config import changed
 from threestage.data import storage
 
@@ -41,7 +41,7 @@ def test_a_cluster(
     large = {line.name: line for line in check(changed(config, {"cluster.workers": 9}), f"{s3_root}/run", local=False)}
     assert "set cluster.workers=7, or add nodes" in str(large["cluster"].problem)
 
-    monkeypatch.setattr("threestage.on_ray.check_job.PYTHON", sys.executable)
+    monkeypatch.setattr("threestage.ray_backend.job_check.PYTHON", sys.executable)
     url = f"http://{ray.get_runtime_context().worker.node.webui_url}"
     by_job = list(check(config, f"{s3_root}/run", local=False, address=url))
     names = [line.name for line in by_job]

@@ -14,10 +14,9 @@ from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import load_manifest
 from threestage.data.rejects import read_rejects
 from threestage.errors import StageFailure
-from threestage.on_ray.ingest import ingest_on_ray
-from threestage.on_ray.settings import ClusterSettings
-from threestage.on_ray.tasks import in_tasks
-from threestage.on_ray.train import connected
+from threestage.ray_backend.connect import connected
+from threestage.ray_backend.tasks import in_tasks, ingest_on_ray
+from threestage.ray_settings import ClusterSettings
 
 pytestmark = [
     pytest.mark.integration,

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.fil
 
 DRIVER = """
 import sys, ray
-from threestage.on_ray.settings import ClusterSettings
-from threestage.on_ray.train import connected
+from threestage.ray_settings import ClusterSettings
+from threestage.ray_backend.train import connected
 with connected(ClusterSettings()):
     ray.get(ray.remote(lambda: None).remote())
     node = ray._private.worker.global_worker.node

@@ -12,10 +12,10 @@ from tests.unit.test_predict import make_model
 from threestage.data import storage
 from threestage.data.rejects import read_rejects
 from threestage.errors import StageFailure
-from threestage.inference import Protocol
-from threestage.on_ray.predict_images import predict_on_ray
-from threestage.on_ray.settings import ClusterSettings
-from threestage.predict import PredictReport, PredictSettings, predict_input
+from threestage.prediction.predict import PredictReport, PredictSettings, predict_input
+from threestage.prediction.tta import TTASettings
+from threestage.ray_backend.predict import predict_on_ray
+from threestage.ray_settings import ClusterSettings
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,7 +49,7 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
     model = make_model(tmp_path / "model")
     source, out = f"{s3_root}/photos", f"{s3_root}/predicted"
     upload(source)
-    settings = PredictSettings(protocol=Protocol(flip=True), rows_per_part=ROWS_PER_PART, max_bad_fraction=0.05)
+    settings = PredictSettings(protocol=TTASettings(flip=True), rows_per_part=ROWS_PER_PART, max_bad_fraction=0.05)
     cluster = ClusterSettings(workers=2)
     seen: list[tuple[int, int]] = []
 

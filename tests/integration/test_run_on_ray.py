@@ -10,11 +10,12 @@ from PIL import Image
 from tests.conftest import copy_to, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.s3 import SECRET
-from threestage import runs
 from threestage.data import storage
 from threestage.evaluation import evaluate_model
-from threestage.predict import PredictSettings, open_model, predict_input, read_model
-from threestage.registry import RegistrySettings, open_registry
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.predict import PredictSettings, open_model, predict_input, read_model
+from threestage.run import run as runs
 
 pytestmark = [
     pytest.mark.integration,

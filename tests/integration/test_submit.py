@@ -25,8 +25,8 @@ from cluster.local import Cluster, local_cluster, members
 from tests.conftest import copy_to, tiny_config
 from tests.listening import listening
 from threestage.data import storage
-from threestage.on_ray.submit import DETACHED, STOPPED
-from threestage.submission import EXPECTED
+from threestage.ray_backend.job_package import EXPECTED
+from threestage.ray_backend.submit import DETACHED, STOPPED
 
 pytestmark = [
     pytest.mark.integration,

@@ -11,12 +11,12 @@ from tests.conftest import tiny_config
 from tests.refusals import refused
 from threestage.config import Config, changed, load
 from threestage.data import storage
-from threestage.registry import open_registry
+from threestage.mlflow_sync.client import open_registry
 from threestage.sweeps import sweep
+from threestage.sweeps.journal import Trial, load_trials
 from threestage.sweeps.plan import Plan
 from threestage.sweeps.prepare import Sweep
 from threestage.sweeps.space import Space
-from threestage.sweeps.trials import Trial, load_trials
 
 pytestmark = [
     pytest.mark.integration,
@@ -78,7 +78,7 @@ def sweep_config(scenes: Path, tmp_path: Path) -> Config:
 def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, scenes: Path, tmp_path: Path) -> None:
     import ray
 
-    from threestage.on_ray.train import run_on_ray
+    from threestage.ray_backend.train import run_on_ray
 
     config, out, show = sweep_config(scenes, tmp_path), f"{s3_root}/sweep", Silent()
     found = sweep.run(Sweep(Space.model_validate(SPACE), config, out), show)

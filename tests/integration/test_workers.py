@@ -16,13 +16,13 @@ from ray.train.torch import TorchTrainer
 from tests.conftest import tiny_config
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
-from threestage.data.batches import Batch, Share
+from threestage.data.batches import Batch, BatchSlice
 from threestage.data.split import Split
 from threestage.errors import StageFailure
-from threestage.on_ray import train as on_ray
-from threestage.on_ray.pulse import Pulse, start_monitor
-from threestage.on_ray.worker import RayWorker
-from threestage.stages import StageTask
+from threestage.ray_backend import train as on_ray
+from threestage.ray_backend.heartbeat import Heartbeat, start_monitor
+from threestage.ray_backend.worker import RayWorker
+from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, TrainState, checkpoint_folder
 from threestage.training.loop import fit, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -65,7 +65,7 @@ def train_fixed(arguments: dict[str, Any], steps: type[FixedSteps] = FixedSteps)
     torch.set_num_threads(1)
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     context = ray.train.get_context()
-    with Pulse(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
+    with Heartbeat(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
         train(RayWorker(task, monitor, pulse, "test"), task, steps)
 
 
@@ -85,7 +85,7 @@ def test_two_workers_equal_one(ray_cluster: None, tmp_path: Path) -> None:
     """2 workers × b/2 is 1 worker × b after 20 steps: losses are means over the pixels of all workers."""
     import ray
 
-    def none(share: Share, first_image: int) -> Iterator[Batch]:
+    def none(share: BatchSlice, first_image: int) -> Iterator[Batch]:
         return iter(())
 
     one = train(LocalWorker(str(tmp_path / "one"), 2, none), new_task(tmp_path / "one"))

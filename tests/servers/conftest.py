@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from threestage.mlflow_sync import packing
 from threestage.models.export import export_program
-from threestage.registry import packing
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +24,6 @@ def exported_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "write_program", remembered)
-        patch.setattr("threestage.check.without_program", lambda network: None)
-        patch.setattr("threestage.runs.without_program", lambda network: None)
+        patch.setattr("threestage.checks.run_check.without_program", lambda network: None)
+        patch.setattr("threestage.run.run.without_program", lambda network: None)
         yield

@@ -17,9 +17,10 @@ from tests import refusals
 from tests.conftest import copy_to, tiny_config
 from tests.failing_s3 import ERRORS, black_hole, failing_s3, silent_server
 from tests.s3 import SECRET, free_port
-from threestage.check import check, check_store
+from threestage.checks.run_check import check
 from threestage.checks.steps import measure_here
-from threestage.cli import app
+from threestage.checks.store import check_store
+from threestage.cli.app import app
 from threestage.config import Config
 from threestage.data import storage
 
@@ -46,8 +47,8 @@ def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: no cluster, and no step is measured."""
-    monkeypatch.setattr("threestage.on_ray.entrance.address_of", lambda cluster: None)
-    monkeypatch.setattr("threestage.check.measure_here", lambda specification: iter(()))
+    monkeypatch.setattr("threestage.ray_backend.connect.address_of", lambda cluster: None)
+    monkeypatch.setattr("threestage.checks.run_check.measure_here", lambda specification: iter(()))
 
 
 def changed(config: Config, section: str, **values: object) -> Config:
@@ -70,7 +71,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     before = keys()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("threestage.check.measure_here", measure_here)
+    monkeypatch.setattr("threestage.checks.run_check.measure_here", measure_here)
     done = CliRunner().invoke(app, ["check", "config.yaml", "--out", f"{bucket}/run", "--json"])
     assert done.exit_code == 0 and done.stderr == "", done.output
     outcomes = json.loads(done.stdout)

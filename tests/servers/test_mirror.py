@@ -16,16 +16,17 @@ from tests.mlflow_server import mlflow_server
 from tests.refusals import refused
 from tests.s3 import free_port
 from tests.waiting import wait_for
-from threestage import mirror as mirror_module
-from threestage import runs
-from threestage.background import in_time
 from threestage.config import Config
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.local import run_local
-from threestage.mirror import Mirror, keep_outcome, keep_settings, sync
-from threestage.pipeline import StageOutcome
-from threestage.registry import RegisteredVersion, Registry, RegistrySettings, open_registry
+from threestage.mlflow_sync import run_sync as mirror_module
+from threestage.mlflow_sync.client import Registry, open_registry
+from threestage.mlflow_sync.connection import in_time
+from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings
+from threestage.mlflow_sync.run_sync import Mirror, keep_outcome, keep_settings, sync
+from threestage.run import run as runs
+from threestage.run.local_backend import run_local
+from threestage.run.pipeline import StageOutcome
 
 Events = Mapping[tuple[str, int], Callable[[], None]]  # what happens at a stage's step
 WAIT_S = 1.0  # more than training may ever wait for MLflow
@@ -213,7 +214,7 @@ def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path)
 def test_a_refused_command_changes_nothing_in_mlflow(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("threestage.on_ray.train.run_on_ray", run_local)
+    monkeypatch.setattr("threestage.ray_backend.train.run_on_ray", run_local)
     where = RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     out = str(tmp_path / "run")
 

@@ -20,20 +20,22 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.bad_inputs.models import packed_model
+from tests.bad_inputs import models as bad_models
 from tests.mlflow_server import mlflow_server
 from tests.refusals import refused
-from threestage.cli import app
+from threestage.cli.app import app
+from threestage.cli.lineage_tree import lineage_tree
 from threestage.config import load
-from threestage.lineage_tree import lineage_tree
+from threestage.mlflow_sync import packing
+from threestage.mlflow_sync.client import MAX_DESCRIPTION, Registry, open_models, open_registry
+from threestage.mlflow_sync.connection import shortened
+from threestage.mlflow_sync.model_card import write_card
+from threestage.mlflow_sync.packing import pack_model
+from threestage.mlflow_sync.records import RegistrySettings, StageRecord
 from threestage.models.export import ModelCard, load_card, save_model
-from threestage.models.network import NetworkSettings, build_network
-from threestage.predict import PredictSettings, predict_input, read_model
-from threestage.registry import Registry, RegistrySettings, StageRecord, open_models, open_registry, packing
-from threestage.registry.card import write_card
-from threestage.registry.packing import pack_model
-from threestage.registry.store import MAX_DESCRIPTION
-from threestage.tracking import shortened
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.predict import PredictSettings, predict_input, read_model
 
 CLASSES = ("background", "disc", "square")
 
@@ -347,7 +349,7 @@ def test_a_changed_file_and_a_pickled_object_are_refused(tmp_path: Path, record:
     with pytest.raises(ValueError, match=r"program\.pt2 is missing or is not what was registered"):
         mlflow.pyfunc.load_model(str(tmp_path / "packed"))
     with pytest.raises(Exception, match=r"(?i)weights.only"):
-        packed_model()._load_program(program, torch.device("cpu"))
+        bad_models.packed_model()._load_program(program, torch.device("cpu"))
     assert not (tmp_path / "touched").exists()
 
 

@@ -10,13 +10,13 @@ import pytest
 from tests.browser import Browser, browser, found_browser
 from tests.conftest import tiny_config
 from threestage.data import storage
-from threestage.local import run_local
-from threestage.registry import RegistrySettings, open_registry
-from threestage.report_page import of_images, write_report
-from threestage.report_page.document import page
-from threestage.report_page.figures import read_run
-from threestage.report_page.mirror import log_page
-from threestage.report_page.validation import Example, Group
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.report import sections
+from threestage.report.report import page, write_report
+from threestage.report.run_reader import log_page, read_run
+from threestage.report.validation_images import Example, Group
+from threestage.run.local_backend import run_local
 
 IMAGES, SIDE, LIMIT_S = 200, 96, 2.0
 CLASSES = ("background", "disc", "ring", "square")
@@ -61,7 +61,7 @@ def examples(number: int) -> Iterator[Example]:
 @pytest.mark.slow
 def test_two_hundred_images_load_in_two_seconds(chromium: Browser, run: Path, tmp_path: Path) -> None:
     stages = read_run(str(run)).stages
-    pictures = of_images.images(stages, examples(IMAGES), CLASSES, COLOURS, "")
+    pictures = sections.images(stages, examples(IMAGES), CLASSES, COLOURS, "")
     file = tmp_path / "page.html"
     file.write_text(page("many", "", [("images", pictures)]))
     took = []

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from tests.unit.test_formats import encoded, photo
-from threestage import prediction_parts
 from threestage.config import load
 from threestage.data import listing, pool, storage
-from threestage.data.check import BadFile, check_image
 from threestage.data.classes import load_class_map
-from threestage.data.folders import NOT_INSIDE, WHY_NOT, walk
 from threestage.data.formats import IngestSettings, discover
 from threestage.data.headers import BadImage
+from threestage.data.image_validation import BadFile, check_image
 from threestage.data.ingest import ingest
 from threestage.data.listing import ListedFile
 from threestage.data.records import decode_image, load_manifest
-from threestage.prediction_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
-from threestage.registry.models import PULLED, Models
+from threestage.data.safe_walk import NOT_INSIDE, WHY_NOT, walk
+from threestage.mlflow_sync.model_registry import PULLED, Models
+from threestage.prediction import input_parts
+from threestage.prediction.input_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
 from threestage.sweeps.space import load_space
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -96,7 +96,7 @@ def rows_of(folder: Path, parts: list[Part]) -> list[list[pool.PoolRow]]:
 
 
 def test_a_table_of_a_few_bytes_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction_parts, "CHUNK_BYTES", 25_000_000)
+    monkeypatch.setattr(input_parts, "CHUNK_BYTES", 25_000_000)
     same = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([b"\0" * 10_000_000], pa.binary()))
     parts = table(tmp_path, image=same)
     assert (tmp_path / "a.parquet").stat().st_size < 1_000_000

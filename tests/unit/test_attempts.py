@@ -8,8 +8,8 @@ import pytest
 
 from tests.refusals import refused
 from threestage.errors import StageFailure
-from threestage.on_ray import attempts
-from threestage.on_ray.attempts import counted
+from threestage.ray_backend import failures
+from threestage.ray_backend.failures import retry_budget
 
 PARTS = ["a.parquet", "b.parquet"]
 HERE = "node"
@@ -24,15 +24,15 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return SimpleNamespace(**{name: SimpleNamespace(remote=getattr(counts, name)) for name in ("begin", "done")})
 
     nodes = {HERE}
-    monkeypatch.setattr(attempts, "beside_driver", here)
-    monkeypatch.setattr(attempts, "alive_ids", lambda: nodes)
+    monkeypatch.setattr(failures, "driver_actor", here)
+    monkeypatch.setattr(failures, "alive_ids", lambda: nodes)
     monkeypatch.setattr("ray.get", lambda answer: answer)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: HERE))
     return nodes
 
 
 def test_a_piece_that_never_gets_on_is_refused_at_last_and_others_are_not(alive: set[str]) -> None:
-    with counted(max_failures=2) as tried:
+    with retry_budget(max_failures=2) as tried:
         for _ in range(3):
             tried.begin(5, PARTS)
         tried.begin(6, PARTS)
@@ -41,7 +41,7 @@ def test_a_piece_that_never_gets_on_is_refused_at_last_and_others_are_not(alive:
 
 
 def test_one_that_gets_on_is_begun_as_often_again(alive: set[str]) -> None:
-    with counted(max_failures=1) as tried:
+    with retry_budget(max_failures=1) as tried:
         tried.begin(0, PARTS)
         tried.begin(0, PARTS)
         tried.done(0, 1)
@@ -52,7 +52,7 @@ def test_one_that_gets_on_is_begun_as_often_again(alive: set[str]) -> None:
 
 
 def test_what_is_lost_with_its_node_does_not_count(alive: set[str]) -> None:
-    with counted(max_failures=0) as tried:
+    with retry_budget(max_failures=0) as tried:
         tried.begin(0, PARTS)
         alive.clear()
         for _ in range(9):
@@ -64,7 +64,7 @@ def test_what_is_lost_with_its_node_does_not_count(alive: set[str]) -> None:
 
 @pytest.mark.parametrize(("max_failures", "done"), [(-1, 0), (0, 2)])
 def test_one_may_be_begun_for_ever_and_so_may_what_is_done(alive: set[str], max_failures: int, done: int) -> None:
-    with counted(max_failures) as tried:
+    with retry_budget(max_failures) as tried:
         for _ in range(100):
             tried.begin(0, PARTS)
             tried.done(0, done)

@@ -23,11 +23,12 @@ from PIL import Image
 
 import threestage
 from tests.conftest import write_photos
-from threestage import local
-from threestage.cli import main
+from threestage.cli.app import main
 from threestage.data.records import MANIFEST_NAME
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
+from threestage.run import local_main
 
 CODE = re.compile(r" \[[a-z-]+/[a-z0-9-]+\]")
 CLOSED = "http://127.0.0.1:9"  # a port on which nobody listens
@@ -308,7 +309,7 @@ def run_program(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
     program, *arguments = shlex.split(line)
     with pytest.raises(SystemExit) as ended:
         if program == "threestage.local":
-            raise SystemExit(local.main(arguments))
+            raise SystemExit(local_main.main(arguments))
         if program.startswith("jobs/"):
             monkeypatch.setattr("sys.argv", [program, *arguments])
             runpy.run_path(str(JOBS.parent / program), run_name="__main__")
@@ -378,7 +379,7 @@ def test_check_says_what_is_wrong_in_a_line_each(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("threestage.check.measure_here", lambda found: iter(()))
+    monkeypatch.setattr("threestage.checks.run_check.measure_here", lambda found: iter(()))
     assert run_program(f"check mine.yaml --json {options.replace('CLOSED', CLOSED)}", monkeypatch) == 2
     lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
     assert lines[name]["code"] == code

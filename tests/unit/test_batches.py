@@ -14,23 +14,23 @@ from threestage.augment.views import AugmentSettings, weak_view
 from threestage.data.batches import (
     Batch,
     BatchMode,
-    Order,
     SampleSet,
+    ShuffledIndex,
     batches,
     canvas_size,
     prefetch,
     share_of,
     stack,
 )
+from threestage.data.datasets import labelled_set, pool_set, validation_set
 from threestage.data.pool import data_set_files
 from threestage.data.records import load_manifest
-from threestage.data.samples import Decoded, place
-from threestage.data.sets import labelled_set, pool_set, validation_set
+from threestage.data.samples import Decoded, crop_to_canvas
 from threestage.data.split import make_split
-from threestage.local import predict_pool
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
-from threestage.pseudo_masks import PoolTask, gather
+from threestage.prediction.pseudo_masks import PoolTask, gather
+from threestage.run.local_backend import predict_pool
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor, ramp_up
 
 
@@ -42,11 +42,11 @@ def labelled(scenes: Path) -> SampleSet:
 
 
 def test_every_pass_is_a_permutation_of_its_own() -> None:
-    order = Order(7, 0, "labelled")
+    order = ShuffledIndex(7, 0, "labelled")
     passes = [[order[p * 7 + i] for i in range(7)] for p in range(3)]
     assert all(sorted(items) == list(range(7)) for items in passes)
     assert passes[0] != passes[1]
-    assert [Order(7, 0, "labelled")[i] for i in range(14, 21)] == passes[2]
+    assert [ShuffledIndex(7, 0, "labelled")[i] for i in range(14, 21)] == passes[2]
 
 
 def test_batches_from_any_step_equal_those_of_an_undisturbed_run(labelled: SampleSet) -> None:
@@ -72,7 +72,7 @@ def test_workers_share_the_global_batch(labelled: SampleSet, size: int, batch: B
 def test_small_images_are_padded_and_large_ones_cut() -> None:
     image = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
     mask = image[..., 0] % 5
-    placed, maps, extent, _ = place(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
+    placed, maps, extent, _ = crop_to_canvas(Decoded(image, {"mask": mask}), (6, 8), np.random.default_rng(0))
     assert placed.shape == (6, 8, 3) and extent[:2].tolist() == [[4, 8], [4, 10]]
     assert (maps["mask"][4:] == 255).all()
     left = int(np.flatnonzero(image[0, :, 0] == placed[0, 0, 0])[0])

@@ -7,7 +7,14 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from tests.refusals import refused
 from threestage.errors import CodedError, InputError, StageFailure
-from threestage.on_ray.causes import cause_of, code_of, first_line, last_line, ours, told
+from threestage.ray_backend.failures import (
+    cause_of,
+    code_of,
+    first_line,
+    last_line,
+    to_user_error,
+    translate_ray_errors,
+)
 
 
 def chained(outer: Exception, inner: Exception) -> Exception:
@@ -43,7 +50,7 @@ def test_a_line_of_many() -> None:
 def test_what_ray_data_appends_is_not_told(kind: type[CodedError]) -> None:
     own = kind("a.jpg: fix it", "image/bad")
     own.args = (f"{own}\nFailed to map after 1/1 attempts\nTo change retry attempts …",)
-    found = ours(in_a_task(pickle.loads(pickle.dumps(own))).as_instanceof_cause(), "predict: ")
+    found = to_user_error(in_a_task(pickle.loads(pickle.dumps(own))).as_instanceof_cause(), "predict: ")
     assert type(found) is kind and found.code == "image/bad"
     assert found.message in ("a.jpg: fix it", "predict: a.jpg: fix it; the same command continues")
 
@@ -57,8 +64,8 @@ def test_a_line_of_one_of_ours_has_no_code() -> None:
 
 
 def test_what_else_fails_in_a_task_is_a_failure_with_a_code() -> None:
-    with refused("ray/task-failed", "KeyError", "inside", error=StageFailure), told():
+    with refused("ray/task-failed", "KeyError", "inside", error=StageFailure), translate_ray_errors():
         raise KeyError("inside")
-    with refused("data/no-files", "photos"), told():
+    with refused("data/no-files", "photos"), translate_ray_errors():
         raise InputError("photos: no image", "data/no-files")
-    assert ours(WorkerCrashedError()).code == "ray/task-failed"
+    assert to_user_error(WorkerCrashedError()).code == "ray/task-failed"

@@ -12,16 +12,15 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import check as checks
-from threestage import lease
-from threestage.checks import data, steps
-from threestage.checks.lines import Found, Line, not_tried, tried
-from threestage.checks.steps import Measured, Specification, measure
-from threestage.checks.words import duration_line, step_line
+from threestage.checks import data, step_time, steps
+from threestage.checks import run_check as checks
+from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
+from threestage.checks.steps import Measured, Specification, duration_line, measure, step_line
+from threestage.checks.store import check_store
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import encode_mask, load_manifest
-from threestage.sweeps import step_time
+from threestage.run_folder import lease
 
 GIB = 2**30
 
@@ -54,7 +53,7 @@ def changed(config: Config, section: str, **values: object) -> Config:
     return Config.model_validate(tree)
 
 
-def lines_of(config: Config, out: Path, local: bool = False) -> dict[str, Line]:
+def lines_of(config: Config, out: Path, local: bool = False) -> dict[str, CheckResult]:
     return {line.name: line for line in checks.check(config, str(out), local)}
 
 
@@ -141,16 +140,16 @@ def test_places_that_cannot_be_used_are_one_error(config: Config, tmp_path: Path
     (tmp_path / "file").write_text("")
     absent, file = str(tmp_path / "absent"), str(tmp_path / "file")
     with refused("data/no-data-set", f"data.root: {absent}"):
-        checks.check_store(changed(config, "data", root=absent), str(tmp_path / "run"))
+        check_store(changed(config, "data", root=absent), str(tmp_path / "run"))
     wrong = changed(changed(config, "data", root=absent), "network", weights=f"{file}s")
     with refused("check/places", f"data.root: {absent}", f"network.weights: {file}s") as error:
-        checks.check_store(wrong, str(tmp_path / "run"))
+        check_store(wrong, str(tmp_path / "run"))
     assert "[" not in error.value.message
 
 
 def test_lines() -> None:
-    assert tried("a", "b", lambda: Found("c", "d"))[:2] == ("a", "c")
-    assert not_tried(["a", "b"], ["c"]) == Line("a, b", "", doubt="not tried: needs c")
+    assert run_check("a", "b", lambda: CheckOutcome("c", "d"))[:2] == ("a", "c")
+    assert not_tried(["a", "b"], ["c"]) == CheckResult("a, b", "", doubt="not tried: needs c")
 
 
 # ---- The data set
@@ -218,7 +217,7 @@ def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest
 
 
 def test_near_copies_on_both_sides_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data.sides_differ(config, None) == Found(
+    assert data.sides_differ(config, None) == CheckOutcome(
         f"no near-copies between 8 of 8 labelled and 6 of 6 validation images of {config.data.root}"
     )
     split = data.read_split(config, load_manifest(config.data.root), None)
@@ -286,7 +285,7 @@ def specification(config: Config, use_gpu: bool = False) -> Specification:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "MOST_STEPS", 3)
-    monkeypatch.setattr(steps, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(steps, "disable_malloc_trim", lambda: None)
 
 
 def test_a_dry_step_of_each_stage(config: Config, few_steps: None) -> None:

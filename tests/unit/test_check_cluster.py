@@ -17,11 +17,11 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage.checks.lines import Found, Line
+from threestage.checks.result import CheckOutcome, CheckResult
 from threestage.config import Config, changed
-from threestage.on_ray import check, check_job, check_nodes, check_room
-from threestage.on_ray import entrance as entry
-from threestage.on_ray.room import Growth
+from threestage.ray_backend import capacity, job_check, node_checks
+from threestage.ray_backend import connect as entry
+from threestage.ray_backend.capacity import Growth
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def with_cluster(config: Config, **values: object) -> Config:
 # ---- Room
 
 
-def room(config: Config, *nodes: dict[str, float], growth: Growth = Growth(), **cluster: object) -> Found:
-    return check_room._room(with_cluster(config, **cluster), nodes, growth, "there", "add nodes")
+def room(config: Config, *nodes: dict[str, float], growth: Growth = Growth(), **cluster: object) -> CheckOutcome:
+    return capacity._room(with_cluster(config, **cluster), nodes, growth, "there", "add nodes")
 
 
 def test_room_for_workers_and_the_reader(config: Config) -> None:
     asked = "the run asks for 3 × (CPU 1) and CPU 1 to read the pool; there"
-    assert room(config, {"CPU": 4.0}, workers=3) == Found(asked)
+    assert room(config, {"CPU": 4.0}, workers=3) == CheckOutcome(asked)
     with refused("ray/too-small", f"{asked}; set cluster.workers=2, or add nodes"):
         room(config, {"CPU": 3.0}, workers=3)
     with refused("ray/too-small", "cluster.cpus_per_worker"):
@@ -81,9 +81,9 @@ def test_gpus_that_nobody_uses(config: Config) -> None:
 def test_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "share them" in str(check_room.room_here(with_cluster(config, workers=4, gpus_per_worker=0.25)).doubt)
+    assert "share them" in str(capacity.room_here(with_cluster(config, workers=4, gpus_per_worker=0.25)).doubt)
     with refused("ray/too-small", "name a cluster that has more"):
-        check_room.room_here(with_cluster(config, workers=2, gpus_per_worker=1))
+        capacity.room_here(with_cluster(config, workers=2, gpus_per_worker=1))
 
 
 # ---- The cluster's door
@@ -101,12 +101,12 @@ def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
 def test_an_address_that_a_run_cannot_use(address: str) -> None:
     with refused("ray/address", f"RAY_ADDRESS={address}: ", "HOST:PORT"):
-        entry.lets_in("RAY_ADDRESS", address)
+        entry.probe_cluster("RAY_ADDRESS", address)
 
 
 def test_nobody_listens() -> None:
     with refused("ray/no-answer", "cluster.address=127.0.0.1:1: ", "UNAVAILABLE"):
-        entry.lets_in("cluster.address", "127.0.0.1:1")
+        entry.probe_cluster("cluster.address", "127.0.0.1:1")
 
 
 class Refusing(grpc.GenericRpcHandler):
@@ -131,7 +131,7 @@ def refusing() -> Iterator[str]:
 
 def test_another_token(refusing: str) -> None:
     with refused("ray/wrong-token", f"cluster.address={refusing}: ", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"):
-        entry.lets_in("cluster.address", refusing)
+        entry.probe_cluster("cluster.address", refusing)
 
 
 def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(entry, "create_gcs_channel", no_token)
     with refused("ray/no-token", "cluster.address=127.0.0.1:1: ", "RAY_AUTH_MODE=token"):
-        entry.lets_in("cluster.address", "127.0.0.1:1")
+        entry.probe_cluster("cluster.address", "127.0.0.1:1")
 
 
 @pytest.mark.filterwarnings("default")  # Ray's own
@@ -149,11 +149,11 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
         raise RuntimeError("no raylet\nhere")
 
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    monkeypatch.setattr(check, "lets_in", lambda name, address: Found("fine"))
-    monkeypatch.setattr("threestage.on_ray.train.admitted", lambda name, address: None)
+    monkeypatch.setattr(node_checks, "probe_cluster", lambda name, address: CheckOutcome("fine"))
+    monkeypatch.setattr("threestage.ray_backend.train.admitted", lambda name, address: None)
     monkeypatch.setattr(ray, "init", refuse)
     with contextlib.ExitStack() as connection, refused("ray/not-a-node", "RAY_ADDRESS=head:6379: ", "(no raylet here)"):
-        check.connect("RAY_ADDRESS", "head:6379", config.cluster, connection)
+        node_checks.connect("RAY_ADDRESS", "head:6379", config.cluster, connection)
 
 
 @pytest.mark.parametrize("what", ["Ray", "Python"])
@@ -161,13 +161,13 @@ def test_other_versions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(entry, "_metadata", lambda channel: there | {f"{what.lower()}_version": "1.2.3"})
     with refused("ray/other-version", "cluster.address=127.0.0.1:1: ", f"{what} 1.2.3"):
-        entry.lets_in("cluster.address", "127.0.0.1:1")
+        entry.probe_cluster("cluster.address", "127.0.0.1:1")
 
 
 def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(entry, "_metadata", lambda channel: there)
-    assert "asks for no token" in str(entry.lets_in("cluster.address", "127.0.0.1:1").doubt)
+    assert "asks for no token" in str(entry.probe_cluster("cluster.address", "127.0.0.1:1").doubt)
 
 
 # ---- The nodes
@@ -175,9 +175,9 @@ def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_node_with_another_folder_of_that_name(config: Config, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    with check_nodes._marked(out) as marker:
-        assert check_nodes._look(config.model_dump(mode="json"), out, marker)["problems"] == []
-    (found,) = check_nodes._look(config.model_dump(mode="json"), out, marker)["problems"]
+    with node_checks._marked(out) as marker:
+        assert node_checks._look(config.model_dump(mode="json"), out, marker)["problems"] == []
+    (found,) = node_checks._look(config.model_dump(mode="json"), out, marker)["problems"]
     assert found.startswith(f"--out {out} is another folder there: give s3://bucket/prefix") and not os.listdir(
         tmp_path
     )
@@ -185,24 +185,26 @@ def test_a_node_with_another_folder_of_that_name(config: Config, tmp_path: Path)
 
 def test_nodes_that_lack_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in ("one", "two", "three")]
-    old = check_nodes.View(versions=check.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",))
-    fine = check_nodes.View(versions=check.versions())
+    old = node_checks.View(
+        versions=node_checks.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",)
+    )
+    fine = node_checks.View(versions=node_checks.versions())
     monkeypatch.setattr(ray, "nodes", lambda: alive)
-    monkeypatch.setattr(check_nodes, "_views", lambda *given: {"one": old, "two": old, "three": fine})
+    monkeypatch.setattr(node_checks, "_views", lambda *given: {"one": old, "two": old, "three": fine})
     nodes = "node one and 1 more: "
     with refused("check/nodes", f"{nodes}it has threestage 0.0.1", f"{nodes}data.root: not there"):
-        check_nodes.nodes_reach(config, "s3://bucket/run")
+        node_checks.nodes_reach(config, "s3://bucket/run")
 
 
 def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [{"Alive": True}]
     monkeypatch.setattr(ray, "nodes", lambda: alone)
-    assert check_nodes.own_file(config) is None
+    assert node_checks.own_file(config) is None
     monkeypatch.setattr(ray, "nodes", lambda: alone * 2)
-    line = check_nodes.own_file(config)
+    line = node_checks.own_file(config)
     assert line is not None and "no other node reads it" in str(line.doubt)
-    monkeypatch.setenv(check_nodes.JOB, "{}")
-    line = check_nodes.own_file(config)
+    monkeypatch.setenv(node_checks.JOB, "{}")
+    line = node_checks.own_file(config)
     assert line is not None and "set registry.tracking_uri" in str(line.problem) and line.code == "mlflow/local-file"
 
 
@@ -210,15 +212,15 @@ def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_a_job_could_not_read(config: Config, scenes: Path) -> None:
-    assert check_job._travels(config, "s3://bucket/run").doubt is None
+    assert job_check._travels(config, "s3://bucket/run").doubt is None
     with refused("submit/unshared-place", "--out=runs/x: "):
-        check_job._travels(config, "runs/x")
+        job_check._travels(config, "runs/x")
     relative = changed(config, {"data.root": "data"})
     with refused("submit/unshared-place", "data.root=data: "):
-        check_job._travels(relative, "s3://bucket/run")
+        job_check._travels(relative, "s3://bucket/run")
     secret = changed(config, {"registry.tracking_uri": "http://me:secret@mlflow:5000"})
     with refused("submit/secret-setting"):
-        check_job._travels(secret, "s3://bucket/run")
+        job_check._travels(secret, "s3://bucket/run")
 
 
 class Client:
@@ -241,22 +243,22 @@ class Client:
 
 
 @pytest.fixture
-def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Line]]:
-    monkeypatch.setattr(check_job, "POLL_S", 0.0)
-    return lambda client: list(check_job._follow(client, "raysubmit_1"))
+def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[CheckResult]]:
+    monkeypatch.setattr(job_check, "POLL_S", 0.0)
+    return lambda client: list(job_check._follow(client, "raysubmit_1"))
 
 
-def logged(*lines: Line) -> str:
+def logged(*lines: CheckResult) -> str:
     return "".join(f"threestage-check {json.dumps(line._asdict())}\n" for line in lines)
 
 
-def test_the_lines_of_a_job(follow: Callable[[Any], list[Line]]) -> None:
-    one, two = Line("a", "b", 1.0), Line("c", "", problem="d")
+def test_the_lines_of_a_job(follow: Callable[[Any], list[CheckResult]]) -> None:
+    one, two = CheckResult("a", "b", 1.0), CheckResult("c", "", problem="d")
     client = Client(logged(one), logged(one, two)[:-5], "noise\n" + logged(one, two))
     assert follow(client) == [one, two] and client.deleted
 
 
-def test_a_job_that_ends_too_early(follow: Callable[[Any], list[Line]]) -> None:
+def test_a_job_that_ends_too_early(follow: Callable[[Any], list[CheckResult]]) -> None:
     (found,) = follow(Client("Traceback\nModuleNotFoundError: No module named 'torch'\n", status="FAILED"))
     assert found.problem == (
         "it ended too early: ModuleNotFoundError: No module named 'torch'; see `ray job logs --address http://head:8265 "
@@ -264,20 +266,20 @@ def test_a_job_that_ends_too_early(follow: Callable[[Any], list[Line]]) -> None:
     )
 
 
-def test_a_job_that_says_nothing(follow: Callable[[Any], list[Line]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threestage.on_ray.check_job.SILENCE_S", 0.05)
+def test_a_job_that_says_nothing(follow: Callable[[Any], list[CheckResult]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threestage.ray_backend.job_check.SILENCE_S", 0.05)
     (found,) = follow(Client("", "", status="RUNNING"))
     assert "no word of it" in str(found.problem) and found.code == "check/job"
 
 
 def test_the_image_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = check.versions()
+    here = node_checks.versions()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: here["torch"])
-    assert "renew the image" in str(check_job._code(here).doubt)
+    assert "renew the image" in str(job_check._code(here).doubt)
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(check_job, "versions", lambda: here)
+    monkeypatch.setattr(job_check, "versions", lambda: here)
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert "holds no threestage: submit with --wheel FILE" in str(check_job._code(here | {"Python": "3.9"}).doubt)
+    assert "holds no threestage: submit with --wheel FILE" in str(job_check._code(here | {"Python": "3.9"}).doubt)

@@ -11,7 +11,7 @@ import torch
 from tests.refusals import refused
 from threestage.data import storage
 from threestage.errors import StageFailure
-from threestage.training.checkpoint import Checkpoints, Outlived, Pointer
+from threestage.training.checkpoint import Checkpoints, Pointer, StaleWorkerError
 
 
 def snapshot(step: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_who_was_there_before_may_not_write_any_more(tmp_path: Path, drivers: st
     after.wait()
     before.save(snapshot(100))
     another_run = refused("run/taken-over", tmp_path, error=StageFailure)
-    with pytest.raises(Outlived) if drivers == "aa" else another_run:
+    with pytest.raises(StaleWorkerError) if drivers == "aa" else another_run:
         before.wait()
     latest = after.latest()
     assert latest is not None and latest.step == 5

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import cli, lease
-from threestage.clean import Left, clean, what_is_left
+from threestage.cli import app
 from threestage.config import Config
 from threestage.data import storage
-from threestage.local import run_local
+from threestage.run.clean import Leftover, clean, what_is_left
+from threestage.run.local_backend import run_local
+from threestage.run_folder import lease
 
 Run = Callable[[], list[Any]]
 
@@ -51,7 +52,7 @@ def _rerun(config: Config, out: Path) -> list[Any]:
     return rows
 
 
-def _yes(left: Left) -> bool:
+def _yes(left: Leftover) -> bool:
     return True
 
 
@@ -141,7 +142,7 @@ def test_on_s3(run: Path, bucket: str) -> None:
 
 def test_the_command_asks(run: Path) -> None:
     def threestage(*arguments: object, answer: str = "") -> Any:
-        return CliRunner().invoke(cli.app, ["clean", str(run), *map(str, arguments)], input=answer)
+        return CliRunner().invoke(app.app, ["clean", str(run), *map(str, arguments)], input=answer)
 
     before = _files(run)
     shown = json.loads(threestage("--json").stdout)

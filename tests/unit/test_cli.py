@@ -12,10 +12,11 @@ import yaml
 from PIL import Image
 
 from tests.conftest import write_photos
-from threestage.cli import main
+from threestage.cli.app import main
 from threestage.errors import CodedError, InputError, StageFailure
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
 
 CLASS_MAP = {
     "classes": [

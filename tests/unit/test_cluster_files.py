@@ -478,9 +478,9 @@ def test_overlays_differ_where_they_should() -> None:
 
 
 def test_every_setting_of_the_job_is_one() -> None:
+    from threestage.checks.preflight import check_shares
     from threestage.config import load as load_config
     from threestage.models.network import check_settings
-    from threestage.preflight import check_shares
 
     words = select(manifests("overlays/job"), {"kind": "RayJob", "name": "threestage-run"})["spec"][
         "entrypoint"

@@ -12,17 +12,20 @@ import pytest
 
 from tests.conftest import tiny_config, write_photos
 from tests.refusals import refused
-from threestage import budget, clean, lease, mirror, over_seeds, predict, report_page, reused
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
-from threestage.data.known import ENTRY, look_up
 from threestage.data.listing import list_images
-from threestage.data.publish import row_digests
+from threestage.data.publish import ENTRY, look_up, row_digests
 from threestage.data.records import load_manifest
 from threestage.errors import InputError, StageFailure
-from threestage.local import run_local
-from threestage.registry import RegistrySettings
-from threestage.sweeps.trials import Trial, curve_of, load_trials, save
+from threestage.mlflow_sync import run_sync
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction import predict
+from threestage.report import report, seed_summary
+from threestage.run import budget, clean
+from threestage.run.local_backend import run_local
+from threestage.run_folder import lease, reuse
+from threestage.sweeps.journal import Trial, curve_of, load_trials, save
 from threestage.training.checkpoint import Checkpoints
 
 WRONG: tuple[object, ...] = ([], "x", 5, None, {}, [[1]], {"a": 1})
@@ -43,10 +46,10 @@ def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = str(folder / "run")
 
     def record(outcome: Any) -> None:
-        mirror.keep_outcome(out, outcome)
+        run_sync.keep_outcome(out, outcome)
 
     run_local(config, out, lambda stage, row: None, record=record)
-    mirror.keep_settings(out, config.model_dump(mode="json"))
+    run_sync.keep_settings(out, config.model_dump(mode="json"))
     storage.write_json(f"{out}/run.json", {"run_key": "k"})
     storage.write_json(f"{out}/reused.json", {})
     costs = {"steps": {"stage1": 1}, "evaluation": 1, "pool_pass": 1}
@@ -69,12 +72,12 @@ def readers(folder: Path, scenes: Path) -> dict[str, Callable[[], object]]:
         "list": lambda: list_images(f"{folder}/images", f"{folder}/listing", 2),
         "manifest": lambda: load_manifest(str(folder / "data")),
         "predict": lambda: predict.read_model(run, RegistrySettings()),
-        "report": lambda: report_page.write_report(run, f"{folder}/page.html"),
-        "reuse": lambda: reused.shared_parts(config, run, {k: digests[k] for k in ("labelled", "validation")}),
+        "report": lambda: report.write_report(run, f"{folder}/page.html"),
+        "reuse": lambda: reuse.shared_parts(config, run, {k: digests[k] for k in ("labelled", "validation")}),
         "rows": lambda: Checkpoints(f"{run}/stage1/checkpoints").rows(),
-        "scores": lambda: over_seeds.seeds_table([], [str(folder / "scores")]),
-        "seeds": lambda: over_seeds.seeds_table([run]),
-        "sync": lambda: mirror.sync(run, None, lambda text: None),
+        "scores": lambda: seed_summary.seeds_table([], [str(folder / "scores")]),
+        "seeds": lambda: seed_summary.seeds_table([run]),
+        "sync": lambda: run_sync.sync(run, None, lambda text: None),
         "trials": lambda: load_trials(str(folder)),
     }
 
@@ -116,8 +119,8 @@ def damaged(value: Any) -> Iterator[Any]:
 def test_json_of_another_shape(
     name: str, finished: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_page, "_look", lambda *given: None)
-    monkeypatch.setattr(mirror, "open_registry", lambda settings: Registry())
+    monkeypatch.setattr(report, "_look", lambda *given: None)
+    monkeypatch.setattr(run_sync, "open_registry", lambda settings: Registry())
     monkeypatch.setitem(lease.SETTLE_S, "local", 0)
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     ask = readers(folder, scenes)

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from tests.refusals import refused
+from threestage.checks.preflight import check_shares
 from threestage.config import load, preset_headers
 from threestage.data.synthetic import write_scenes
 from threestage.models.network import check_settings
-from threestage.preflight import check_shares
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -17,11 +17,12 @@ from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import Decoded, samples_of
 from threestage.evaluation import Scores, evaluate, evaluate_model
-from threestage.inference import Protocol
 from threestage.models.export import ModelCard
-from threestage.models.network import Network, NetworkSettings, build_network
-from threestage.pseudo_masks import predict_images
-from threestage.scores import reliability_diagram, score_tables, write_scores
+from threestage.models.network import Network, build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pseudo_masks import predict_images
+from threestage.prediction.tta import TTASettings
+from threestage.report.scores import reliability_diagram, score_tables, write_scores
 from threestage.training.metrics import boundary_f_scores, class_counts, confusion_matrix, mean_iou
 
 CPU = torch.device("cpu")
@@ -116,9 +117,9 @@ def test_each_image_is_counted_in_its_own_place(scenes: Path) -> None:
 def test_another_protocol_scores_another_prediction(scenes: Path) -> None:
     network, card = model_for(scenes)
     whole = evaluate_model(network, card, str(scenes), "val")
-    covering = evaluate_model(network, card, str(scenes), "val", Protocol(window=(64, 64)))
+    covering = evaluate_model(network, card, str(scenes), "val", TTASettings(window=(64, 64)))
     assert covering | {"protocol": ""} == whole | {"protocol": ""}
-    flipped = evaluate_model(network, card, str(scenes), "val", Protocol(flip=True, scales=(0.5, 1)))
+    flipped = evaluate_model(network, card, str(scenes), "val", TTASettings(flip=True, scales=(0.5, 1)))
     assert flipped["confusion_matrix"] != whole["confusion_matrix"]
     assert flipped["protocol"].startswith("whole image, scales 0.5, 1, flipped too")
 
@@ -126,7 +127,7 @@ def test_another_protocol_scores_another_prediction(scenes: Path) -> None:
 def test_what_does_not_fit_is_refused(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, card = model_for(scenes)
     with refused("network/size-multiple", "window=30x30:", 8):
-        evaluate_model(network, card, str(scenes), "val", Protocol(window=(30, 30)))
+        evaluate_model(network, card, str(scenes), "val", TTASettings(window=(30, 30)))
     with refused("evaluate/other-classes", scenes, ["a", "b"]):
         evaluate_model(network, card.model_copy(update={"classes": ("a", "b")}), str(scenes), "val")
     monkeypatch.setattr(evaluation, "labelled_rows", lambda *given: labelled_rows(*given).slice(0, 0))

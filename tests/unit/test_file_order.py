@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from threestage.on_ray.data import file_order, mixed
-from threestage.on_ray.reading import blocks
+from threestage.ray_backend.pool_reader import blocks
+from threestage.ray_backend.pool_stream import file_order, mixed
 
 ROWS = [9, 5, 0, 6]  # 20 a pass: file 1 lost four rows to validation, file 2 all of them
 

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from tests.refusals import refused
-from threestage.data.check import BadFile, check_image, check_mask
 from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
 from threestage.data.formats import IngestSettings, SourceItem, discover
 from threestage.data.headers import BadImage
+from threestage.data.image_validation import BadFile, check_image, check_mask
 from threestage.data.records import decode_image
 
 

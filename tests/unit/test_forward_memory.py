@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.test_predict import files_below, make_model, photo, run
-from threestage import forward_memory, pool_prediction
 from threestage.data.pool import PoolFile
-from threestage.forward_memory import LEAST_PIXELS, MARGIN, bytes_per_pixel, free_bytes, most_pixels
+from threestage.prediction import memory, pool_prediction
+from threestage.prediction.memory import LEAST_PIXELS, MARGIN, bytes_per_pixel, free_bytes, most_pixels
 
 CPU = torch.device("cpu")
 
@@ -37,12 +37,12 @@ def test_what_is_measured_is_within_a_factor(per_pixel: int) -> None:
 
 def test_a_network_is_measured_once_and_the_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Holding(1000)
-    monkeypatch.setattr(forward_memory, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
     first = most_pixels(network, network, CPU)
     passes = network.passes
-    monkeypatch.setattr(forward_memory, "free_bytes", lambda device: 2**29)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**29)
     assert abs(most_pixels(network, network, CPU) * 2 - first) <= 2 and network.passes == passes
-    monkeypatch.setattr(forward_memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert most_pixels(network, network, CPU) == LEAST_PIXELS
 
 
@@ -55,9 +55,9 @@ def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
         (tmp_path / "memory.stat").write_text(stat)
         (tmp_path / names[0]).write_text("1000\n")
         (tmp_path / names[1]).write_text("400\n")
-        assert forward_memory._free_of_group(tmp_path, *names) == 630
+        assert memory._free_of_group(tmp_path, *names) == 630
     (tmp_path / "memory.max").write_text("max\n")
-    assert forward_memory._free_of_group(tmp_path, "memory.max", "memory.current") == float("inf")
+    assert memory._free_of_group(tmp_path, "memory.max", "memory.current") == float("inf")
     assert 0 < free_bytes(CPU) < 2**50
 
 

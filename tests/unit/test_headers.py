@@ -23,11 +23,11 @@ from tests.images import (
     tiff,
 )
 from tests.refusals import refused
-from threestage.data import check, pixel_budget, records
-from threestage.data.check import BadFile, check_image, check_mask
+from threestage.data import image_validation, parallel, records
 from threestage.data.classes import ClassMap, Lookup
 from threestage.data.headers import MAX_PARTS, MAX_SCANS, MAX_TAG_VALUES, BadImage, read_layout
-from threestage.data.pixel_budget import Budget
+from threestage.data.image_validation import BadFile, check_image, check_mask
+from threestage.data.parallel import Budget
 from threestage.data.records import decode_image, open_picture
 
 GREY, RGB, PALETTE = 1, 2, 3
@@ -340,15 +340,15 @@ def test_threads_share_a_budget_and_none_is_passed_over() -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what fails gives its pixels back."""
-    monkeypatch.setattr(check, "PIXELS", Budget(64 * 64))
+    monkeypatch.setattr(image_validation, "PIXELS", Budget(64 * 64))
     at_once = set[int]()
 
     def seen(data: bytes) -> Image.Image:
-        at_once.add(check.PIXELS._free)
+        at_once.add(image_validation.PIXELS._free)
         time.sleep(0.005)
         return open_picture(data)
 
-    monkeypatch.setattr(check, "open_picture", seen)
+    monkeypatch.setattr(image_validation, "open_picture", seen)
     good, bad = encoded(Image.new("RGB", (60, 60))), encoded(Image.new("RGB", (60, 60)), "JPEG")[:-50]
 
     def one(data: bytes) -> None:
@@ -360,11 +360,11 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         thread.start()
     for thread in threads:
         thread.join()
-    assert at_once == {64 * 64 - 60 * 60} and check.PIXELS._free == 64 * 64
+    assert at_once == {64 * 64 - 60 * 60} and image_validation.PIXELS._free == 64 * 64
 
 
 def test_a_prediction_s_threads_share_the_pixels_of_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_budget, "LARGE_PIXELS", 60 * 60)
+    monkeypatch.setattr(parallel, "LARGE_PIXELS", 60 * 60)
     monkeypatch.setattr(records, "PIXELS", Budget(64 * 64))
     free = list[int]()
 

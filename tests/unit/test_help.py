@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import typer
 
-from threestage import local
-from threestage.cli import app, main
+from threestage.cli.app import app, main
 from threestage.config import load
+from threestage.run import local_main
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
-PROGRAM = "from threestage.cli import main; main()"
+PROGRAM = "from threestage.cli.app import main; main()"
 
 
 def _commands(group: Any, path: str = "") -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_the_example_of_a_run_names_its_weights(name: str) -> None:
 
 def test_the_help_of_the_program_without_a_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        local.main(["--help"])
+        local_main.main(["--help"])
     assert end.value.code == 0 and "Example:" in capsys.readouterr().out
 
 

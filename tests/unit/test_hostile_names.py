@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from threestage import local, runs
+from threestage.cli.progress import StageProgress
+from threestage.cli.terminal import Terminal
 from threestage.config import load
+from threestage.mlflow_sync.model_card import write_card
+from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import ModelCard
-from threestage.models.network import NetworkSettings
-from threestage.progress import StageProgress
-from threestage.registry.card import write_card
-from threestage.registry.records import StageRecord
-from threestage.terminal import Terminal
+from threestage.models.settings import NetworkSettings
+from threestage.run import local_main
+from threestage.run import run as runs
 
 EVIL = "x<script>a</script>![p](http://h/t.png)|`c`\n# t \x1b]8;;http://h\x07l\x1b[2J\u202egnp"
 COMMANDS = set("\x1b\x07\u202e")
@@ -63,8 +64,8 @@ def test_the_lines_of_a_local_run(
         return {"stages": {"stage1": {EVIL: 1}}, "no_verdict": EVIL}
 
     monkeypatch.setattr(runs, "run", run)
-    assert local.main(["demo", "--out", str(tmp_path)]) == 0
-    assert local.main([EVIL, "--out", str(tmp_path)]) == 2
+    assert local_main.main(["demo", "--out", str(tmp_path)]) == 0
+    assert local_main.main([EVIL, "--out", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert not set(shown.out + shown.err) & COMMANDS and shown.out.count("\\x1b]8;;") == 4
 
@@ -81,7 +82,7 @@ def test_warnings_before_there_is_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from threestage import __main__ as start
-    from threestage.registry.models import _to_stderr
+    from threestage.mlflow_sync.model_registry import _to_stderr
 
     _to_stderr(EVIL)
     monkeypatch.setenv("THREESTAGE_EXPECTED_ENVIRONMENT", f"{EVIL}?,{EVIL}")

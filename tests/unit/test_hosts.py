@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsers import PARSERS
 from tests.refusals import refused
-from threestage import hosts, submission
-from threestage.check import check
+from threestage import hosts
+from threestage.checks.run_check import check
+from threestage.cli.job_arguments import read_job
 from threestage.config import changed, confirmed_hosts, load, refuse_unconfirmed_hosts
 from threestage.data import storage
-from threestage.mirror import registry_of, sync
-from threestage.on_ray.entrance import address_of
-from threestage.registry import RegistrySettings, open_registry
-from threestage.registry.sources import refuse_foreign_source
-from threestage.report_page.mirror import log_page
-from threestage.sweeps.checks import check_space
-from threestage.sweeps.space import Space
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.mlflow_sync.run_sync import registry_of, sync
+from threestage.mlflow_sync.sources import refuse_foreign_source
+from threestage.ray_backend import job_package
+from threestage.ray_backend.connect import address_of
+from threestage.report.run_reader import log_page
+from threestage.sweeps.space import Space, check_space
 
 VARIABLES = {name for names in hosts.CONFIRMING.values() for name in names} | {hosts.TRUSTED}
 PASSWORD = "PasswordThatMustAppearNowhere"
@@ -109,7 +112,7 @@ def test_each_place_of_use_refuses(tmp_path: Path) -> None:
     refused_host(lambda: open_registry(config.registry), "registry.tracking_uri")
     refused_host(lambda: address_of(config.cluster), "cluster.address")
     job = ("other.yaml", "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
-    refused_host(lambda: submission.read_job("run", job, "."))
+    refused_host(lambda: read_job("run", job, ".", PARSERS))
     searched = {"consistency.confidence_threshold": {"uniform": [0, 0.9]}}
     space = Space.model_validate(
         {"stages": [2], "trials": 3, "search": searched, "fixed": {"storage.endpoint": "http://store.other"}}
@@ -155,7 +158,7 @@ def test_a_job_may_find_credentials_that_are_not_here(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     file = write({"registry.tracking_uri": "http://mlflow.other:5000"})
     job = (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run")
-    refused_host(lambda: submission.read_job("run", job, "."), "http://mlflow.other:5000")
+    refused_host(lambda: read_job("run", job, ".", PARSERS), "http://mlflow.other:5000")
     refused_host(lambda: list(check(load(file), "s3://bucket/run", local=False, address="http://dashboard:8265")))
 
 
@@ -198,8 +201,8 @@ def test_a_run_folder_of_the_own_store_needs_nothing(monkeypatch: pytest.MonkeyP
 def test_a_job_is_told_which_hosts_are_confirmed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", NAMED["storage.endpoint"])
     file = write({"storage.endpoint": NAMED["storage.endpoint"]})
-    job = submission.read_job("run", (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run"), ".")
-    sent = submission.environment(job, [], {})
+    job = read_job("run", (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run"), ".", PARSERS)
+    sent = job_package.environment(job, [], {})
     assert sent[hosts.TRUSTED] == NAMED["storage.endpoint"]
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv(hosts.TRUSTED, sent[hosts.TRUSTED])

@@ -13,8 +13,8 @@ from tests.conftest import tiny_config, write_photos
 from threestage.data.pool import PoolFile, write_pool
 from threestage.data.pseudo_mask_files import IndexRow, write_index
 from threestage.data.split import Split
-from threestage.on_ray.data import unlabelled_stream
-from threestage.stages import StageTask
+from threestage.ray_backend.pool_stream import unlabelled_stream
+from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Pointer
 
 BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "simplejpeg", "segmentation_models_pytorch")
@@ -29,8 +29,8 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subproces
 def test_the_core_loads_neither_ray_nor_mlflow(tmp_path: Path) -> None:
     """The stages, the page of a run, and a sweep's space while it is read."""
     done = run_python(
-        "import sys, threestage.stages, threestage.pipeline, threestage.local, threestage.report_page\n"
-        "from threestage.sweeps import checks, proposals, space\n"
+        "import sys, threestage.run.stages, threestage.run.pipeline, threestage.local, threestage.report.report\n"
+        "from threestage.sweeps import proposals, space\n"
         "space.load_space('thresholds')\n"
         "print([m for m in ('ray', 'mlflow', 'timm', 'typer', 'rich', 'optuna') if m in sys.modules])",
         cwd=tmp_path,
@@ -39,7 +39,7 @@ def test_the_core_loads_neither_ray_nor_mlflow(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["on_ray.pulse", "on_ray.reading", "data.ingest"])
+@pytest.mark.parametrize("module", ["ray_backend.heartbeat", "ray_backend.pool_reader", "data.ingest"])
 def test_processes_that_do_not_train_load_no_torch(module: str) -> None:
     """The monitor of a stage, the readers of its pool and an ingest: hundreds of megabytes and seconds less for each process."""
     done = run_python(f"import sys, threestage.{module}\nprint('torch' in sys.modules)")
@@ -88,9 +88,9 @@ def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(s
     write_photos(tmp_path, 2)
     done = run_python(
         f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None\n"
-        "from threestage.local import main\nassert main(sys.argv[1:]) == 0\n"
-        "from threestage.predict import PredictSettings, predict_input, read_model\n"
-        "from threestage.registry import RegistrySettings\n"
+        "from threestage.run.local_main import main\nassert main(sys.argv[1:]) == 0\n"
+        "from threestage.prediction.predict import PredictSettings, predict_input, read_model\n"
+        "from threestage.mlflow_sync.records import RegistrySettings\n"
         "report = predict_input(read_model('run/stage3', RegistrySettings()), 'images', 'out', PredictSettings())\n"
         "assert report.images == 2",
         "demo", "--out", "run", *overrides, cwd=tmp_path,

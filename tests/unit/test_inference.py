@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.refusals import refused
-from threestage import pseudo_masks
 from threestage.config import validated
-from threestage.inference import (
-    Protocol,
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction import pseudo_masks
+from threestage.prediction.tta import (
+    TTASettings,
     check_protocol,
     fitting_window,
     predict,
@@ -24,7 +26,6 @@ from threestage.inference import (
     window_logits,
     window_starts,
 )
-from threestage.models.network import NetworkSettings, build_network
 
 CLASSES = 4
 
@@ -50,22 +51,22 @@ def test_the_default_is_what_pseudo_masks_are_made_with() -> None:
     settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
     network = build_network(settings, CLASSES).eval()
     expected = pseudo_masks.predict(network, images())
-    for mine, theirs in zip(predict(network, images(), Protocol(), 8), expected, strict=True):
+    for mine, theirs in zip(predict(network, images(), TTASettings(), 8), expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("window", [(23, 31), (64, 64), (23, 999)])
 def test_a_window_that_covers_the_image_is_the_image(window: tuple[int, int]) -> None:
-    whole = predict(Toy(), images(), Protocol(), 1)
+    whole = predict(Toy(), images(), TTASettings(), 1)
     network = Toy()
-    for mine, theirs in zip(predict(network, images(), Protocol(window=window), 1), whole, strict=True):
+    for mine, theirs in zip(predict(network, images(), TTASettings(window=window), 1), whole, strict=True):
         assert torch.equal(mine, theirs)
     assert network.sizes == [(23, 31)]
 
 
 def test_overlaps_are_averaged() -> None:
     image = images().float() / 255
-    protocol = Protocol(window=(10, 16), stride=(7, 9))
+    protocol = TTASettings(window=(10, 16), stride=(7, 9))
     network = Toy()
     logits = window_logits(network, image, protocol)
     total, count = np.zeros(logits.shape), np.zeros(logits.shape)
@@ -81,7 +82,7 @@ def test_overlaps_are_averaged() -> None:
 
 def test_windows_of_an_image_smaller_in_one_direction() -> None:
     network = Toy()
-    logits = window_logits(network, images().float(), Protocol(window=(40, 16)))
+    logits = window_logits(network, images().float(), TTASettings(window=(40, 16)))
     assert logits.shape == (2, CLASSES, 23, 31) and network.sizes == [(23, 16)] * 3
 
 
@@ -97,7 +98,7 @@ def test_windows_cover_a_side_without_gaps_or_overhang(side: int, window: int, s
 
 def test_flips_and_scales_are_a_mean_of_probabilities() -> None:
     network, image = Toy(), images().float() / 255
-    protocol = Protocol(flip=True, scales=(0.5, 1, 1.5))
+    protocol = TTASettings(flip=True, scales=(0.5, 1, 1.5))
     expected = torch.zeros(2, CLASSES, 23, 31, dtype=torch.float64)
     for size in ((12, 16), (23, 31), (36, 48)):  # multiples of 4, but for the image itself
         view = F.interpolate(image, size=size, mode="bilinear") if size != (23, 31) else image
@@ -114,9 +115,9 @@ def test_flips_and_scales_are_a_mean_of_probabilities() -> None:
 
 
 def test_large_images_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    protocol = Protocol(flip=True, scales=(1, 2))
+    protocol = TTASettings(flip=True, scales=(1, 2))
     together, network = predict(Toy(), images(3), protocol, 1), Toy()
-    monkeypatch.setattr("threestage.inference.VIEW_PIXELS", 4 * 23 * 31)
+    monkeypatch.setattr("threestage.prediction.tta.VIEW_PIXELS", 4 * 23 * 31)
     for mine, theirs in zip(predict(network, images(3), protocol, 1), together, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert len(network.sizes) == 12
@@ -128,7 +129,7 @@ def test_an_image_that_is_too_large_is_predicted_in_the_windows_of_the_protocol(
     sides: tuple[int, int], flip: bool
 ) -> None:
     """The same as with the logits of the whole image in memory; with several views a window's are averaged first."""
-    protocol = Protocol(window=(12, 10), stride=(7, 5), flip=flip)
+    protocol = TTASettings(window=(12, 10), stride=(7, 5), flip=flip)
     picture = images(1, *sides)
     class_ids, confidence, entropy = predict_in_windows(Toy(), picture, protocol, 1, 200)
     assert class_ids.dtype == torch.uint8 and class_ids.shape == confidence.shape == entropy.shape == (1, *sides)
@@ -140,7 +141,7 @@ def test_an_image_that_is_too_large_is_predicted_in_the_windows_of_the_protocol(
     for top in window_starts(sides[0], 12, 7):
         for left in window_starts(sides[1], 10, 5):
             place = (..., slice(top, top + 12), slice(left, left + 10))
-            total[place] += predict_probabilities(Toy(), picture[place], Protocol(flip=True), 1)
+            total[place] += predict_probabilities(Toy(), picture[place], TTASettings(flip=True), 1)
             count[place[1:]] += 1
     best = (total / count).max(dim=1)
     assert (best.indices == class_ids).float().mean() > 0.999
@@ -149,9 +150,9 @@ def test_an_image_that_is_too_large_is_predicted_in_the_windows_of_the_protocol(
 
 def test_without_windows_of_its_own_a_large_image_is_cut_into_some_that_fit() -> None:
     network = Toy()
-    class_ids, *_ = predict_in_windows(network, images(1, 100, 60), Protocol(), 8, 1200)
+    class_ids, *_ = predict_in_windows(network, images(1, 100, 60), TTASettings(), 8, 1200)
     assert len(network.sizes) > 4 and max(height * width for height, width in network.sizes) <= 1200
-    whole = predict(Toy(), images(1, 100, 60), Protocol(), 8)[0]
+    whole = predict(Toy(), images(1, 100, 60), TTASettings(), 8)[0]
     assert (class_ids == whole).float().mean() > 0.85, "they differ where a window ends, 2 pixels deep"
 
 
@@ -164,7 +165,7 @@ def test_windows_fit_with_their_band(height: int, width: int, multiple: int, mos
 
 
 def test_with_flips_a_mirrored_image_gives_the_mirrored_answer() -> None:
-    protocol = Protocol(flip=True, window=(16, 16), stride=(8, 5))
+    protocol = TTASettings(flip=True, window=(16, 16), stride=(8, 5))
     there = predict_probabilities(Toy(), images(), protocol, 1)
     # side 31: windows from the left begin at 0, 5, 10 and 15, as they do from the right
     back = predict_probabilities(Toy(), images().flip(3), protocol, 1).flip(3)
@@ -176,7 +177,7 @@ def test_a_certain_network_has_no_entropy() -> None:
         def forward(self, image: Tensor) -> tuple[Tensor, None]:
             return 1e4 * super().forward(image)[0], None
 
-    _, confidence, entropy = predict(Certain(), images(), Protocol(flip=True), 1)
+    _, confidence, entropy = predict(Certain(), images(), TTASettings(flip=True), 1)
     assert entropy.isfinite().all() and confidence.isfinite().all() and confidence.max() == 1
 
 
@@ -187,12 +188,12 @@ def test_sizes_of_scaled_views() -> None:
 
 
 def test_it_says_what_it_does() -> None:
-    assert Protocol().describe() == "whole image, single scale"
-    assert Protocol(scales=(2,)).describe() == "whole image, scale 2"
-    assert Protocol(window=(512, 1024), stride=(256, 512), flip=True, scales=(0.75, 1)).describe() == (
+    assert TTASettings().describe() == "whole image, single scale"
+    assert TTASettings(scales=(2,)).describe() == "whole image, scale 2"
+    assert TTASettings(window=(512, 1024), stride=(256, 512), flip=True, scales=(0.75, 1)).describe() == (
         "windows of 512x1024 every 256x512 pixels (logits averaged), scales 0.75, 1, flipped too (probabilities averaged)"
     )
-    assert Protocol(window=(9, 10)).step == (6, 7)
+    assert TTASettings(window=(9, 10)).step == (6, 7)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -205,12 +206,12 @@ def test_what_cannot_be_is_refused() -> None:
         ({"scales": (1, -1)}, "config/invalid-value", "scales.1=-1:"),
     ):
         with refused(code, named):
-            validated(Protocol, wrong)
+            validated(TTASettings, wrong)
 
 
 def test_windows_must_suit_the_network() -> None:
     convolutional = NetworkSettings(encoder="resnet18", output_stride=16)
     for window in ((320, 480), (321, 481), None):
-        check_protocol(Protocol(window=window), convolutional)
+        check_protocol(TTASettings(window=window), convolutional)
     with refused("network/size-multiple", "window=500x30:", "resnet18", 16, "496,32"):
-        check_protocol(Protocol(window=(500, 30)), convolutional)
+        check_protocol(TTASettings(window=(500, 30)), convolutional)

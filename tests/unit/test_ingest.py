@@ -18,16 +18,23 @@ from PIL import Image
 
 from tests.refusals import refused
 from threestage.data import storage
-from threestage.data.folders import NOT_UTF8, WHY_NOT
 from threestage.data.ingest import IngestReport, IngestSettings, _listing_folder, ingest
-from threestage.data.known import _bits, build_index, look_up
 from threestage.data.listing import Each, list_images
 from threestage.data.outputs import DATA_SET_MARK, mark
-from threestage.data.publish import Known, digest_of, next_manifest
+from threestage.data.publish import (
+    ExistingRecord,
+    Job,
+    _bits,
+    build_index,
+    digest_of,
+    few_at_once,
+    look_up,
+    next_manifest,
+)
 from threestage.data.records import Bytes, Manifest, decode_mask, labelled_rows, load_manifest, pool_files
 from threestage.data.rejects import read_rejects
-from threestage.data.shards import Job, few_at_once
-from threestage.data.store_errors import explain
+from threestage.data.safe_walk import NOT_UTF8, WHY_NOT
+from threestage.data.storage_errors import explain
 from threestage.errors import InputError
 
 CLASS_MAP = """
@@ -316,7 +323,7 @@ def test_images_of_the_same_bytes_with_other_masks_are_refused(source: Path) -> 
 
 @pytest.mark.parametrize("entries", [1, 2**18])
 def test_an_image_in_two_splits_is_named(source: Path, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threestage.data.known.PART_ENTRIES", entries)
+    monkeypatch.setattr("threestage.data.publish.PART_ENTRIES", entries)
     run(source)
     (source / "images").rename(source / "before")
     shutil.rmtree(source / "masks")
@@ -549,7 +556,7 @@ def test_an_ingest_whose_index_another_deleted_says_so(source: Path) -> None:
 def test_two_files_of_one_id_and_an_absurdly_large_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 6)).save(source / "images" / "03.jpg")
     (source / "images" / "04.png").write_bytes(bytes(5000))
-    monkeypatch.setattr("threestage.data.shards.MAX_IMAGE_BYTES", 4999)
+    monkeypatch.setattr("threestage.data.publish.MAX_IMAGE_BYTES", 4999)
     for format in ("images", "folders"):
         root = f"{source}/of {format}"
         settings = IngestSettings(
@@ -599,13 +606,13 @@ def test_the_index_of_what_is_known(source: Path, monkeypatch: pytest.MonkeyPatc
     run(source)
     draw(source, "04", 4, mask_value=1)
     manifest = run(source).manifest
-    monkeypatch.setattr("threestage.data.known.PART_ENTRIES", 1)
+    monkeypatch.setattr("threestage.data.publish.PART_ENTRIES", 1)
     folder = build_index(f"{source}/ds", manifest)
     assert len(storage.list_files(folder)) == 16 + 1
     found = look_up(folder, ["04", "nowhere", "09"])
     assert found == {
-        "04": Known("train", digest_of((source / "images" / "04.png").read_bytes()), found["04"].mask_digest),
-        "09": Known("train", digest_of((source / "images" / "09.png").read_bytes()), None),
+        "04": ExistingRecord("train", digest_of((source / "images" / "04.png").read_bytes()), found["04"].mask_digest),
+        "09": ExistingRecord("train", digest_of((source / "images" / "09.png").read_bytes()), None),
     }
     assert found["04"].mask_digest is not None and look_up(None, ["04"]) == {}
 

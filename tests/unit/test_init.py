@@ -10,12 +10,11 @@ import pytest
 
 import threestage
 from tests.refusals import refused
-from threestage import cli, init
+from threestage.cli import app, init
 from threestage.config import load
 from threestage.data.classes import load_class_map
-from threestage.on_ray.submit import working_files
-from threestage.sweeps.checks import check_space
-from threestage.sweeps.space import load_space
+from threestage.ray_backend.submit import working_files
+from threestage.sweeps.space import check_space, load_space
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {
@@ -109,12 +108,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["threestage", "init", "mine"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert {"config.yaml", "jobs/ (5 files)", "next:", "  threestage check config.yaml"} <= set(lines)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and "mine/README.md: exists already" in error and error.count("\n") == 1
 
@@ -129,7 +128,7 @@ def test_a_real_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import threestage; from threestage.config import load; from threestage.init import write_project\n"
+        "import threestage; from threestage.config import load; from threestage.cli.init import write_project\n"
         "print(threestage.__file__); write_project('streets'); load('streets/config.yaml')"
     )
     done = subprocess.run(

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from threestage.sweeps.journal import Journal
-from threestage.sweeps.trials import Trial, load_trials, ranked, run_folder
+from threestage.sweeps.journal import Trial, TrialStore, load_trials, ranked, run_folder
 
 
-def journal(out: Path, kept: int = 1) -> Journal:
-    return Journal(str(out), load_trials(str(out)), kept, lambda trial: None)
+def journal(out: Path, kept: int = 1) -> TrialStore:
+    return TrialStore(str(out), load_trials(str(out)), kept, lambda trial: None)
 
 
-def ended(found: Journal, number: int, score: float) -> None:
+def ended(found: TrialStore, number: int, score: float) -> None:
     """A trial that ran and finished, with something in its run's folder."""
     found.begin(number)
     found.note(number, ["stage2"], ["stage1"])

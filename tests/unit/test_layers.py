@@ -1,8 +1,8 @@
-"""Imports go one way: a module may import its own layer and those above it in this list. Imports inside functions (what is loaded
-only when it is used) and those for the type checker alone do not count."""
+"""Imports go one way and never in a circle. Imports inside functions count; those for the type checker alone do not."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,21 +12,24 @@ import threestage
 LAYERS = tuple(
     names.split()
     for names in (
-        "threestage allocator background errors hosts lineage lineage_tree plain_text presets private_folder "
-        "redaction run_files seeds settings terminal user_text yaml_text",
+        "threestage allocator cli.terminal errors format hosts plain_text presets private_folder ray_settings redaction "
+        "seeds settings user_files",
         "augment",
         "data",
+        "run_folder",
         "models",
-        "training forward_memory pseudo_masks inference pool_prediction prediction_parts",
-        "registry tracking",
-        "config on_ray.settings",
-        "evaluation stages steps verdict",
-        "init lease over_seeds pipeline predict prediction_output preflight progress report reused scores",
-        "clean mirror report_page",
-        "budget check checks local on_ray runs submission sweeps",
-        "__main__ cli commands",
+        "training prediction",
+        "config config_errors evaluation verdict run.stages training.step_inputs run_folder.reuse prediction.output "
+        "mlflow_sync.records report.terminal_tables",
+        "mlflow_sync report.scores report.seed_summary prediction.predict sweeps.journal sweeps.space",
+        "checks run.pipeline run.local_backend run.clean mlflow_sync.run_sync",
+        "ray_backend run.budget sweeps",
+        "report run",
+        "checks.run_check sweeps.outcome sweeps.sweep ray_backend.job_check ray_backend.job_check_main ray_backend.sweep",
+        "__main__ cli local",
     )
 )
+"""A module may import its own layer and those above it. A package stands for its modules that are not listed themselves."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ROOT = Path(threestage.__file__).parent
 
@@ -48,20 +51,41 @@ def rank(module: str) -> int:
     return RANK[name]
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Modules of threestage that the file loads when it is imported."""
-    for node in ast.parse(file.read_text()).body:
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Modules of threestage that a file loads, when it is imported or later."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "threestage":
-            package = (node.module or "").removeprefix("threestage.")
+            package = (node.module or "").removeprefix("threestage").removeprefix(".")
             for alias in node.names:
-                full = f"{package}.{alias.name}".removeprefix("threestage.")
-                yield full if full in MODULES else package
+                full = f"{package}.{alias.name}".removeprefix(".")
+                yield full if full in MODULES else package or "threestage"
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("threestage.") for a in node.names if a.name.startswith("threestage"))
+        else:
+            yield from imported(node)
+
+
+IMPORTS = {name: set(imported(ast.parse(file.read_text()))) - {name} for name, file in MODULES.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_nothing_from_a_later_layer(module: str) -> None:
-    later = {name for name in imported(MODULES[module]) if rank(name) > rank(module)}
+    later = {name for name in IMPORTS[module] if rank(name) > rank(module)}
     assert not later, f"threestage.{module} is before {sorted(later)} in LAYERS"
+
+
+def test_no_circle() -> None:
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_imports_inside_functions_count() -> None:
+    code = "def f():\n    from threestage.data import storage\nif TYPE_CHECKING:\n    from threestage.config import Config\n"
+    assert set(imported(ast.parse(code))) == {"data.storage"}
 
 
 def test_every_top_level_name_has_a_layer() -> None:

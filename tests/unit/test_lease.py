@@ -15,9 +15,9 @@ import pytest
 
 from tests.refusals import refused
 from tests.waiting import wait_for
-from threestage import lease
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
+from threestage.run_folder import lease
 from threestage.sweeps import prepare, sweep
 
 INTERVAL_S = 0.2

@@ -21,8 +21,8 @@ from tests.list_objects import Bucket, NumberedKeys, answer, serving
 from tests.refusals import refused
 from tests.s3 import variables
 from threestage.data import listing, pool, storage
-from threestage.data.folders import NOT_UTF8, walk
 from threestage.data.listing import KeyRange, ListedFile, cut_key_space, first_image, list_images, listed_files
+from threestage.data.safe_walk import NOT_UTF8, walk
 
 SOURCE = "s3://bucket/pool"
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
-from threestage.data.batches import Batch, Share
+from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import StageFailure
 from threestage.models.network import without_auxiliary
 from threestage.training.checkpoint import Row, TrainState
-from threestage.training.loop import LoopSettings, fit, rate_factor, resume
+from threestage.training.loop import LoopSettings, fit, lr_scale, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.training.step import StepInputs
 from threestage.training.worker import LocalWorker
@@ -36,7 +36,7 @@ class Poisoned(FixedSteps):
 
 
 def worker(folder: Path, rows: list[Row] | None = None) -> LocalWorker:
-    def none(share: Share, first_image: int) -> Iterator[Batch]:
+    def none(share: BatchSlice, first_image: int) -> Iterator[Batch]:
         return iter(())
 
     return LocalWorker(str(folder), 2, none, lambda row: None if rows is None else rows.append(dict(row)))
@@ -266,7 +266,7 @@ def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:
      ({"learning_rate_rule": "linear", "batch": "global"}, 1)],
 )  # fmt: skip
 def test_learning_rate_rule(settings: dict[str, Any], factor: float) -> None:
-    assert rate_factor(LoopSettings(**settings), 4) == factor
+    assert lr_scale(LoopSettings(**settings), 4) == factor
 
 
 @pytest.mark.slow

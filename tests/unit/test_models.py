@@ -9,12 +9,8 @@ from torch import Tensor, nn
 
 from threestage.models.encoders import create_timm, replace_pooling, split_encoder
 from threestage.models.heads import DeepLabV2Head
-from threestage.models.network import (
-    Auxiliary,
-    Network,
-    NetworkSettings,
-    build_network,
-)
+from threestage.models.network import Auxiliary, Network, build_network
+from threestage.models.settings import NetworkSettings
 
 TINY = "test_resnet"
 

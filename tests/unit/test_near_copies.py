@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threestage.data import near_copies
-from threestage.data.near_copies import doubt, gradients
+from threestage.data import copies
+from threestage.data.copies import doubt, gradients
 
 
 def photo(seed: int) -> np.ndarray:
@@ -24,8 +24,8 @@ def test_a_neighbouring_frame_is_found_and_another_image_is_not(monkeypatch: pyt
     labelled = [gradients(photo(seed)) for seed in range(30)]
     validation = [gradients(photo(seed)) for seed in range(100, 105)] + [gradients(changed(photo(7)))]
     for at_once in (1, 4, 256):
-        monkeypatch.setattr(near_copies, "AT_ONCE", at_once)
-        assert list(near_copies.near_copies(validation, labelled)) == [(5, 7)]
+        monkeypatch.setattr(copies, "AT_ONCE", at_once)
+        assert list(copies.near_copies(validation, labelled)) == [(5, 7)]
     ids = [f"l{number}" for number in range(30)], [f"v{number}" for number in range(6)]
     said = doubt(ids[0], labelled, ids[1], validation)
     assert said is not None and said.startswith(
@@ -44,4 +44,4 @@ def test_images_of_one_colour_and_no_images_are_no_copies() -> None:
 def test_images_of_any_size_are_compared() -> None:
     image = photo(1)
     assert float(gradients(image) @ gradients(image.repeat(2, 0).repeat(2, 1))) > 0.99
-    assert gradients(np.zeros((1, 1, 3), np.uint8)).shape == (2 * near_copies.SIDE**2,)
+    assert gradients(np.zeros((1, 1, 3), np.uint8)).shape == (2 * copies.SIDE**2,)

@@ -15,15 +15,9 @@ from tests.refusals import refused
 from threestage.config import validated
 from threestage.models.encoders import create_timm
 from threestage.models.heads import DeepLabV3PlusHead
-from threestage.models.network import (
-    NetworkSettings,
-    build_network,
-    check_settings,
-    crop_fits,
-    doubtful_normalisation,
-    size_multiple,
-)
-from threestage.on_ray.settings import ClusterSettings
+from threestage.models.network import build_network, check_settings, crop_fits, doubtful_normalisation, size_multiple
+from threestage.models.settings import NetworkSettings
+from threestage.ray_settings import ClusterSettings
 
 WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
 

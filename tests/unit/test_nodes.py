@@ -1,7 +1,7 @@
 import pytest
 import ray
 
-from threestage.on_ray.nodes import alive_ids, warn_of_folders
+from threestage.ray_backend.nodes import alive_ids, warn_of_folders
 
 
 def test_nodes_that_are_gone_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

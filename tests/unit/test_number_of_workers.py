@@ -14,10 +14,11 @@ from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 from threestage.data.storage import read_table
 from threestage.evaluation import CHUNK, evaluate
-from threestage.models.network import Network, NetworkSettings, build_network
-from threestage.pool_prediction import predict_files
-from threestage.pseudo_masks import PoolTask
-from threestage.stages import images_per_step
+from threestage.models.network import Network, build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pool_prediction import predict_files
+from threestage.prediction.pseudo_masks import PoolTask
+from threestage.run.stages import images_per_step
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from threestage.data.outputs import (
     claim,
 )
 from threestage.data.records import load_manifest
-from threestage.mirror import Sender
-from threestage.registry.models import PULLED, Models
-from threestage.report_page import write_report
-from threestage.runs import demo_config
+from threestage.mlflow_sync.model_registry import PULLED, Models
+from threestage.mlflow_sync.run_sync import Sender
+from threestage.report.report import write_report
+from threestage.run.run import demo_config
 
 IMAGES = IngestSettings(format="images", rows_per_file=2)
 
@@ -111,7 +111,7 @@ def test_a_demo_continues_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monke
         storage.write_bytes(f"{tmp_path}/demo/scenes/train/images/train_00000.jpg", b"")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("threestage.runs.write_scenes", killed)
+    monkeypatch.setattr("threestage.run.run.write_scenes", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             demo_config(f"{tmp_path}/demo", 0, [])
@@ -128,8 +128,8 @@ def test_a_report_replaces_no_other_file(tmp_path: Path, monkeypatch: pytest.Mon
     class Found:
         uri, stages, missing, name, finished, verdict = str(tmp_path), (), (), "x", True, None
 
-    monkeypatch.setattr("threestage.report_page.read_run", lambda run: Found)
-    monkeypatch.setattr("threestage.report_page._sections", lambda *arguments: [])
+    monkeypatch.setattr("threestage.report.report.read_run", lambda run: Found)
+    monkeypatch.setattr("threestage.report.report._sections", lambda *arguments: [])
     for name in ("thesis.html", "report.html"):
         (tmp_path / name).write_text("<title>mine</title>")
     for out in (f"{tmp_path}/thesis.html", None):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.refusals import refused
-from threestage.over_seeds import figures_of_run, figures_of_scores, rows_over_seeds, seeds_table
+from threestage.report.seed_summary import figures_of_run, figures_of_scores, rows_over_seeds, seeds_table
 
 WHOLE = "whole image, single scale"
 

@@ -9,8 +9,8 @@ from ray._private import ray_constants
 
 from tests.refusals import refused
 from threestage import private_folder as module
-from threestage.on_ray.own_cluster import CLOSED, closed_to_others, keep_token_private
 from threestage.private_folder import private_folder
+from threestage.ray_backend.connect import CLOSED, keep_token_private, loopback_only
 
 
 def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_what_is_changed_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *CLOSED):
         monkeypatch.delenv(name, raising=False)
-    with closed_to_others():
+    with loopback_only():
         assert CLOSED.items() <= os.environ.items()
         assert not ray_constants.ENABLE_RAY_CLUSTER and (tmp_path / ".ray" / "auth_token").exists()
     assert ray_constants.ENABLE_RAY_CLUSTER and not CLOSED.keys() & os.environ.keys()
@@ -36,7 +36,7 @@ def test_what_is_changed_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_token_of_the_user_s_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-    with closed_to_others():
+    with loopback_only():
         assert os.environ["RAY_AUTH_TOKEN"] == "mine"
     assert not (tmp_path / ".ray").exists()
 

@@ -17,8 +17,8 @@ from threestage.data import storage
 from threestage.data.classes import shipped_class_map
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import SplitName, decode_mask, labelled_rows, load_manifest
-from threestage.local import run_local
 from threestage.models.network import build_network, check_settings
+from threestage.run.local_backend import run_local
 
 LABELLED = {
     "cityscapes_100": 100, "cityscapes_372": 372, "voc_106": 106, "voc_212": 212, "voc_529": 529, "voc_1322": 1322,

@@ -9,11 +9,11 @@ import ray.util
 from tests.refusals import refused
 from tests.waiting import wait_for
 from threestage.errors import NoRoom
-from threestage.on_ray import patience
-from threestage.on_ray.patience import Patience
-from threestage.on_ray.pulse import Sign
-from threestage.on_ray.room import waiting_text
-from threestage.on_ray.settings import ClusterSettings
+from threestage.ray_backend import stall_monitor
+from threestage.ray_backend.capacity import waiting_text
+from threestage.ray_backend.heartbeat import WorkerStatus
+from threestage.ray_backend.stall_monitor import Patience
+from threestage.ray_settings import ClusterSettings
 
 CLUSTER = ClusterSettings(workers=2, report_after_s=10, start_timeout_s=35, hang_after_s=100)
 
@@ -28,9 +28,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(stall_monitor, "time", clock)
     for name in ("cluster_nodes", "free_nodes"):
-        monkeypatch.setattr(patience, name, lambda: [{"CPU": 1.0}])
+        monkeypatch.setattr(stall_monitor, name, lambda: [{"CPU": 1.0}])
     return clock
 
 
@@ -71,7 +71,7 @@ def test_the_clock_begins_anew_when_workers_were_there(clock: Clock) -> None:
     clock.now = 1039.5
     waiting.look({0: (sign(0), 1030.0)})
     assert said == []
-    clock.now = 1030 + patience.SILENCE_SECONDS + 1
+    clock.now = 1030 + stall_monitor.SILENCE_SECONDS + 1
     waiting.look({0: (sign(0), 1030.0)})
     assert len(said) == 1
 
@@ -112,15 +112,15 @@ def test_a_predictor_is_asked_for_while_it_is_waited_for(
 ) -> None:
     """Nothing else would tell an autoscaler to bring a node."""
     group, said = Group(clock, seconds), list[str]()
-    monkeypatch.setattr(patience, "room_for_one", lambda cluster: False)
+    monkeypatch.setattr(stall_monitor, "room_for_one", lambda cluster: False)
     monkeypatch.setattr(ray.util, "placement_group", group.make)
     monkeypatch.setattr(ray.util, "remove_placement_group", group.remove)
     cluster = CLUSTER.model_copy(update={"gpus_per_worker": 1, "accelerator": "A100"})
     if seconds == 12:
-        patience.await_resources("pseudo-masks", cluster, said.append)
+        stall_monitor.await_resources("pseudo-masks", cluster, said.append)
     else:
         with refused("ray/no-room", "pseudo-masks", "36 s for 1", error=NoRoom):
-            patience.await_resources("pseudo-masks", cluster, said.append)
+            stall_monitor.await_resources("pseudo-masks", cluster, said.append)
     assert group.asked == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] and group.removed == 1
     assert len(said) == (1 if seconds == 12 else 3)
 
@@ -128,11 +128,11 @@ def test_a_predictor_is_asked_for_while_it_is_waited_for(
 def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     place = [True]
-    monkeypatch.setattr(patience, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(patience, "cluster_nodes", list)
-    monkeypatch.setattr(patience, "free_nodes", list)
-    monkeypatch.setattr(patience, "has_place_for_one", lambda cluster: place[0])
-    with patience.noticing_silence("pseudo-masks", CLUSTER, said.append) as heard:
+    monkeypatch.setattr(stall_monitor, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(stall_monitor, "cluster_nodes", list)
+    monkeypatch.setattr(stall_monitor, "free_nodes", list)
+    monkeypatch.setattr(stall_monitor, "has_place_for_one", lambda cluster: place[0])
+    with stall_monitor.warn_if_stalled("pseudo-masks", CLUSTER, said.append) as heard:
         clock.now += 11
         time.sleep(0.1)
         assert said == [], "a long file is no loss"
@@ -149,5 +149,5 @@ def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: p
         wait_for(lambda: len(said) == 2)
 
 
-def sign(rank: int, step: int = 1, seconds: float = 0.0) -> Sign:
-    return Sign(rank=rank, world_size=2, node="here", step=step, doing="draw", seconds=seconds)
+def sign(rank: int, step: int = 1, seconds: float = 0.0) -> WorkerStatus:
+    return WorkerStatus(rank=rank, world_size=2, node="here", step=step, doing="draw", seconds=seconds)

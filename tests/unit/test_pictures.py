@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from threestage.augment import geometry, photometry, pictures
+from threestage.augment import geometry, photometry, pil_warp
 
 SOURCE, SIZE = (23, 31), (17, 29)
 
@@ -35,15 +35,15 @@ def test_pillow_moves_every_pixel_from_where_a_device_does() -> None:
     for size, theta in thetas():
         (numbers,) = geometry.fixed_point(theta, size, SOURCE).tolist()
         expected = geometry.warp_labels(torch.from_numpy(labels)[None], theta, size)[0]
-        assert np.array_equal(np.asarray(pictures.moved(labels, numbers, size, 255)), expected)
+        assert np.array_equal(np.asarray(pil_warp.moved(labels, numbers, size, 255)), expected)
         planes = geometry.warp_labels(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(), theta, size)[0]
-        assert np.array_equal(np.asarray(pictures.moved(image, numbers, size, 255)), planes.permute(1, 2, 0))
+        assert np.array_equal(np.asarray(pil_warp.moved(image, numbers, size, 255)), planes.permute(1, 2, 0))
 
 
 def test_a_move_leaves_other_rows_and_takes_any_number_of_maps() -> None:
     flip = geometry.fixed_point(geometry.horizontal_flip(torch.tensor([True])), SOURCE, SOURCE).tolist()[0]
     maps = torch.from_numpy(noise(2, 3, *SOURCE))
-    move = pictures.Move({1: flip}, SOURCE, True)
+    move = pil_warp.Move({1: flip}, SOURCE, True)
     assert torch.equal(move(maps), torch.stack((maps[0], maps[1].flip(-1))))
     assert torch.equal(move(maps[:, 0]), move(maps)[:, 0])
 
@@ -51,7 +51,7 @@ def test_a_move_leaves_other_rows_and_takes_any_number_of_maps() -> None:
 @pytest.mark.parametrize("factor", [0.1, 0.28, 1.0, 1.72])
 def test_enhancers_are_pillows(factor: float) -> None:
     for image in (noise(19, 26, 3), np.asarray(Image.fromarray(noise(4, 5, 3)).resize((40, 30)))):
-        for ours, theirs in ((pictures.sharpness, ImageEnhance.Sharpness), (pictures.color, ImageEnhance.Color)):
+        for ours, theirs in ((pil_warp.sharpness, ImageEnhance.Sharpness), (pil_warp.color, ImageEnhance.Color)):
             assert np.array_equal(
                 np.asarray(ours(image, factor)), np.asarray(theirs(Image.fromarray(image)).enhance(factor))
             )
@@ -70,7 +70,7 @@ def test_operations_in_a_row_are_those_of_a_device() -> None:
             for name, m in steps:
                 there, table = photometry.operate(name, m, there, torch.from_numpy(valid), table)
             there = photometry.look_up(photometry.unstretch(low, span, table[None])[0], there)
-            here = np.asarray(pictures.after_operations(image, valid, steps)).astype(int)
+            here = np.asarray(pil_warp.after_operations(image, valid, steps)).astype(int)
             differences = np.abs(here - there.permute(1, 2, 0).numpy())[valid]
             # One level where colours are blended; what follows may stretch it.
             assert differences.mean() < 0.6, steps
@@ -82,9 +82,9 @@ def test_a_flat_image_and_one_without_a_valid_pixel_survive() -> None:
     flat = np.full((6, 7, 3), 77, np.uint8)
     for valid in (None, np.zeros((6, 7), bool)):
         for name in ("autocontrast", "equalize"):
-            assert np.array_equal(np.asarray(pictures.after_operations(flat, valid, [(name, 0.5)])), flat)
+            assert np.array_equal(np.asarray(pil_warp.after_operations(flat, valid, [(name, 0.5)])), flat)
 
 
 def test_a_picture_too_small_for_neighbours_is_not_sharpened() -> None:
     for shape in ((1, 5, 3), (5, 1, 3), (2, 2, 3)):
-        assert np.array_equal(pictures.sharpness(noise(*shape), 0.3), noise(*shape))
+        assert np.array_equal(pil_warp.sharpness(noise(*shape), 0.3), noise(*shape))

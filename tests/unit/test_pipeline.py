@@ -12,7 +12,6 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import local, stages
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.ingest import IngestSettings, ingest
@@ -21,13 +20,14 @@ from threestage.data.records import load_manifest
 from threestage.data.synthetic import write_scenes
 from threestage.errors import StageFailure
 from threestage.evaluation import Evaluation, evaluate_model
-from threestage.local import run_local
+from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import load_model
 from threestage.models.network import without_auxiliary
-from threestage.pipeline import StageOutcome
-from threestage.predict import open_model
-from threestage.pseudo_masks import PoolTask
-from threestage.registry import RegistrySettings
+from threestage.prediction.predict import open_model
+from threestage.prediction.pseudo_masks import PoolTask
+from threestage.run import local_backend, stages
+from threestage.run.local_backend import run_local
+from threestage.run.pipeline import StageOutcome
 from threestage.training.metrics import class_counts
 
 
@@ -59,7 +59,7 @@ def test_the_pool_is_predicted_in_the_precision_of_training(
         seen.append(task.precision)
         raise Killed
 
-    monkeypatch.setattr(local, "predict_pool", predict_pool)
+    monkeypatch.setattr(local_backend, "predict_pool", predict_pool)
     with pytest.raises(Killed):
         run_local(tiny_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
     assert seen == ["bfloat16"]

@@ -12,7 +12,8 @@ from tests.bad_inputs import threestage
 from tests.conftest import write_photos
 from threestage.data import storage
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
 
 TINY = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
 CONFIG = """

@@ -18,17 +18,20 @@ from PIL import Image
 
 from tests.refusals import refused
 from threestage.data import parquet, storage
-from threestage.data.known import id_hash
 from threestage.data.palette import palette_png
 from threestage.data.parquet import ForeignParquet
 from threestage.data.pool import PoolRow
+from threestage.data.publish import id_hash
 from threestage.data.records import decode_image, downscale_image
 from threestage.data.rejects import read_rejects
 from threestage.errors import StageFailure
-from threestage.inference import Protocol
+from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import ModelCard, save_model
-from threestage.models.network import NetworkSettings, build_network
-from threestage.predict import (
+from threestage.models.network import build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.input_parts import Part, crowded_names, kind_of, output_name, plan, read_part, safe_name
+from threestage.prediction.output import PredictionTask
+from threestage.prediction.predict import (
     ModelFiles,
     PredictReport,
     PredictSettings,
@@ -37,11 +40,9 @@ from threestage.predict import (
     predict_input,
     read_model,
 )
-from threestage.prediction_output import PredictionTask
-from threestage.prediction_parts import Part, crowded_names, kind_of, output_name, plan, read_part, safe_name
-from threestage.pseudo_masks import FileReport, predict_images
-from threestage.registry import RegistrySettings
-from threestage.report import overlay
+from threestage.prediction.pseudo_masks import FileReport, predict_images
+from threestage.prediction.tta import TTASettings
+from threestage.report.terminal_tables import overlay
 
 COLOURS = ((0, 0, 0), (200, 30, 30), (30, 200, 30))
 SIZES = [(40, 50), (40, 50), (33, 61), (50, 40)]
@@ -170,7 +171,7 @@ def test_parquet_out(model: ModelFiles, tmp_path: Path, confidence: bool) -> Non
 def test_the_protocol_is_followed(model: ModelFiles, tmp_path: Path) -> None:
     source = photos(tmp_path / "in", 4)
     run(model, source, tmp_path / "plain", format="parquet", confidence=True)
-    protocol = Protocol(window=(24, 24), flip=True, scales=(0.5, 1))
+    protocol = TTASettings(window=(24, 24), flip=True, scales=(0.5, 1))
     run(model, source, tmp_path / "other", format="parquet", confidence=True, protocol=protocol)
     plain, other = ({row["image_id"]: row for row in parts_below(tmp_path / name)} for name in ("plain", "other"))
     assert plain.keys() == other.keys()
@@ -217,7 +218,7 @@ def test_another_model_input_or_setting_in_the_folder_is_refused(model: ModelFil
         (make_model(tmp_path / "model", seed=1), source, {}, ["model="]),
         (make_model(tmp_path / "half", downscale=2), source, {}, ["model="]),
         (model, other, {}, ["input=", other]),
-        (model, source, {"protocol": Protocol(flip=True)}, ["protocol=whole image, single scale", "flipped"]),
+        (model, source, {"protocol": TTASettings(flip=True)}, ["protocol=whole image, single scale", "flipped"]),
         (model, source, {"format": "parquet"}, ["format=png", "parquet"]),
         (model, source, {"confidence": True}, ["confidence=False", "True"]),
     ):
@@ -450,7 +451,7 @@ def test_one_image_that_cannot_be_written_costs_itself(
             raise ValueError("not today")
         return encode(mask, colours)
 
-    monkeypatch.setattr("threestage.prediction_output.palette_png", fails_at_one)
+    monkeypatch.setattr("threestage.prediction.output.palette_png", fails_at_one)
     report = run(model, source, out, max_bad_fraction=0.5)
     assert (report.images, report.bad) == (3, 2)
     assert {Path(reject.source).name: reject.reason for reject in report.rejected} == {

@@ -12,8 +12,8 @@ import ray.data
 from tests.refusals import refused
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure
-from threestage.on_ray import predict_pool as predict
-from threestage.on_ray.settings import ClusterSettings
+from threestage.ray_backend import predict as predict
+from threestage.ray_settings import ClusterSettings
 
 
 class Rows:
@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, files: int, **cluster: Any) -> Rows:
 
     monkeypatch.setattr("ray.data.from_items", from_items)
     pool = [PoolFile(uri=f"{i}.parquet", rows=1, digest="d") for i in range(files)]
-    monkeypatch.setattr(predict, "counted", MagicMock())
+    monkeypatch.setattr(predict, "retry_budget", MagicMock())
     assert list(predict.reports_of(pool, MagicMock(), ClusterSettings(**cluster))) == []
     return made[0]
 
@@ -70,7 +70,7 @@ def test_every_file_is_in_one_task_in_order(monkeypatch: pytest.MonkeyPatch, fil
 
 
 def test_a_predictor_tells_each_report_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(predict, "disable_malloc_trim", lambda: None)
     seen: list[Sequence[str]] = []
 
     def predicted(files: Sequence[str]) -> Iterator[Any]:

@@ -7,10 +7,10 @@ import pytest
 
 from tests.conftest import write_photos
 from tests.refusals import refused
+from threestage.checks.preflight import _check_labelled_batches, _check_unlabelled
 from threestage.config import Config, changed, load
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.errors import InputError
-from threestage.preflight import _check_labelled_batches, _check_unlabelled
 
 
 def with_fix(config: Config, available: int) -> Config | None:

@@ -19,23 +19,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.refusals import refused
-from threestage import pool_prediction
 from threestage.data import storage
 from threestage.data.batches import SampleSet
-from threestage.data.fixed_void import fixed_void, unpacked
+from threestage.data.datasets import static_void_mask, unpacked
+from threestage.data.parallel import ahead
 from threestage.data.pool import PoolFile
 from threestage.data.pseudo_mask_files import pseudo_mask_uri, read_index
 from threestage.data.records import RECORD_SCHEMA, decode_mask, encode_mask
 from threestage.data.rejects import Reject, read_rejects
 from threestage.data.samples import Sample
 from threestage.errors import StageFailure
-from threestage.pool_prediction import ahead, encode_class_ids, predict_file, predict_files
-from threestage.pseudo_masks import (
+from threestage.prediction import pool_prediction
+from threestage.prediction.pool_prediction import encode_class_ids, predict_file, predict_files
+from threestage.prediction.pseudo_masks import (
     FileReport,
     PoolTask,
     Statistics,
-    certainty,
     check_guard,
+    class_confidence_entropy,
     gather,
     measure,
     predict_images,
@@ -285,7 +286,7 @@ def test_rare_sizes_wait_for_each_other_but_not_for_ever(tmp_path: Path, monkeyp
 
 
 def test_a_batch_of_large_images_is_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threestage.pseudo_masks.BATCH_PIXELS", 200)
+    monkeypatch.setattr("threestage.prediction.pseudo_masks.BATCH_PIXELS", 200)
     network = Colours()
     file = by_value(tmp_path, [picture(0, (10, 10))] * 4 + [picture(0, (20, 20))] * 2)
     predict_file(network, task_for(tmp_path), file, CPU)
@@ -356,11 +357,11 @@ def test_what_is_void_in_most_labels_is_void_in_every_pseudo_mask_of_that_size(t
     masks = np.zeros((4, 8, 12), np.uint8)
     masks[:, -2:] = 255  # a bonnet in all, a lorry in one of four
     masks[0, :2, :2] = 255
-    region = fixed_void(labelled(*masks), 0.5)
+    region = static_void_mask(labelled(*masks), 0.5)
     bonnet = np.zeros((4, 6), bool)
     bonnet[-1] = True
     assert np.array_equal(unpacked(region), bonnet)
-    assert unpacked(fixed_void(labelled(*masks), 0.25)).sum() == 7
+    assert unpacked(static_void_mask(labelled(*masks), 0.25)).sum() == 7
 
     images = [picture(0, (8, 12)), picture(1, (12, 8))]
     file, task = by_value(tmp_path, images), task_for(tmp_path, downscale=2)
@@ -376,7 +377,7 @@ def test_what_is_void_in_most_labels_is_void_in_every_pseudo_mask_of_that_size(t
 def test_a_fixed_region_takes_masks_of_one_size() -> None:
     samples = labelled(np.zeros((8, 12), np.uint8), np.zeros((12, 8), np.uint8))
     with refused("data/mask-sizes", "i0 has (4, 6)", "i1 (6, 4)", "set it to null"):
-        fixed_void(samples, 0.5)
+        static_void_mask(samples, 0.5)
 
 
 def test_nothing_is_published_when_the_prediction_dies(tmp_path: Path) -> None:
@@ -540,7 +541,7 @@ def test_many_rejects_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_tiles_give_what_the_whole_gives() -> None:
     logits = torch.randn(2, 5, 300, 70, generator=torch.Generator().manual_seed(1)) * 3
-    class_ids, confidence, entropy = certainty(logits.to(memory_format=torch.channels_last))
+    class_ids, confidence, entropy = class_confidence_entropy(logits.to(memory_format=torch.channels_last))
     log_probabilities = logits.log_softmax(1)
     assert torch.equal(class_ids, logits.argmax(1).to(torch.uint8))
     assert torch.allclose(confidence, log_probabilities.exp().amax(1))
@@ -549,7 +550,7 @@ def test_tiles_give_what_the_whole_gives() -> None:
 
 def test_measure_of_a_batch_is_the_sum_over_its_images() -> None:
     logits = torch.randn(3, CLASSES, 8, 9, generator=torch.Generator().manual_seed(1))
-    class_ids, confidence, entropy = certainty(logits)
+    class_ids, confidence, entropy = class_confidence_entropy(logits)
     masks = [None, np.full((8, 9), 2, np.uint8), np.full((8, 9), 255, np.uint8)]
     whole = measure(class_ids, confidence, entropy, masks, CLASSES)
     single = [

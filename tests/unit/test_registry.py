@@ -11,25 +11,26 @@ from hypothesis import strategies as st
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import runs
 from threestage.config import validated
-from threestage.mirror import sync
-from threestage.registry import RegistrySettings, open_registry
-from threestage.tracking import (
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.connection import (
     MAX_PARAM,
     MLFLOWS_OWN,
     QUIET,
     TIMEOUT,
     clean_tags,
     metric_points,
+    mlflow_session,
     model_name_of,
     params_of,
     quietly,
     redact,
     reserve_variables,
     resolve_uri,
-    talking_to,
 )
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.mlflow_sync.run_sync import sync
+from threestage.run import run
 
 NAMES = st.text("abcXYZ019_-", min_size=1, max_size=12)
 
@@ -111,9 +112,9 @@ def test_a_model_name_that_no_uri_can_hold_is_refused() -> None:
 
 def test_a_failing_store_is_the_users_error_and_our_own_is_not(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/x.db"
-    with refused("mlflow/unavailable", "tracking store sqlite"), talking_to(uri):
+    with refused("mlflow/unavailable", "tracking store sqlite"), mlflow_session(uri):
         raise ConnectionResetError("http://me:pw@host hung up")
-    with pytest.raises(KeyError), talking_to(uri):
+    with pytest.raises(KeyError), mlflow_session(uri):
         raise KeyError("a bug")
 
 
@@ -168,19 +169,19 @@ def test_variables_have_their_places_before_a_lease_beats(
 
     for name in MLFLOWS_OWN:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("threestage.lease.held", held)
+    monkeypatch.setattr("threestage.run_folder.lease.held", held)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "split.json").write_text('{"split": {}}')
     with pytest.raises(Begun):
         if command == "run":
-            runs.run(tiny_config(scenes), str(tmp_path), False, lambda *_: None, pytest.fail)
+            run.run(tiny_config(scenes), str(tmp_path), False, lambda *_: None, pytest.fail)
         else:
             sync(str(tmp_path))
 
 
 def test_the_module_is_free_to_import_and_needs_no_mlflow() -> None:
     code = (
-        "import sys; sys.modules['mlflow'] = None; import threestage.registry as r;"
+        "import sys; sys.modules['mlflow'] = None; import threestage.mlflow_sync as r;"
         "r.RegistrySettings(); assert not {'torch', 'ray', 'pandas', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

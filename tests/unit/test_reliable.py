@@ -13,17 +13,17 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import stages
 from threestage.config import Config
 from threestage.data import storage
+from threestage.data.datasets import pool_set
 from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import IndexRow, least_agreement, read_index
 from threestage.data.records import decode_image, decode_mask
-from threestage.data.sets import pool_set
-from threestage.local import run_local
 from threestage.models.export import HALFWAY_MODEL, load_model, save_model
-from threestage.on_ray.reading import FileReader
-from threestage.pseudo_masks import agreement
+from threestage.prediction.pseudo_masks import agreement
+from threestage.ray_backend.pool_reader import FileReader
+from threestage.run import stages
+from threestage.run.local_backend import run_local
 
 MODEL = Path("stage2/model/model.safetensors")
 

@@ -15,15 +15,15 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import runs
-from threestage.cli import main
+from threestage.cli.app import main
 from threestage.data import storage
 from threestage.data.rejects import Reject, RejectList
-from threestage.report_page import charts, pictures, write_report
-from threestage.report_page.figures import read_run, throughput
-from threestage.report_page.markup import VOID_TAGS, Html, tag
-from threestage.report_page.mirror import log_page
-from threestage.report_page.validation import Validation, choose, evenly
+from threestage.report import charts
+from threestage.report.charts import VOID_TAGS, Html, tag
+from threestage.report.report import write_report
+from threestage.report.run_reader import log_page, read_run, throughput
+from threestage.report.validation_images import Validation, choose, evenly
+from threestage.run import run as runs
 from threestage.training.metrics import expected_calibration_error, reliability_counts
 
 EVIL = "<script>alert('1')</script>&\"x\" onload=alert(1) \udcff.jpg"
@@ -134,20 +134,20 @@ def test_changes_tell_what_became_right_and_wrong() -> None:
     mask = np.array([[0, 0, 1, 1, 255]], np.uint8)
     before, after = np.array([[0, 1, 1, 0, 0]], np.uint8), np.array([[0, 0, 0, 0, 1]], np.uint8)
     expected = [
-        pictures.STILL_RIGHT,
-        pictures.BECAME_RIGHT,
-        pictures.BECAME_WRONG,
-        pictures.STILL_WRONG,
-        pictures.IGNORED,
+        charts.STILL_RIGHT,
+        charts.BECAME_RIGHT,
+        charts.BECAME_WRONG,
+        charts.STILL_WRONG,
+        charts.IGNORED,
     ]
-    assert pictures.changes(mask, before, after).tolist() == [expected]
+    assert charts.changes(mask, before, after).tolist() == [expected]
 
 
 def test_a_class_number_stands_inside_its_class() -> None:
     mask = np.zeros((100, 120), np.uint8)
     mask[10:70, 50:115] = 3
     mask[95:97] = 2  # too thin for a number
-    places = pictures.label_places(mask, 4)
+    places = charts.label_places(mask, 4)
     assert set(places) == {0, 3}
     assert all(mask[place] == class_id for class_id, place in places.items())
 

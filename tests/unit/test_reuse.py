@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import tiny_config, write_photos
 from tests.refusals import refused
 from threestage.config import Config, changed, load, stage_keys
-from threestage.local import run_local
+from threestage.run.local_backend import run_local
 
 
 def modified(folder: Path) -> dict[str, int]:

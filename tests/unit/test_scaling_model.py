@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks import scaling_model as model
 from tests.benchmarks.scaling_model import GPUS, WORKLOADS, Constants, Coordination, Workload, row
-from threestage.models.network import Network, NetworkSettings
+from threestage.models.network import Network
+from threestage.models.settings import NetworkSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 MEASURED = Coordination([1, 2, 4, 8], [1.0, 2.0, 3.0, 4.0], 50, "2026-01-01", "many cores", 8)

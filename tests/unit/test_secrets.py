@@ -12,17 +12,19 @@ from tests.conftest import tiny_config
 from tests.failing_s3 import ERRORS, failing_s3
 from tests.refusals import refused
 from tests.s3 import SECRET
-from threestage import pipeline
-from threestage.check import check, check_store
-from threestage.cli import main
+from threestage.checks import store
+from threestage.checks.run_check import check
+from threestage.checks.store import check_store
+from threestage.cli.app import main
 from threestage.config import Config, load
-from threestage.data import storage, store_check
+from threestage.data import storage
 from threestage.data.split import Split
 from threestage.data.storage import StorageSettings
-from threestage.data.store_errors import explain, without_secrets
+from threestage.data.storage_errors import explain, without_secrets
 from threestage.errors import InputError
-from threestage.stages import StageTask
-from threestage.tracking import params_of, redact
+from threestage.mlflow_sync.connection import params_of, redact
+from threestage.run import pipeline
+from threestage.run.stages import StageTask
 
 KEY_ID, TOKEN, PASSWORD = "AKIAKEYIDOFTHETEST", "TokenThatMustAppearNowhere", "PasswordThatMustAppearNowhere"
 SECRETS = (SECRET, KEY_ID, TOKEN, PASSWORD)
@@ -101,7 +103,7 @@ def test_neither_lines_nor_logs_hold_them(
 ) -> None:
     """Whatever the store refuses, at the most talkative level."""
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(store_check, "BUSY_S", 0.2)
+    monkeypatch.setattr(store, "BUSY_S", 0.2)
     with failing_s3(ERRORS[name]) as (endpoint, _):
         config = config_on_s3(endpoint)
         outcomes = list(check(config, "s3://bucket/run", local=True))

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from threestage.config import Config, load, stage_keys
-from threestage.sweeps.checks import check_space
-from threestage.sweeps.parameters import Parameter
+from threestage.sweeps.journal import State, Trial
 from threestage.sweeps.proposals import grid, number_of_trials, own_params, propose, study_of
 from threestage.sweeps.space import (
+    Parameter,
     Space,
     base_config,
     best_overrides,
+    check_space,
     load_space,
     overrides,
     total_steps,
     trial_config,
 )
-from threestage.sweeps.trials import State, Trial
 
 SHIPPED = sorted((Path(__file__).parents[2] / "tune").glob("*.yaml"))
 UNKNOWN, INVALID = "config/unknown-key", "config/invalid-value"

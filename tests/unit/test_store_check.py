@@ -9,12 +9,14 @@ import pytest
 
 from tests.failing_s3 import ERRORS, NO_SUCH_KEY, Answer, failing_s3
 from tests.s3 import SECRET, free_port
-from threestage import cli, local
-from threestage.data import storage, store_check
+from threestage.checks import store
+from threestage.checks.store import Outcome, Probe, try_all, try_one, writable
+from threestage.cli import app
+from threestage.data import storage
 from threestage.data.storage import StorageSettings
-from threestage.data.store_check import Outcome, Probe, try_all, try_one, writable
-from threestage.data.store_errors import complaint, explain
+from threestage.data.storage_errors import complaint, explain
 from threestage.errors import InputError
+from threestage.run import local_main
 
 KEY_ID = "AKIAKEYIDOFTHETEST"
 
@@ -27,7 +29,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(store_check, "BUSY_S", 0.2)
+    monkeypatch.setattr(store, "BUSY_S", 0.2)
     with failing_s3(ERRORS[request.param]) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
         yield url
@@ -76,7 +78,7 @@ def test_without_keys_in_the_environment_the_role_is_named(endpoint: str, monkey
 def test_nobody_listens() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     storage.configure(StorageSettings(endpoint=endpoint))
-    problem = problem_of(store_check.data_set("data.root", "s3://bucket/data"), "storage/unreachable")
+    problem = problem_of(store.data_set("data.root", "s3://bucket/data"), "storage/unreachable")
     assert problem == (
         f"s3://bucket: endpoint {endpoint} refuses the connection; start the store, or correct storage.endpoint "
         "(or AWS_ENDPOINT_URL)"
@@ -127,33 +129,33 @@ def test_a_store_that_is_busy_for_a_moment_passes() -> None:
     with failing_s3(answers) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
         threading.Timer(1.0, answers.clear).start()
-        outcome = try_one(store_check.file("network.weights", "s3://bucket/w.pth"))
+        outcome = try_one(store.file("network.weights", "s3://bucket/w.pth"))
     assert outcome.seconds > 0.9 and outcome.code == "storage/not-found"
 
 
 def test_nothing_there() -> None:
     with failing_s3({}) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
-        problem = problem_of(store_check.data_set("data.root", "s3://bucket/data"), "data/no-data-set")
+        problem = problem_of(store.data_set("data.root", "s3://bucket/data"), "data/no-data-set")
         assert "s3://bucket/data/manifest.json: " in problem and "data.root" in problem
-        problem = problem_of(store_check.file("network.weights", "s3://bucket/w.pth"), "storage/not-found")
+        problem = problem_of(store.file("network.weights", "s3://bucket/w.pth"), "storage/not-found")
         assert "s3://bucket/w.pth: " in problem and "network.weights" in problem
-        problem = problem_of(store_check.images("data.unlabelled", "s3://bucket/photos"), "data/no-images")
+        problem = problem_of(store.images("data.unlabelled", "s3://bucket/photos"), "data/no-images")
         assert "s3://bucket/photos: " in problem and "data.unlabelled" in problem
 
 
 def test_local_places(tmp_path: Path, scenes: Path) -> None:
-    assert try_one(store_check.data_set("data.root", str(scenes))).problem is None
+    assert try_one(store.data_set("data.root", str(scenes))).problem is None
     assert try_one(writable("--out", str(tmp_path / "new" / "run"))).problem is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     problem = problem_of(writable("--out", str(tmp_path / "file/run")), "storage/not-a-folder")
     assert f"{tmp_path}/file is a file" in problem and "--out" in problem
-    problem_of(store_check.data_set("data.root", str(tmp_path)), "data/no-data-set")
+    problem_of(store.data_set("data.root", str(tmp_path)), "data/no-data-set")
     (tmp_path / "manifest.json").write_text("no JSON")
-    problem_of(store_check.data_set("data.root", str(tmp_path)), "storage/damaged-json")
-    problem_of(store_check.file("network.weights", str(tmp_path / "w.pth")), "storage/not-found")
-    assert try_one(store_check.file("network.weights", str(tmp_path / "file"))).problem is None
+    problem_of(store.data_set("data.root", str(tmp_path)), "storage/damaged-json")
+    problem_of(store.file("network.weights", str(tmp_path / "w.pth")), "storage/not-found")
+    assert try_one(store.file("network.weights", str(tmp_path / "file"))).problem is None
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that even root cannot write")
@@ -220,7 +222,7 @@ def test_only_what_may_pass_is_called_busy(name: str, busy: bool) -> None:
 
 
 def test_outcomes_of_one_reason_share_a_line() -> None:
-    from threestage.check import merged
+    from threestage.checks.store import merged
 
     same = [Outcome("data.root", "a", 1.0, "down"), Outcome("mlflow", "m", 0.1), Outcome("--out", "b", 2.0, "down")]
     assert merged(same) == [Outcome("data.root, --out", "a", 2.0, "down"), Outcome("mlflow", "m", 0.1)]
@@ -241,10 +243,10 @@ def test_every_command_explains_what_a_store_refuses(
         storage.configure(StorageSettings(endpoint=endpoint))
         monkeypatch.setattr("sys.argv", ["threestage", "evaluate", "s3://bucket/model", "data"])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         assert ended.value.code == 2
         arguments = ["demo", "--out", "s3://bucket/run", "--set", "data.root=s3://bucket/data"]
-        assert local.main([*arguments, "--set", f"storage.endpoint={endpoint}"]) == 2
+        assert local_main.main([*arguments, "--set", f"storage.endpoint={endpoint}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     for line in lines:

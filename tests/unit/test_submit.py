@@ -17,11 +17,13 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
 from tests.failing_s3 import black_hole, silent_server
+from tests.parsers import PARSERS
 from tests.refusals import refused
 from tests.s3 import free_port, s3_server
-from threestage import cli, submission
+from threestage.cli import app
+from threestage.cli.job_arguments import read_job
 from threestage.errors import StageFailure
-from threestage.on_ray import submit
+from threestage.ray_backend import job_package, submit
 
 ROOT = Path(__file__).parents[2]
 OUT = "s3://bucket/run"
@@ -40,7 +42,7 @@ COMMANDS = {
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a configuration, and an environment that says nothing of storage and MLflow."""
-    for name in (*submission.OF_STORAGE_AND_MLFLOW, *submission.ENDPOINT, submission.TRACKING, "RAY_ADDRESS"):
+    for name in (*job_package.OF_STORAGE_AND_MLFLOW, *job_package.ENDPOINT, job_package.TRACKING, "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "project"
     folder.mkdir()
@@ -49,8 +51,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def read(command: str, *arguments: str) -> submission.Job:
-    return submission.read_job(command, arguments, ".")
+def read(command: str, *arguments: str) -> job_package.Job:
+    return read_job(command, arguments, ".", PARSERS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,7 +70,7 @@ def test_a_job_is_the_command_with_the_name_of_its_run(command: str) -> None:
 def test_a_script_is_the_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["script", "a", "--b"])
     seen: list[list[str]] = []
-    monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(app, "main", lambda: seen.append(sys.argv[1:]))
     runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
     assert seen == [[command, "a", "--b"]]
 
@@ -105,15 +107,15 @@ def test_what_is_refused_here(command: str, arguments: Sequence[str], code: str,
     assert "pass@" not in str(raised.value)
 
 
-def check_files(job: submission.Job, folder: str = ".") -> None:
-    submission.check_package(folder, submit.working_files(folder), job.files)
+def check_files(job: job_package.Job, folder: str = ".") -> None:
+    job_package.check_package(folder, submit.working_files(folder), job.files)
 
 
 def test_a_configuration_must_travel(project: Path) -> None:
     job = read("run", "mine.yaml", *RUN[1:])
     assert job.files == ("mine.yaml",) and job.name == "demo"
     check_files(job)
-    assert submission.read_job("run", ["project/mine.yaml", *RUN[1:]], "..").files == ("project/mine.yaml",)
+    assert read_job("run", ["project/mine.yaml", *RUN[1:]], "..", PARSERS).files == ("project/mine.yaml",)
     (project.parent / "outside.yaml").write_text((project / "mine.yaml").read_text())
     for outside in ("../outside.yaml", str(project / "mine.yaml")):
         with refused("submit/file-outside", outside):
@@ -122,7 +124,7 @@ def test_a_configuration_must_travel(project: Path) -> None:
     with refused("submit/file-ignored", "mine.yaml", ".rayignore"):
         check_files(job)
     with refused("storage/not-found", "--working-dir nowhere"):
-        submission.read_job("run", RUN, "nowhere")
+        read_job("run", RUN, "nowhere", PARSERS)
 
 
 def test_a_checkout_travels_whole(project: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_checkout_travels_whole(project: Path) -> None:
 
 
 def test_what_travels_is_counted_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "LIMIT_BYTES", 2**20)
+    monkeypatch.setattr(job_package, "LIMIT_BYTES", 2**20)
     for name, size in {"runs/old.pt": 3 * 2**20, "photos/1.jpg": 2**20, "a.py": 5, ".venv/x": 2**21}.items():
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_bytes(bytes(size))
@@ -159,29 +161,29 @@ def test_variables_travel_by_name() -> None:
         "AWS_SECRET_ACCESS_KEY": "very secret",
         "AWS_ENDPOINT_URL": "http://minio:9000",
     }
-    sent = submission.environment(job, ["CUDA_HOME"], here | {"HOME": "/root"})
+    sent = job_package.environment(job, ["CUDA_HOME"], here | {"HOME": "/root"})
     assert sent == {
-        submission.EXPECTED: "CUDA_HOME,MLFLOW_TRACKING_URI,AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,"
+        job_package.EXPECTED: "CUDA_HOME,MLFLOW_TRACKING_URI,AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,"
         "AWS_ACCESS_KEY_ID?,AWS_SECRET_ACCESS_KEY?"
     }
     values = ["AWS_ENDPOINT_URL=http://minio:9000", "MLFLOW_TRACKING_URI=http://mlflow:5000"]
-    sent = submission.environment(job, values, {"AWS_ENDPOINT_URL": "http://localhost:9000"})
+    sent = job_package.environment(job, values, {"AWS_ENDPOINT_URL": "http://localhost:9000"})
     assert sent == {"AWS_ENDPOINT_URL": "http://minio:9000", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     own = ("--set", "registry.tracking_uri=http://m:5000", "--set", "storage.endpoint=http://minio:9000")
-    assert submission.environment(read("run", *RUN, *own), [], here).keys() == {submission.EXPECTED}
-    assert submission.environment(read("predict", "/models/m", "/photos", "/out"), [], {}) == {}
+    assert job_package.environment(read("run", *RUN, *own), [], here).keys() == {job_package.EXPECTED}
+    assert job_package.environment(read("predict", "/models/m", "/photos", "/out"), [], {}) == {}
 
 
 @pytest.mark.parametrize("text", ["AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x", "MLFLOW_TRACKING_URI=http://me:pass@host"])
 def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
     with refused("submit/secret-variable", f"--env {text.partition('=')[0]}") as raised:
-        submission.environment(read("run", *RUN), [text], {})
+        job_package.environment(read("run", *RUN), [text], {})
     assert "pass" not in str(raised.value)
 
 
 def test_a_name_that_no_variable_has() -> None:
     with refused("config/usage", "--env A B"):
-        submission.environment(read("run", *RUN), ["A B"], {})
+        job_package.environment(read("run", *RUN), ["A B"], {})
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_a_name_that_no_variable_has() -> None:
 )
 def test_a_secret_is_known_by_its_name_or_its_shape(text: str) -> None:
     with refused("submit/secret-variable") as raised:
-        submission.environment(read("run", *RUN), [text], {})
+        job_package.environment(read("run", *RUN), [text], {})
     assert text.partition("=")[2] not in str(raised.value)
 
 
@@ -229,7 +231,7 @@ def test_a_secret_is_known_by_its_name_or_its_shape(text: str) -> None:
 def test_other_variables_travel(text: str) -> None:
     text += "0123456789abcdef0123456789abcdef01234567" if text.endswith("=") else ""
     name, _, value = text.partition("=")
-    assert submission.environment(read("run", *RUN), [text], {})[name] == value
+    assert job_package.environment(read("run", *RUN), [text], {})[name] == value
 
 
 def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path)
     assert set(found.sizes) == {"mine.yaml", "inside/a.py", "alias/a.py"}
     assert sorted(found.links) == ["alias/id", "inside/id", "ssh"]
     with refused("submit/link-outside", "alias/id, inside/id, ssh"):
-        submission.check_secrecy(".", found.sizes, found.links, with_secrets=True)
+        job_package.check_secrecy(".", found.sizes, found.links, with_secrets=True)
     (project / ".rayignore").write_text("ssh\nid\n")
     assert submit.what_travels(".").links == []
 
@@ -280,8 +282,8 @@ def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path)
 )
 def test_files_that_look_like_credentials_need_a_flag(path: str) -> None:
     with refused("submit/secret-file", path, "--with-secrets"):
-        submission.check_secrecy(".", ["a.py", path], [], with_secrets=False)
-    assert submission.check_secrecy(".", ["a.py", path], [], with_secrets=True) == [path]
+        job_package.check_secrecy(".", ["a.py", path], [], with_secrets=False)
+    assert job_package.check_secrecy(".", ["a.py", path], [], with_secrets=True) == [path]
 
 
 def test_other_files_travel_without_a_flag() -> None:
@@ -296,24 +298,24 @@ def test_other_files_travel_without_a_flag() -> None:
         "monkey.png",
         "env.py",
     ]
-    assert submission.check_secrecy(".", names, [], with_secrets=False) == []
+    assert job_package.check_secrecy(".", names, [], with_secrets=False) == []
 
 
 @pytest.mark.parametrize("text", ["driver", "[1]", '{"driver": "much"}', "1"])
 def test_resources_that_are_none(text: str) -> None:
     with refused("config/usage", f"--entrypoint-resources {text}"):
-        submission.resources(text)
-    assert submission.resources(None) == {}
+        job_package.resources(text)
+    assert job_package.resources(None) == {}
 
 
 def test_the_job_looks_for_them(tmp_path: Path) -> None:
     warnings: list[str] = []
-    here = {submission.EXPECTED: "AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,AWS_SESSION_TOKEN?", "AWS_ENDPOINT_URL": "x"}
-    submission.check_environment(here, warnings.append)
+    here = {job_package.EXPECTED: "AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,AWS_SESSION_TOKEN?", "AWS_ENDPOINT_URL": "x"}
+    job_package.check_environment(here, warnings.append)
     assert warnings == ["AWS_SESSION_TOKEN is set where this job was submitted, and not here"]
     with refused("submit/missing-variable", "MLFLOW_TRACKING_URI", "--env MLFLOW_TRACKING_URI=VALUE"):
-        submission.check_environment({submission.EXPECTED: "MLFLOW_TRACKING_URI"}, warnings.append)
-    environment = os.environ | {submission.EXPECTED: "MY_KEY"}
+        job_package.check_environment({job_package.EXPECTED: "MLFLOW_TRACKING_URI"}, warnings.append)
+    environment = os.environ | {job_package.EXPECTED: "MY_KEY"}
     command = [sys.executable, "-m", "threestage", "config"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -340,7 +342,7 @@ def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
 def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     submitted: list[Any] = []
 
-    def note(client: Any, job: submission.Job, shipment: submit.Shipment, say: Any) -> str:
+    def note(client: Any, job: job_package.Job, shipment: submit.JobPackage, say: Any) -> str:
         submitted.extend([job.arguments, *shipment])
         return "demo-123456"
 
@@ -350,7 +352,7 @@ def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     options += ["--entrypoint-resources", '{"driver": 1}']
     monkeypatch.setattr("sys.argv", ["threestage", "submit", "run", RUN[0], *options[:2], *RUN[1:], *options[2:]])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert not ended.value.code and submitted[:3] == [RUN, ".", None]
     assert submitted[3:] == [{"MLFLOW_TRACKING_URI": "http://m:1"}, {"driver": 1.0}]
     shown = capsys.readouterr()
@@ -515,7 +517,7 @@ def test_the_same_run_is_followed_and_another_is_refused() -> None:
         )
 
     def ask(client: Any) -> str:
-        return submit.submit(client, job, submit.Shipment(".", None, {"A": "b"}), lambda text: None)
+        return submit.submit(client, job, submit.JobPackage(".", None, {"A": "b"}), lambda text: None)
 
     for status in (JobStatus.RUNNING, JobStatus.PENDING):
         assert ask(client(status)) == "demo-1"

@@ -9,13 +9,12 @@ import pytest
 from tests.refusals import refused
 from threestage.config import Config, load
 from threestage.errors import StageFailure
-from threestage.on_ray import sweep as on_ray_sweep
-from threestage.on_ray import train as on_ray_train
+from threestage.ray_backend import sweep as on_ray_sweep
+from threestage.ray_backend import train as on_ray_train
 from threestage.sweeps import outcome, prepare, sweep
-from threestage.sweeps.journal import Journal
+from threestage.sweeps.journal import Trial, TrialStore, load_trials, run_folder, shared_folder
 from threestage.sweeps.prepare import Sweep
 from threestage.sweeps.space import Space
-from threestage.sweeps.trials import Trial, load_trials, run_folder, shared_folder
 
 KEY = "pseudo_mask.confidence_threshold"
 SPACE = {"stages": [2], "search": {KEY: {"choice": [0.0, 0.5, 0.7, 0.9]}}, "trials": 3}
@@ -44,7 +43,7 @@ class Cluster:
         self._ends, self._hours, self._now = ends, hours, 0.0
         monkeypatch.setattr(on_ray_train, "run_on_ray", self._run)
         monkeypatch.setattr(on_ray_sweep, "run_trials", self._trials)
-        for module in (sweep, Journal.__init__.__globals__):
+        for module in (sweep, TrialStore.__init__.__globals__):
             target = module if isinstance(module, dict) else module.__dict__
             monkeypatch.setitem(target, "time", self)
 
@@ -58,7 +57,7 @@ class Cluster:
         done.write_text("{}")
 
     def _trials(
-        self, space: Space, config: Config, out: str, journal: Journal, following: Callable[[], Trial | None], count: int,
+        self, space: Space, config: Config, out: str, journal: TrialStore, following: Callable[[], Trial | None], count: int,
         over: Callable[[], bool], warn: Callable[[str], None],
     ) -> None:  # fmt: skip
         while not over() and (trial := following()) is not None:
@@ -85,7 +84,7 @@ def a_sweep(out: Path, repeat: int = 0, **settings: Any) -> Sweep:
 
 def run(asked: Sweep) -> Quiet:
     show = Quiet()
-    journal = Journal(asked.out, load_trials(asked.out), prepare.REPEATED, lambda trial: None)
+    journal = TrialStore(asked.out, load_trials(asked.out), prepare.REPEATED, lambda trial: None)
     running = sweep._Running(asked, journal, show, 0.0)
     running.search()
     running.repeat()

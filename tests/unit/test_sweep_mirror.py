@@ -11,10 +11,11 @@ import pytest
 from tests.s3 import free_port
 from tests.waiting import wait_for
 from threestage.errors import InputError
-from threestage.registry import Registry, RegistrySettings, TrialRecord, open_registry
-from threestage.sweeps import mirror as mirror_module
-from threestage.sweeps.mirror import Mirror
-from threestage.sweeps.trials import Trial
+from threestage.mlflow_sync import sweep_sync as mirror_module
+from threestage.mlflow_sync.client import Registry, open_registry
+from threestage.mlflow_sync.records import RegistrySettings, TrialRecord
+from threestage.mlflow_sync.sweep_sync import Mirror
+from threestage.sweeps.journal import Trial
 
 KEY, TAGS = "/sweeps/it's one", {"version": "1"}
 PARAMS = {"trials": 12, "search": {"consistency.weight": {"low": 0.1}}, "root": "s3://KEY:SECRET@bucket/x"}
@@ -201,7 +202,7 @@ def test_a_store_that_is_away_at_the_start_is_found_later(registry: Registry, mo
             raise InputError("no MLflow there")
         return registry
 
-    monkeypatch.setattr("threestage.sweeps.mirror.RETRY_S", 0.1)
+    monkeypatch.setattr("threestage.mlflow_sync.sweep_sync.RETRY_S", 0.1)
     mirror = Mirror(connect, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     wait_for(lambda: warnings)

@@ -11,16 +11,14 @@ from rich.console import Console
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from threestage.checks.step_time import LEAST_STEPS, measure_step
 from threestage.config import Config
 from threestage.data.records import load_manifest
 from threestage.models.network import build_network
-from threestage.on_ray.room import Growth
-from threestage.on_ray.sweep_room import refuse_impossible
-from threestage.stages import StageTask, build_state
-from threestage.sweeps.plan import Plan, judged_at, make_plan, mean_pixels, network_bytes, plan_json
-from threestage.sweeps.plan_table import rich_plan
+from threestage.ray_backend.capacity import Growth, refuse_impossible
+from threestage.run.stages import StageTask, build_state
+from threestage.sweeps.plan import Plan, judged_at, make_plan, mean_pixels, network_bytes, plan_json, rich_plan
 from threestage.sweeps.space import Space
-from threestage.sweeps.step_time import LEAST_STEPS, measure_step
 from threestage.training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
@@ -281,7 +279,7 @@ def test_a_step_is_measured_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("threestage.sweeps.step_time.MOST_STEPS", LEAST_STEPS)
+    monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", LEAST_STEPS)
     config = tiny_config(scenes, training__batch=batch, cluster__workers=2, network__weights="not/there.safetensors")
     measured = measure_step(config, stage, load_manifest(str(scenes)), CPU)
     assert 0 < measured.seconds < 5
@@ -290,8 +288,8 @@ def test_a_step_is_measured_and_leaves_nothing(
 
 
 def test_measuring_ends_when_its_time_is_over(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threestage.sweeps.step_time.LIMIT_SECONDS", 0.0)
-    monkeypatch.setattr("threestage.sweeps.step_time.MOST_STEPS", 10**6)
+    monkeypatch.setattr("threestage.checks.step_time.LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", 10**6)
     assert measure_step(tiny_config(scenes), "stage1", load_manifest(str(scenes)), CPU).seconds > 0
 
 

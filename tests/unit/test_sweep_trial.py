@@ -8,9 +8,9 @@ import pytest
 
 from threestage.config import load
 from threestage.errors import InputError, NoRoom
-from threestage.on_ray import sweep
+from threestage.ray_backend import sweep
+from threestage.sweeps.journal import Trial
 from threestage.sweeps.space import load_space
-from threestage.sweeps.trials import Trial
 
 Told = list[dict[str, Any]]
 LAST = 800  # steps of stage 2 of the demo

@@ -14,20 +14,21 @@ from tests.conftest import tiny_config
 from tests.refusals import refused
 from threestage.augment.draws import Draws, generator
 from threestage.augment.views import Extent, View
+from threestage.checks.preflight import check_shares
 from threestage.config import ConsistencySettings, changed, stage_keys
 from threestage.data.batches import BalancedOrder, label_weights
+from threestage.data.datasets import pool_canvas, pool_set
 from threestage.data.pool import data_set_files
 from threestage.data.records import load_manifest
 from threestage.data.rejects import Reject
-from threestage.data.samples import Decoded, place
-from threestage.data.sets import pool_canvas, pool_set
-from threestage.local import run_local
-from threestage.models.network import NetworkSettings, _dropped, build_network
-from threestage.preflight import check_shares
-from threestage.pseudo_masks import PseudoMaskSettings
-from threestage.stages import auxiliary
-from threestage.steps import StudentView, Target, as_seen, pseudo_mask_targets, teacher_targets
-from threestage.training.step import FeatureDropout, StepInputs, piece_sums, pieces
+from threestage.data.samples import Decoded, crop_to_canvas
+from threestage.models.network import _dropped, build_network
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pseudo_masks import PseudoMaskSettings
+from threestage.run.local_backend import run_local
+from threestage.run.stages import auxiliary
+from threestage.training.step import FeatureDropout, StepInputs, micro_batches, piece_sums
+from threestage.training.step_inputs import StudentView, Target, pseudo_mask_targets, teacher_targets, warp_targets
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "cutmix": {"consistency__cutmix": 1.0},
@@ -167,7 +168,7 @@ def test_a_pixel_counts_for_the_confidence_of_the_teacher() -> None:
 def test_each_view_has_its_own_geometry() -> None:
     labels = torch.tensor([[[0, 1]], [[2, 3]]], dtype=torch.uint8)
     views = [StudentView(torch.zeros(1, 3, 1, 2), warp) for warp in (lambda y: y.flip(-1), lambda y: y)]
-    seen = as_seen(Target(labels, labels), views)
+    seen = warp_targets(Target(labels, labels), views)
     assert seen.class_ids.tolist() == [[[0, 1]], [[3, 2]], [[2, 3]]] and torch.equal(seen.weight, seen.class_ids)  # type: ignore[arg-type]
 
 
@@ -194,10 +195,10 @@ def test_pieces_drop_the_same_images() -> None:
         torch.zeros(7, 3, 1, 1), {"consistency_loss": target}, {"consistency_loss": 1.0}, (),
         feature_dropout=FeatureDropout(3, 0.5),
     )  # fmt: skip
-    for piece in pieces(7, 3):
+    for piece in micro_batches(7, 3):
         piece_sums(Spy(), inputs, piece)
     assert seen == [(2, 0), (2, 0), (3, 3)]
-    for cut in (pieces(7, 7), pieces(7, 2)):
+    for cut in (micro_batches(7, 7), micro_batches(7, 2)):
         seen.clear()
         for piece in cut:
             piece_sums(Spy(), inputs, piece)
@@ -219,7 +220,7 @@ def test_a_class_is_drawn_by_its_rarity_and_lies_in_its_crop() -> None:
 
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        placed = place(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
+        placed = crop_to_canvas(Decoded(np.zeros((20, 30, 3), np.uint8), {"mask": masks[1]}), (8, 40), rng, 1)
         size, image, (top, left), _ = placed.extent.tolist()
         assert size == [8, 30] and image == [20, 30] and placed.pixel is not None
         assert placed.maps["mask"][placed.pixel[0] - int(top), placed.pixel[1] - int(left)] == 1

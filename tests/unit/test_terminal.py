@@ -6,15 +6,15 @@ import io
 import pytest
 from rich.table import Table
 
-from threestage.cli import main
-from threestage.plain_text import markdown, visible, visible_log
-from threestage.terminal import Terminal
+from threestage.cli.app import main
+from threestage.cli.terminal import Terminal
+from threestage.plain_text import escape_control_chars, markdown, visible_log
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.\u200bé😀"
 
 
 def test_every_string_is_shown_and_none_obeyed() -> None:
-    assert visible("plain é 😀 [red]\ttext\n") == "plain é 😀 [red]\ttext\n"
+    assert escape_control_chars("plain é 😀 [red]\ttext\n") == "plain é 😀 [red]\ttext\n"
     file = io.StringIO()
     terminal = Terminal(file=file, width=200)
     table = Table("name", title=EVIL, caption=EVIL)

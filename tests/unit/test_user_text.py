@@ -6,8 +6,7 @@ import pytest
 
 from tests.refusals import refused
 from threestage.data.storage import read_lines
-from threestage.user_text import lines_of, text_of
-from threestage.yaml_text import read_yaml
+from threestage.user_files import lines_of, read_yaml, text_of
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

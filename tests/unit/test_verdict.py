@@ -18,17 +18,18 @@ from torch import Tensor
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage import local, runs
-from threestage.cli import main
+from threestage.cli.app import main
 from threestage.config import StageName
 from threestage.data import storage
 from threestage.data.records import labelled_ids, load_manifest
 from threestage.evaluation import read_image_counts, write_image_counts
-from threestage.local import run_local
-from threestage.predict import open_model
-from threestage.registry import RegistrySettings
-from threestage.registry.models import _decide
-from threestage.report_page.figures import read_run
+from threestage.mlflow_sync.model_registry import _decide
+from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.predict import open_model
+from threestage.report.run_reader import read_run
+from threestage.run import local_main
+from threestage.run import run as runs
+from threestage.run.local_backend import run_local
 from threestage.seeds import derive_seed
 from threestage.training.metrics import class_counts, mean_iou
 from threestage.verdict import (
@@ -389,5 +390,5 @@ def test_the_end_of_a_run_prints_the_verdict(
     with pytest.raises(SystemExit):
         main()
     assert expected in " ".join(capsys.readouterr().out.split())
-    assert local.main(["demo", *settings]) == 0
+    assert local_main.main(["demo", *settings]) == 0
     assert expected in capsys.readouterr().out

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from threestage.augment import geometry, photometry, pictures
+from threestage.augment import geometry, photometry, pil_warp
 from threestage.augment.colour import draw_colours, with_colours
 from threestage.augment.draws import Draws
 from threestage.augment.plans import GEOMETRIC, Plan, StrongSettings, draw_cutouts, draw_operations, drawn_theta
@@ -93,7 +93,7 @@ class View:
         image: Tensor,
         valid: Tensor | Callable[[], Tensor],
         theta: Tensor,
-        move: geometry.Move | pictures.Move | None = None,
+        move: geometry.Move | pil_warp.Move | None = None,
     ) -> None:
         self.image = image
         """(N,3,h,w) uint8, on a CPU with the channels last; see `network_input`"""
@@ -161,7 +161,7 @@ def _weak_pictures(
     source = _size(image)
     coefficients = dict(enumerate(geometry.fixed_point(theta, crop, source).tolist()))
     bounds = zip(coefficients.values(), valid_size.tolist(), strict=True)
-    whole = all(pictures.shows_only(numbers, crop, seen) for numbers, seen in bounds)
+    whole = all(pil_warp.shows_only(numbers, crop, seen) for numbers, seen in bounds)
     valid = torch.ones(len(image), *crop, dtype=torch.bool)
     if not whole:
         valid = geometry.inside(theta, crop, source, valid_size, upright=True)
@@ -169,12 +169,12 @@ def _weak_pictures(
     for row, pixels in enumerate(_arrays(image)):
         scaled = resized.get(row)
         moved = (
-            pictures.moved(pixels, coefficients[row], crop, FILL) if scaled is None else scaled.movedim(0, 2).numpy()
+            pil_warp.moved(pixels, coefficients[row], crop, FILL) if scaled is None else scaled.movedim(0, 2).numpy()
         )
         shown[row] = moved
     if not whole:
         shown[~valid.numpy()] = FILL
-    return View(_from_arrays(shown), valid, theta, pictures.Move(coefficients, crop, whole))
+    return View(_from_arrays(shown), valid, theta, pil_warp.Move(coefficients, crop, whole))
 
 
 def _by_pillow(image: Tensor) -> bool:
@@ -259,23 +259,23 @@ def _strong_pictures(
     size, inside = _size(view.image), view.valid.numpy()
     whole = bool(inside.all())
     numbers = dict(zip(moved, geometry.fixed_point(theta[moved], size, size).tolist(), strict=True))
-    move = pictures.Move(numbers, size, whole)
+    move = pil_warp.Move(numbers, size, whole)
     shown = np.empty((len(plans), *size, 3), np.uint8)
     for row, (pixels, plan) in enumerate(zip(_arrays(view.image), plans, strict=True)):
         changed = _after(plan, pixels, None if whole else inside[row])
-        shown[row] = pictures.moved(changed, numbers[row], size, FILL) if row in numbers else np.asarray(changed)
+        shown[row] = pil_warp.moved(changed, numbers[row], size, FILL) if row in numbers else np.asarray(changed)
     for row, squares in enumerate(corners.tolist()):
         for top, left in squares:
             shown[row, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = FILL
     return View(_from_arrays(shown), lambda: move(view.valid.view(torch.uint8), 0).view(torch.bool), theta, move)
 
 
-def _after(plan: Plan, pixels: np.ndarray, valid: np.ndarray | None) -> pictures.Pixels:
+def _after(plan: Plan, pixels: np.ndarray, valid: np.ndarray | None) -> pil_warp.Pixels:
     """An image (h,w,3) after the photometric operations of its plan; what is not `valid` (h,w) is mid-range again."""
     steps = _photometric(plan)
     if not steps:
         return pixels
-    changed = pictures.after_operations(pixels, valid, steps)
+    changed = pil_warp.after_operations(pixels, valid, steps)
     if valid is not None:
         changed = np.array(changed)
         changed[~valid] = FILL

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from threestage.checks.lines import Found
+from threestage.checks.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
+from threestage.checks.result import CheckOutcome
 from threestage.config import Config
-from threestage.data import near_copies, parquet, storage
+from threestage.data import copies, parquet, storage
 from threestage.data.batches import SampleSet
 from threestage.data.class_pixels import LEAST_CLASSES, check_class_pixels
 from threestage.data.records import (
@@ -23,7 +24,6 @@ from threestage.data.samples import Sample, samples_of
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.models.network import check_settings, doubtful_normalisation
-from threestage.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
 
 SAMPLE = 64  # masks
 SAMPLE_OF_IMAGES = 256  # on each side of a split
@@ -37,7 +37,7 @@ def read_split(config: Config, manifest: Manifest, out: str | None) -> Split:
     return make_split(config.data.root, manifest, config.data)
 
 
-def input_fits(config: Config, out: str | None) -> Found:
+def input_fits(config: Config, out: str | None) -> CheckOutcome:
     """Raises InputError when there are too few images for a step of all workers, or the network's settings do not fit."""
     manifest = load_manifest(config.data.root)
     split = read_split(config, manifest, out)
@@ -46,7 +46,7 @@ def input_fits(config: Config, out: str | None) -> Found:
     pool = sum(file.rows for file in pool_files(manifest))
     workers = config.cluster.most_workers
     more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
-    return Found(
+    return CheckOutcome(
         f"version {manifest.version}: {len(split.labelled)} labelled images, {len(split.validation)} to validate on, "
         f"{pool:,} in the pool{more}; enough for every step of {workers} worker{'s' * (workers > 1)}",
         doubtful_normalisation(config.network),
@@ -57,7 +57,7 @@ def _by_name(ids: Sequence[str]) -> SampleSet:
     return SampleSet([Sample(image_id, b"") for image_id in ids], 1)
 
 
-def classes_fit(config: Config, out: str | None) -> Found:
+def classes_fit(config: Config, out: str | None) -> CheckOutcome:
     """Classes with labelled pixels, counted in a sample of the masks; the doubt names the classes without any.
 
     Raises:
@@ -76,7 +76,7 @@ def classes_fit(config: Config, out: str | None) -> Found:
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     if not _count_pixels(root, manifest, validating, sample_of(split.validation)).any():
         raise InputError(f"{root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
-    return Found(f"{len(manifest.classes)} classes, all in {seen}", doubt)
+    return CheckOutcome(f"{len(manifest.classes)} classes, all in {seen}", doubt)
 
 
 def sample_of(ids: Sequence[str]) -> Sequence[str]:
@@ -84,19 +84,17 @@ def sample_of(ids: Sequence[str]) -> Sequence[str]:
     return ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
 
 
-def sides_differ(config: Config, out: str | None) -> Found:
+def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     """Doubts near-copies of labelled images among the validation images, in a sample of both. Raises InputError where an image
     cannot be read."""
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     labelled, validation = _evenly(split.labelled), _evenly(split.validation)
-    doubt = near_copies.doubt(
-        *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
-    )
+    doubt = copies.doubt(*_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation))
     sides = ((labelled, split.labelled, "labelled"), (validation, split.validation, "validation"))
     looked_at = " and ".join(f"{len(some)} of {len(every)} {name}" for some, every, name in sides)
-    return Found(f"no near-copies between {looked_at} images of {root}", doubt)
+    return CheckOutcome(f"no near-copies between {looked_at} images of {root}", doubt)
 
 
 def _evenly(ids: Sequence[str]) -> Sequence[str]:
@@ -105,11 +103,11 @@ def _evenly(ids: Sequence[str]) -> Sequence[str]:
 
 def _seen(
     config: Config, manifest: Manifest, split: SplitName, ids: Sequence[str]
-) -> tuple[list[str], list[near_copies.Gradients]]:
+) -> tuple[list[str], list[copies.Gradients]]:
     rows = labelled_rows(config.data.root, manifest, split, ids)
     samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale)
     try:
-        return samples.ids, [near_copies.gradients(samples.decoded(index).image) for index in range(len(samples))]
+        return samples.ids, [copies.gradients(samples.decoded(index).image) for index in range(len(samples))]
     except StageFailure as error:
         raise InputError(f"{error.message}; ingest it again", "data/unreadable-image") from None
 

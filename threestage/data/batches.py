@@ -22,7 +22,7 @@ from torch import Tensor
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings, Extent
 from threestage.data.records import MAX_IMAGE_PIXELS
-from threestage.data.samples import Decoded, Sample, decode_sample, place
+from threestage.data.samples import Decoded, Sample, crop_to_canvas, decode_sample
 from threestage.errors import CodedError, StageFailure, reason_of
 from threestage.seeds import derive_seed
 
@@ -73,7 +73,7 @@ def stack(
     """One batch of the samples, in their order, each placed with a generator of its own; `class_ids`: see `place`, of all
     samples or of none."""
     placed = [
-        place(decoded, canvas, rng, class_id)
+        crop_to_canvas(decoded, canvas, rng, class_id)
         for (_, decoded), rng, class_id in zip(samples, randoms, class_ids, strict=True)
     ]
     image = torch.from_numpy(np.stack([one.image for one in placed])).permute(0, 3, 1, 2)
@@ -126,7 +126,7 @@ class SampleSet:
         return decoded
 
 
-class Order:
+class ShuffledIndex:
     """Which item stands at a position: pass after pass, each a permutation that depends on (place, pass) alone."""
 
     def __init__(self, length: int, *place: int | str) -> None:
@@ -165,7 +165,7 @@ class BalancedOrder:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """The rows of a step's global batch that one worker takes."""
 
     first: int
@@ -173,22 +173,22 @@ class Share:
     total: int  # images in the global batch
 
 
-def share_of(batch_size: int, batch: BatchMode, rank: int, world_size: int) -> Share:
+def share_of(batch_size: int, batch: BatchMode, rank: int, world_size: int) -> BatchSlice:
     """`per_worker`: every worker takes `batch_size` images; `global`: all together take them, the shares differ by one."""
     if batch == "per_worker":
-        return Share(rank * batch_size, batch_size, world_size * batch_size)
+        return BatchSlice(rank * batch_size, batch_size, world_size * batch_size)
     first, end = (batch_size * r // world_size for r in (rank, rank + 1))
-    return Share(first, end - first, batch_size)
+    return BatchSlice(first, end - first, batch_size)
 
 
-def most_of(total: int, world_size: int) -> int:
+def max_shard_size(total: int, world_size: int) -> int:
     """The images that the largest share of a global batch has."""
     return -(-total // world_size)
 
 
 def batches(
     samples: SampleSet,
-    share: Share,
+    share: BatchSlice,
     canvas: tuple[int, int],
     seed_place: tuple[int | str, ...],
     first_image: int = 0,
@@ -216,7 +216,7 @@ def _order(
     """Position → item, and the class that its crop has to hold."""
     if class_balance > 0:
         return BalancedOrder(label_pixels(samples), class_balance, *seed_place).__getitem__
-    order = Order(len(samples), *seed_place)
+    order = ShuffledIndex(len(samples), *seed_place)
     return lambda position: (order[position], None)
 
 
@@ -237,7 +237,7 @@ def label_pixels(samples: SampleSet) -> np.ndarray:
     return np.stack([np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX] for mask in masks])
 
 
-class Timed:
+class TimedIterator:
     """An iterator that sums up how long it was waited for, in seconds."""
 
     def __init__(self, source: Iterator[Batch]) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from threestage.data import storage
-from threestage.data.check import BadFile, check_mask
 from threestage.data.classes import ClassMap, Lookup, Unknown
 from threestage.data.formats import SPLITS, SourceItem
+from threestage.data.image_validation import BadFile, check_mask
 from threestage.data.records import DECODER_ERRORS, Manifest, decode_mask, files_with_masks, open_image
 from threestage.errors import InputError
 

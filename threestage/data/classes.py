@@ -26,7 +26,7 @@ from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.errors import InputError, did_you_mean
 from threestage.settings import Settings
-from threestage.yaml_text import read_yaml
+from threestage.user_files import read_yaml
 
 NO_KEY = -(2**62)
 PIXELS_AT_ONCE = 2**20  # of a mask: looking one up takes some 40 bytes a pixel

@@ -23,7 +23,7 @@ from typing import Literal, Self
 import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
-from threestage.data import folders, storage
+from threestage.data import safe_walk, storage
 from threestage.data.pairs import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
@@ -185,15 +185,15 @@ def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
     return shown
 
 
-def _entries(folder: str) -> Iterator[folders.Entry]:
+def _entries(folder: str) -> Iterator[safe_walk.Entry]:
     files, base = storage.filesystem(folder)
     if storage.is_s3(folder):
         infos = files.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
         for info in infos:
             if info.type == pafs.FileType.File:
-                yield folders.Entry(info.path[len(base) :].lstrip("/"), info.size, info.mtime_ns)
+                yield safe_walk.Entry(info.path[len(base) :].lstrip("/"), info.size, info.mtime_ns)
     elif os.path.isdir(base):
-        yield from filter(None, (folders.entry(base, path) for path in folders.walk(base)))
+        yield from filter(None, (safe_walk.entry(base, path) for path in safe_walk.walk(base)))
 
 
 def missing(folder: str, expected: str) -> InputError:
@@ -210,8 +210,8 @@ def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
     both = [stamps.get(uri) for uri in (item.image_uri, item.mask_uri) if uri is not None]
     mask_size = stamps.get(item.mask_uri or "", (0, 0))[0]
     problem = item.problem
-    if mask_size in folders.WHY_NOT:
-        problem = f"its mask {folders.WHY_NOT[mask_size]} [image/place]"
+    if mask_size in safe_walk.WHY_NOT:
+        problem = f"its mask {safe_walk.WHY_NOT[mask_size]} [image/place]"
     elif mask_size > MAX_IMAGE_BYTES:
         problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES} [image/too-large]"
     return replace(item, size=size, stamp=repr(both), problem=problem)
@@ -397,7 +397,7 @@ def _voc_list(stamps: Stamps, paths: Paths, images: Paths, *names: str) -> froze
     """Image names of the first of the lists that is there; a line may also be a path, or an image and a mask path."""
     places = ("ImageSets/Segmentation", "ImageSets/SegmentationAug")
     uri = _first(paths, [f"{place}/{name}.txt" for name in names for place in places])
-    if uri and stamps[uri][0] in folders.WHY_NOT:
+    if uri and stamps[uri][0] in safe_walk.WHY_NOT:
         raise InputError(
             f"{uri}: a link that leads out of its folder, no plain file, or a name that is not UTF-8; put the list itself there",
             "data/link",

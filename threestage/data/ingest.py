@@ -1,6 +1,6 @@
 """Make or extend a data set: list a source, check every file, write immutable Parquet files, publish a manifest last.
 
-The images are cut into shards that are worked on apart from each other (`threestage.data.shards`), in threads here or as
+The images are cut into shards that are worked on apart from each other (`threestage.data.publish`), in threads here or as
 Ray tasks; the process that started the ingest holds figures of shards, not images. A killed ingest leaves the data set
 as it was, and the same command, run again, does only the shards that are not finished.
 
@@ -17,7 +17,7 @@ listing/<digest>/       the listing of a source of format images. It is extended
 shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose images and masks the
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
-index/                  what the data set holds (`threestage.data.known`), until an ingest has extended it
+index/                  what the data set holds (`threestage.data.publish`), until an ingest has extended it
 
 Parquet files of an ingest that was given up stay too; no manifest names them.
 """
@@ -33,13 +33,25 @@ from threestage.data.class_pixels import FIX, LEAST_CLASSES, check_class_pixels,
 from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
 from threestage.data.copies import check_copies
 from threestage.data.formats import IngestSettings, SourceItem, discover, missing, passed_over
-from threestage.data.known import build_index, look_up
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
-from threestage.data.publish import Additions, ShardReport, next_manifest, publish
+from threestage.data.publish import (
+    Additions,
+    Job,
+    Shard,
+    ShardReport,
+    build_index,
+    few_at_once,
+    finished,
+    look_up,
+    next_manifest,
+    publish,
+    report_uri,
+    shard_digest,
+    write_shard,
+)
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
-from threestage.data.shards import Job, Shard, few_at_once, finished, report_uri, shard_digest, write_shard
 from threestage.errors import InputError
 from threestage.settings import Settings
 

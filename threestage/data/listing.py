@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from threestage.data import folders, storage
+from threestage.data import safe_walk, storage
 from threestage.data.outputs import LISTING, claim
 from threestage.data.pairs import IMAGE_SUFFIXES
-from threestage.data.records import PathBelow
+from threestage.data.records import MANIFEST_NAME, PathBelow, load_manifest
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -403,9 +403,9 @@ def rows_digest(shard: pa.Table, before: int = 0) -> str:
 
 
 def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[Found]]:
-    paths = folders.walk(folder)
+    paths = safe_walk.walk(folder)
     while page := list(islice(paths, PAGE)):
-        found = (folders.entry(folder, path) for path in page if _is_image(folders.readable(path), others))
+        found = (safe_walk.entry(folder, path) for path in page if _is_image(safe_walk.readable(path), others))
         yield [(entry.path, entry.size, entry.changed_ns) for entry in found if entry is not None]
 
 
@@ -596,3 +596,19 @@ def _shared(left: str, right: str) -> str:
 
 def _first_after(keys: Keys, prefix: str, after: str) -> str | None:
     return next(keys(prefix, after, 1), None)
+
+
+def holds_data_set(folder: str) -> bool:
+    """Whether `folder` is a data set. A manifest.json of somebody else's beside images is no reason to say so.
+
+    Raises InputError where a manifest cannot be read and there is no image.
+    """
+    if not storage.is_file(storage.join(folder, MANIFEST_NAME)):
+        return False
+    try:
+        load_manifest(folder)
+    except InputError:
+        if not first_image(folder):
+            raise
+        return False
+    return True

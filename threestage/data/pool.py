@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from threestage.data import parquet, storage
-from threestage.data.folders import WHY_NOT
 from threestage.data.listing import listed_files
 from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
+from threestage.data.safe_walk import WHY_NOT
 from threestage.errors import InputError
 from threestage.settings import Settings
 

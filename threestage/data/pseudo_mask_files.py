@@ -1,4 +1,4 @@
-"""How a set of pseudo-masks is laid out (threestage/pseudo_masks.py), for those who only read it: without torch."""
+"""How a set of pseudo-masks is laid out (threestage/prediction/pseudo_masks.py), for those who only read it: without torch."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -23,8 +23,8 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from threestage.data import parquet, storage
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
-from threestage.data.pixel_budget import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
-from threestage.data.pixel_budget import PIXELS as PIXELS
+from threestage.data.parallel import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from threestage.data.parallel import PIXELS as PIXELS
 from threestage.errors import InputError
 from threestage.settings import Settings
 

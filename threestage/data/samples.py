@@ -121,7 +121,9 @@ class Placed(NamedTuple):
     """row and column in the image of the pixel that the crop has to hold"""
 
 
-def place(decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, class_id: int | None = None) -> Placed:
+def crop_to_canvas(
+    decoded: Decoded, canvas: tuple[int, int], rng: np.random.Generator, class_id: int | None = None
+) -> Placed:
     """Cut a window of the canvas's size at a random place, padding what is missing. The crop is cut from it at the same
     place, so that crops of every scale are uniform over the image.
 

@@ -32,7 +32,7 @@ from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
 from threestage.redaction import redact
 from threestage.settings import Settings, raised_by
-from threestage.user_text import lines_of
+from threestage.user_files import lines_of
 
 Model = TypeVar("Model", bound=Settings)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from threestage.errors import InputError
 
 if TYPE_CHECKING:
-    from threestage.models.network import NetworkSettings
+    from threestage.models.settings import NetworkSettings
 
 
 class Channels(Protocol):

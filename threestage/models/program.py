@@ -13,7 +13,8 @@ from pathlib import Path
 
 from threestage.errors import reason_of
 from threestage.models.export import CARD, PROGRAM, WEIGHTS, ModelCard, load_card, load_model, program_of
-from threestage.models.network import NetworkSettings, build_network, check_settings
+from threestage.models.network import build_network, check_settings
+from threestage.models.settings import NetworkSettings
 
 EXPORT_S = 300.0
 LONGEST_REASON = 300

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from threestage import runs
 from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.records import load_manifest
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
+from threestage.run import run
 from threestage.sweeps import results
+from threestage.sweeps.journal import Trial, run_folder, shared_folder
 from threestage.sweeps.plots import write_plots
 from threestage.sweeps.prepare import Sweep
 from threestage.sweeps.proposals import study_of
 from threestage.sweeps.space import best_overrides, trial_config
-from threestage.sweeps.trials import Trial, run_folder, shared_folder
 
 
 def publish(asked: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -77,4 +77,4 @@ def promote(
         )
     config = trial_config(asked.space, asked.config, best.params, best.seed)
     shared = shared_folder(asked.out, best.seed) if asked.space.shared_stages else None
-    runs.run(config, folder, False, show, warn, watch, shared)
+    run.run(config, folder, False, show, warn, watch, shared)

@@ -7,15 +7,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from threestage.config import STAGES, Config, StageName, changed
 from threestage.data.records import Manifest
+from threestage.format import duration
 from threestage.models.network import build_network
-from threestage.stages import auxiliary
+from threestage.run.stages import auxiliary
 from threestage.sweeps.space import Asha, Space, counts, most_steps, paths, trial_config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 PSEUDO_MASK_BYTES = 2  # per pixel at most: the class and its confidence, both compressed
 
@@ -245,8 +250,55 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan) | {"bytes": plan.bytes}
 
 
-def duration(hours: float) -> str:
-    for unit, length in (("d", 24.0), ("h", 1.0), ("min", 1 / 60)):
-        if hours >= 2 * length:
-            return f"{hours / length:.1f} {unit}"
-    return f"{hours * 3600:.0f} s"
+def rich_plan(plan: Plan) -> "Table":
+    """The plan as a table for a rich console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Plan of the sweep", show_header=False)
+    for name, text in _rows(plan):
+        table.add_row(name, escape(text))
+    return table
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "Trials", f"{plan.trials}, {plan.at_once} at once, each on {plan.devices:g} × {plan.unit}"
+    for stage in plan.stages:
+        yield stage.stage, _stage_row(stage)
+    yield "Reused", "\n".join(plan.reused) or "nothing: the search begins with stage 1"
+    yield f"{plan.unit}-hours", "\n".join(_hour_rows(plan))
+    total = "the pool is not listed yet" if plan.bytes is None else _size(plan.bytes)
+    parts = [f"{part.what}: {'?' if part.bytes is None else _size(part.bytes)}" for part in plan.storage]
+    yield "Storage, at most", "\n".join([total, *parts])
+    yield "Ends with", plan.ends_with
+
+
+def _stage_row(stage: StagePlan) -> str:
+    if stage.finished:
+        return "finished already"
+    speed = "" if stage.step_seconds is None else f" of {stage.step_seconds:.3g} s"
+    keys = f"; searched: {', '.join(stage.keys)}" if stage.keys else ""
+    return f"{'once' if stage.shared else 'each trial'}: {stage.steps} steps{speed}{keys}"
+
+
+def _hour_rows(plan: Plan) -> Iterator[str]:
+    if plan.shared_hours.device:
+        yield f"shared stages: {_hours(plan.shared_hours)}"
+    yield f"every trial to its end: {_hours(plan.most_hours)}"
+    if plan.expected_hours is not None:
+        steps = ", ".join(map(str, plan.judged_at))
+        yield f"expected with ASHA: {_hours(plan.expected_hours)}"
+        yield f"  judged at steps {steps}; 1 of {plan.reduction_factor:g} passes each"
+    yield f"from a step measured on {plan.measured_on}, without waiting for data, evaluation and start-up"
+
+
+def _hours(hours: Hours) -> str:
+    return f"{hours.device:.3g} ({duration(hours.wall)})"
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"

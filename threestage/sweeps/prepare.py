@@ -8,18 +8,17 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from threestage.check import check_store
+from threestage.checks.store import check_store
 from threestage.config import STAGES, Config, changed, flatten, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
 from threestage.errors import InputError
-from threestage.sweeps.checks import check_space
+from threestage.sweeps.journal import Trial, shared_folder
 from threestage.sweeps.plan import Plan, make_plan, mean_pixels
 from threestage.sweeps.proposals import number_of_trials
-from threestage.sweeps.space import Space, trial_config
-from threestage.sweeps.trials import Trial, shared_folder
+from threestage.sweeps.space import Space, check_space, trial_config
 
 FREE_SECTIONS = {"cluster", "storage", "registry"}  # these may be others with --resume
 FREE_SETTINGS = {
@@ -72,8 +71,7 @@ def checked(asked: Sweep) -> Sweep:
 
 def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
     """The plan of what is left to do. Raises InputError where the cluster could never run it."""
-    from threestage.on_ray.room import cluster_growth, cluster_nodes
-    from threestage.on_ray.sweep_room import refuse_impossible, remote_step_time
+    from threestage.ray_backend.capacity import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
 
     space, config = asked.space, asked.config
     trial = trial_config(space, config, {}, config.seed)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from threestage.config import Config, changed, flatten
 from threestage.seeds import derive_seed
-from threestage.sweeps.parameters import Parameter, label
-from threestage.sweeps.space import Space, stage_name
-from threestage.sweeps.trials import Trial
+from threestage.sweeps.journal import Trial
+from threestage.sweeps.space import Parameter, Space, label, stage_name
 
 if TYPE_CHECKING:
     import optuna

@@ -16,11 +16,11 @@ import yaml
 from threestage.config import Config, changed, flatten
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
-from threestage.over_seeds import deviation, plus_minus
-from threestage.report import ABSENT
+from threestage.mlflow_sync.connection import redact, redact_tree
+from threestage.report.seed_summary import deviation, plus_minus
+from threestage.report.terminal_tables import ABSENT
+from threestage.sweeps.journal import State, Trial, ranked
 from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
-from threestage.sweeps.trials import State, Trial, ranked
-from threestage.tracking import redact, redact_tree
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,20 +4,147 @@ Stages before the first searched one are computed once and shared by all trials.
 such as a learning rate, is set for the searched stages and those after them alone (`stageN.changes`).
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, field_serializer, field_validator, model_validator
 
 import threestage
 from threestage.config import STAGES, Config, Section, StageName, changed, flatten, stage_keys, validated
 from threestage.data import storage
 from threestage.errors import InputError, did_you_mean
+from threestage.hosts import CODE, CONFIRMING
 from threestage.settings import Settings
-from threestage.sweeps.parameters import Parameter, label
-from threestage.yaml_text import read_yaml
+from threestage.user_files import read_yaml
+
+Number = int | FiniteFloat
+INTERIOR = 0.3819660112501051  # of a range: a point that is whole by accident only
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    if isinstance(value, list | tuple):
+        return [_with_numbers(part) for part in value]
+    if not isinstance(value, str | int | float | dict | None):
+        raise InputError(
+            f"{value} is a {type(value).__name__}: give numbers, texts, true or false, null, or lists of them",
+            "sweep/parameter",
+        )
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+Values = Annotated[tuple[Any, ...], BeforeValidator(_with_numbers)]
+
+
+class Parameter(Settings):
+    """Exactly one of `uniform`, `loguniform` and `choice`."""
+
+    uniform: tuple[Number, Number] | None = Field(None, description="whole numbers where bounds and step all are")
+    loguniform: tuple[FiniteFloat, FiniteFloat] | None = None
+    choice: Values | None = None
+    step: Number | None = Field(None, description="of uniform: only its first bound plus a multiple of this")
+    when: dict[str, Values] = Field(
+        {}, description="only in trials where each of these choices has one of these values"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if sum(given is not None for given in (self.uniform, self.loguniform, self.choice)) != 1:
+            raise InputError("give exactly one of uniform, loguniform and choice", "sweep/parameter")
+        if self.choice is not None:
+            labels = [label(value) for value in self.choice]
+            if not labels:
+                raise InputError("choice=[]: is empty; give values", "sweep/parameter")
+            if twice := [one for one in labels if labels.count(one) > 1]:
+                raise InputError(f"choice: has {twice[0]} twice; take one out", "sweep/parameter")
+        else:
+            self._check_range()
+        if self.step is not None:
+            self._check_step(self.step)
+        return self
+
+    def _check_range(self) -> None:
+        low, high = self.bounds
+        if low >= high:
+            raise InputError(
+                f"{self.kind}=[{low}, {high}]: is empty; the first bound must be below the second", "sweep/parameter"
+            )
+        if self.loguniform is not None and low <= 0:
+            raise InputError(f"loguniform=[{low}, {high}]: both bounds must be above 0", "sweep/parameter")
+
+    def _check_step(self, step: float) -> None:
+        if self.uniform is None:
+            raise InputError(f"step={step}: belongs to uniform, not to {self.kind}; take it out", "sweep/parameter")
+        low, high = self.bounds
+        if not 0 < step <= high - low:
+            raise InputError(f"step={step}: must be above 0 and fit into uniform=[{low}, {high}]", "sweep/parameter")
+
+    @property
+    def kind(self) -> Literal["uniform", "loguniform", "choice"]:
+        if self.choice is not None:
+            return "choice"
+        return "uniform" if self.uniform is not None else "loguniform"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """As written, of a range."""
+        found = self.uniform or self.loguniform
+        assert found is not None
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether the values are whole numbers."""
+        return self.uniform is not None and all(isinstance(part, int) for part in (*self.uniform, self.step or 0))
+
+    @property
+    def last(self) -> float:
+        """The largest value of a range: with a step it may lie below the bound."""
+        low, high = self.bounds
+        return high if self.step is None else self._at(int((_decimal(high) - _decimal(low)) / _decimal(self.step)))
+
+    def snapped(self, value: float) -> float:
+        """The value of the range that is nearest to `value`, free of rounding noise."""
+        if self.step is None:
+            return int(value) if self.whole else float(value)
+        return self._at(round((value - self.bounds[0]) / self.step))
+
+    def values(self) -> Iterator[Any]:
+        """Every value, in order; only for choices and ranges with a step."""
+        if self.choice is not None:
+            yield from self.choice
+            return
+        assert self.step is not None
+        for k in range(round((self.last - self.bounds[0]) / self.step) + 1):
+            yield self._at(k)
+
+    def samples(self) -> list[Any]:
+        """Values by which the others can be judged: all choices; the ends of a range, and one between."""
+        if self.choice is not None:
+            return list(self.choice)
+        low, high = self.bounds
+        between = low + INTERIOR * (high - low) if self.step is None else self._at(1)
+        return [self.snapped(low), self.snapped(between), self.last]
+
+    def _at(self, k: int) -> float:
+        """The value k steps above the first bound."""
+        assert self.step is not None
+        exact = _decimal(self.bounds[0]) + k * _decimal(self.step)
+        return int(exact) if self.whole else float(exact)
+
+
+def label(value: Any) -> str:
+    """A value as JSON text: equal texts are equal values."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _decimal(value: float) -> Decimal:
+    return Decimal(str(value))
 
 
 class Budget(Settings):
@@ -244,3 +371,161 @@ def with_parents(space: Space, key: str) -> dict[str, Any]:
     for other, wanted in space.search[key].when.items():
         found |= with_parents(space, other) | {other: wanted[0]}
     return found
+
+
+SET_BY_THE_SWEEP = ("name", "seed", "stages", "pseudo_mask.of_last_stage")
+NEVER_SEARCHED = ("name", "seed", "stages", "data", "cluster", "storage", "registry")
+WEIGHTED_SECTIONS = ("consistency", "pseudo_mask")
+
+
+def check_space(space: Space, config: Config) -> None:
+    """Raises InputError with one line that names the key, the value and the fix."""
+    known = set(_leaves(config, ""))
+    for key in space.fixed:
+        _check_known("fixed", key, known)
+        if key in SET_BY_THE_SWEEP:
+            raise InputError(f"fixed.{key}: the sweep sets it itself; take it out", "sweep/not-searchable")
+        if key in CONFIRMING:
+            raise InputError(f"fixed.{key}: a space names no host; give it with --set {key}=VALUE", CODE)
+    base = changed(config, space.fixed)
+    for key in space.search:
+        _check_known("search", key, known)
+        if key in NEVER_SEARCHED or key.split(".")[0] in NEVER_SEARCHED:
+            raise InputError(
+                f"search.{key}: may not be searched, it is no hyperparameter; set it with --set", "sweep/not-searchable"
+            )
+        _check_values(space, base, key)
+        _check_counts(space, base, key)
+        _check_weight(space, base, key)
+        _check_whole(space, base, key)
+    _check_stages(space, base)
+    _check_places(space, base)
+    if space.scheduler is not None:
+        _check_asha(space, space.scheduler, base)
+
+
+def _leaves(settings: Settings, prefix: str) -> list[str]:
+    """The dotted keys of values, those of `stageN.changes` too."""
+    found: list[str] = []
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            found += _leaves(value, f"{prefix}{name}.")
+        elif name != "changes":
+            found.append(prefix + name)
+    if not prefix:
+        sections = [key for key in found if key.split(".")[0] in get_args(Section)]
+        found += [f"{name}.changes.{key}" for name in STAGES[1:] for key in sections]
+    return found
+
+
+def _check_known(where: str, key: str, known: Collection[str]) -> None:
+    if key in known:
+        return
+    if inside := sorted(other for other in known if other.startswith(f"{key}.")):
+        raise InputError(f"{where}.{key}: is a section; name one of its keys, e.g. {inside[0]}", "config/unknown-key")
+    hint = did_you_mean(key, known) or "; keys are written as for --set, e.g. consistency.weight"
+    raise InputError(f"{where}.{key}: unknown key{hint}", "config/unknown-key")
+
+
+def _check_values(space: Space, base: Config, key: str) -> None:
+    there = changed(base, with_parents(space, key))
+    for value in space.search[key].samples():
+        try:
+            changed(there, {key: value})
+        except InputError as error:
+            problem = error.message.removeprefix(f"{key}={value!r}: ")
+            raise InputError(f"search.{key}={value!r}: {problem}", error.code) from None
+
+
+def _check_counts(space: Space, base: Config, key: str) -> None:
+    """A key that no searched stage depends on would only add noise."""
+    stages = [n for n in range(1, len(STAGES) + 1) if counts(space, base, key, [key], stage_name(n))]
+    if not set(space.stages).isdisjoint(stages):
+        paths(space, base, key)
+        return
+    searched = " and ".join(map(str, space.stages))
+    if own := [name for name in with_own_value(base, key) if name in map(stage_name, space.stages)]:
+        mend = f"{own[0]}.changes sets it there: search {own[0]}.changes.{key}"
+    elif stages:
+        mend = f"it does for stage {' and '.join(map(str, stages))}: search that, or take it out"
+    else:
+        mend = "take it out"
+    raise InputError(
+        f"search.{key}: does not matter for stage {searched}, which is searched; {mend}", "sweep/no-effect"
+    )
+
+
+def _check_weight(space: Space, base: Config, key: str) -> None:
+    """The settings of a loss term whose weight is 0 change nothing."""
+    section, _, name = key.split(".changes.")[-1].partition(".")
+    weight = f"{section}.weight"
+    if section not in WEIGHTED_SECTIONS or name == "weight":
+        return
+    there = changed(base, with_parents(space, key))
+    searched = any(other == weight or other.endswith(f".changes.{weight}") for other in space.search)
+    if not searched and not any(_weight(there, section, n) for n in space.stages):
+        raise InputError(
+            f"search.{key}: does not matter while {weight} is 0; set or search {weight}, or take it out",
+            "sweep/no-effect",
+        )
+
+
+def _check_whole(space: Space, base: Config, key: str) -> None:
+    """[0, 1] for a key that takes fractions would be tried as 0 and 1 alone."""
+    parameter, now = space.search[key], flatten(base.model_dump(mode="json")).get(key.split(".changes.")[-1])
+    if parameter.whole and parameter.step is None and isinstance(now, float):
+        low, high = parameter.bounds
+        raise InputError(
+            f"search.{key}: uniform=[{low}, {high}] are whole numbers only; "
+            f"write [{low}.0, {high}.0] for those between, or add step: 1",
+            "sweep/parameter",
+        )
+
+
+def _weight(config: Config, section: str, stage: int) -> Any:
+    return getattr(config.for_stage(stage_name(stage)), section).weight
+
+
+def _check_stages(space: Space, base: Config) -> None:
+    """Every trial trains the first searched stage: it must be another one in each."""
+    first = stage_name(space.first_stage)
+    if not any(counts(space, base, key, paths(space, base, key), first) for key in space.search):
+        rest = [n for n in space.stages if n != space.first_stage]
+        raise InputError(
+            f"stages={list(space.stages)}: no searched key matters for stage {space.first_stage}, which every trial would "
+            f"train alike; write stages: {rest}",
+            "sweep/no-effect",
+        )
+
+
+def _check_places(space: Space, base: Config) -> None:
+    """Two keys that set the same would each undo what the other tries."""
+    taken: dict[str, str] = {}
+    for key in space.search:
+        for place in paths(space, base, key):
+            for name in {place, *(f"{stage}.changes.{place}" for stage in STAGES[1:])}:
+                if (other := taken.setdefault(name, key)) != key:
+                    raise InputError(f"search.{key}: sets what search.{other} sets; take one out", "sweep/key-twice")
+
+
+def _check_asha(space: Space, asha: Asha, base: Config) -> None:
+    """It decides by what is measured before the end."""
+    every, steps = base.training.evaluate_every, most_steps(space, base)
+    total, before = sum(steps), 0
+    measured: list[int] = []
+    for stage_steps in steps:
+        measured += [before + step for step in (*range(every, stage_steps, every), stage_steps)]
+        before += stage_steps
+    if len(measured) < 3:
+        raise InputError(
+            f"scheduler.asha: training.evaluate_every={every} gives {len(measured) - 1} evaluations before the end at "
+            f"step {total}, it needs 2; make evaluate_every {max(1, (steps[-1] - 1) // 2)} or less, or scheduler none",
+            "sweep/asha",
+        )
+    if asha.grace_steps > measured[-2]:
+        raise InputError(
+            f"scheduler.asha.grace_steps={asha.grace_steps}: the last evaluation before the end at step {total} is at "
+            f"step {measured[-2]}; give that or less, or scheduler none",
+            "sweep/asha",
+        )

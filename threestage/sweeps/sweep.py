@@ -5,22 +5,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from threestage import lease
 from threestage.config import flatten
 from threestage.data import storage
 from threestage.errors import StageFailure
-from threestage.registry import Status, open_registry
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.connection import reserve_variables
+from threestage.mlflow_sync.records import Status
+from threestage.mlflow_sync.sweep_sync import Mirror
+from threestage.run_folder import lease
 from threestage.sweeps import outcome, prepare
-from threestage.sweeps.journal import Journal
-from threestage.sweeps.mirror import Mirror
+from threestage.sweeps.journal import Trial, TrialStore, load_trials, ranked, shared_folder
 from threestage.sweeps.plan import Plan
 from threestage.sweeps.prepare import REPEATED, Sweep
 from threestage.sweeps.proposals import number_of_trials, own_params, propose
 from threestage.sweeps.space import base_config, trial_config
-from threestage.sweeps.trials import Trial, load_trials, ranked, shared_folder
-from threestage.tracking import reserve_variables
 
-VAIN_TRIALS = 4  # beside those that run at once: so many in a row that fail before they are evaluated end a sweep
+MAX_CONSECUTIVE_FAILURES = (
+    4  # beside those that run at once: so many in a row that fail before they are evaluated end a sweep
+)
 
 
 class Show(Protocol):
@@ -36,7 +38,7 @@ class Show(Protocol):
 
 def plan(asked: Sweep, warn: Callable[[str], None]) -> Plan:
     """What the sweep would do. Trains nothing, changes nothing."""
-    from threestage.on_ray.train import connected
+    from threestage.ray_backend.connect import connected
 
     asked = prepare.checked(asked)
     prepare.known(asked)
@@ -57,8 +59,9 @@ def run(asked: Sweep, show: Show) -> dict[str, Any]:
 
 
 def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
-    from threestage.on_ray.sweep import quieten
-    from threestage.on_ray.train import connected, warn_of_traps
+    from threestage.ray_backend.connect import connected
+    from threestage.ray_backend.sweep import quieten
+    from threestage.ray_backend.train import warn_of_traps
 
     key = prepare.known(asked)
     registry = open_registry(asked.config.registry) if key is None else None  # a sweep that has begun goes on without
@@ -95,7 +98,7 @@ def _run(asked: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
         show.trial(trial)
         mirror.update(trial, {"space": ",".join(asked.space.search)})
 
-    journal = Journal(asked.out, load_trials(asked.out), REPEATED if asked.repeat else 1, changed)
+    journal = TrialStore(asked.out, load_trials(asked.out), REPEATED if asked.repeat else 1, changed)
     for trial in journal.trials:
         changed(trial)
     running = _Running(asked, journal, show, time.monotonic())
@@ -120,7 +123,7 @@ class _Running:
     """A sweep that goes on since `begun` (seconds of the monotonic clock)."""
 
     asked: Sweep
-    journal: Journal
+    journal: TrialStore
     show: Show
     begun: float
 
@@ -173,7 +176,7 @@ class _Running:
 
     def _share(self, seed: int) -> None:
         """Compute, unless that is done, what all trials with a seed begin with; once done it is not touched again."""
-        from threestage.on_ray.train import run_on_ray
+        from threestage.ray_backend.train import run_on_ray
 
         space, folder = self.asked.space, shared_folder(self.asked.out, seed)
         last = storage.join(folder, f"pseudo_masks{space.shared_stages}", "done.json")
@@ -183,7 +186,7 @@ class _Running:
             run_on_ray(config, folder, self.show.stage, self.show.warn, watch=self.show.watch)
 
     def _trials(self, asked: Sweep, following: Callable[[], Trial | None], count: int) -> None:
-        from threestage.on_ray.sweep import run_trials
+        from threestage.ray_backend.sweep import run_trials
 
         journal = self.journal
         try:
@@ -207,7 +210,7 @@ class _Running:
         return self._spent() or self._in_vain()
 
     def _in_vain(self) -> bool:
-        return self.journal.in_vain >= self.asked.space.at_once + VAIN_TRIALS
+        return self.journal.in_vain >= self.asked.space.at_once + MAX_CONSECUTIVE_FAILURES
 
     def _spent(self) -> bool:
         budget = self.asked.space.budget

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from threestage.data import storage
 from threestage.errors import StageFailure
 from threestage.models.network import without_auxiliary
-from threestage.run_files import HistoryRow
+from threestage.run_folder.records import HistoryRow
 from threestage.settings import Settings
 
 FORMAT, WITHOUT_BEST = 3, 2
@@ -123,7 +123,7 @@ class Pointer(Settings):
     unlabelled_images: int = 0
 
 
-class Outlived(Exception):
+class StaleWorkerError(Exception):
     """A process that was taken for lost has found that another one trains its stage."""
 
 
@@ -197,7 +197,7 @@ class Checkpoints:
                 f"{self._folder}: another run has taken this stage over, this one stops", "run/taken-over"
             )
         if owner != self._owner:
-            raise Outlived(f"{self._folder}: another process trains this stage now")
+            raise StaleWorkerError(f"{self._folder}: another process trains this stage now")
 
     def _uri(self, step: int) -> str:
         return storage.join(self._folder, f"step-{step:09d}.pt")

@@ -2,9 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,8 +20,7 @@ from threestage.training import losses
 from threestage.training.checkpoint import Row, TrainState, not_finite
 from threestage.training.ema import update_teacher
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor
-from threestage.training.step import StepInputs, StepSource, piece_sums, pieces
-from threestage.training.window import Window, how_to_go_on
+from threestage.training.step import StepInputs, StepSource, micro_batches, piece_sums
 from threestage.training.worker import Worker
 
 NOTICE_LAG = 3  # steps that a GPU may run behind before the loop waits to read its notice
@@ -70,7 +71,7 @@ def fit(
     network = compiled(wrapped, loop)
     window = Window(worker, state.step, loop.loss_limit)
     dtype = autocast_dtype(loop.precision, worker.device)
-    rate = rate_factor(loop, worker.world_size)
+    rate = lr_scale(loop, worker.world_size)
     notices = _Notices(worker)
     while state.step < steps:
         torch.manual_seed(derive_seed(*seed_place, "torch", state.step, worker.rank))
@@ -123,7 +124,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Gradients of the whole batch, piece by piece; returns each term's sum over this worker's pixels."""
     sums = {name: torch.zeros((), device=worker.device, dtype=torch.float64) for name in inputs.targets}
-    cut = list(pieces(len(inputs.image), accumulate))
+    cut = list(micro_batches(len(inputs.image), accumulate))
     for number, piece in enumerate(cut, 1):
         with nullcontext() if number == len(cut) else worker.hold_gradients(wrapped):
             with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
@@ -167,7 +168,7 @@ def _save(state: TrainState, worker: Worker) -> None:
     worker.doing(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
-            f"weights became infinite or NaN before step {state.step} while the losses were finite; {how_to_go_on(worker)}",
+            f"weights became infinite or NaN before step {state.step} while the losses were finite; {recovery_hint(worker)}",
             "stage/diverged",
         )
     if worker.rank == 0 and (problem := worker.checkpoints.save(state.snapshot())) is not None:
@@ -218,13 +219,13 @@ def compiled(network: nn.Module, loop: LoopSettings) -> nn.Module:
     return torch.compile(network)  # type: ignore[return-value]
 
 
-def laid_out(image: Tensor, loop: LoopSettings) -> Tensor:
+def to_memory_format(image: Tensor, loop: LoopSettings) -> Tensor:
     """The views in the memory format of the networks."""
     layout = torch.channels_last if loop.channels_last else torch.contiguous_format
     return image.contiguous(memory_format=layout)
 
 
-def rate_factor(loop: LoopSettings, world_size: int) -> float:
+def lr_scale(loop: LoopSettings, world_size: int) -> float:
     """What the learning rates are multiplied by: a global batch keeps its size whatever the number of workers."""
     if loop.batch == "global":
         return 1.0
@@ -255,7 +256,7 @@ class _Notices:
         return dict(zip(pixels, counts, strict=True)), self._news(notices)
 
     def _news(self, notices: Tensor) -> bool:
-        self._waiting.append(_on_its_way(notices))
+        self._waiting.append(copy_to_host_async(notices))
         if len(self._waiting) <= (NOTICE_LAG if notices.is_cuda else 0):
             return False
         value, arrived = self._waiting.pop(0)
@@ -265,7 +266,7 @@ class _Notices:
         return self._heard > before
 
 
-def _on_its_way(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def copy_to_host_async(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The value in host memory, and the event after which it is there."""
     if not value.is_cuda:
         return value, None
@@ -274,3 +275,129 @@ def _on_its_way(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()
     event.record()
     return host, event
+
+
+NAMED_IMAGES = 8
+
+
+class Window:
+    """What is known of the steps since the last row; losses stay on the device until the row is written."""
+
+    def __init__(self, worker: Worker, step: int, loss_limit: float) -> None:
+        self._worker = worker
+        self._loss_limit = loss_limit
+        self._waited_before = 0.0
+        self._reset(step)
+
+    def _reset(self, step: int) -> None:
+        self._first_step = step
+        self._means: list[Tensor] = []
+        self._image_ids: list[tuple[str, ...]] = []
+        self._valid: dict[str, Tensor] = {}
+        self._pixels: dict[str, int] = {}
+        self._images = 0
+        self._start = time.perf_counter()
+
+    def add(
+        self, inputs: StepInputs, sums: dict[str, Tensor], valid: dict[str, Tensor], counts: dict[str, Tensor]
+    ) -> None:
+        """A step: this worker's sum and valid pixels of each term, and the valid pixels of all workers."""
+        self._means.append(torch.stack([sums[name] / counts[name].clamp(min=1) for name in sums]))
+        self._image_ids.append(inputs.image_ids)
+        self._images += len(inputs.image)
+        for name, target in inputs.targets.items():
+            self._valid[name] = valid[name] + self._valid.get(name, 0)
+            self._pixels[name] = target.numel() + self._pixels.get(name, 0)
+
+    def close(self, state: TrainState, waited: float) -> Row:
+        """The row of the steps since the last one. StageFailure when a loss is not finite or above the limit.
+
+        waited: seconds that this worker has waited for data since it started.
+        """
+        means = self._worker.sum(torch.stack(self._means)).tolist()
+        self._refuse_divergence(means)
+        mine = self._mine(waited)
+        row: Row = {"step": state.step}
+        row |= {
+            name: sum(values) / len(means) for name, values in zip(self._valid, zip(*means, strict=True), strict=True)
+        }
+        row |= _together(self._worker.gather(mine))
+        row["learning_rate"] = state.optimiser.param_groups[0]["lr"]
+        self._worker.measured(row | _together([mine]))
+        state.seconds += row["step_seconds"] * len(means)
+        self._waited_before = waited
+        self._reset(state.step)
+        return row
+
+    def restart(self, state: TrainState) -> None:
+        """Let the next row begin now: what came after the last one was no step, but the stage's time."""
+        state.seconds += time.perf_counter() - self._start
+        self._start = time.perf_counter()
+
+    def _mine(self, waited: float) -> dict[str, Any]:
+        """What this worker measured: plain numbers; seconds, bytes, and pixels by term."""
+        valid = torch.stack(list(self._valid.values())).tolist()
+        return {
+            "steps": len(self._means),
+            "images": self._images,
+            "seconds": time.perf_counter() - self._start,
+            "waited": waited - self._waited_before,
+            "memory": _peak_memory(self._worker.device),
+            "valid": dict(zip(self._valid, valid, strict=True)),
+            "pixels": self._pixels,
+        }
+
+    def _refuse_divergence(self, means: Sequence[Sequence[float]]) -> None:
+        """means: by step, then by term, of the global batch: the same on all workers."""
+        for number, step in enumerate(means):
+            for name, value in zip(self._valid, step, strict=True):
+                if not math.isfinite(value) or value > self._loss_limit:
+                    raise self._diverged(number, name, value)
+
+    def _diverged(self, number: int, name: str, value: float) -> StageFailure:
+        ids = [image_id for ids in self._worker.gather(list(self._image_ids[number])) for image_id in ids]
+        more = f" and {len(ids) - NAMED_IMAGES} more" if len(ids) > NAMED_IMAGES else ""
+        above = f", above training.loss_limit={self._loss_limit:g}" if math.isfinite(value) else ""
+        return StageFailure(
+            f"{name} became {value:.3g}{above} in step {self._first_step + number + 1}, with the images "
+            f"{', '.join(ids[:NAMED_IMAGES])}{more}; {recovery_hint(self._worker)}",
+            "stage/diverged",
+        )
+
+
+def recovery_hint(worker: Worker) -> str:
+    """What the user of a stage that diverged can do."""
+    latest = worker.checkpoints.latest()
+    good = "no checkpoint was saved before" if latest is None else f"the last good checkpoint is of step {latest.step}"
+    return (
+        f"{good}. Lower optimiser.learning_rate or set optimiser.clip_norm, and give another --out; the same command tries again "
+        "from the checkpoint"
+    )
+
+
+def _together(workers: Sequence[dict[str, Any]]) -> Row:
+    """The figures of one row from those of its workers, by rank. Waiting is per step; the worst rank is named."""
+    steps = workers[0]["steps"]
+    seconds = max(worker["seconds"] for worker in workers)
+    waits = [worker["waited"] / steps for worker in workers]
+    row = {
+        "steps_per_second": steps / seconds,
+        "step_seconds": seconds / steps,
+        "images_per_second": sum(worker["images"] for worker in workers) / seconds,
+        "data_wait_seconds": sum(waits) / len(waits),
+        "data_wait_seconds_most": max(waits),
+        "data_wait_rank": float(waits.index(max(waits))),
+        "memory_bytes": float(max(worker["memory"] for worker in workers)),
+        "workers": float(len(workers)),
+    }
+    for name in workers[0]["valid"]:
+        kept, all_ = (sum(worker[key][name] for worker in workers) for key in ("valid", "pixels"))
+        row[f"kept_share/{name.removesuffix('_loss')}"] = kept / max(all_, 1)
+    return row
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

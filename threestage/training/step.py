@@ -78,7 +78,7 @@ def piece_sums(network: nn.Module, inputs: StepInputs, piece: slice) -> dict[str
     return sums
 
 
-def pieces(images: int, accumulate: int) -> Iterator[slice]:
+def micro_batches(images: int, accumulate: int) -> Iterator[slice]:
     """`images` cut into at most `accumulate` pieces of nearly one size."""
     number = min(images, accumulate)
     for piece in range(number):

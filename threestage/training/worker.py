@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from threestage.data.batches import Batch, Share
+from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import StageFailure
 from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
 
@@ -39,7 +39,7 @@ class Worker(Protocol):
     def share_buffers(self, network: nn.Module) -> None:
         """Make the network's running statistics the same on all workers."""
 
-    def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
+    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches, from that image of the stream on."""
 
     def notices(self) -> int:
@@ -75,7 +75,7 @@ class LocalWorker:
         self,
         folder: str,
         keep: int,
-        unlabelled: Callable[[Share, int], Iterator[Batch]],
+        unlabelled: Callable[[BatchSlice, int], Iterator[Batch]],
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
         warn: Callable[[str], None] = print,
     ) -> None:
@@ -120,7 +120,7 @@ class LocalWorker:
     def share_buffers(self, network: nn.Module) -> None:
         pass
 
-    def unlabelled(self, share: Share, first_image: int) -> Iterator[Batch]:
+    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
         return self._unlabelled(share, first_image)
 
     def notices(self) -> int:

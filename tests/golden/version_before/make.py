@@ -22,7 +22,7 @@ from tests.golden.version_before import ARCHIVE, PLACE
 from tests.golden.version_before.encoder import NAME
 from tests.golden.version_before.without_ray import without_ray
 from threestage.data.synthetic import write_scenes
-from threestage.local import main as run_here
+from threestage.run.local_main import main as run_here
 
 LIMIT = 400_000  # bytes in git
 IMAGES = 10

@@ -8,10 +8,9 @@ from typing import Any
 from unittest.mock import patch
 
 from threestage.config import Config
-from threestage.local import run_local
-from threestage.sweeps.journal import Journal
+from threestage.run.local_backend import run_local
+from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder
 from threestage.sweeps.space import Space, trial_config
-from threestage.sweeps.trials import Trial, curve_of, run_folder, shared_folder
 
 
 class NoMlflow:
@@ -34,7 +33,7 @@ class Trials:
         self.shared: list[str] = []
 
     def run(
-        self, space: Space, config: Config, out: str, journal: Journal, following: Callable[[], Trial | None], count: int,
+        self, space: Space, config: Config, out: str, journal: TrialStore, following: Callable[[], Trial | None], count: int,
         over: Callable[[], bool], warn: Callable[[str], None],
     ) -> None:  # fmt: skip
         while not over() and (trial := following()) is not None:
@@ -67,13 +66,13 @@ def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials
         return None
 
     stand_ins: dict[str, Any] = {
-        "threestage.on_ray.train.connected": lambda *given: contextlib.nullcontext(),
-        "threestage.on_ray.train.warn_of_traps": nothing,
-        "threestage.on_ray.train.run_on_ray": trials.share,
-        "threestage.on_ray.sweep.run_trials": trials.run,
-        "threestage.on_ray.sweep.quieten": nothing,
+        "threestage.ray_backend.connect.connected": lambda *given: contextlib.nullcontext(),
+        "threestage.ray_backend.train.warn_of_traps": nothing,
+        "threestage.ray_backend.train.run_on_ray": trials.share,
+        "threestage.ray_backend.sweep.run_trials": trials.run,
+        "threestage.ray_backend.sweep.quieten": nothing,
         "threestage.sweeps.prepare.plan": nothing,
-        "threestage.sweeps.progress.SweepProgress.plan": nothing,
+        "threestage.cli.progress.SweepProgress.plan": nothing,
         "threestage.sweeps.sweep.open_registry": nothing,
         "threestage.sweeps.sweep.Mirror": NoMlflow,
     }

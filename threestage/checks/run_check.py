@@ -1,0 +1,159 @@
+"""Everything that can be found out about a run before it is started: `threestage check`, and a run's start."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Set
+from functools import partial
+
+from threestage.checks import store
+from threestage.checks.data import classes_fit, input_fits, sides_differ
+from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
+from threestage.checks.steps import Measured, Specification, duration_line, measure_here, step_line
+from threestage.checks.store import (
+    _tracking,
+    merged,
+    places,
+)
+from threestage.config import Config, changed, refuse_unconfirmed_hosts
+from threestage.data import storage
+from threestage.data.records import Manifest, load_manifest
+from threestage.errors import InputError
+from threestage.models.program import without_program
+from threestage.run.budget import bought
+from threestage.run_folder import lease
+from threestage.training.worker import default_device
+
+
+def check(
+    config: Config, out: str, local: bool, address: str | None = None, budget: str | None = None
+) -> Iterator[CheckResult]:
+    """Whether the places can be used, the input fits the settings, the cluster has room and its nodes reach the places; what
+    memory and time a step of each stage takes. Changes nothing.
+
+    What fails hides nothing that can be tried without it. `local`: without MLflow and a cluster. `address`: of the cluster,
+    in place of `cluster.address`; the URL of a dashboard has all of this done there, by a job. `budget`: what it buys is said.
+    """
+    if local and address is not None:
+        raise InputError(
+            f"--address {address}: not with --local, which uses no cluster; leave one of them out",
+            "check/local-address",
+        )
+    if address is not None and address.startswith(("http://", "https://")):
+        if budget is not None:
+            raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
+        from threestage.ray_backend.job_check import check_by_job
+
+        refuse_unconfirmed_hosts(config, elsewhere=True)
+        yield from check_by_job(config, out, address)
+        return
+    if address is not None:
+        config = changed(config, {"cluster.address": address})
+    storage.configure(config.storage)
+    config, out = config.with_absolute_paths(), storage.absolute(out)
+    outcomes = store.try_all([*places(config, out), *([] if local else [_tracking(config)])])
+    yield from (CheckResult(*outcome) for outcome in merged(outcomes))
+    wrong = {outcome.name for outcome in outcomes if outcome.problem}
+    if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
+        yield run_check("driver", out, lambda: CheckOutcome(lease.refuse_driven(out)))
+    yield from _check_input(config, out, wrong)
+    manifest = None if "data.root" in wrong else _manifest(config)
+    yield from _check_here(config, manifest, budget) if local else _check_cluster(config, out, manifest, budget)
+    if not local:  # last, since it takes longest
+        yield (
+            not_tried(["program"], sorted(wrong))
+            if wrong
+            else run_check("program", config.network.encoder, lambda: _exportable(config))
+        )
+
+
+def _exportable(config: Config) -> CheckOutcome:
+    """Whether the models can be registered with their exported program."""
+    try:
+        return CheckOutcome(f"{config.network.encoder} is exported for mlflow.pyfunc", without_program(config.network))
+    except InputError:  # the line of the input says why
+        return CheckOutcome("", "not tried: needs input")
+
+
+def _manifest(config: Config) -> Manifest | None:
+    """None where it cannot be used, which the line of the input says."""
+    try:
+        return load_manifest(config.data.root)
+    except (InputError, OSError):
+        return None
+
+
+def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[CheckResult]:
+    """wrong: the places that cannot be used."""
+    run, missing = None if "--out" in wrong else out, wrong & {"data.root", "data.unlabelled"}
+    input_line = partial(run_check, "input", config.data.root, lambda: input_fits(config, run))
+    fits = not_tried(["input"], sorted(missing)) if missing else input_line()
+    yield fits
+    if "data.root" in wrong:
+        yield not_tried(["classes", "split"], ["data.root"])
+        return
+    for name, find in (("classes", classes_fit), ("split", sides_differ)):
+        line = run_check(name, config.data.root, partial(find, config, run))
+        same = line.problem is not None and line.problem == fits.problem
+        yield not_tried([name], ["input"]) if same else line
+
+
+def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[CheckResult]:
+    from threestage.ray_backend import capacity, connect, node_checks
+
+    address = connect.address_of(config.cluster)
+    if address is None:
+        room = run_check("cluster", "", lambda: capacity.room_here(config))
+        yield room
+        yield from _check_here(config, manifest, budget, room.problem is None)
+        return
+    with contextlib.ExitStack() as connection:
+        entry = run_check(address[0], address[1], lambda: node_checks.connect(*address, config.cluster, connection))
+        yield entry
+        if entry.problem is None:
+            yield from _check_connected(config, out, manifest, budget)
+        else:
+            yield not_tried(["cluster", "nodes", *config.stage_names, "duration"], [address[0]])
+
+
+def _check_connected(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[CheckResult]:
+    from threestage.ray_backend.capacity import room_there
+    from threestage.ray_backend.node_checks import measure_there, nodes_reach, own_file
+
+    yield run_check("cluster", "", lambda: room_there(config))
+    yield run_check("nodes", "", lambda: nodes_reach(config, out))
+    if (line := own_file(config)) is not None:
+        yield line
+    if manifest is None:
+        yield not_tried([*config.stage_names, "duration"], ["data.root"])
+        return
+    found = Specification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
+    yield from _steps(found, measure_there(found), 1, budget)
+
+
+def _check_here(
+    config: Config, manifest: Manifest | None, budget: str | None, room: bool | None = None
+) -> Iterator[CheckResult]:
+    """`room`: whether this machine has room for the workers; None without Ray, when the stages train in one process on what
+    there is."""
+    alone = room is None
+    if manifest is None or room is False:
+        yield not_tried([*config.stage_names, "duration"], ["data.root" if manifest is None else "cluster"])
+        return
+    use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus_per_worker > 0
+    workers = 1 if alone else config.cluster.most_workers
+    found = Specification(config=config, manifest=manifest, use_gpu=use_gpu)
+    yield from _steps(found, measure_here(found), workers, budget)
+
+
+def _steps(found: Specification, stages: Iterator[Measured], workers: int, budget: str | None) -> Iterator[CheckResult]:
+    """`workers`: those that share the machine on which the stages are measured. `budget`: a time, whose steps are shown."""
+    config, measured, start = found.config, [], time.monotonic()
+    for one in stages:
+        yield step_line(config, one, workers, time.monotonic() - start)
+        measured.append(one)
+        start = time.monotonic()
+    yield duration_line(config, measured)
+    if budget is not None:
+        yield run_check(
+            "budget", budget, lambda: CheckOutcome(bought(budget, config, found.manifest, measured).describe())
+        )

@@ -1,0 +1,93 @@
+"""The command line: the list of commands (threestage/commands/), and how each ends.
+
+Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 130 Ctrl-C.
+`submit` has more, see its help.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from threestage.cli import images, models, results, runs, submit
+from threestage.cli.options import print_json
+from threestage.cli.terminal import Terminal, escape
+from threestage.errors import CodedError, InputError, StageFailure
+from threestage.redaction import redact
+
+app = typer.Typer(
+    help="A few labelled images and many unlabelled ones into a good segmentation model, in three stages.",
+    epilog="Start with: threestage demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+for command in (
+    runs.demo,
+    runs.init,
+    runs.run,
+    runs.sweep,
+    runs.check,
+    images.ingest,
+    runs.config,
+    images.evaluate,
+    images.predict,
+    results.report,
+    results.sync,
+    results.clean,
+):
+    app.command()(command)
+app.add_typer(models.app, name="models")
+app.add_typer(submit.app, name="submit")
+
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it
+
+
+def main() -> None:
+    """Entry point of `threestage`."""
+    with reported():
+        sys.exit(app(standalone_mode=False))
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """End the process at an error: one line on standard error and, with --json, an object on standard output."""
+    try:
+        yield
+    except UsageError as error:
+        _fail(InputError(_usage(error), "config/usage"), 2)
+    except typer.Abort:
+        _fail(
+            StageFailure("no answer given, nothing was changed; use --yes to skip the question", "clean/no-answer"), 1
+        )
+    except InputError as error:
+        _fail(error, 2)
+    except StageFailure as error:
+        _fail(error, 1)
+    except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer
+        from threestage.data.storage_errors import explain
+
+        _fail(explain(None, error), 2)
+
+
+def _usage(error: Any) -> str:
+    """A command line that cannot be read: what is wrong, with its value, and where the right form is shown."""
+    text = error.format_message()
+    if not text:  # a group alone: its help was shown
+        sys.exit(2)
+    if isinstance(error.__cause__, ValidationError):
+        first = error.__cause__.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removesuffix(".")
+        text = f"{error.param.opts[0]} {first['input']}: {reason}"
+    return f"{text} (see {error.ctx.command_path} --help)"
+
+
+def _fail(error: CodedError, code: int) -> NoReturn:
+    shown = CodedError(redact(error.message), error.code)
+    Terminal(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(shown))}", highlight=False)
+    if "--json" in sys.argv:
+        print_json({"error": shown.as_json()})
+    sys.exit(code)

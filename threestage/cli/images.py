@@ -1,0 +1,244 @@
+"""Data sets and models on images: ingest, evaluate, predict."""
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from threestage.cli.options import (
+    FlipOption,
+    JsonOption,
+    ModelArgument,
+    ScalesOption,
+    StrideOption,
+    TrackingOption,
+    WindowOption,
+    console,
+    counter,
+    print_json,
+    protocol_of,
+    warn,
+)
+from threestage.cli.terminal import escape
+
+if TYPE_CHECKING:
+    from threestage.data.rejects import Reject
+
+
+class SplitChoice(StrEnum):
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+class InputChoice(StrEnum):
+    images = "images"
+    data_set = "data-set"
+    parquet = "parquet"
+
+
+def ingest(
+    source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
+    out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
+    format: Annotated[str, typer.Option("--format", help="folders, images, camvid, voc or cityscapes.")] = "folders",
+    masks: Annotated[
+        str | None, typer.Option(help="Folder of the masks (format folders); same names as the images.")
+    ] = None,
+    mask_suffix: Annotated[
+        str, typer.Option(help="What a mask's name has behind the image's: _mask for a.jpg and a_mask.png.")
+    ] = "",
+    class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
+    labelled_only: Annotated[bool, typer.Option("--labelled-only", help="Leave images without a mask out.")] = False,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
+    ] = 0.02,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Images per Parquet file.")] = 256,
+    name: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a data set: checks every file, writes the good ones as Parquet, lists the bad ones. Rerun it after a kill.
+
+    Example: threestage ingest photos data/photos --masks masks --class-map classes.yaml
+    """
+    from threestage.config import validated
+    from threestage.data.ingest import IngestSettings
+    from threestage.data.ingest import ingest as ingest_here
+
+    settings = validated(
+        IngestSettings,
+        {
+            "format": format,
+            "masks": masks,
+            "mask_suffix": mask_suffix,
+            "class_map": class_map,
+            "split": split,
+            "labelled_only": labelled_only,
+            "max_bad_fraction": max_bad_fraction,
+            "rows_per_file": rows_per_file,
+            "name": name,
+        },
+    )
+    with console.status("listing files") as status:
+
+        def progress(done: int, of: int) -> None:
+            status.update(f"checked {done:,} of {of:,} images")
+
+        if local:
+            report = ingest_here(source, out, settings, progress)
+        else:
+            from threestage.ray_backend.tasks import ingest_on_ray
+            from threestage.ray_settings import ClusterSettings
+
+            report = ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    _show_left_out(report.rejected)
+    if report.bad:
+        console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("split", "images", "labelled", title=escape(f"{out} version {report.manifest.version}"))
+    for split_name, counts in report.manifest.counts.items():
+        table.add_row(split_name, str(counts.images), str(counts.labelled))
+    console.print(table)
+    console.print(f"{report.added_images} images and {report.added_labels} labels added, {report.skipped} were there already, "
+                  f"{report.bad} left out")  # fmt: skip
+
+
+def evaluate(
+    model: ModelArgument,
+    dataset: Annotated[str, typer.Argument(help="A data set made by `threestage ingest`.")],
+    split: Annotated[SplitChoice, typer.Option(help="Which part of the data set.")] = SplitChoice.val,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="URI", help="Folder for metrics.json and reliability.png.")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on a data set: IoU, boundaries, calibration. Whole images at one scale, unless you say otherwise.
+
+    Example: threestage evaluate runs/camvid data/camvid --split test --flip --scales 0.75,1,1.25
+    """
+    from threestage.data.outputs import SCORES, claim
+    from threestage.evaluation import evaluate_model
+    from threestage.mlflow_sync.records import RegistrySettings
+    from threestage.prediction.predict import open_model
+    from threestage.report.scores import score_tables, write_scores
+
+    protocol = protocol_of(window, stride, flip, scales)
+    if out is not None:
+        claim(out, SCORES)  # before the work
+    network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
+    with console.status("evaluating") as status:
+        show = counter(status, "evaluated")
+        scores = evaluate_model(network, card, dataset, split.value, protocol, show)
+    result = {"model": model, "dataset": dataset, "split": split.value, **scores}
+    if out is not None:
+        write_scores(out, result)
+    if as_json:
+        print_json(result)
+        return
+    title = f"{model} on {dataset} ({split.value}, {result['images']} images): {result['protocol']}"
+    console.print(escape(title), highlight=False, soft_wrap=True)
+    for table in score_tables(result):
+        console.print(table)
+    if out is not None:
+        console.print(f"metrics.json and reliability.png: {escape(out)}", highlight=False, soft_wrap=True)
+
+
+def predict(
+    model: ModelArgument,
+    images: Annotated[
+        str, typer.Argument(help="Folder or prefix of images, an image, a data set, or Parquet with a column image.")
+    ],
+    out: Annotated[str, typer.Argument(help="Gets the predictions; the same one continues them.")],
+    format: Annotated[str, typer.Option("--format", help="png: a mask and an overlay for each; or parquet.")] = "png",
+    input_format: Annotated[
+        InputChoice | None, typer.Option("--input-format", help="Of a folder that holds more than one of them.")
+    ] = None,
+    confidence: Annotated[bool, typer.Option("--confidence", help="Write each pixel's confidence too.")] = False,
+    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Masks only (format png).")] = False,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
+    ] = 0.02,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that predict, of one CPU each.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that each of them takes.")] = 0,
+    start_timeout_s: Annotated[int, typer.Option(min=1, help="Seconds to wait for room on the cluster.")] = 300,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict any number of images: a mask for each. Rerun it after a kill; what is done is kept.
+
+    Example: threestage predict models:/camvid@champion photos predictions --local
+    """
+    from threestage.config import validated
+    from threestage.mlflow_sync.records import RegistrySettings
+    from threestage.prediction.predict import PredictSettings, predict_input, read_model
+
+    settings = validated(
+        PredictSettings,
+        {
+            "protocol": protocol_of(window, stride, flip, scales),
+            "format": format,
+            "input_format": None if input_format is None else input_format.replace("-", " "),
+            "overlays": not no_overlays,
+            "confidence": confidence,
+            "max_bad_fraction": max_bad_fraction,
+        },
+    )
+    files = read_model(model, RegistrySettings(tracking_uri=tracking_uri))
+    with console.status("looking for images") as status:
+        show = counter(status, "predicted")
+        if local:
+            report = predict_input(files, images, out, settings, show)
+        else:
+            from threestage.ray_backend.predict import predict_on_ray
+            from threestage.ray_settings import ClusterSettings
+
+            cluster = validated(
+                ClusterSettings,
+                {
+                    "address": address,
+                    "workers": workers,
+                    "gpus_per_worker": gpus_per_worker,
+                    "start_timeout_s": start_timeout_s,
+                },
+            )
+            report = predict_on_ray(files, images, out, settings, cluster, show, warn)
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    _show_left_out(report.rejected)
+    if report.in_windows:
+        console.print(f"{report.in_windows} images are too large for the memory and were predicted in windows")
+    kept = f" ({report.kept} of them before)" if report.kept else ""
+    console.print(
+        f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _show_left_out(rejected: Iterable["Reject"]) -> None:
+    for reject in rejected:
+        console.print(
+            f"[yellow]left out[/] {escape(reject.source)}: {escape(reject.reason)}", highlight=False, soft_wrap=True
+        )

@@ -1,0 +1,111 @@
+"""Registered models: list, pull, promote, lineage."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from threestage.cli.options import JsonOption, RegisteredArgument, TrackingOption, console, print_json, warn
+from threestage.cli.terminal import escape
+
+app = typer.Typer(help="Registered models: list, pull, promote, lineage.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """List the registered models: aliases, mean IoU, and what it was measured on.
+
+    Example: threestage models list --json
+    """
+    from threestage.mlflow_sync.connection import redact
+
+    registered = _models(tracking_uri)
+    found = registered.versions()
+    if as_json:
+        print_json(found)
+        return
+    table = Table(
+        "model",
+        "version",
+        "aliases",
+        "mean IoU",
+        "on",
+        "run",
+        caption=escape(redact(registered.uri)),
+    )
+    for row in found:
+        table.add_row(*(escape(text) for text in (f"{row['name']}", *_figures_of(row))))
+    console.print(table)
+
+
+@app.command()
+def pull(
+    model: RegisteredArgument,
+    out: Annotated[str, typer.Argument(help="Folder on this machine.")],
+    program: Annotated[bool, typer.Option("--program", help="Fetch the exported program, which is code, too.")] = False,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a model as a folder that needs no MLflow: weights, lineage, model card; every file is checked.
+
+    Example: threestage models pull models:/camvid@champion camvid-model
+    """
+    folder = _models(tracking_uri).pull(model, out, warn, program)
+    if as_json:
+        print_json({"model": model, "folder": str(folder)})
+        return
+    console.print(
+        f"{escape(model)}: {escape(str(folder))}   try it:  threestage predict {escape(str(folder))} IMAGES OUT",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def promote(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Make a version the champion by hand, whatever it scores.
+
+    Example: threestage models promote models:/camvid/7
+    """
+    row, before = _models(tracking_uri).promote(model)
+    if as_json:
+        print_json({"champion": row, "before": before})
+        return
+    was = "there was none before" if before is None else f"before, it was {_in_words(before)}"
+    console.print(escape(f"the champion of {row['name']} is {_in_words(row)}; {was}"), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def lineage(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Show where a model comes from: data, pseudo-masks, teachers; and which models learnt from it.
+
+    Example: threestage models lineage models:/camvid@champion
+    """
+    from threestage.cli.lineage_tree import lineage_tree
+
+    tree = _models(tracking_uri).lineage(model)
+    print_json(tree) if as_json else console.print(lineage_tree(tree), highlight=False)
+
+
+def _models(tracking_uri: str | None) -> Any:
+    from threestage.mlflow_sync.client import open_models
+    from threestage.mlflow_sync.records import RegistrySettings
+
+    return open_models(RegistrySettings(tracking_uri=tracking_uri))
+
+
+def _figures_of(row: dict[str, Any]) -> tuple[str, ...]:
+    score = "–" if row["mean_iou"] is None else f"{row['mean_iou']:.3f}"
+    return str(row["version"]), ", ".join(row["aliases"]), score, row["validation"] or "–", row["run"] or "–"
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    version, _, score, where, _ = _figures_of(row)
+    return f"version {version} ({row['stage']}, mean IoU {score} on {where})"
+
+
+def show_version(version: dict[str, Any]) -> None:
+    text = f"registered: {version['name']} version {version['version']} ({version['alias']}), {version['champion']}"
+    if version.get("no_program"):
+        text += f"; without its exported program: {version['no_program']}"
+    console.print(escape(text), highlight=False, soft_wrap=True)

@@ -1,0 +1,245 @@
+"""Runs and sweeps: demo, init, run, sweep, check, config."""
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from threestage.cli.models import show_version
+from threestage.cli.options import (
+    BudgetOption,
+    ConfigArgument,
+    JsonOption,
+    LocalOption,
+    OutOption,
+    ReuseOption,
+    SeedOption,
+    SetOption,
+    complete_preset,
+    console,
+    print_json,
+    warn,
+)
+from threestage.cli.terminal import Terminal, escape
+
+
+def demo(
+    out: OutOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the scenes, networks, batches and augmentation.")] = 0,
+    local: LocalOption = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make synthetic scenes, few of them labelled, and run the three stages on them.
+
+    Example: threestage demo --local --out runs/demo
+    """
+    from threestage.run.run import check_places, demo_config
+
+    folder = f"runs/demo-{seed}" if out is None else out
+    progress = Terminal(stderr=True) if as_json else console
+    progress.print(f"demo: scenes, models and results go to {escape(folder)}", highlight=False)
+    config = demo_config(folder, seed, overrides or [])
+    check_places(config, folder, local)
+    _run(config, folder, local, as_json)
+
+
+def init(folder: Annotated[str, typer.Argument(metavar="DIR", help="Made if it is not there.")]) -> None:
+    """Write a new project into a folder: configuration, class map, sweep, job and cluster files. Overwrites nothing.
+
+    Example: threestage init streets
+    """
+    from threestage.cli.init import next_commands, summary, write_project
+
+    for line in (*summary(write_project(folder)), "next:", *next_commands(folder)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def run(
+    config: ConfigArgument,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    local: LocalOption = False,
+    overrides: SetOption = None,
+    reuse: ReuseOption = None,
+    budget: BudgetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the three stages. What is finished is skipped and what is half done goes on: rerun the same command after a kill.
+
+    Example: threestage run camvid --set data.root=data/camvid --set network.weights=MOBILENETV2_100.pth --out runs/camvid
+    """
+    from threestage.config import load
+    from threestage.run.run import check_places
+
+    resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
+    folder = f"runs/{resolved.name}" if out is None else out
+    check_places(resolved, folder, local)
+    _run(_within(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
+
+
+def _within(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
+    """The configuration with the steps that the budget buys, which are printed."""
+    from threestage.run.budget import resolve
+
+    with Terminal(stderr=True).status("measuring a step of each stage" if budget else "reading the run's folder"):
+        resolved = resolve(config, out, budget, local, overrides)
+    if resolved is None:
+        return config
+    Terminal(stderr=True, soft_wrap=True).print(resolved.describe(), highlight=False, markup=False)
+    return resolved.applied(config)
+
+
+def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
+    from threestage.cli.progress import StageProgress
+    from threestage.report.terminal_tables import rich_table
+    from threestage.run import run as runs
+    from threestage.verdict import text
+
+    with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
+        results = runs.run_checked(config, out, local, progress.show, progress.warn, progress.watch, reuse)
+    if as_json:
+        print_json(results)
+        return
+    console.print(rich_table(results))
+    if (verdict := text(results)) is not None:
+        console.print(verdict, highlight=False, markup=False)
+    console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
+                  highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    for version in results.get("registered", []):
+        show_version(version)
+    if results.get("registered"):
+        name = results["registered"][-1]["name"]
+        console.print(f"try it:  threestage predict models:/{name}@champion IMAGES OUT", highlight=False)
+
+
+def sweep(
+    space: Annotated[str, typer.Argument(help="A space that ships (thresholds, loss_weights, …) or a YAML file.")],
+    config: ConfigArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Instead of the space's.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Trials at a time, instead of the space's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that --out holds.")] = False,
+    repeat: Annotated[
+        int,
+        typer.Option(min=0, help="Run the best three again with so many other seeds, and choose among them by that."),
+    ] = 0,
+    promote: Annotated[bool, typer.Option("--promote", help="Register the models of the best trial.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search thresholds, loss weights and other settings on the validation images. The stages before are trained once.
+
+    Example: threestage sweep thresholds_and_weights my.yaml --set cluster.workers=2 --out s3://bucket/sweep
+    """
+    from threestage.cli.progress import SweepProgress
+    from threestage.config import load
+    from threestage.sweeps import sweep as sweeps
+    from threestage.sweeps.plan import plan_json, rich_plan
+    from threestage.sweeps.prepare import Sweep
+    from threestage.sweeps.space import load_space
+
+    resolved, searched = load(config, overrides or []), load_space(space)
+    given = {"trials": trials or searched.trials, "at_once": at_once or searched.at_once}
+    asked = Sweep(
+        searched.model_copy(update=given),
+        resolved,
+        f"runs/{resolved.name}-sweep" if out is None else out,
+        resume=resume,
+        repeat=repeat,
+        promote=promote,
+    )
+    if dry_run:
+        plan = sweeps.plan(asked, warn)
+        print_json(plan_json(plan)) if as_json else console.print(rich_plan(plan))
+        return
+    shown = Terminal(stderr=True) if as_json else console
+    with SweepProgress(resolved, shown) as progress:
+        found = sweeps.run(asked, progress)
+    if as_json:
+        print_json(found)
+        return
+    console.print(found["summary"], highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"results: {asked.out}/results.json   next:  threestage run {asked.out}/best.yaml", markup=False, soft_wrap=True
+    )
+
+
+def check(
+    config: ConfigArgument,
+    out: OutOption = None,
+    local: LocalOption = False,
+    overrides: SetOption = None,
+    budget: BudgetOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT|URL",
+            help="Of a cluster; the URL of its dashboard has all of it tried there, by a job.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try what a run needs before anything is spent: storage, MLflow, the data set, the cluster, a step of each stage.
+
+    ✓ is well, ✗ is wrong, ! may be wrong or was not tried. Exit code 2 when something is wrong.
+
+    Example: threestage check mine.yaml --out s3://bucket/run --address http://127.0.0.1:8265
+    """
+    from threestage.checks.run_check import check as check_run
+    from threestage.config import load
+
+    resolved = load(config, overrides or [])
+    lines = []
+    with Terminal(stderr=True).status("trying what the run needs"):
+        for line in check_run(resolved, f"runs/{resolved.name}" if out is None else out, local, address, budget):
+            lines.append(line)
+            if not as_json:
+                _show_line(line)
+    if as_json:
+        print_json([line._asdict() for line in lines])
+    if any(line.problem for line in lines):
+        raise typer.Exit(2)
+
+
+def _show_line(line: Any) -> None:
+    mark, text = "[green]✓[/]", line.value
+    if line.problem or line.doubt:
+        problem = f"{line.problem} [{line.code}]" if line.code else line.problem
+        mark, text = ("[bold red]✗[/]", problem) if line.problem else ("[yellow]![/]", line.doubt)
+    took = f"  [dim]{line.seconds:.1f} s[/]" if line.seconds else ""
+    console.print(f"{mark} {line.name}  {escape(text)}{took}", highlight=False, soft_wrap=True)
+
+
+def config(
+    preset: Annotated[
+        str | None,
+        typer.Argument(
+            help="A preset or a YAML file; without it, the presets are listed.", autocompletion=complete_preset
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the whole resolved configuration, or the list of presets.
+
+    Example: threestage config demo --set stage1.steps=1000
+    """
+    from threestage.config import load, preset_headers
+
+    if preset is None:
+        headers = preset_headers()
+        if as_json:
+            print_json(headers)
+        else:
+            for name, header in headers.items():
+                console.print(f"[bold]{name}[/]\n{_indented(header)}", highlight=False, soft_wrap=True)
+        return
+    tree = load(preset, overrides or []).model_dump(mode="json")
+    print_json(tree) if as_json else print(yaml.safe_dump(tree, sort_keys=False), end="")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,120 @@
+"""Which samples a stage trains and validates on: rows of the data set joined with their pseudo-masks."""
+
+import base64
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from threestage import IGNORE_INDEX
+from threestage.augment.views import AugmentSettings
+from threestage.data import storage
+from threestage.data.batches import SampleSet, canvas_size
+from threestage.data.pool import PoolFile
+from threestage.data.pseudo_mask_files import IndexRow, read_index
+from threestage.data.records import Bytes, DataSettings, Manifest, SplitName, decode_mask, encode_mask, labelled_rows
+from threestage.data.rejects import Reject
+from threestage.data.samples import OnReject, Sample, decode_sample, pool_samples, samples_of
+from threestage.data.split import Split
+from threestage.errors import InputError, StageFailure
+
+ANY_SIDE = 2**31
+"""Pixels, more than any image has along a side."""
+
+
+def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
+    """The labelled images with their masks, and with pseudo-masks where a folder of them is given."""
+    table = labelled_rows(root, manifest, "train", split.labelled)
+    if pseudo_masks is not None:
+        table = _with_pseudo_masks(table, _pseudo_mask_rows(pseudo_masks))
+    return SampleSet(samples_of(table.to_pydict()), downscale)
+
+
+def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) -> SampleSet:
+    """The images that a run validates on, each with its mask."""
+    name: SplitName = "val" if split.validation_split == "val" else "train"
+    return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
+
+
+def pool_set(
+    files: Sequence[PoolFile],
+    pseudo_masks: str | None,
+    data: DataSettings,
+    rejected: OnReject,
+    least_agreement: int = 0,
+    excluded: frozenset[str] = frozenset(),
+) -> SampleSet:
+    """The whole pool in memory, still encoded: for `--local` only. Without pseudo-masks, whose making has looked at every
+    image, those that cannot be decoded go to `rejected` here."""
+    parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected, least_agreement, excluded))
+    samples = [sample for chunk in parts for sample in chunk]
+    if pseudo_masks is None:
+        samples = [sample for sample in samples if is_usable(sample, data, rejected)]
+    return SampleSet(samples, data.downscale, data.max_image_pixels)
+
+
+def is_usable(sample: Sample, data: DataSettings, rejected: OnReject) -> bool:
+    """Whether an image can be decoded; else it goes to `rejected`."""
+    try:
+        decode_sample(sample, data.downscale, data.max_image_pixels)
+    except ValueError as error:
+        rejected(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
+        return False
+    return True
+
+
+def pool_canvas(index: Sequence[IndexRow] | None, augment: AugmentSettings) -> tuple[int, int]:
+    """Canvas of the pool's images; their sizes are known once they are predicted (None: they are not)."""
+    if index is None:
+        return canvas_size((ANY_SIDE, ANY_SIDE), augment)
+    return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
+
+
+def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:
+    """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them."""
+    found: dict[str, tuple[bytes, bytes]] = {}
+    for entry in read_index(folder):
+        if entry.labelled_ids:
+            table = storage.read_rows(storage.join(folder, entry.file), "image_id", entry.labelled_ids)
+            for row in table.to_pylist():
+                found[row["image_id"]] = (row["pseudo_mask"], row["confidence"])
+    return found
+
+
+def _with_pseudo_masks(table: pa.Table, rows: dict[str, tuple[bytes, bytes]]) -> pa.Table:
+    ids = table.column("image_id").to_pylist()
+    for image_id in ids:
+        if image_id not in rows:
+            raise StageFailure(
+                f"the labelled image {image_id} has no pseudo-mask, it is among the rejects: fix it and ingest it again, or "
+                "raise data.max_image_pixels",
+                "data/bad-labelled-image",
+            )
+    for position, column in enumerate(("pseudo_mask", "confidence")):
+        table = table.append_column(column, pa.array([rows[image_id][position] for image_id in ids], pa.binary()))
+    return table
+
+
+def static_void_mask(samples: SampleSet, share: float) -> str:
+    """Base64 of a PNG (H,W) at the size of training: 1 where at least `share` of the samples' masks is void, else 0.
+
+    Raises InputError, naming an image, when the masks are not all of one size.
+    """
+    first = samples.decoded(0).maps["mask"]
+    votes = np.zeros(first.shape, np.int64)
+    for index, sample in enumerate(samples.samples):
+        mask = samples.decoded(index).maps["mask"]
+        if mask.shape != first.shape:
+            raise InputError(
+                f"data.fixed_void={share} takes masks of one size, but {samples.samples[0].image_id} has {first.shape} and "
+                f"{sample.image_id} {mask.shape} pixels; set it to null",
+                "data/mask-sizes",
+            )
+        votes += mask == IGNORE_INDEX
+    region = votes >= share * len(samples)
+    return base64.b64encode(encode_mask(region.astype(np.uint8))).decode()
+
+
+def unpacked(region: str) -> Bytes:
+    """uint8 (H,W) of what `fixed_void` gave."""
+    return decode_mask(base64.b64decode(region))

@@ -1,0 +1,362 @@
+"""Runs in MLflow: the stages of a run and the trials of a sweep, each nested in a parent, found again by their tags."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+import threestage
+from threestage.errors import InputError
+from threestage.mlflow_sync.connection import (
+    CONNECT_S,
+    TRANSFER_S,
+    MetricPoint,
+    clean_tags,
+    confirmed_uri,
+    key_of,
+    metric_points,
+    mlflow_session,
+    model_name_of,
+    params_of,
+    quietly,
+    quoted,
+    redact,
+    redact_tree,
+    shortened,
+    sqlite_path,
+)
+from threestage.mlflow_sync.model_registry import (
+    COMPLETE,
+    DECISION,
+    DIGEST,
+    MEAN_IOU,
+    NO_PROGRAM,
+    PACKED_FOLDER,
+    RUN_KEY,
+    STAGE,
+    WEIGHTS,
+    Models,
+    file_tags,
+    read_model,
+)
+from threestage.mlflow_sync.records import (
+    RegisteredVersion,
+    RegistrySettings,
+    StageRecord,
+    StageRows,
+    Status,
+    TrialRecord,
+    TrialStatus,
+)
+from threestage.mlflow_sync.sources import refuse_foreign_source
+
+ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
+WHOLE_RUN, ONE_TRIAL = "run", "trial"
+METRICS_PER_CALL, PARAMS_PER_CALL, DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 1000, 100, 36, 5000
+
+
+def open_registry(settings: RegistrySettings) -> "Registry":
+    """Connect, and create or migrate the store and the experiment: call it once, on the driver, before workers start.
+
+    A sqlite store keeps its artifacts in `mlartifacts` beside it. Raises InputError, naming the URI, within seconds
+    when the store does not answer.
+    """
+    uri = confirmed_uri(settings.tracking_uri, settings.host_from)
+    path = sqlite_path(uri)
+    location = None if path is None else (path.parent / "mlartifacts").as_uri()
+    client = _client(uri)
+    with mlflow_session(uri, CONNECT_S):
+        experiment_id = _experiment_id(client, uri, settings.experiment, location)
+    return Registry(uri, client, experiment_id, settings)
+
+
+def open_models(settings: RegistrySettings) -> Models:
+    """Connect to what is registered, to read it: nothing is created. Raises InputError like open_registry, and where a
+    sqlite store is not there."""
+    uri = confirmed_uri(settings.tracking_uri, settings.host_from)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise InputError(
+            f"tracking store {uri}: there is none; name yours with --tracking-uri or MLFLOW_TRACKING_URI",
+            "mlflow/no-store",
+        )
+    return Models(uri, _client(uri), settings.experiment)
+
+
+def _client(uri: str) -> Any:
+    with mlflow_session(uri, CONNECT_S):
+        from mlflow import MlflowClient
+    with mlflow_session(uri, CONNECT_S):  # again: the import has set the levels of MLflow's loggers
+        return MlflowClient(uri, registry_uri=uri)
+
+
+def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    location = found.artifact_location
+    refuse_foreign_source(f"registry.experiment={name}", location, uri, lambda: [location])
+    if found.lifecycle_stage != "active":
+        raise InputError(
+            f"registry.experiment={name}: was deleted in MLflow; restore it there, or choose another name",
+            "mlflow/deleted-experiment",
+        )
+    return str(found.experiment_id)
+
+
+class Registry:
+    """The mirror of runs in one experiment of one store. Every method may raise InputError, like open_registry."""
+
+    def __init__(self, uri: str, client: Any, experiment_id: str, settings: RegistrySettings) -> None:
+        self.uri = uri
+        self.models = Models(uri, client, settings.experiment)
+        self._client = client
+        self._experiment_id = experiment_id
+        self._model_name = settings.model_name
+
+    def record_rows(self, stage: StageRows) -> str:
+        """Send rows of a stage that still trains to its run, nested in its parent. Returns the stage run's id.
+
+        Idempotent: a row that is there already changes nothing.
+        """
+        stage = replace(stage, run_key=redact(stage.run_key))
+        with mlflow_session(self.uri):
+            parent = self._open_parent(stage)
+            self._set_status(parent, "RUNNING")
+            run = self._stage_run(parent, stage, None)
+            self._set_status(run, "RUNNING")
+            self._log_params(run, stage.config)
+            self._log_metrics(run.info.run_id, metric_points(stage.rows, {}), run.info.start_time)
+        return str(run.info.run_id)
+
+    def record_stage(self, record: StageRecord) -> RegisteredVersion:
+        """Record a finished stage as a run nested in its parent, and register its model with the stage's name as alias.
+
+        Idempotent: the same record again changes nothing, and completes what a killed call left. A stage that was
+        trained again gets a run and a version of its own.
+        """
+        record = replace(record, run_key=redact(record.run_key))
+        files = read_model(record.model_dir)
+        digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        if digest != record.lineage["model_digest"]:
+            raise InputError(
+                f"{record.model_dir}: its weights are not those that {record.stage} of this run ended with; "
+                "put them back, or run again with another --out",
+                "models/changed-file",
+            )
+        name = self._model_name or model_name_of(record.run_name)
+        with mlflow_session(self.uri):
+            run = self._stage_run(self._open_parent(record), record, digest)
+            version = self.models.version_of_run(run.info.run_id, name)
+            if version is not None and COMPLETE in run.data.tags:
+                return _registered(version, record.stage, version.tags.get(DECISION, ""))
+            self._describe(run, record, digest)
+        if version is None:
+            version = self._register(run, name, record, digest, files)
+        with mlflow_session(self.uri):
+            decision = self.models.set_aliases(version, record.stage)
+            self._client.set_terminated(run.info.run_id, "FINISHED")
+            self._client.set_tag(run.info.run_id, COMPLETE, "true")
+        return _registered(version, record.stage, decision)
+
+    def open_sweep(self, sweep_key: str, sweep_name: str, params: Mapping[str, Any]) -> str:
+        """Begin a sweep's parent run, or go on with it; close_run ends it. Returns its id. Idempotent."""
+        with mlflow_session(self.uri):
+            run = self._parent_run(redact(sweep_key), sweep_name)
+            self._log_params(run, params)
+            self._set_status(run, "RUNNING")
+        return str(run.info.run_id)
+
+    def record_trial(self, parent_id: str, record: TrialRecord) -> str:
+        """Bring a trial's run, nested in its sweep's, up to the record; sends what is new only. Returns its id."""
+        identity = {RUN_KEY: redact(record.sweep_key), STAGE: ONE_TRIAL, TRIAL: str(record.number)}
+        with mlflow_session(self.uri):
+            extra = {"mlflow.parentRunId": parent_id}
+            run = self._find_or_create(identity, extra, f"{record.sweep_name}-trial-{record.number}")
+            self._log_params(run, record.params)
+            self._set_tags(run, record.tags)
+            self._log_curve(run, record.curve)
+            self._set_status(run, record.status)
+        return str(run.info.run_id)
+
+    def close_run(
+        self,
+        run_key: str,
+        status: Status,
+        summary: Mapping[str, float],
+        artifacts: Mapping[str, str] | None = None,
+        run_name: str | None = None,
+    ) -> str:
+        """End the parent run: its final values, and files (name in the run → URI). Returns its id. Idempotent."""
+        from threestage.data import storage
+
+        contents = {name: storage.read_bytes(uri) for name, uri in (artifacts or {}).items()}
+        with mlflow_session(self.uri, TRANSFER_S):
+            run = self._parent_run(redact(run_key), run_name)
+            run_id = run.info.run_id
+            finals = {key_of(key): float(value) for key, value in summary.items()}
+            changed = {key: value for key, value in finals.items() if repr(run.data.metrics.get(key)) != repr(value)}
+            self._log_metrics(run_id, [(key, value, 0, 0) for key, value in changed.items()], _now_ms())
+            for name, data in contents.items():
+                self._log_file(run_id, name, data)
+            self._end_stages(run_id, status)
+            self._client.set_terminated(run_id, status)
+        return str(run_id)
+
+    def _end_stages(self, parent_id: str, status: Status) -> None:
+        """Stages that still run: they ended with the run, or, in one that is finished, were given up and trained anew."""
+        nested = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`{STAGE}` LIKE 'stage%'"
+        for run in self._client.search_runs([self._experiment_id], f"{nested} and attributes.status = 'RUNNING'"):
+            self._client.set_terminated(run.info.run_id, "KILLED" if status == "FINISHED" else status)
+
+    # ---- Runs
+
+    def _parent_run(self, run_key: str, run_name: str | None) -> Any:
+        return self._find_or_create({RUN_KEY: run_key, STAGE: WHOLE_RUN}, {}, run_name or run_key)
+
+    def _open_parent(self, stage: StageRows) -> Any:
+        parent = self._parent_run(stage.run_key, stage.run_name)
+        self._log_params(parent, stage.config)
+        return parent
+
+    def _stage_run(self, parent: Any, stage: StageRows, digest: str | None) -> Any:
+        """The run of one training of a stage: `digest` of its weights, None as long as it has none."""
+        identity = {RUN_KEY: stage.run_key, STAGE: stage.stage, ATTEMPT: stage.attempt}
+        extra = {"mlflow.parentRunId": parent.info.run_id}
+        return self._find_or_create(
+            identity,
+            extra,
+            f"{stage.run_name}-{stage.stage}",
+            lambda run: run.data.tags.get(DIGEST) in (None, digest),
+        )
+
+    def _find_or_create(
+        self,
+        identity: Mapping[str, str],
+        extra: Mapping[str, str],
+        run_name: str,
+        fits: Callable[[Any], bool] = lambda run: True,
+    ) -> Any:
+        """The run with these tags; of several (a create call was answered late, and repeated) the complete one."""
+        conditions = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in identity.items())
+        found = self._client.search_runs([self._experiment_id], conditions, order_by=["attributes.start_time ASC"])
+        fitting = [run for run in found if fits(run)]
+        if fitting:
+            return min(fitting, key=lambda run: COMPLETE not in run.data.tags)
+        tags = {**identity, **extra, "threestage.version": threestage.__version__}
+        return self._client.create_run(self._experiment_id, tags=tags, run_name=run_name)
+
+    def _describe(self, run: Any, record: StageRecord, digest: str) -> None:
+        """Config, tags, data set and metrics of a stage's run.
+
+        A point's timestamp is the run's start plus its step in milliseconds: the store drops a point that an earlier
+        call has logged.
+        """
+        from mlflow.entities import RunTag
+
+        run_id = run.info.run_id
+        self._client.set_tag(run_id, DIGEST, digest)
+        self._log_params(run, record.config)
+        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in clean_tags(record.tags).items()])
+        self._log_file(run_id, "config.yaml", _yaml(record.config))
+        self._log_file(run_id, "lineage.json", json.dumps(redact_tree(record.lineage), indent=1).encode())
+        self._log_data_set(run_id, record)
+        self._log_metrics(run_id, metric_points(record.rows, record.summary), run.info.start_time)
+
+    def _log_params(self, run: Any, config: Mapping[str, Any]) -> None:
+        """A param cannot change: one that an earlier call logged keeps its value (config.yaml has the present one)."""
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in params_of(config).items() if key not in run.data.params]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
+
+    def _log_metrics(self, run_id: str, points: Sequence[MetricPoint], start_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, start_ms + order, step) for key, value, step, order in points]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        new = [RunTag(key, value) for key, value in clean_tags(tags).items() if run.data.tags.get(key) != value]
+        if new:
+            self._client.log_batch(run.info.run_id, tags=new)
+
+    def _log_curve(self, run: Any, curve: Sequence[tuple[int, float]]) -> None:
+        run_id = run.info.run_id
+        history = self._client.get_metric_history(run_id, MEAN_IOU) if MEAN_IOU in run.data.metrics else []
+        known = {(point.step, point.value) for point in history}
+        points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(curve)]
+        self._log_metrics(run_id, [point for point in points if (point[2], point[1]) not in known], run.info.start_time)
+
+    def _set_status(self, run: Any, status: TrialStatus) -> None:
+        if run.info.status == status:
+            return
+        if status in get_args(Status):
+            self._client.set_terminated(run.info.run_id, status)
+        else:
+            self._client.update_run(run.info.run_id, status)
+
+    def _log_data_set(self, run_id: str, record: StageRecord) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        digest = record.tags.get("data_digest")
+        if digest:
+            root = redact(str(dict(record.config.get("data") or {}).get("root", "")))
+            data_set = Dataset(
+                name=root.rstrip("/").rpartition("/")[2] or "data",
+                digest=digest[:DATA_DIGEST_LENGTH],
+                source_type="threestage",
+                source=json.dumps({"uri": root}),
+            )
+            self._client.log_inputs(run_id, [DatasetInput(data_set, [])])
+
+    def _log_file(self, run_id: str, name: str, data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            self._client.log_artifacts(run_id, temporary)
+
+    def _register(self, run: Any, name: str, record: StageRecord, digest: str, files: Mapping[str, bytes]) -> Any:
+        from threestage.mlflow_sync.packing import model_card_of, pack_model
+
+        with tempfile.TemporaryDirectory() as temporary:
+            packed = Path(temporary, "packed")
+            with quietly():
+                contents = pack_model(files, packed, record, name)
+            with mlflow_session(self.uri, TRANSFER_S):
+                self._client.log_artifacts(run.info.run_id, str(packed), PACKED_FOLDER)
+                source = f"{run.info.artifact_uri}/{PACKED_FOLDER}"
+                description = shortened(model_card_of(packed), MAX_DESCRIPTION)
+                tags = file_tags(digest, contents.digests, contents.no_program)
+                return self.models.create(name, source, run.info.run_id, record, tags, description)
+
+
+def _registered(version: Any, alias: str, decision: str) -> RegisteredVersion:
+    no_program = version.tags.get(NO_PROGRAM)
+    return RegisteredVersion(version.name, int(version.version), version.run_id, alias, decision, no_program)
+
+
+def _yaml(config: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(redact_tree(config), sort_keys=False, allow_unicode=True).encode()
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

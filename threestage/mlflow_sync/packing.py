@@ -1,0 +1,112 @@
+"""A model as MLflow keeps it: packed_model.py as its code, and one folder that needs neither MLflow nor this package.
+
+model/artifacts/model/
+    model.safetensors, model.json    the weights, and how to build the network (threestage.models.export)
+    program.pt2                      the network as a torch.export program: RGB in [0,1] (N,3,H,W) → logits (N,C,H,W);
+                                     left out where torch.export cannot take the network
+    lineage.json                     where it comes from (threestage.run_folder.lineage)
+    README.md                        the model card
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from threestage.mlflow_sync.connection import redact_tree
+from threestage.mlflow_sync.model_card import write_card
+from threestage.mlflow_sync.model_registry import CARD, PACKED_FOLDER
+from threestage.mlflow_sync.records import StageRecord
+from threestage.models.export import PROGRAM, ModelCard
+from threestage.models.program import least_side, write_program
+from threestage.models.settings import NetworkSettings
+
+LINEAGE_NAME, CARD_NAME = "lineage.json", "README.md"
+EXAMPLE_SIZE = (64, 96)
+_failed: dict[tuple[NetworkSettings, int], str] = {}
+"""By network and classes, why it has no program: a failed export is not tried again in this process."""
+
+
+class Packed(NamedTuple):
+    """`digests`: SHA-256 of every file by its path in the packed model; `no_program`: why it has none, or None."""
+
+    digests: dict[str, str]
+    no_program: str | None
+
+
+def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecord, name: str) -> Packed:
+    """Write an MLflow model at `destination` from the files of a model's folder. `name`: that it is registered under."""
+    import mlflow.pyfunc
+
+    lineage = redact_tree(record.lineage)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, PACKED_FOLDER)
+        folder.mkdir()
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        card = ModelCard.model_validate_json(files[CARD])
+        no_program = _write_program(folder, card)
+        least = None if no_program else least_side(folder / PROGRAM)
+        (folder / LINEAGE_NAME).write_text(json.dumps(lineage, indent=1))
+        (folder / CARD_NAME).write_text(write_card(name, card, record, least, no_program))
+        mlflow.pyfunc.save_model(
+            path=str(destination),
+            python_model=str(Path(__file__).with_name("packed_model.py")),
+            artifacts={"model": str(folder)},
+            pip_requirements=_requirements(),
+            signature=_signature(),
+            input_example=_example(),
+            metadata={"classes": list(card.classes), "colours": [list(colour) for colour in card.colours]},
+            model_config={"files": digests_of(folder)},
+        )
+    return Packed(digests_of(destination), no_program)
+
+
+def _write_program(folder: Path, card: ModelCard) -> str | None:
+    """Write the program, or return why there is none."""
+    key = (card.network, len(card.classes))
+    if key not in _failed:
+        reason = write_program(folder)
+        if reason is None:
+            return None
+        _failed[key] = reason
+    return _failed[key]
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below the folder, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def model_card_of(packed: Path) -> str:
+    return (packed / "artifacts" / PACKED_FOLDER / CARD_NAME).read_text()
+
+
+def _signature() -> Any:
+    """Without a schema of the input: with one, MLflow's server casts whatever it gets to uint8, and floats in [0,1] become
+    black images. The packed model checks what it is given."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    class_ids = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1))])
+    params = ParamSchema([ParamSpec("confidence", "boolean", False)])
+    return ModelSignature(outputs=class_ids, params=params)
+
+
+def _example() -> np.ndarray:
+    """One image of two slopes: nobody's photograph travels with a model."""
+    height, width = EXAMPLE_SIZE
+    down, across = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
+    image = np.stack(np.broadcast_arrays(down, across, (down + across) / 2), axis=-1)
+    return image.astype(np.uint8)[None]
+
+
+def _requirements() -> list[str]:
+    """What packed_model.py imports, at this environment's versions; given, MLflow need not run it to find out."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("mlflow", "torch", "numpy")]

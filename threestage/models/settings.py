@@ -1,0 +1,53 @@
+"""The settings of a network."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from threestage.errors import InputError
+from threestage.settings import Settings
+
+Deviation = Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
+
+
+class NetworkSettings(Settings):
+    """Which network, and where its weights come from. `head: linear` and `align_corners: false` suit a ViT."""
+
+    encoder: str = "resnet101"
+    """A timm name."""
+    weights: str | None = None
+    """Path or URI of a .safetensors or .pth file with the encoder's weights; null: random, or see `pretrained`."""
+    pretrained: bool = False
+    """Fetch timm's own weights from its hub."""
+    output_stride: Literal[8, 16, 32] = 8
+    """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
+    head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
+    """Of the logits: the paper's, a newer one, or one 1×1 convolution (for a ViT)."""
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=64)] = (
+        6,
+        12,
+        18,
+        24,
+    )
+    """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
+    head_width: Annotated[int, Field(ge=1, le=8192)] = 256
+    """Channels inside deeplabv3plus; a tiny encoder does with fewer."""
+    batch_norm: Literal["frozen", "live"] = "frozen"
+    """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.485, 0.456, 0.406)
+    """As `std`."""
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+    """What the encoder's weights expect of RGB in [0,1]."""
+    align_corners: bool = True
+    """Of the bilinear upsampling of the logits."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "NetworkSettings":
+        if self.weights is not None and self.pretrained:
+            raise InputError("weights and pretrained exclude each other; leave one out", "config/conflict")
+        return self
+
+    @property
+    def has_live_batch_norm(self) -> bool:
+        """Whether a training step depends on its batch's statistics: deeplabv3plus has batch norm of its own."""
+        return self.batch_norm == "live" or self.head == "deeplabv3plus"

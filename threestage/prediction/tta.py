@@ -1,0 +1,251 @@
+"""How a network is asked about an image: whole or in windows, mirrored too, at several scales. Evaluation and prediction
+share it.
+
+Windows: their logits are averaged where they overlap. Mirrored and scaled views: the softmax probabilities of all views
+are averaged at the image's size. Images are scaled as training scales them: bilinear, without a low-pass filter.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from types import EllipsisType
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from threestage.errors import InputError
+from threestage.models.network import crop_fits, size_multiple
+from threestage.models.settings import NetworkSettings
+from threestage.prediction.pseudo_masks import class_confidence_entropy
+from threestage.settings import Settings
+
+Size = tuple[PositiveInt, PositiveInt]
+Scale = Annotated[float, Field(gt=0, le=16)]
+LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
+VIEW_PIXELS = 2**22
+WINDOW_SIDE = 2048
+"""Of windows that an image is cut into because it does not fit into the memory."""
+
+
+class TTASettings(Settings):
+    """`window`, `stride`: height and width in pixels; without a window the whole image, without a stride two thirds of
+    the window. `scales`: of the image's sides."""
+
+    window: Size | None = None
+    stride: Size | None = None
+    flip: bool = False
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TTASettings":
+        if self.stride is not None and self.window is None:
+            raise InputError(f"stride={_sides(self.stride)} is of windows; give a window too", "predict/stride")
+        if self.window is not None and any(s > w for s, w in zip(self.step, self.window, strict=True)):
+            raise InputError(
+                f"stride={_sides(self.step)} leaves gaps between windows of {_sides(self.window)}; make it smaller",
+                "predict/stride",
+            )
+        return self
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """The stride of the windows; (0,0) without any."""
+        height, width = self.window or (0, 0)
+        return self.stride or (-(-2 * height // 3), -(-2 * width // 3))
+
+    @property
+    def single_view(self) -> bool:
+        return self.scales == (1.0,) and not self.flip
+
+    def describe(self) -> str:
+        """In words, for titles."""
+        parts = ["whole image"]
+        if self.window is not None:
+            parts = [f"windows of {_sides(self.window)} every {_sides(self.step)} pixels (logits averaged)"]
+        scales = ", ".join(f"{scale:g}" for scale in self.scales)
+        parts.append("single scale" if self.scales == (1.0,) else f"scale{'s' * (len(self.scales) > 1)} {scales}")
+        if self.flip:
+            parts.append("flipped too")
+        averaged = self.flip or len(self.scales) > 1
+        return ", ".join(parts) + (" (probabilities averaged)" if averaged else "")
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def check_protocol(protocol: TTASettings, settings: NetworkSettings) -> None:
+    """InputError when the sides of the windows do not suit the network, see `size_multiple`."""
+    if protocol.window is None or crop_fits(settings, protocol.window):
+        return
+    multiple = size_multiple(settings)
+    near = ",".join(str(multiple * max(1, round(side / multiple))) for side in protocol.window)
+    raise InputError(
+        f"window={_sides(protocol.window)}: {settings.encoder} takes sides that are multiples of {multiple}; try {near}",
+        "network/size-multiple",
+    )
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,3,H,W) uint8 → class (N,H,W) uint8, confidence (N,H,W) float in [0,1], entropy (N,H,W) in nats.
+
+    `multiple`: the network's `size_multiple`. With the default protocol the same as `pseudo_masks.predict`; several views
+    are made of few images at a time (VIEW_PIXELS).
+    """
+    if protocol.single_view:
+        return class_confidence_entropy(window_logits(network, image.float() / 255, protocol))
+    pixels = image.shape[-2] * image.shape[-1] * max(protocol.scales) ** 2
+    found = [
+        class_confidence_entropy(
+            predict_probabilities(network, few, protocol, multiple).clamp_min(LEAST_PROBABILITY).log()
+        )
+        for few in image.split(max(1, int(VIEW_PIXELS / pixels)))
+    ]
+    class_ids, confidence, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return class_ids, confidence, entropy
+
+
+@torch.inference_mode()
+def predict_in_windows(
+    network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int, most_pixels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `predict`, of images (N,3,H,W) that are too large for the memory, of which `most_pixels` fit: in the windows of the
+    protocol, or else in windows that fit. What is averaged where windows overlap is kept for one band of them only.
+
+    With several views, the probabilities of a window's views are averaged first.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    if protocol.window is None or math.prod(protocol.window) > most_pixels:
+        protocol = protocol.model_copy(update={"window": fitting_window(size, multiple, most_pixels), "stride": None})
+    class_ids = image.new_empty((len(image), *size))
+    confidence, entropy = (image.new_empty(class_ids.shape, dtype=torch.float32) for _ in range(2))
+    for place, scores in _bands(network, image, protocol, multiple):
+        class_ids[place], confidence[place], entropy[place] = class_confidence_entropy(scores)
+    return class_ids, confidence, entropy
+
+
+def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tuple[int, int]:
+    """Sides (h,w) of the windows for an image (H,W): one window and a third of a band of them have `most_pixels` at most.
+
+    Their sides are WINDOW_SIDE where that fits, else a half, a quarter … of it: no answer follows each change of the memory.
+    """
+    across = min(size)  # the bands lie across the longer side
+    room = (math.sqrt(across**2 / 9 + 4 * most_pixels) - across / 3) / 2
+    side = min(WINDOW_SIDE, 2 ** math.floor(math.log2(max(room, 1))))
+    side = max(1, side // multiple) * multiple
+    height, width = (min(side, -(-long // multiple) * multiple) for long in size)
+    return height, width
+
+
+def _bands(
+    network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int
+) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
+    """Logits, or of several views log-probabilities, of bands side by side: where they are, and (N,C,h,w) of them."""
+    assert protocol.window is not None
+    size = (image.shape[-2], image.shape[-1])
+    starts = [window_starts(*sides) for sides in zip(size, protocol.window, protocol.step, strict=True)]
+    long = 0 if size[0] >= size[1] else 1  # the side along which bands follow each other
+    total: Tensor | None = None
+    for start, following in zip(starts[long], [*starts[long][1:], size[long]], strict=True):
+        band = slice(start, min(start + protocol.window[long], size[long]))
+        for other in starts[1 - long]:
+            across = slice(other, min(other + protocol.window[1 - long], size[1 - long]))
+            scores = _window_scores(network, image[_at(long, band, across)], protocol, multiple)
+            if total is None:
+                sides = [0, 0]
+                sides[long], sides[1 - long] = band.stop - start, size[1 - long]
+                total, count = scores.new_zeros((*scores.shape[:2], *sides)), scores.new_zeros(sides)
+            place = _at(long, slice(0, band.stop - start), across)
+            total[place] += scores
+            count[place[1:]] += 1
+        assert total is not None
+        done = _at(long, slice(0, following - start), slice(None))
+        averaged = total[done] / count[done[1:]]
+        yield _at(long, slice(start, following), slice(None)), averaged if protocol.single_view else averaged.log()
+        kept = _at(long, slice(following - start, None), slice(None))
+        total, count = _moved(total, kept, long), _moved(count, kept[1:], long)
+
+
+def _at(long: int, along: slice, across: slice) -> tuple[EllipsisType | slice, ...]:
+    """Rows and columns, by which of them the long side is."""
+    return (..., along, across) if long == 0 else (..., across, along)
+
+
+def _moved(band: Tensor, kept: tuple[EllipsisType | slice, ...], long: int) -> Tensor:
+    """The band that follows: it begins with what it shares with this one."""
+    moved = torch.zeros_like(band)
+    rest = band[(..., *kept[-2:])]
+    moved[_at(long, slice(0, rest.shape[long - 2]), slice(None))] = rest
+    return moved
+
+
+def _window_scores(network: nn.Module, window: Tensor, protocol: TTASettings, multiple: int) -> Tensor:
+    if protocol.single_view:
+        return network(window.float() / 255)[0].float()
+    whole = protocol.model_copy(update={"window": None, "stride": None})
+    return predict_probabilities(network, window, whole, multiple).clamp_min(LEAST_PROBABILITY)
+
+
+@torch.inference_mode()
+def predict_probabilities(network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int) -> Tensor:
+    """(N,3,H,W) uint8 → mean of the views' class probabilities (N,C,H,W) float32.
+
+    A scaled view's sides are rounded to the nearest multiple of `multiple`; scale 1 is the image as it is.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    total: Tensor | None = None
+    for scale, flipped in _views(protocol):
+        view = _resize(image.float() / 255, scaled_size(size, scale, multiple))
+        logits = window_logits(network, view.flip(-1) if flipped else view, protocol).float()
+        probabilities = _resize(logits.flip(-1) if flipped else logits, size).softmax(dim=1)
+        total = probabilities if total is None else total.add_(probabilities)
+    assert total is not None
+    return total / len(list(_views(protocol)))
+
+
+def _views(protocol: TTASettings) -> Iterator[tuple[float, bool]]:
+    return product(protocol.scales, (False, True) if protocol.flip else (False,))
+
+
+def scaled_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+    """Height and width times `scale`, each rounded to a multiple of `multiple`, at least one; scale 1 rounds nothing."""
+    if scale == 1:
+        return size
+    height, width = (multiple * max(1, round(side * scale / multiple)) for side in size)
+    return height, width
+
+
+def _resize(value: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(value.shape[-2:]) == size:
+        return value
+    return F.interpolate(value, size=size, mode="bilinear", align_corners=False)
+
+
+def window_logits(network: nn.Module, image: Tensor, protocol: TTASettings) -> Tensor:
+    """Logits (N,C,H,W) of images (N,3,H,W) float in [0,1]: of the whole, or the mean of the windows that cover a pixel.
+
+    Memory: that of one window, and the logits once more.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    height, width = protocol.window or size
+    corners = list(product(*map(window_starts, size, (height, width), protocol.step)))
+    if len(corners) == 1:
+        return network(image)[0]
+    total, count = None, image.new_zeros(size)
+    for top, left in corners:
+        place = (..., slice(top, top + height), slice(left, left + width))
+        logits = network(image[place])[0].float()
+        total = logits.new_zeros((*logits.shape[:2], *size)) if total is None else total
+        total[place] += logits
+        count[place] += 1
+    assert total is not None
+    return total.div_(count)
+
+
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side, in pixels: every `stride`, the last one moved back to the border."""
+    return [0] if side <= window else [*range(0, side - window, stride), side - window]

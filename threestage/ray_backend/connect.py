@@ -1,0 +1,233 @@
+"""Which Ray cluster a run connects to, and whether it lets this process in: `ray.init` tries a wrong address for minutes."""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import ray
+import ray.exceptions
+import ray.train
+from ray._private import ray_constants, services
+from ray._private.gcs_utils import create_gcs_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+from threestage.checks.result import CheckOutcome
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.hosts import refuse_unconfirmed
+from threestage.private_folder import private_folder
+from threestage.ray_backend.capacity import SPARE_CPUS
+from threestage.ray_settings import ClusterSettings
+
+ANSWER_S = 5.0
+TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
+OPEN = "it asks for no token: whoever reaches it can run programs there; start it with RAY_AUTH_MODE=token"
+
+
+def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
+    """What names the cluster that a run connects to, and its address; None where a run starts Ray on its machine.
+
+    Raises InputError for an address that only a file names (hosts.py)."""
+    if ray.is_initialized():
+        return "cluster.address", ray.get_runtime_context().gcs_address
+    if cluster.address is not None:
+        refuse_unconfirmed("cluster.address", cluster.address, cluster.host_from)
+        return "cluster.address", cluster.address
+    return ("RAY_ADDRESS", os.environ["RAY_ADDRESS"]) if os.environ.get("RAY_ADDRESS") else None
+
+
+def probe_cluster(name: str, address: str) -> CheckOutcome:
+    """What `threestage check` says of the cluster. Raises as `admitted`."""
+    address, there = check_connection(name, address)
+    value = f"{address}: Ray {there['ray_version']} and Python {there['python_version']} there and here"
+    return (
+        CheckOutcome(f"{value}; it takes our token")
+        if _wants_token(address)
+        else CheckOutcome(value, f"{address}: {OPEN}")
+    )
+
+
+def check_connection(name: str, address: str) -> tuple[str, dict[str, str]]:
+    """The cluster's HOST:PORT and versions. Raises InputError within seconds where `ray.init` would try for minutes: nobody
+    listens, the token is wrong, the versions differ."""
+    if "://" in address:
+        raise InputError(
+            f"{name}={address}: a run connects to HOST:PORT of the cluster's head, from one of its nodes; from elsewhere, "
+            "`threestage check --address http://…` (the dashboard) tries it there, as `threestage submit` would run it",
+            "ray/address",
+        )
+    if address == "auto":
+        try:
+            address = str(services.canonicalize_bootstrap_address_or_die(address))
+        except ConnectionError:
+            raise InputError(
+                f"{name}={address}: no Ray runs on this machine; start it, or give HOST:PORT", "ray/no-answer"
+            ) from None
+    there = _versions_there(name, address)
+    _refuse_other_versions(name, address, there)
+    return address, there
+
+
+def _versions_there(name: str, address: str) -> dict[str, str]:
+    try:
+        return _metadata(create_gcs_channel(address))
+    except ray.exceptions.AuthenticationError:
+        raise InputError(f"{name}={address}: wants a token, and none was found; {TOKEN}", "ray/no-token") from None
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise InputError(f"{name}={address}: refuses the token; {TOKEN}", "ray/wrong-token") from None
+        raise InputError(
+            f"{name}={address}: no Ray answers there ({error.code().name}); start the cluster, or correct the address",
+            "ray/no-answer",
+        ) from None
+    except (ValueError, KeyError):
+        raise InputError(
+            f"{name}={address}: answers, but not as a Ray cluster; correct the address", "ray/other-service"
+        ) from None
+
+
+def _metadata(channel: grpc.Channel) -> dict[str, str]:
+    """What the cluster says of itself, and `ray.init` compares with what it has here."""
+    with channel:
+        request = gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
+        stub = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
+        return dict(json.loads(stub.InternalKVGet(request, timeout=ANSWER_S).value))
+
+
+def _wants_token(address: str) -> bool:
+    try:
+        return not _metadata(grpc.insecure_channel(address))
+    except (grpc.RpcError, ValueError):
+        return True
+
+
+def _refuse_other_versions(name: str, address: str, there: Mapping[str, str]) -> None:
+    here = {"Ray": ray.__version__, "Python": platform.python_version()}
+    for what, version in here.items():
+        other = there[f"{what.lower()}_version"]
+        if other != version:
+            raise InputError(
+                f"{name}={address}: has {what} {other}, here is {version}, and Ray connects only equal versions; install {what} "
+                f"{other} here, or submit the run with `threestage submit`, which needs no equal versions",
+                "ray/other-version",
+            )
+
+
+ABORT_SECONDS = 30.0
+STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
+
+_start_timeout = ""  # what this process has set for Ray Train
+
+
+@contextlib.contextmanager
+def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
+    """A connection to the cluster of the settings, or to one started on this machine with room for so many runs at once;
+    an existing one is kept. Raises InputError when the cluster does not let this process in, or this machine is no node of
+    it."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    _set_start_timeout(cluster)  # here and not by stage: see tracking.reserve_variables
+    quiet_ray_data()
+    if ray.is_initialized():
+        yield
+        return
+    named = address_of(cluster)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if named is not None:
+        check_connection(*named)
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the same variables
+        options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
+    else:
+        wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
+        options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
+        options["_temp_dir"] = str(private_folder() / "ray")
+    with contextlib.nullcontext() if named else loopback_only():
+        try:
+            ray.init(address=named[1] if named else "local", **options)
+        except (RuntimeError, OSError) as error:
+            if named is None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{named[0]}={named[1]}: this machine cannot take part in the cluster ({reason}); try it on one of its nodes, or "
+                "give --address the URL of its dashboard",
+                "ray/not-a-node",
+            ) from error
+        try:
+            yield
+        finally:
+            leave()
+
+
+def _set_start_timeout(cluster: ClusterSettings) -> None:
+    """Seconds in which a group must find room, before Ray Train decides anew; the user's own value is kept.
+
+    For a fixed group that is all the time there is. An elastic one is made to fit what was there a moment ago.
+    """
+    global _start_timeout
+    name, elastic = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", cluster.least_workers < cluster.most_workers
+    if os.environ.get(name, _start_timeout) == _start_timeout:
+        _start_timeout = str(min(STRAY_SECONDS, cluster.start_timeout_s) if elastic else cluster.start_timeout_s)
+        os.environ[name] = _start_timeout
+
+
+def leave() -> None:
+    """ray.shutdown(). Ray (2.60) ends the whole process when a reference of its own is freed by another thread meanwhile, and
+    the garbage collector runs in any thread: so it runs before, and then not until Ray has shut down."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def quiet_ray_data() -> None:
+    """The CLI shows progress itself."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+CLOSED = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}  # Ray's own way on macOS: every port on 127.0.0.1
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """What Ray starts meanwhile opens no port to other machines; it asks for a token unless RAY_AUTH_MODE says otherwise."""
+    if not any(name in os.environ for name in TOKEN_VARIABLES):
+        keep_token_private(Path.home() / ".ray" / "auth_token")
+    before = {name: os.environ.get(name) for name in CLOSED}, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(CLOSED)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        for name, value in before[0].items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def keep_token_private(file: Path) -> None:
+    """Make Ray's token where there is none, and take it from other users of the machine: Ray itself lets them read it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(descriptor, secrets.token_hex(32).encode())
+        os.close(descriptor)
+    if file.stat().st_mode & 0o077:
+        file.chmod(0o600)

@@ -1,0 +1,176 @@
+"""Signs of life: what the workers of a stage tell the driver, and what a worker that stands still says of itself."""
+
+import contextlib
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import ray
+import ray.exceptions
+from ray.util.metrics import Gauge
+
+from threestage.errors import StageFailure
+
+if TYPE_CHECKING:  # the monitor's process needs no torch
+    from threestage.run.stages import StageTask
+
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+BEAT_SECONDS = 2.0
+
+
+class WorkerStatus(NamedTuple):
+    """Of one worker: where it is, and for how many seconds it has been there."""
+
+    rank: int
+    world_size: int
+    node: str
+    step: int
+    doing: str
+    seconds: float
+
+
+class MonitorUpdate(NamedTuple):
+    """What has come since the last time, and the latest sign of each worker of the group, with its time of arrival."""
+
+    rows: list[dict[str, float]]
+    warnings: list[str]
+    failure: StageFailure | None
+    signs: dict[int, tuple[WorkerStatus, float]]
+
+
+class _Monitor:
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._warnings: list[str] = []
+        self._failure: StageFailure | None = None
+        self._signs: dict[int, tuple[WorkerStatus, float]] = {}
+        self._notices = 0
+        self._controller: Any = None
+
+    def row(self, row: dict[str, float]) -> None:
+        self._rows.append(row)
+
+    def warn(self, text: str) -> None:
+        self._warnings.append(text)
+
+    def fail(self, failure: StageFailure) -> None:
+        self._failure = self._failure or failure
+
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def sign(self, sign: WorkerStatus) -> int:
+        """Returns how many notices the driver has given."""
+        self._signs[sign.rank] = (sign, time.time())
+        return self._notices
+
+    def introduce(self, controller: Any) -> None:
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """Ray Train's controller, or None before it has started."""
+        return self._controller
+
+    def notice(self) -> None:
+        self._notices += 1
+
+    def news(self) -> MonitorUpdate:
+        news = MonitorUpdate(self._rows, self._warnings, self._failure, self._signs)
+        self._rows, self._warnings = [], []
+        return news
+
+
+def start_monitor() -> Any:
+    """Of one stage, on the driver's own node."""
+    return driver_actor(_Monitor)
+
+
+class Heartbeat:
+    """A context in a worker: a thread that tells the monitor every BEAT_SECONDS where the loop is, and the cluster's
+    metrics what it measured.
+
+    When it has been at one place for `hang_after_s`, the stacks of all its threads go to the worker's log, under a line
+    that names the rank, once for each place.
+    """
+
+    def __init__(self, monitor: Any, task: "StageTask", rank: int, world_size: int) -> None:
+        config = task.settings()
+        self._monitor, self._stage, self._rank, self._world_size = monitor, task.stage, rank, world_size
+        self._hang_after_s = config.cluster.hang_after_s
+        self._gauges = _Gauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
+        self._measured: dict[str, float] = {}
+        self.notices = 0  # of the driver
+        self._node = ray.util.get_node_ip_address()
+        self._place: tuple[int, str, float] = (0, "start", time.monotonic())
+        self._dumped: tuple[int, str, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def doing(self, step: int, what: str) -> None:
+        self._place = (step, what, time.monotonic())
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """The worker's figures since its last row, for the cluster's metrics."""
+        self._measured = dict(values)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+
+    def _beat(self) -> None:
+        while True:
+            place = self._place
+            step, what, since = place
+            seconds = time.monotonic() - since
+            self._gauges.set(self._measured)
+            sign = WorkerStatus(self._rank, self._world_size, self._node, step, what, seconds)
+            with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon too
+                self.notices = ray.get(self._monitor.sign.remote(sign), timeout=BEAT_SECONDS)
+            if seconds > self._hang_after_s and place != self._dumped:
+                self._dumped = place
+                sys.stderr.write(
+                    f"threestage: {self._stage} rank {self._rank} of {self._world_size} on {self._node} has stood still for "
+                    f"{seconds:.0f} s: step {step}, {what}; its stacks:\n"
+                )
+                sys.stderr.flush()
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            if self._stop.wait(BEAT_SECONDS):
+                return
+
+
+class _Gauges:
+    """Ray metrics named threestage_…, one series for each rank, on the metrics port of the worker's node.
+
+    Ray exports what was set since its last export, so they are set again with every beat.
+    """
+
+    def __init__(self, tags: dict[str, str]) -> None:
+        self._tags = tags
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name not in self._gauges:
+                label = name.replace("/", "_")
+                about = f"{name} of a stage since its last row"  # without a description Ray exports nothing
+                self._gauges[name] = Gauge(f"threestage_{label}", about, tuple(self._tags))
+            self._gauges[name].set(value, self._tags)
+
+
+def driver_actor(kind: type) -> Any:
+    """An actor of a class, on the driver's own node; when its process is lost, another begins with nothing."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(kind).options(**options).remote()

@@ -1,0 +1,228 @@
+"""What a job is before it is submitted: its name, the variables that it expects of the cluster, the files that would travel.
+Needs no Ray and no cluster.
+"""
+
+import json
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from threestage.config import Config, confirmed_hosts
+from threestage.data import storage
+from threestage.data.storage_errors import without_secrets
+from threestage.errors import InputError
+from threestage.hosts import TRUSTED
+from threestage.redaction import may_be_secret
+
+LIMIT_BYTES = 100 * 2**20  # Ray's own, of an upload
+SHOWN_FILES = 5
+EXPECTED = "THREESTAGE_EXPECTED_ENVIRONMENT"
+ENDPOINT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+TRACKING = "MLFLOW_TRACKING_URI"
+OF_STORAGE_AND_MLFLOW = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "THREESTAGE_S3_ADDRESSING_STYLE",
+    "THREESTAGE_S3_ANONYMOUS",
+)
+SECRET_NAME = re.compile(
+    r"KEY|SECRET|TOKEN(?!IZE)|PASSW|PASSPHRASE|PASS(?![A-Z])|PWD|CRED|COOKIE"
+    r"|(?<![A-Z])(?:O?AUTH|PAT|PRIV|PW|SAS|SIG|JWT)(?![A-Z])",
+    re.IGNORECASE,
+)
+SECRET_FILES = re.compile(
+    r"(?i)(?:^|/)(?:\.env(?:rc|\..+)?|.+\.env|env\.sh|\.?netrc|_netrc|\.pgpass|\.my\.cnf|\.htpasswd|\.git-credentials"
+    r"|\.npmrc|\.pypirc|\.boto|\.s3cfg|\.?rclone\.conf|\.databrickscfg|\.dockercfg|\.passwd-s3fs|kaggle\.json|terraform\.tfvars"
+    r"|\.(?:ssh|aws|azure|gcloud|kube|docker|gnupg|mlflow|huggingface)/.+|\.config/(?:gcloud|gh|rclone)/.+"
+    r"|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?|kubeconfig(?:\..+)?"
+    r"|.*(?:client_secret|service[_-]?account).*\.json|private[._-]?key(?:\.(?:json|txt))?"
+    r"|(?:.*[._-])?(?:credentials?|secrets?|tokens?|passwords?)(?:\.(?:json|txt|ini|toml|csv|env))?"
+    r"|(?:.*[._-])?(?:credentials?|tokens?|passwords?)\.ya?ml"  # secrets.yaml: mostly a manifest without values
+    r"|.*\.(?:pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk|tfstate(?:\.backup)?))$"
+)
+"""Names of files that usually hold credentials: paths below the working directory."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`out`: where it writes, "" if it writes nothing; `files`: of its arguments, those that must travel with it; `config`:
+    of a run or a sweep; `tracking`: it needs MLflow and its arguments do not say where that is."""
+
+    command: str
+    arguments: tuple[str, ...]
+    name: str
+    out: str
+    files: tuple[str, ...] = ()
+    config: Config | None = None
+    tracking: bool = False
+
+    @property
+    def entrypoint(self) -> str:
+        return shlex.join(["python", "-m", "threestage", self.command, *self.arguments])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the cluster keeps with the job: by `out`, the same run is known again."""
+        return {"threestage.command": self.command, "threestage.name": self.name, "threestage.out": self.out}
+
+    @property
+    def needs_endpoint(self) -> bool:
+        """It uses S3, and its configuration does not say where that is."""
+        settings = "" if self.config is None else self.config.model_dump_json()
+        return storage.S3_SCHEME in self.entrypoint + settings and not (self.config and self.config.storage.endpoint)
+
+    def new_id(self) -> str:
+        """The job's name in Ray: that of the run, and an ending that no other submission has."""
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-.")[:60]
+        return f"{name or self.command}-{secrets.token_hex(3)}"
+
+
+def is_shared_uri(uri: str) -> bool:
+    """Whether it is the same place for every machine that shares its folders. Raises InputError for gs:// and the like."""
+    storage.absolute(uri)
+    return storage.is_s3(uri) or uri.startswith("/")
+
+
+def _code_that_travels(folder: str, sizes: Mapping[str, int]) -> list[str]:
+    """The modules of a checkout, which replaces the image's threestage."""
+    if "threestage/__init__.py" not in sizes:
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder, "threestage").rglob("*.py"))
+
+
+def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -> None:
+    """Raises InputError when what would travel (path below the folder → bytes) is too much for Ray, or lacks a file that
+    the job reads, or a part of the code where that travels."""
+    for file in (*files, *_code_that_travels(folder, sizes)):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(
+                f"{file}: is not named from within the working directory {folder}, which is all that travels; copy it there "
+                "and name it relative to it, or give another --working-dir",
+                "submit/file-outside",
+            )
+        if str(Path(file)) not in sizes:
+            raise InputError(
+                f"{file}: is kept from travelling by a .gitignore or .rayignore in {folder}; take it out there (a pattern that "
+                "begins with / is of that folder alone)",
+                "submit/file-ignored",
+            )
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN_FILES]
+        shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
+        raise InputError(
+            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
+            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; name what the job does not need in {folder}/.rayignore, or "
+            "give a smaller --working-dir",
+            "submit/too-large",
+        )
+
+
+def check_secrecy(folder: str, paths: Collection[str], links: Collection[str], with_secrets: bool) -> list[str]:
+    """The files (paths below the folder) that look like credentials and travel all the same, `with_secrets`.
+
+    Raises InputError for links that lead out of the folder, and for such files.
+    """
+    if links:
+        raise InputError(
+            f"--working-dir {folder}: {_some(links)} would put files from outside the folder into the job's package: remove "
+            f"the link, or name it in {folder}/.rayignore",
+            "submit/link-outside",
+        )
+    found = sorted(path for path in paths if SECRET_FILES.search(path))
+    if found and not with_secrets:
+        raise InputError(
+            f"--working-dir {folder}: {_some(found)} would travel, and whoever may see the cluster's jobs can read it; name it "
+            f"in {folder}/.rayignore, or give --with-secrets",
+            "submit/secret-file",
+        )
+    return found
+
+
+def _some(paths: Collection[str]) -> str:
+    more = f" and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else ""
+    return ", ".join(sorted(paths)[:SHOWN_FILES]) + more
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the job: the values that `asked` (NAME or NAME=VALUE) gives, and the names that the cluster must have.
+
+    Ray shows them all, so none is a secret: raises InputError for a value that may be one. Of this process's own variables
+    (`here`) only the names count: an endpoint that is set here must be set there, the others are missed with a warning.
+    """
+    sent, required = {}, []
+    for text in asked:
+        name, given, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE", "config/usage")
+        if given:
+            sent[name] = _harmless(name, value)
+        else:
+            required.append(name)
+    if job.tracking and TRACKING not in sent:
+        required.append(TRACKING)
+    if any(name in here for name in ENDPOINT) and job.needs_endpoint and sent.keys().isdisjoint(ENDPOINT):
+        required.append("|".join(ENDPOINT))
+    if job.config is not None and TRUSTED not in sent:
+        sent |= _trusted(job.config)
+    missed = [f"{name}?" for name in OF_STORAGE_AND_MLFLOW if name in here and name not in (*sent, *required)]
+    names = list(dict.fromkeys([*required, *missed]))
+    return sent | ({EXPECTED: ",".join(names)} if names else {})
+
+
+def _trusted(config: Config) -> dict[str, str]:
+    """The hosts that the job's file names and that are confirmed here: there, the job reads the same file."""
+    hosts = confirmed_hosts(config)
+    return {TRUSTED: ",".join(hosts)} if hosts else {}
+
+
+def resources(text: str | None) -> dict[str, float]:
+    """What a job's driver takes, from JSON such as {"driver": 1}. Raises InputError."""
+    try:
+        found = json.loads(text or "{}")
+        return {str(name): float(amount) for name, amount in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        fix = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
+        raise InputError(f"--entrypoint-resources {text}: {fix}", "config/usage") from None
+
+
+def _harmless(name: str, value: str) -> str:
+    is_digest = re.search(r"(?i)commit|sha|digest|hash|revision", name) and re.fullmatch(r"[0-9a-f]+", value)
+    if SECRET_NAME.search(name) or without_secrets(value) != value or (may_be_secret(value) and not is_digest):
+        raise InputError(
+            f"--env {name}=…: Ray shows a job's variables in its dashboard and its logs, and this looks like a credential; set "
+            f"{name} in the cluster's environment (a Secret, the node's role) and give --env {name}",
+            "submit/secret-variable",
+        )
+    return value
+
+
+def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> None:
+    """On the cluster: raises InputError when a variable that the submission named is not set; warns of lesser ones."""
+    for name in filter(None, here.get(EXPECTED, "").split(",")):
+        names = name.rstrip("?").split("|")
+        if any(one in here for one in names):
+            continue
+        if name.endswith("?"):
+            warn(f"{names[0]} is set where this job was submitted, and not here")
+            continue
+        also = "" if SECRET_NAME.search(names[0]) else f", or submit with --env {names[0]}=VALUE"
+        raise InputError(
+            f"{' or '.join(names)}: is not set on the cluster; set it in the environment of its nodes (a Secret, the pod, the "
+            f"machine){also}",
+            "submit/missing-variable",
+        )

@@ -1,0 +1,190 @@
+"""What the nodes of a cluster say for themselves: their versions, the places that they reach, a measured step."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from threestage import __version__
+from threestage.checks import store
+from threestage.checks.result import CheckOutcome, CheckResult
+from threestage.checks.steps import STAGE_S, START_S, Measured, Specification, measure, too_slow
+from threestage.checks.store import PROBE_NAME, merged, places
+from threestage.config import Config
+from threestage.data import storage
+from threestage.errors import InputError
+from threestage.mlflow_sync.connection import resolve_uri, sqlite_path
+from threestage.ray_backend.capacity import room_for_one
+from threestage.ray_backend.connect import connected, probe_cluster
+from threestage.ray_backend.failures import last_line
+from threestage.ray_backend.nodes import alive_nodes
+from threestage.ray_settings import ClusterSettings
+from threestage.settings import Settings
+
+MOST_NODES = 32
+LOOK_S = 90.0  # for a new process on each node, which imports torch, and then tries the places
+SAME = ("threestage", "Ray", "Python")
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process that a job is
+
+
+class View(Settings):
+    """Of a node. `problems`: of places that it cannot use."""
+
+    versions: dict[str, str]
+    problems: tuple[str, ...] = ()
+
+
+def nodes_reach(config: Config, out: str) -> CheckOutcome:
+    """Every node, MOST_NODES at most, has our code and can use the run's places. Raises InputError, naming the nodes."""
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in alive_nodes()}
+    looked_at = dict(list(nodes.items())[:MOST_NODES])
+    with _marked(out) as marker:
+        views = _views(looked_at, config, out, marker)
+    problems: dict[str, list[str]] = {}
+    for name, view in views.items():
+        for problem in (*_other_versions(view), *view.problems):
+            problems.setdefault(problem, []).append(name)
+    if problems:
+        raise InputError("; ".join(f"{_names(found)}: {problem}" for problem, found in problems.items()), "check/nodes")
+    torch = sorted({view.versions["torch"] for view in views.values()} | {versions()["torch"]})
+    number = f"{len(views)} of {len(nodes)} nodes" if len(nodes) > 1 else "its one node"
+    here = ", ".join(f"{what} {version}" for what, version in versions().items())
+    doubt = f"torch is not the same on all of them: {', '.join(torch)}" if len(torch) > 1 else None
+    return CheckOutcome(f"{number} can use data.root and --out, with {here}", doubt)
+
+
+def _names(nodes: Sequence[str]) -> str:
+    return f"node {nodes[0]}" + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
+
+
+def _other_versions(view: View) -> Iterator[str]:
+    for what, version in versions().items():
+        if what in SAME and view.versions[what] != version:
+            yield f"it has {what} {view.versions[what]}, here is {version}: install the same"
+
+
+@contextlib.contextmanager
+def _marked(out: str) -> Iterator[str | None]:
+    """A file where a local `out` is, or will be made, by which a node sees whether it has that folder too."""
+    if storage.is_s3(out):
+        yield None
+        return
+    folder = next(path for path in (Path(out), *Path(out).parents) if path.is_dir())
+    with tempfile.NamedTemporaryFile(prefix=PROBE_NAME, dir=folder) as file:
+        yield file.name
+
+
+def _views(nodes: Mapping[str, str], config: Config, out: str, marker: str | None) -> dict[str, View]:
+    """By the address of the node."""
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    given = (config.model_dump(mode="json"), out, marker)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*given): name
+        for node_id, name in nodes.items()
+    }
+    ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+    return {name: _view(reference) for reference, name in asked.items()}
+
+
+def _view(reference: Any) -> View:
+    try:
+        return View.model_validate(ray.get(reference, timeout=0.1))
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(reference, force=True)
+        reason = f"no answer within {LOOK_S:.0f} s: is it overloaded, or cut off?"
+    except ray.exceptions.RayError as error:
+        reason = reason_of_ray(error)
+    return View(versions=versions(), problems=(reason,))
+
+
+def reason_of_ray(error: ray.exceptions.RayError) -> str:
+    """What went wrong there, in a line."""
+    if "No module named 'threestage'" in str(error):
+        return "it has no threestage: install the version that is here"
+    return last_line(error)[:300]
+
+
+def _look(settings: dict[str, Any], out: str, marker: str | None) -> dict[str, Any]:
+    """On a node."""
+    config = Config.model_validate(settings)
+    storage.configure(config.storage)
+    if marker is not None and not os.path.exists(marker):
+        problem = f"--out {out} is another folder there: give s3://bucket/prefix, or one that all nodes share"
+        return {"versions": versions(), "problems": [problem]}
+    outcomes = merged(store.try_all(places(config, out)))
+    problems = [f"{outcome.name}: {outcome.problem}" for outcome in outcomes if outcome.problem]
+    return {"versions": versions(), "problems": problems}
+
+
+def own_file(config: Config) -> CheckResult | None:
+    """What is to be said of an MLflow store that is a file: nothing on a cluster of this machine alone."""
+    path = sqlite_path(resolve_uri(config.registry.tracking_uri))
+    others = len(alive_nodes()) - 1
+    if path is None or (JOB not in os.environ and not others):
+        return None
+    mend = "set registry.tracking_uri (or MLFLOW_TRACKING_URI) to an MLflow server"
+    line = CheckResult("registry.tracking_uri for others", f"sqlite:///{path}")
+    if JOB in os.environ:
+        problem = f"sqlite:///{path} is a file where the job runs, and is lost with it; {mend}"
+        return line._replace(problem=problem, code="mlflow/local-file")
+    return line._replace(
+        doubt=f"sqlite:///{path} is a file of this machine: the run writes it, no other node reads it: {mend}"
+    )
+
+
+# ---- A measured step
+
+
+def measure_there(specification: Specification) -> Iterator[Measured]:
+    """`measure` as a task that takes what a worker takes, if there is room for it now."""
+    stages, cluster = specification.config.stage_names, specification.config.cluster
+    if not room_for_one(cluster):
+        for stage in stages:
+            yield Measured(stage=stage, doubt="not measured: the cluster has no room for a worker now")
+        return
+    task = ray.remote(_measure).options(**cluster.task_options, num_returns="streaming", max_retries=0)
+    results = task.remote(specification.model_dump(mode="json"))
+    limit = START_S + STAGE_S
+    for stage in stages:
+        if not ray.wait([results], timeout=limit)[0]:
+            ray.cancel(results, force=True)
+            yield too_slow(stage)
+            return
+        try:
+            yield Measured.model_validate(ray.get(next(results)))
+        except ray.exceptions.RayError as error:
+            yield Measured(stage=stage, problem=f"no step could be computed on the cluster: {reason_of_ray(error)}")
+            return
+        limit = STAGE_S
+
+
+def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    found = Specification.model_validate(specification)
+    storage.configure(found.config.storage)
+    for measured in measure(found):
+        yield measured.model_dump(mode="json")
+
+
+def connect(name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack) -> CheckOutcome:
+    """Connects this process, until `connection` is closed. Raises InputError like `lets_in` and `connected`."""
+    found = probe_cluster(name, address)
+    connection.enter_context(connected(cluster))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of this process."""
+    return {
+        "threestage": __version__,
+        "Ray": ray.__version__,
+        "Python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+    }

@@ -1,0 +1,184 @@
+"""Predictions as a Ray Data job: a row is some files of images (of the pool: its pseudo-masks), predicted by one of some
+actors."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.exceptions
+import torch
+
+from threestage.allocator import disable_malloc_trim
+from threestage.data import storage
+from threestage.data.pool import PoolFile
+from threestage.models.export import load_model
+from threestage.prediction.input_parts import Part
+from threestage.prediction.output import Predictions, PredictionTask
+from threestage.prediction.pool_prediction import predict_files
+from threestage.prediction.predict import ModelFiles, PredictReport, PredictSettings, predict_input
+from threestage.prediction.pseudo_masks import FileReport, PoolTask
+from threestage.ray_backend.connect import connected
+from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
+from threestage.ray_backend.nodes import warn_of_folders
+from threestage.ray_backend.stall_monitor import await_resources, warn_if_stalled
+from threestage.ray_backend.tasks import in_tasks
+from threestage.ray_settings import ClusterSettings
+from threestage.training.worker import default_device
+
+MAX_TASKS = 1024
+TASKS_PER_PREDICTOR = 16
+
+Predict = Callable[[Sequence[str]], Iterator[FileReport]]
+"""Files as JSON → their reports, each as soon as the file is published."""
+
+
+def predict_pool(
+    model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings
+) -> Iterator[FileReport]:
+    """Predict all files of the pool, see `reports_of`."""
+    return reports_of(files, partial(_open_pool, model, task.model_dump(mode="json")), cluster)
+
+
+def reports_of(
+    files: Sequence[PoolFile], open_predictor: Callable[[], Predict], cluster: ClusterSettings
+) -> Iterator[FileReport]:
+    """Predict files on `cluster.number_of_predictors` processes, each with what `open_predictor` gives it; the report of
+    each file comes as soon as it is published.
+
+    An actor that dies is replaced and predicts its files again, but for those that it had published. Raises a RayError with an
+    error of ours as its cause, also when the same files end it more than `cluster.max_failures` times.
+    """
+    if not files:
+        return
+    tasks = number_of_tasks(len(files), cluster)
+    starts = [len(files) * task // tasks for task in range(tasks + 1)]
+    parts = [[file.model_dump_json() for file in files[start:end]] for start, end in pairwise(starts)]
+    rows = ray.data.from_items(
+        [{"task": task, "files": json.dumps(part)} for task, part in enumerate(parts)], override_num_blocks=tasks
+    )
+    rows.context.target_max_block_size = 1  # a report leaves the actor alone, not with those of the files that follow
+    with retry_budget(cluster.max_failures) as attempts:
+        reports = rows.map_batches(
+            _Predictor,
+            batch_size=1,  # one row a task; with GPUs Ray wants a number
+            fn_constructor_args=(open_predictor, cluster.cpus_per_worker, attempts),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(cluster.number_of_predictors, len(files)), max_tasks_in_flight_per_actor=2
+            ),
+            **cluster.task_options,
+        )
+        blocks = reports.iter_batches(batch_size=None, prefetch_batches=0)  # prefetching holds a report back
+        with closing(iter(blocks)) as found:
+            for block in found:
+                for report in block["report"]:
+                    yield FileReport.model_validate_json(str(report))
+
+
+def number_of_tasks(files: int, cluster: ClusterSettings) -> int:
+    """Few enough that a task holds many files, which follow each other without a pause and keep the plan small; enough
+    that the predictors finish together."""
+    return min(files, MAX_TASKS, TASKS_PER_PREDICTOR * cluster.number_of_predictors)
+
+
+class _Predictor:
+    """An actor that holds the network."""
+
+    def __init__(self, open_predictor: Callable[[], Predict], cpus: float, attempts: RetryBudget) -> None:
+        self._open, self._cpus, self._attempts = open_predictor, cpus, attempts
+
+    @cached_property
+    def _predict(self) -> Predict:
+        """Opened in the first task: what Ray Data tells of an actor that fails while it is made is not why."""
+        disable_malloc_trim()
+        torch.set_num_threads(max(1, int(self._cpus)))
+        return self._open()
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        """Predict the files of a task; their reports."""
+        task, files = int(rows["task"][0]), json.loads(str(rows["files"][0]))
+        with translate_ray_errors():
+            self._attempts.begin(task, [json.loads(file)["uri"] for file in files])
+            for number, report in enumerate(self._predict(files), 1):
+                self._attempts.done(task, number)
+                yield {"report": [report.model_dump_json()]}
+
+
+def _open_pool(model: str, task: dict[str, Any]) -> Predict:
+    device = default_device()
+    network, settings = load_model(model)[0].to(device), PoolTask.model_validate(task)
+    return lambda files: predict_files(network, settings, list(map(PoolFile.model_validate_json, files)), device)
+
+
+MODEL_FOLDER = "model"
+
+
+def predict_on_ray(
+    model: ModelFiles,
+    source: str,
+    out: str,
+    settings: PredictSettings,
+    cluster: ClusterSettings,
+    show: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = print,
+) -> PredictReport:
+    """`threestage.prediction.predict.predict_input` on a cluster, which is connected to when there is work for it.
+
+    Raises InputError, OSError and StageFailure as that does, and StageFailure when an actor fails for good or the
+    cluster has no room.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> None:
+            if not ray.is_initialized():
+                stack.enter_context(connected(cluster))
+
+        def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+            if len(items) < 2:
+                yield from map(function, items)
+                return
+            connect()
+            yield from in_tasks(function, items, cluster.max_failures)
+
+        def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+            connect()
+            _warn_of_traps(task, cluster, warn)
+            await_resources("predict", cluster, warn)
+            folder = _share(files, task)
+            with warn_if_stalled("predict", cluster, warn) as heard:
+                for report in reports_of(parts, partial(_open, folder, task.model_dump(mode="json")), cluster):
+                    heard()
+                    yield report
+
+        try:
+            return predict_input(model, source, out, settings, show, run, each)
+        except ray.exceptions.RayError as error:
+            raise to_user_error(error, "predict: ") from error
+
+
+def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Callable[[str], None]) -> None:
+    if not cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        warn("the cluster has GPUs and this command uses none: --gpus-per-worker 1")
+    warn_of_folders([task.source, task.destination], warn)
+
+
+def _share(files: ModelFiles, task: PredictionTask) -> str:
+    """The model as a folder of the output, which every node reaches, also those that come later."""
+    folder = storage.join(task.destination, MODEL_FOLDER)
+    for name, content in files.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    return folder
+
+
+def _open(model: str, task: dict[str, Any]) -> Predict:
+    device = default_device()
+    network, card = load_model(model)
+    settings = PredictionTask.model_validate(task)
+    network, product = network.to(device), Predictions(settings, card)
+    return lambda parts: predict_files(network, settings, list(map(Part.model_validate_json, parts)), device, product)

@@ -1,0 +1,152 @@
+"""Wait for a cluster to have room, with reports of what is asked and what there is, and a time limit."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import ray
+import ray.util
+
+from threestage.errors import NoRoom
+from threestage.ray_backend.capacity import (
+    cluster_nodes,
+    free_nodes,
+    has_place_for_one,
+    room_for_one,
+    waiting_text,
+    worker_takes,
+)
+from threestage.ray_backend.heartbeat import BEAT_SECONDS, WorkerStatus
+from threestage.ray_backend.nodes import alive_ids
+from threestage.ray_settings import ClusterSettings
+
+SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
+LOOK_SECONDS = 1.0
+Warn = Callable[[str], None]
+
+
+class _Wait:
+    """How long it has been, and whether to say so: every `report_after_s`."""
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        self._every_s = float(cluster.report_after_s)
+        self.restart(time.time())
+
+    def restart(self, since: float) -> None:
+        self._since, self._next_s = since, self._every_s
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self._since
+
+    def report_is_due(self) -> bool:
+        """True once each time that it has passed."""
+        due = self.seconds > self._next_s
+        self._next_s += self._every_s if due else 0
+        return due
+
+
+class Patience:
+    """With the workers of a stage: reports when none is there, and when one of them stands still.
+
+    The clock runs while no worker gives a sign of life: at the start, and when Ray has to start the group again.
+    """
+
+    def __init__(self, stage: str, cluster: ClusterSettings, warn: Warn) -> None:
+        self._stage, self._cluster, self._warn = stage, cluster, warn
+        self._alone = _Wait(cluster)
+        self._named: set[tuple[int, int]] = set()
+
+    def look(self, signs: Mapping[int, tuple[WorkerStatus, float]]) -> None:
+        """Raises NoRoom after `start_timeout_s` without a worker."""
+        newest = max((arrived for _, arrived in signs.values()), default=0.0)
+        if time.time() - newest < SILENCE_SECONDS:
+            self._alone.restart(newest)
+            self._name_the_hung([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
+            return
+        _report_or_end(self._alone, self._stage, self._cluster, self._cluster.least_workers, self._warn)
+
+    def _name_the_hung(self, signs: list[WorkerStatus]) -> None:
+        """The worker that the others wait for is the one that came to where it is last."""
+        stalled = [sign for sign in signs if sign.seconds > self._cluster.hang_after_s]
+        if len(stalled) < len(signs):
+            return
+        late = min(stalled, key=lambda sign: (sign.step, sign.doing == "step", -sign.seconds))
+        if (late.rank, late.step) not in self._named:
+            self._named.add((late.rank, late.step))
+            self._warn(
+                f"{self._stage} has stood still for {late.seconds:.0f} s: rank {late.rank} of {late.world_size} on {late.node} "
+                f"is at step {late.step}, {late.doing}; every worker has written its stacks to its log"
+            )
+
+
+class Membership:
+    """Tells Ray of nodes that have come or gone: an elastic group is started by what Ray's coordinator of resources knows,
+    and that looks only every 20 s."""
+
+    def __init__(self) -> None:
+        self._alive = alive_ids()
+
+    def look(self) -> bool:
+        """Whether a node has come."""
+        before, self._alive = self._alive, alive_ids()
+        if self._alive == before:
+            return False
+        with contextlib.suppress(ValueError):  # no coordinator yet
+            coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+            coordinator.get_reserved_resources.remote("threestage", recompute=True)
+        return not self._alive <= before
+
+
+def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
+    """Until the cluster has room for one predictor: asks for it meanwhile, so that an autoscaler brings a node. Reports and
+    raises like Patience."""
+    if room_for_one(cluster):
+        return
+    group = ray.util.placement_group([worker_takes(cluster)])
+    try:
+        wait = _Wait(cluster)
+        while not group.wait(1):
+            _report_or_end(wait, what, cluster, 1, warn)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def warn_if_stalled(what: str, cluster: ClusterSettings, warn: Warn) -> Iterator[Callable[[], None]]:
+    """Reports that no node could hold a predictor, as long as nothing is heard: what is yielded is to be called then.
+
+    Ray waits for nodes for ever, and asks an autoscaler for them.
+    """
+    heard, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        wait = _Wait(cluster)
+        while not ended.wait(LOOK_SECONDS):
+            if heard.is_set():
+                heard.clear()
+                wait.restart(time.time())
+            if wait.report_is_due():
+                with contextlib.suppress(Exception):  # the connection is going
+                    if not has_place_for_one(cluster):
+                        warn(_state(what, cluster, wait.seconds, 1))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield heard.set
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _report_or_end(wait: _Wait, what: str, cluster: ClusterSettings, workers: int, warn: Warn) -> None:
+    if wait.seconds > cluster.start_timeout_s:
+        raise NoRoom(_state(what, cluster, wait.seconds, workers), "ray/no-room")
+    if wait.report_is_due():
+        warn(_state(what, cluster, wait.seconds, workers))
+
+
+def _state(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
+    return waiting_text(what, cluster, waited, workers, cluster_nodes(), free_nodes())

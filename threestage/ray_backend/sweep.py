@@ -1,0 +1,271 @@
+"""The trials of a sweep with Ray Tune: each is an ordinary run, in a process of its own that asks for its own workers."""
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.error import TuneError
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from threestage.config import Config
+from threestage.data import storage
+from threestage.errors import CodedError, InputError, NoRoom, StageFailure
+from threestage.ray_backend.capacity import TRIAL_CPUS
+from threestage.ray_backend.connect import quiet_ray_data
+from threestage.ray_backend.train import run_on_ray
+from threestage.run_folder.reuse import parts_elsewhere
+from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder, steps_before
+from threestage.sweeps.space import Space, total_steps, trial_config
+
+METRIC, TIME = "mean_iou", "step"
+JUDGED = "judged_mean_iou"  # what the scheduler reads: nothing of a trial's last evaluation, nor of the one that changes nothing
+
+Next = Callable[[], Trial | None]
+
+
+def run_trials(
+    space: Space, config: Config, out: str, journal: TrialStore, following: Next, count: int, spent: Callable[[], bool],
+    warn: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Run the trials that `following` gives, at most `count` of them, `space.at_once` at a time, until `spent` says that
+    the budget is. What runs then is interrupted.
+
+    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when Ray Tune
+    itself fails.
+    """
+    if len(space.stages) > 1:
+        _start_actors_of_ray_data()
+    scheduler = _scheduler(space, config, journal)
+    trainable = tune.with_parameters(
+        _run_trial, space=space.model_dump(mode="json"), base=config.model_dump(mode="json"), out=out
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
+            tune_config=tune.TuneConfig(
+                search_alg=_Proposals(following),
+                scheduler=scheduler,
+                num_samples=count,
+                max_concurrent_trials=space.at_once,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=scratch,
+                verbose=0,
+                stop=_Budget(spent),
+                callbacks=[_Listener(journal, warn)],
+                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
+        try:
+            tuner.fit()
+        except TuneError as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise StageFailure(
+                f"the trials were interrupted: {reason[0]}; --resume continues", "sweep/interrupted"
+            ) from error
+        finally:
+            journal.interrupt()
+
+
+def _start_actors_of_ray_data() -> None:
+    """Ray Data has a few for the whole cluster. Started by a trial's process they would go with it."""
+    ray.data.from_items([0]).map(lambda row: row).materialize()
+
+
+def quieten() -> None:
+    """The journal is the record: no log files, no tables of Ray Tune's own. To be called before threads begin, see
+    tracking.reserve_variables. What a driver sets, its trials inherit not."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # prints less, with verbose=0 nothing
+    for library in ("ray.tune", "ray.air"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+def _scheduler(space: Space, config: Config, journal: TrialStore) -> TrialScheduler:
+    """ASHA that knows what the trials of an earlier start have scored."""
+    if space.scheduler is None:
+        return FIFOScheduler()
+    scheduler = ASHAScheduler(
+        time_attr=TIME,
+        metric=JUDGED,
+        mode="max",
+        grace_period=space.scheduler.grace_steps,
+        reduction_factor=space.scheduler.reduction_factor,
+        max_t=max(space.scheduler.grace_steps + 1, total_steps(space, config)),
+        stop_last_trials=False,
+    )
+    for trial in journal.of("search"):
+        if trial.over and not trial.own:
+            earlier = _Earlier(f"earlier-{trial.number}")
+            scheduler.on_trial_add(None, earlier)
+            judged = trial.curve if trial.score is None else trial.curve[:-1]
+            for step, score in judged:
+                scheduler.on_trial_result(None, earlier, {TIME: step, JUDGED: score})
+    return scheduler
+
+
+class _Earlier:
+    """All that ASHA asks of a trial."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+class _Unpickled:
+    """Ray Tune pickles itself into its scratch folder, which nobody reads; what belongs to this process stays out of it."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+
+class _Proposals(_Unpickled, Searcher):
+    """Hands the sweep's next trial to Ray Tune."""
+
+    def __init__(self, following: Next) -> None:
+        super().__init__(metric=JUDGED, mode="max")
+        self._following = following
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._following()
+        return Searcher.FINISHED if trial is None else {"trial": trial.model_dump(mode="json")}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        """The journal has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+class _Budget(_Unpickled, tune.Stopper):
+    def __init__(self, spent: Callable[[], bool]) -> None:
+        self._spent = spent
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._spent()
+
+
+class _Listener(_Unpickled, tune.Callback):
+    """Writes what Ray Tune tells into the journal."""
+
+    def __init__(self, journal: TrialStore, warn: Callable[[str], None]) -> None:
+        self._journal, self._warn = journal, warn
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._journal.begin(_number(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        number = _number(trial)
+        if "warning" in result:
+            self._warn(f"trial {number}: {result['warning']}")
+            return
+        if "trained" not in result:  # Ray Tune's own last word
+            return
+        self._journal.note(number, result["trained"], result["reused"])
+        if "failure" in result:
+            self._journal.end(number, result["state"], result["failure"])
+            return
+        self._journal.score(number, int(result[TIME]), float(result[METRIC]))
+        if result["finished"]:
+            self._journal.end(number, "finished")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._over(_number(trial), None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = str(trial.get_error() or "its process was lost").strip().splitlines()
+        self._over(_number(trial), lines[-1] if lines else "its process was lost")
+
+    def _over(self, number: int, error: str | None) -> None:
+        """What has not said itself how it ended was stopped by the scheduler, or lost."""
+        if self._journal.trial(number).state == "running":
+            self._journal.end(number, "stopped" if error is None else "failed", error)
+        self._journal.forget()
+
+
+def _number(trial: Any) -> int:
+    return int(trial.config["trial"]["number"])
+
+
+def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, Any], out: str) -> None:
+    """A trial's process: runs the trial's run, and tells Ray Tune each mean IoU on the validation images as it comes.
+
+    What an earlier try has reported is said again first, for the scheduler. What fails is told, not raised: it would fail
+    again. A process that is lost is started again by Ray Tune, and its run goes on from its last checkpoint.
+    """
+    quiet_ray_data()
+    trial, the_space = Trial.model_validate(setting["trial"]), Space.model_validate(space)
+    config = trial_config(the_space, Config.model_validate(base), trial.params, trial.seed)
+    storage.configure(config.storage)
+    folder, shared = run_folder(out, trial.number), shared_folder(out, trial.seed) if the_space.shared_stages else None
+    news = _News(trial, config, the_space, folder)
+    for step, value in trial.curve:
+        news.score(step, value)
+    try:
+        run_on_ray(config, folder, news.show, news.warn, reuse=shared)
+    except (NoRoom, OSError) as error:
+        news.say(failure=_words(error), state="waiting")
+    except (InputError, StageFailure, ray.exceptions.RayError) as error:
+        news.say(failure=_words(error), state="failed")
+    else:
+        for step, value in curve_of(folder, the_space.stages, config):
+            news.score(step, value)
+
+
+class _News:
+    """What a trial's process tells Ray Tune. Scores are of steps over all searched stages, each told once."""
+
+    def __init__(self, trial: Trial, config: Config, space: Space, folder: str) -> None:
+        self._trial, self._config, self._stages, self._folder = trial, config, space.stages, folder
+        self._last = steps_before(config, space.stages)
+        self._trained = set(trial.trained)
+        self._told = set[int]()
+        self._lock = threading.Lock()
+
+    def say(self, **result: Any) -> None:
+        """A report with the stages that were trained and reused so far."""
+        self._tell({"trained": sorted(self._trained), "reused": sorted(parts_elsewhere(self._folder)), **result})
+
+    def score(self, step: int, value: float) -> None:
+        if step in self._told:
+            return
+        self._told.add(step)
+        judged = {} if self._trial.own or step == self._last else {JUDGED: value}
+        self.say(**{TIME: step, METRIC: value}, finished=step == self._last, **judged)
+
+    def show(self, stage: str, row: Mapping[str, float]) -> None:
+        """A row of metrics of the run. The last score counts when the stage's model is there."""
+        self._trained.add(stage)
+        if METRIC in row and int(stage[-1]) in self._stages:
+            step = steps_before(self._config, self._stages, stage) + int(row["step"])
+            if step < self._last:
+                self.score(step, row[METRIC])
+
+    def warn(self, text: str) -> None:
+        self._tell({"warning": text})
+
+    def _tell(self, result: dict[str, Any]) -> None:
+        with self._lock:  # the pool is looked for in a thread of its own
+            tune.report(result)
+
+
+def _words(error: Exception) -> str:
+    text = error.message if isinstance(error, CodedError) else str(error)
+    return " ".join(text.split()) or type(error).__name__

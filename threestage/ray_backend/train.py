@@ -1,0 +1,248 @@
+"""The pipeline on a Ray cluster: every stage is a Ray Train run, every set of pseudo-masks a Ray Data job."""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.pool import PoolFile
+from threestage.errors import InputError, StageFailure
+from threestage.prediction.pseudo_masks import FileReport, PoolTask
+from threestage.ray_backend.capacity import room_there
+from threestage.ray_backend.connect import (
+    ABORT_SECONDS,
+    address_of,
+    connected,
+)
+from threestage.ray_backend.failures import FAILED, code_of, first_line, last_line
+from threestage.ray_backend.heartbeat import MonitorUpdate, start_monitor
+from threestage.ray_backend.nodes import warn_of_folders
+from threestage.ray_backend.pool_stream import stream_options, unlabelled_stream
+from threestage.ray_backend.predict import predict_pool
+from threestage.ray_backend.stall_monitor import Membership, Patience, await_resources, warn_if_stalled
+from threestage.ray_backend.tasks import in_tasks
+from threestage.ray_backend.worker import train_worker
+from threestage.run import pipeline
+from threestage.run.stages import StageTask
+from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
+
+POLL_SECONDS = 0.5
+
+TrainWorker = Callable[[dict[str, Any]], None]
+Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
+
+
+def run_on_ray(
+    config: Config,
+    out: str,
+    show: Show,
+    warn: pipeline.Warn = print,
+    record: pipeline.Record = lambda outcome: None,
+    watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
+) -> dict[str, Any]:
+    """Run the three stages on a cluster; returns what results.json holds. `reuse`: see pipeline.run."""
+
+    def run_stage(task: StageTask) -> None:
+        train_on_ray(task, show, warn)
+
+    def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
+        await_resources("pseudo-masks", config.cluster, warn)
+        try:
+            with warn_if_stalled("pseudo-masks", config.cluster, warn) as heard:
+                for report in predict_pool(model, task, files, config.cluster):
+                    heard()
+                    yield report
+        except ray.exceptions.RayError as error:
+            raise StageFailure(
+                f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
+            ) from error
+
+    def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        if len(items) < 2:
+            return map(function, items)
+        return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.number_of_predictors)
+
+    first = not ray.is_initialized()  # what is connected already was warned then
+    with connected(config.cluster):
+        if first:
+            warn_of_traps(config, out, warn)
+        return pipeline.run(config, out, run_stage, predict, record, warn, each, watch, reuse)
+
+
+def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
+    if address_of(config.cluster) is not None:
+        try:
+            doubt = room_there(config).doubt
+        except InputError as error:
+            doubt = f"{error.message}; the run waits for room"
+        if doubt is not None:
+            warn(doubt)
+    elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+        warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
+    unlabelled = [config.data.unlabelled] if config.data.unlabelled else []
+    warn_of_folders([out, config.data.root, *unlabelled], warn)
+
+
+def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:
+    """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
+
+    `function` is what every worker runs. A worker or a node that is lost costs a restart of the group, which Ray sees to; a
+    lost controller costs a new one. Raises StageFailure with the worker's own words when the stage could not be trained,
+    and when the cluster has had no room for it for `cluster.start_timeout_s`.
+    """
+    failures, driver = 0, secrets.token_hex(8)
+    while True:
+        try:
+            _watch_fit(task, partial(show, task.stage), warn, function, driver)
+            return
+        except ray.train.TrainingFailedError as error:
+            raise StageFailure(
+                f"{task.stage}: {last_line(error)}; the same command continues",
+                code_of(error) or "stage/training-failed",
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            failures += 1
+            if 0 <= task.settings().cluster.max_failures < failures:
+                raise StageFailure(
+                    f"{task.stage}: Ray Train's controller was lost {failures} times: {error}", "ray/process-lost"
+                ) from error
+            warn(f"{task.stage}: Ray Train's controller was lost; the stage goes on from its last checkpoint")
+
+
+def _watch_fit(
+    task: StageTask,
+    show: Callable[[Mapping[str, float]], None],
+    warn: pipeline.Warn,
+    function: TrainWorker,
+    driver: str,
+) -> None:
+    """Ray Train's fit in a thread, while this one passes on what the workers say and reports what is missing."""
+    cluster = task.settings().cluster
+    monitor = start_monitor()
+    trainer = make_trainer(task, monitor, function, driver)
+    patience, membership = Patience(task.stage, cluster, warn), Membership()
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if membership.look() and cluster.least_workers < cluster.most_workers:
+                monitor.notice.remote()  # Ray may start the group anew with the node that came: save before
+            news = ray.get(monitor.news.remote())
+            _pass_on(news, task.stage, show, warn)
+            if thread.is_alive():
+                patience.look(news.signs)
+        _pass_on(ray.get(monitor.news.remote()), task.stage, show, warn)
+        if outcome[0] is not None:
+            raise outcome[0]
+    finally:
+        if thread.is_alive():
+            _abort(monitor)
+        ray.kill(monitor)
+
+
+def _abort(monitor: Any) -> None:
+    """End Ray Train's controller and its workers; without them `fit` returns.
+
+    One that is killed before it has let go of its resources keeps them until the driver ends, hence the patience.
+    """
+    controller = ray.get(monitor.controller.remote())
+    if controller is None:
+        return
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(controller.abort.remote(), timeout=ABORT_SECONDS)
+    ray.kill(controller)
+
+
+def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn) -> None:
+    for row in news.rows:
+        show(row)
+    for warning in news.warnings:
+        warn(warning)
+    if news.failure is not None:
+        raise StageFailure(f"{stage}: {news.failure.message}", news.failure.code)
+
+
+class _Introduction(ControllerCallback):
+    """Hands the controller to the monitor, so that the driver can end it."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        ray.get(self._monitor.introduce.remote(ray.get_runtime_context().current_actor))
+
+
+def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: str) -> TorchTrainer:
+    """Ray Train keeps nothing of ours: the stage's checkpoints are our own files. `driver` names who asks for it."""
+    cluster = task.settings().cluster
+    files, path = storage.filesystem(task.folder)
+    datasets = {}
+    if task.pool is not None:
+        # Ray calls it whenever it starts the workers, so that one restarted goes on where the last checkpoint is
+        datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
+    elastic = cluster.least_workers < cluster.most_workers
+    return TorchTrainer(
+        function,
+        train_loop_config={
+            "task": task.model_dump(mode="json"),
+            "monitor": monitor,
+            "driver": driver,
+            "threads": cluster.cpus_per_worker,
+        },
+        torch_config=TorchConfig(
+            backend=None if cluster.backend == "auto" else cluster.backend, timeout_s=cluster.collective_timeout_s
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.least_workers, cluster.most_workers) if elastic else cluster.most_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=cluster.worker_resources,
+            placement_strategy=cluster.placement,
+            accelerator_type=cluster.accelerator,
+            elastic_resize_monitor_interval_s=cluster.resize_after_s,
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=path,
+            storage_filesystem=files,
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=-1),
+            callbacks=[_Introduction(monitor)],
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=stream_options(cluster.most_workers)),
+    )
+
+
+def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
+    """Runs in the controller, for which an error is the end: a store that does not answer is asked again."""
+    deadline = time.monotonic() + task.settings().cluster.start_timeout_s
+    while True:
+        try:
+            latest = Checkpoints(checkpoint_folder(task.folder)).latest()
+            return unlabelled_stream(task, latest or Pointer())
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)

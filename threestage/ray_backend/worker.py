@@ -1,0 +1,134 @@
+"""The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from threestage.allocator import disable_malloc_trim
+from threestage.data.batches import Batch, BatchSlice, max_shard_size
+from threestage.errors import StageFailure
+from threestage.ray_backend.heartbeat import Heartbeat
+from threestage.ray_backend.pool_stream import stream_batches
+from threestage.run.stages import StageTask, train_stage
+from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker: `arguments` holds a StageTask as JSON and the driver's monitor.
+
+    A StageFailure is told to the driver, which ends the stage: trying again would end the same way.
+    """
+    disable_malloc_trim()
+    torch.set_num_threads(max(1, int(arguments["threads"])))
+    task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
+    if ray.get(monitor.failed.remote()):
+        return
+    context = ray.train.get_context()
+    with Heartbeat(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
+        try:
+            train_stage(task, RayWorker(task, monitor, pulse, arguments["driver"]))
+        except StageFailure as error:
+            ray.get(monitor.fail.remote(error))
+            raise
+
+
+class RayWorker:
+    """A Worker of a Ray Train group. Ray starts the group again when one of it is lost; what it learnt is in the stage's
+    checkpoints, which rank 0 writes."""
+
+    def __init__(self, task: StageTask, monitor: Any, pulse: Heartbeat, driver: str) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        keep = task.settings().training.checkpoints_kept
+        self.checkpoints = Checkpoints(checkpoint_folder(task.folder), keep, driver)
+        self._task = task
+        self._monitor = monitor
+        self._pulse = pulse
+        self._averages_buffers = False
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return network
+        config = self._task.settings()
+        live = config.network.has_live_batch_norm
+        synchronised = config.cluster.synchronises(live)
+        if synchronised:
+            from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norm layers
+
+            network = convert_sync_batchnorm(network)
+        self._averages_buffers = live and not synchronised
+        devices = None if self.device.type == "cpu" else [self.device]
+        return DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only."""
+        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if not self._averages_buffers or not floats:
+            return
+        mean = self.sum(torch.cat([buffer.flatten() for buffer in floats])) / self.world_size
+        for buffer, value in zip(floats, mean.split([buffer.numel() for buffer in floats]), strict=True):
+            buffer.copy_(value.view_as(buffer))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
+        """From Ray's stream, which was made to begin at that image. It gives all workers the same number of images, so
+        one whose share is smaller passes over the rest."""
+        size = max_shard_size(share.total, self.world_size)
+        for batch in stream_batches(
+            ray.train.get_dataset_shard("unlabelled"), size, self._task.settings().seed, self.rank
+        ):
+            yield batch if share.count == size else batch.first(share.count)
+
+    def notices(self) -> int:
+        """Nodes that drain, and what the driver has noticed. Ray's own get_preemption_info is a barrier of all workers; the
+        loop agrees by itself, so this only looks."""
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        context = getattr(get_train_context(), "preemption_context", None)
+        info = None if context is None else context.preemption_info
+        return self._pulse.notices + (0 if info is None else len(info.preempted_node_ids))
+
+    def noticed(self, step: int) -> None:
+        """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
+        if self.rank == 0:
+            self.warn(f"{self._task.stage}: a node leaves or joins; the checkpoint of step {step} is saved")
+
+    def warn(self, text: str) -> None:
+        self._monitor.warn.remote(text)
+
+    def doing(self, step: int, what: str) -> None:
+        self._pulse.doing(step, what)
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        self._pulse.measured(values)
+
+    def log(self, row: Row) -> None:
+        if self.rank == 0:
+            self._monitor.row.remote(dict(row))

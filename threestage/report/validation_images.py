@@ -1,0 +1,224 @@
+"""What a run's stages say of its validation images: predicted here, in batches, each image decoded once per pass."""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from threestage import IGNORE_INDEX
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.datasets import labelled_set, validation_set
+from threestage.data.records import Manifest, load_manifest
+from threestage.data.samples import Decoded
+from threestage.data.split import saved_split
+from threestage.errors import InputError
+from threestage.evaluation import BATCH
+from threestage.models.export import load_card, load_model
+from threestage.models.network import Network
+from threestage.prediction.pseudo_masks import predict_images, quantise
+from threestage.report.run_reader import Run
+from threestage.report.terminal_tables import colourise, panel
+from threestage.run_folder.reuse import resolve_part
+from threestage.training.metrics import (
+    RELIABILITY_BINS,
+    confusion_matrix,
+    expected_calibration_error,
+    mean_iou,
+    pixel_accuracy,
+    reliability_counts,
+)
+from threestage.training.worker import default_device
+
+CPU_PIXELS = 8_000_000
+Group = Literal["worst", "middle", "best"]
+OnImages = Callable[[int, int], None]  # (images done, of so many)
+
+
+class Chosen(NamedTuple):
+    place: int  # in the validation set
+    group: Group
+
+
+@dataclass
+class Measured:
+    """A stage's sums over the measured validation images, ignored pixels left out, and the mean IoU of each image."""
+
+    confusion: Tensor  # (C,C) int64
+    counts: Tensor = field(default_factory=lambda: torch.zeros(RELIABILITY_BINS, 3, dtype=torch.float64))
+    entropy_sum: float = 0.0  # nats
+    image_iou: dict[int, float] = field(default_factory=dict)
+
+    def add(self, index: int, mask: Tensor, class_ids: Tensor, confidence: Tensor, entropy: Tensor) -> None:
+        """One image, all (H,W)."""
+        valid = mask != IGNORE_INDEX
+        confusion = confusion_matrix(mask, class_ids, len(self.confusion))
+        self.confusion += confusion
+        self.counts += reliability_counts(confidence[valid], (class_ids == mask)[valid])
+        self.entropy_sum += float(entropy[valid].double().sum())
+        self.image_iou[index] = mean_iou(confusion)
+
+    @property
+    def pixels(self) -> float:
+        return float(self.counts[:, 0].sum())
+
+    @property
+    def mean_confidence(self) -> float:
+        return float(self.counts[:, 1].sum()) / self.pixels
+
+    @property
+    def mean_entropy(self) -> float:
+        return self.entropy_sum / self.pixels
+
+    @property
+    def accuracy(self) -> float:
+        return pixel_accuracy(self.confusion)
+
+    @property
+    def calibration_error(self) -> float:
+        return expected_calibration_error(self.counts)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A chosen image at full size; per stage its class ids (H,W) uint8, confidence (H,W) uint8 (255 = 1) and mean IoU."""
+
+    image_id: str
+    group: Group
+    image: np.ndarray
+    mask: np.ndarray
+    class_ids: tuple[np.ndarray, ...]
+    confidence: tuple[np.ndarray, ...]
+    scores: tuple[float, ...]
+
+
+class Validation:
+    """The finished stages' models and the images that the run validated on."""
+
+    def __init__(self, run: Run, root: str) -> None:
+        """Raises InputError where the data set is not there, is another one, or holds none of the images any more."""
+        card = load_card(run.stages[0].model)
+        self.manifest = _manifest(root, card.classes)
+        self.downscale = card.downscale
+        self.samples = validation_set(root, self.manifest, run.split, card.downscale)
+        if len(self.samples) == 0:
+            raise InputError(
+                f"{root}: holds none of the images that the run validated on; give another data set with --data",
+                "run/other-data-set",
+            )
+        self.changed = run.stages[-1].validation_digest not in (None, self.samples.digest())
+        self._labelled = labelled_set(root, self.manifest, run.split, card.downscale, None)
+        self._device = default_device()
+        self._networks = [load_model(stage.model)[0].to(self._device) for stage in run.stages]
+
+    def label_pixels(self) -> list[int]:
+        """Pixels of each class in the labels that the run may see."""
+        counts = np.zeros(IGNORE_INDEX + 1, np.int64)
+        for index in range(len(self._labelled)):
+            counts += np.bincount(self._labelled.decoded(index).maps["mask"].ravel(), minlength=len(counts))
+        return [int(count) for count in counts[: len(self.manifest.classes)]]
+
+    def affordable(self, least: int) -> int:
+        """On how many images to measure unless told: all on a GPU, on a CPU CPU_PIXELS of them but at least `least`."""
+        sizes = self.manifest.sizes
+        pixels = sizes.mean_height * sizes.mean_width / self.downscale**2
+        if self._device.type != "cpu" or pixels == 0:
+            return len(self.samples)
+        return max(least, int(CPU_PIXELS / pixels))
+
+    def measure(self, count: int, show: OnImages) -> list[Measured]:
+        """Every stage on `count` images, evenly spread over the set; on all where there are no more."""
+        indices = evenly(len(self.samples), count)
+        classes = len(self.manifest.classes)
+        found = [Measured(torch.zeros(classes, classes, dtype=torch.int64)) for _ in self._networks]
+        for start in range(0, len(indices), BATCH):
+            batch = indices[start : start + BATCH]
+            decoded = [self.samples.decoded(index) for index in batch]
+            for measured, network in zip(found, self._networks, strict=True):
+                for place, *predicted in self._predict(network, decoded):
+                    measured.add(batch[place], torch.from_numpy(decoded[place].maps["mask"]), *predicted)
+            show(start + len(batch), len(indices))
+        return found
+
+    def examples(self, chosen: Sequence[Chosen], measured: Sequence[Measured]) -> Iterator[Example]:
+        """The chosen images in their order, a batch in memory at a time."""
+        for start in range(0, len(chosen), BATCH):
+            batch = chosen[start : start + BATCH]
+            decoded = [self.samples.decoded(index) for index, _ in batch]
+            stages = [{i: (m, c) for i, m, c, _ in self._predict(n, decoded)} for n in self._networks]
+            for place, (index, group) in enumerate(batch):
+                yield Example(
+                    image_id=self.samples.samples[index].image_id,
+                    group=group,
+                    image=decoded[place].image,
+                    mask=decoded[place].maps["mask"],
+                    class_ids=tuple(stage[place][0].numpy() for stage in stages),
+                    confidence=tuple(quantise(stage[place][1]).numpy() for stage in stages),
+                    scores=tuple(m.image_iou[index] for m in measured),
+                )
+
+    def _predict(self, network: Network, decoded: Sequence[Decoded]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        return predict_images(network, [d.image for d in decoded], BATCH, self._device)
+
+
+def _manifest(root: str, classes: tuple[str, ...]) -> Manifest:
+    manifest = load_manifest(root)
+    if manifest.classes != classes:
+        raise InputError(
+            f"{root}: has the classes {list(manifest.classes)}, the run's models know {list(classes)}; give the run's data set "
+            "with --data",
+            "run/other-data-set",
+        )
+    return manifest
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """`count` of the indices 0..length-1, evenly spread; all of them when there are no more."""
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
+
+
+def choose(scores: dict[int, float], count: int) -> list[Chosen]:
+    """`count` images by their scores, lowest first: a third the worst, a third the best, the others around the median.
+
+    An image without a score (every pixel ignored) is not chosen; equal scores keep the order of the indices.
+    """
+    ranked = sorted((i for i, score in scores.items() if not math.isnan(score)), key=lambda i: (scores[i], i))
+    count = min(count, len(ranked))
+    worst, best = math.ceil(count / 3), count // 3
+    middle = count - worst - best
+    first = worst + (len(ranked) - count) // 2
+    groups: list[tuple[Group, list[int]]] = [
+        ("worst", ranked[:worst]),
+        ("middle", ranked[first : first + middle]),
+        ("best", ranked[len(ranked) - best :]),
+    ]
+    return [Chosen(index, group) for group, members in groups for index in members]
+
+
+PICTURES = 6
+
+
+def write_pictures(config: Config, out: str) -> None:
+    """`pictures.png`: image | truth | stage 1 | stage 2 | stage 3 for some validation images."""
+    manifest = load_manifest(config.data.root)
+    split = saved_split(storage.join(out, "split.json"))[0]
+    samples = validation_set(config.data.root, manifest, split, config.data.downscale)
+    spacing = max(1, len(samples) // PICTURES)
+    chosen = [samples.decoded(i) for i in range(0, len(samples), spacing)][:PICTURES]
+    images = [decoded.image for decoded in chosen]
+    truths = [colourise(decoded.maps["mask"], manifest.colours) for decoded in chosen]
+    columns = [("image", images), ("truth", truths)]
+    device = default_device()
+    for number, stage in enumerate(config.stage_names, 1):
+        network = load_model(storage.join(resolve_part(out, stage), "model"))[0].to(device)
+        predicted = {index: mask.numpy() for index, mask, _, _ in predict_images(network, images, BATCH, device)}
+        columns.append((f"stage {number}", [colourise(predicted[i], manifest.colours) for i in range(len(images))]))
+    stream = io.BytesIO()
+    panel(columns, manifest.classes, manifest.colours).save(stream, format="PNG")
+    storage.write_bytes(storage.join(out, "pictures.png"), stream.getvalue())

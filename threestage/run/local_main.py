@@ -1,0 +1,66 @@
+"""The whole pipeline in this process: for a debugger, and for machines that have neither Ray nor MLflow.
+
+    python -m threestage.local PRESET_OR_YAML --out FOLDER [--seed N] [--set a.b=c …]
+
+needs torch, timm, pyarrow and pydantic only, and segmentation-models-pytorch for network.head=deeplabv3plus.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from threestage.config import load
+from threestage.data.storage_errors import explain
+from threestage.errors import InputError, StageFailure
+from threestage.plain_text import escape_control_chars, one_line
+from threestage.redaction import redact
+from threestage.run.run import run
+from threestage.verdict import text
+
+EXAMPLE = "Example: python -m threestage.local demo --set data.root=runs/demo-0/data --out runs/demo"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_failed(InputError(f"{message} (see {self.prog} --help)", "config/usage"), 2))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _Parser(prog="python -m threestage.local", description=__doc__.splitlines()[0], epilog=EXAMPLE)
+    parser.add_argument("config", help="a preset or a YAML file")
+    parser.add_argument("--out", required=True, help="folder of the run; the same folder continues it")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one setting; repeatable")
+    options = parser.parse_args(arguments)
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    try:
+        config = load(options.config, [*options.set, *seed])
+        results = run(config, options.out, True, _print_row, _print, _print_count)
+    except (InputError, StageFailure) as error:
+        return _failed(error, 1 if isinstance(error, StageFailure) else 2)
+    except OSError as error:
+        return _failed(explain(None, error), 2)
+    if (verdict := text(results)) is not None:
+        _print(verdict)
+    print(json.dumps(results["stages"], indent=1))
+    return 0
+
+
+def _failed(error: Exception | str, code: int) -> int:
+    print(f"error: {one_line(redact(str(error)))}", file=sys.stderr)
+    return code
+
+
+def _print(text: str) -> None:
+    print(escape_control_chars(text), flush=True)
+
+
+def _print_row(stage: str, row: Mapping[str, float]) -> None:
+    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    _print(f"{stage} step {int(row['step'])}  {values}")
+
+
+def _print_count(what: str, done: int, total: int) -> None:
+    _print(f"{what}: {done} of {total} images")

@@ -1,0 +1,212 @@
+"""A run as its user starts it: the pipeline, its mirror in MLflow, its pictures. The CLI and jobs/ call this."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from threestage.checks.store import check_store, check_writable
+from threestage.config import Config, load, refuse_unconfirmed_hosts
+from threestage.data import storage
+from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
+from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
+from threestage.data.synthetic import CLASSES, write_scenes
+from threestage.errors import InputError, StageFailure, reason_of
+from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.connection import reserve_variables, resolve_uri
+from threestage.mlflow_sync.records import RegisteredVersion, Status
+from threestage.mlflow_sync.run_sync import Mirror, has_begun, keep_outcome, keep_settings
+from threestage.models.program import without_program
+from threestage.report.report import write_report
+from threestage.report.validation_images import write_pictures
+from threestage.run import pipeline
+from threestage.run.local_backend import run_local
+from threestage.run_folder import lease
+from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME
+
+Show = Callable[[str, Mapping[str, float]], None]
+DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
+OWN_DATA = "for images of your own, use `threestage run own_images --set data.root=DATA`"
+
+
+def run(
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
+) -> dict[str, Any]:
+    """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
+
+    `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
+    Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
+    """
+    check_places(config, out, local)
+    return run_checked(config, out, local, show, warn, watch, reuse)
+
+
+def check_places(config: Config, out: str, local: bool) -> None:
+    """Raises InputError where a place of the run may not be used; before anything is read or written there."""
+    if not local:
+        refuse_unconfirmed_hosts(config)
+    check_store(config, out)
+    claim(storage.absolute(out), RUN)  # a busy store passes the check above
+
+
+def run_checked(
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch = lambda what, done, total: None,
+    reuse: str | None = None,
+) -> dict[str, Any]:
+    """`run` after `check_places`."""
+    config, out = config.with_absolute_paths(), storage.absolute(out)
+    _warn_of_the_demos_network(config, warn)
+    reserve_variables()
+    with lease.held(out, warn) as held:
+        results, registered = _run(config, out, local, show, warn, watch, reuse, held)
+    return results | {"registered": [asdict(version) for version in registered]}
+
+
+def _run(
+    config: Config,
+    out: str,
+    local: bool,
+    show: Show,
+    warn: pipeline.Warn,
+    watch: pipeline.Watch,
+    reuse: str | None,
+    held: lease.Lease,
+) -> tuple[dict[str, Any], list[RegisteredVersion]]:
+    if local:
+        settings = _settings(config)
+        results = run_local(
+            config, out, save_summary(out, settings, show), warn, save_outcome(out, settings), watch, reuse
+        )
+        _illustrate(config, out, warn)
+        return results, []
+    from threestage.ray_backend.train import run_on_ray
+
+    registry = None if has_begun(out) else open_registry(config.registry)
+    if registry is not None:  # a run that is continued has been told
+        threading.Thread(target=_warn_without_program, args=(config, warn), daemon=True).start()
+    settings = _settings(config, resolve_uri(config.registry.tracking_uri))
+    mirror = Mirror(out, settings, config.registry, registry, warn)
+    noting, keeping = save_summary(out, settings, show, mirror.notify), save_outcome(out, settings, mirror.notify)
+    status: Status = "FAILED"
+    refused = False  # then what is in the folder may be another run's
+    registered: list[RegisteredVersion] = []
+    try:
+        results = run_on_ray(config, out, noting, warn, keeping, watch, reuse)
+        _illustrate(config, out, warn)
+        status = "FINISHED"
+    except InputError:
+        refused = not mirror.notified
+        raise
+    finally:
+        if held.lost is None and not refused:
+            registered = mirror.close(status)
+        else:
+            mirror.abandon()
+    return results, registered
+
+
+def _warn_without_program(config: Config, warn: pipeline.Warn) -> None:
+    """Say early, beside the training, what the registered models will lack."""
+    with contextlib.suppress(InputError):  # the pipeline refuses such settings itself
+        if doubt := without_program(config.network):
+            warn(doubt)
+
+
+def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    tree["registry"]["tracking_uri"] = tracking_uri or config.registry.tracking_uri
+    return tree
+
+
+def save_summary(out: str, settings: Mapping[str, Any], show: Show, then: Callable[[], None] = lambda: None) -> Show:
+    """Write the settings down when the first stage has really begun: before, they may be refused."""
+    written = storage.exists(storage.join(out, CONFIG_NAME))
+
+    def note(stage: str, row: Mapping[str, float]) -> None:
+        nonlocal written
+        if not written:
+            keep_settings(out, settings)
+            written = True
+        show(stage, row)
+        then()
+
+    return note
+
+
+def save_outcome(out: str, settings: Mapping[str, Any], then: Callable[[], None] = lambda: None) -> pipeline.Record:
+    """Write the settings and the stage's outcome down as soon as a stage is finished."""
+
+    def keep(outcome: pipeline.StageOutcome) -> None:
+        keep_settings(out, settings)
+        keep_outcome(out, outcome)
+        then()
+
+    return keep
+
+
+def _illustrate(config: Config, out: str, warn: pipeline.Warn) -> None:
+    write_pictures(config, out)
+    _write_page(out, warn)
+
+
+def _write_page(out: str, warn: pipeline.Warn) -> None:
+    """A page that cannot be written does not fail a run that is finished."""
+    try:
+        write_report(out)
+    except (InputError, StageFailure, OSError) as error:
+        warn(
+            f"the run is finished but {PAGE_NAME} could not be written: {reason_of(error)}; try `threestage report {out}`"
+        )
+
+
+def demo_config(out: str, seed: int, overrides: list[str]) -> Config:
+    """Make the demo's scenes and data set below `out`, unless they are there; returns the demo's configuration.
+
+    Raises:
+        InputError: other data than the scenes are asked for, or lie there.
+    """
+    data = storage.join(out, "data")
+    config = load("demo", [f"data.root={data}", f"seed={seed}", *overrides])
+    for key, given, own in (("root", config.data.root, data), ("unlabelled", config.data.unlabelled, None)):
+        if given != own:
+            raise InputError(
+                f"--set data.{key}={given}: the demo trains on its own scenes; {OWN_DATA}", "demo/other-data"
+            )
+    check_writable(config, out)
+    scenes = storage.join(out, "scenes")
+    if storage.exists(storage.join(data, MANIFEST_NAME)):
+        if not _holds_scenes(data):
+            raise InputError(
+                f"{data}: holds another data set than the demo's scenes; give another --out, or {OWN_DATA}",
+                "demo/other-data",
+            )
+    else:
+        claim(out, RUN)
+        mark(out, DEMO_MARK, "threestage demo")
+        write_scenes(scenes, DEMO_SCENES, seed)
+        ingest(
+            scenes, data, IngestSettings(format="camvid", class_map=storage.join(scenes, "class_map.yaml"), name="demo")
+        )
+    return config
+
+
+def _holds_scenes(root: str) -> bool:
+    return load_manifest(root).classes == CLASSES
+
+
+def _warn_of_the_demos_network(config: Config, warn: pipeline.Warn) -> None:
+    if config.name == "demo" and not _holds_scenes(config.data.root):
+        warn(f"{config.data.root}: the preset demo trains a tiny network from scratch, made for its scenes; {OWN_DATA}")
