@@ -4,8 +4,9 @@ import sys
 
 from threestage.config import load
 from threestage.report.terminal_tables import results_table
-from threestage.run import run as runs
+from threestage.run.backend import RunCallbacks
+from threestage.run.run import run as train
 
 dataset, run, *changes = sys.argv[1:]
 config = load("own_images", [f"data.root={dataset}", *changes])
-print(results_table(runs.run(config, run, local=True, show=print, warn=print)))
+print(results_table(train(config, run, local=True, on=RunCallbacks(on_metrics=print))))

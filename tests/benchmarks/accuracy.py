@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.benchmarks.paired import describe
+from tests.runs import run_local
 from threestage.config import Config, changed, load, stage_keys
 from threestage.evaluation import evaluate_model
 from threestage.models.export import load_model
 from threestage.report.seed_summary import deviation, plus_minus
-from threestage.run.local_backend import run_local
 
 MOBILENET = (
     "network.encoder=mobilenetv2_100", "network.output_stride=16", "network.head=deeplabv3plus", "network.pretrained=false",

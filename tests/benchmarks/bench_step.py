@@ -23,12 +23,11 @@ from torch import Tensor
 
 from tests.benchmarks.measure import CAMVID, report
 from tests.benchmarks.on_device import PeakMemory, bytes_of, clock
+from tests.runs import run_trained_by
 from threestage.allocator import disable_malloc_trim
 from threestage.config import STAGES, Config, load
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import write_scenes
-from threestage.run import pipeline
-from threestage.run.local_backend import predict_pool
 from threestage.run.stages import StageTask, build_state, load_data, local_unlabelled, make_source, train_stage
 from threestage.training import losses
 from threestage.training.checkpoint import TrainState
@@ -222,7 +221,7 @@ def measure_stages(config: Config, steps: int) -> list[dict[str, Any]]:
         train_stage(task, worker)
 
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.run(config, folder, run_stage, predict_pool, lambda outcome: None, lambda text: None)
+        run_trained_by(run_stage, config, folder, lambda text: None)
     return rows
 
 

@@ -19,14 +19,13 @@ import torch
 
 from tests.benchmarks.measure import inside_cluster, report
 from tests.conftest import tiny_config
+from tests.runs import run_trained_by
 from threestage.allocator import disable_malloc_trim
 from threestage.config import Config
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.synthetic import SceneSettings, write_scenes
 from threestage.ray_backend.connect import quiet_ray_data
 from threestage.ray_backend.train import train_on_ray
-from threestage.run import pipeline
-from threestage.run.local_backend import predict_pool
 from threestage.run.stages import StageTask, local_unlabelled, train_stage
 from threestage.training.worker import LocalWorker
 
@@ -61,7 +60,7 @@ def measured(config: Config, out: str, run: Callable[[StageTask, Watch], None]) 
         run(task, watch)
         found[task.stage] = watch.figures()
 
-    pipeline.run(config, out, run_stage, predict_pool, lambda outcome: None, print)
+    run_trained_by(run_stage, config, out)
     return found
 
 

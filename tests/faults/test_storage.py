@@ -19,6 +19,7 @@ from PIL import Image
 from tests.conftest import tiny_config
 from tests.faulty_s3 import Faults, faulty_s3
 from tests.refusals import refused
+from tests.runs import run_local
 from tests.s3 import s3_server, variables
 from threestage.config import Config
 from threestage.data import storage
@@ -28,7 +29,6 @@ from threestage.data.pool import load_pool
 from threestage.data.rejects import read_rejects
 from threestage.data.synthetic import write_scenes
 from threestage.errors import StageFailure
-from threestage.run.local_backend import run_local
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

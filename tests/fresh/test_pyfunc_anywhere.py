@@ -13,10 +13,10 @@ from tests.conftest import tiny_config
 from tests.fresh.processes import command_of
 from tests.mlflow_server import mlflow_server
 from tests.postgres import needs_postgres, postgres
+from tests.runs import run_local
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.mlflow_sync.run_sync import keep_outcome, keep_settings, sync
-from threestage.run.local_backend import run_local
 from threestage.run.pipeline import StageOutcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -15,7 +15,8 @@ from threestage.evaluation import evaluate_model
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.predict import PredictSettings, open_model, predict_input, read_model
-from threestage.run import run as runs
+from threestage.run.backend import RunCallbacks
+from threestage.run.run import run
 
 pytestmark = [
     pytest.mark.integration,
@@ -54,7 +55,7 @@ def test_everything_on_s3_with_two_workers(
     rows: list[tuple[str, Mapping[str, float]]] = []
     warnings: list[str] = []
     out = f"{s3_root}/run"
-    results = runs.run(config, out, False, lambda stage, row: rows.append((stage, row)), warnings.append)
+    results = run(config, out, False, RunCallbacks(lambda stage, row: rows.append((stage, row)), warnings.append))
 
     trained = ["stage1", "stage2", "stage3"][:stages]
     assert list(results["stages"]) == trained
@@ -70,7 +71,7 @@ def test_everything_on_s3_with_two_workers(
     settings = RegistrySettings(**registry)
     models = open_registry(settings).models.versions()
     assert sorted(alias for model in models for alias in model["aliases"]) == ["champion", *trained]
-    runs.run(config, out, False, lambda stage, row: pytest.fail("a finished run trained again"), print)
+    run(config, out, False, RunCallbacks(lambda stage, row: pytest.fail("a finished run trained again")))
     assert len(open_registry(settings).models.versions()) == stages
 
     network, card = open_model(f"models:/tiny@{trained[-1]}", settings)

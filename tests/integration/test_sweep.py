@@ -78,7 +78,7 @@ def sweep_config(scenes: Path, tmp_path: Path) -> Config:
 def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, scenes: Path, tmp_path: Path) -> None:
     import ray
 
-    from threestage.ray_backend.train import run_on_ray
+    from tests.runs import run_on_ray
 
     config, out, show = sweep_config(scenes, tmp_path), f"{s3_root}/sweep", Silent()
     found = sweep.run(Sweep(Space.model_validate(SPACE), config, out), show)

@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from tests.conftest import tiny_config
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
+from tests.runs import run_on_ray
 from threestage.data.batches import Batch, BatchSlice
 from threestage.data.split import Split
 from threestage.errors import StageFailure
@@ -158,7 +159,7 @@ def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Pat
     config = tiny_config(scenes, cluster={"workers": 2}, optimiser=optimiser)
     rows: list[object] = []
     with refused("stage/diverged", "stage1: ", "supervised_loss", "step 2", "images train", error=StageFailure):
-        on_ray.run_on_ray(config, str(tmp_path), lambda stage, row: rows.append(row), print)
+        run_on_ray(config, str(tmp_path), lambda stage, row: rows.append(row), print)
     assert rows == [], "a second try would begin at step 0 again"
 
 
@@ -168,7 +169,7 @@ def test_what_is_asked_and_not_there_ends_the_run(ray_cluster: None, scenes: Pat
     before = controllers()
     asked, there = "2 × (CPU 1, fpga 1)", "fpga 0 (0 free) on 1 node"
     with refused("ray/no-room", "stage1: ", asked, there, error=StageFailure):
-        on_ray.run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, print)
+        run_on_ray(tiny_config(scenes, cluster=cluster), str(tmp_path), lambda stage, row: None, print)
     assert_no_controller_is_left(before)
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.refusals import refused
+from tests.runs import run_local
 from tests.s3 import free_port
 from tests.waiting import wait_for
 from threestage.config import Config
@@ -24,9 +25,10 @@ from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import in_time
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings
 from threestage.mlflow_sync.run_sync import Mirror, keep_outcome, keep_settings, sync
-from threestage.run import run as runs
-from threestage.run.local_backend import run_local
+from threestage.run.backend import RunCallbacks
+from threestage.run.local_backend import LocalBackend
 from threestage.run.pipeline import StageOutcome
+from threestage.run.run import run
 
 Events = Mapping[tuple[str, int], Callable[[], None]]  # what happens at a stage's step
 WAIT_S = 1.0  # more than training may ever wait for MLflow
@@ -79,7 +81,7 @@ def config_of(scenes: Path, server: Server) -> Config:
 def run_mirrored(
     config: Config, out: str, warnings: list[str], events: Events
 ) -> tuple[list[RegisteredVersion], float]:
-    """The run in this process, its mirror as in runs.run. Returns the versions, and the longest that training waited."""
+    """The run in this process, sent as in run.run. Returns the versions, and the longest that training waited."""
     settings = config.model_dump(mode="json")
     mirror = Mirror(out, settings, config.registry, open_registry(config.registry), warnings.append)
     waits: list[float] = []
@@ -195,7 +197,7 @@ def test_a_run_that_died_in_its_first_stage_can_be_sent(scenes: Path, tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.run(tiny_config(scenes), out, True, die, print)
+        run(tiny_config(scenes), out, True, RunCallbacks(die))
     assert sync(out, uri) == []
     registry = open_registry(RegistrySettings(tracking_uri=uri))
     assert steps_of(registry, "stage1") == [2, 4]
@@ -205,7 +207,7 @@ def test_a_run_that_died_in_its_first_stage_can_be_sent(scenes: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path) -> None:
     out, copy, uri = str(tmp_path / "run"), str(tmp_path / "copy"), f"sqlite:///{tmp_path}/mlflow.db"
-    runs.run(tiny_config(scenes), out, True, lambda stage, row: None, print)
+    run(tiny_config(scenes), out, True, RunCallbacks())
     shutil.copytree(out, copy)
     shutil.rmtree(out)
     assert [version.alias for version in sync(copy, uri)] == ["stage1", "stage2", "stage3"]
@@ -214,20 +216,23 @@ def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path)
 def test_a_refused_command_changes_nothing_in_mlflow(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("threestage.ray_backend.train.run_on_ray", run_local)
+    monkeypatch.setattr(
+        "threestage.ray_backend.train.on_cluster",
+        lambda config, out, on: contextlib.nullcontext(LocalBackend(config, on)),
+    )
     where = RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     out = str(tmp_path / "run")
 
-    def run(out: str, **changes: Any) -> None:
+    def again(out: str, **changes: Any) -> None:
         settings = {"stages": 1, "registry": where.model_dump()} | changes
-        runs.run(tiny_config(scenes, **settings), out, False, lambda stage, row: None, print)
+        run(tiny_config(scenes, **settings), out, False, RunCallbacks())
 
-    run(out)
+    again(out)
     registry = open_registry(where)
     before = everything(registry)
     assert len(before) == 3, "the run, its stage and a version"
     with refused("run/other-settings", "seed=0"):
-        run(out, seed=1, name="other")
+        again(out, seed=1, name="other")
     with refused("data/too-few-labels", "1000"):
         run(str(tmp_path / "fresh"), data={"root": str(scenes), "labelled": 1000})
     assert everything(registry) == before

@@ -9,6 +9,7 @@ import pytest
 
 from tests.browser import Browser, browser, found_browser
 from tests.conftest import tiny_config
+from tests.runs import run_local
 from threestage.data import storage
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
@@ -16,7 +17,6 @@ from threestage.report import sections
 from threestage.report.report import page, write_report
 from threestage.report.run_reader import log_page, read_run
 from threestage.report.validation_images import Example, Group
-from threestage.run.local_backend import run_local
 
 IMAGES, SIDE, LIMIT_S = 200, 96, 2.0
 CLASSES = ("background", "disc", "ring", "square")

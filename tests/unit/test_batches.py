@@ -30,7 +30,8 @@ from threestage.data.split import make_split
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
 from threestage.prediction.pseudo_masks import PoolTask, gather
-from threestage.run.local_backend import predict_pool
+from threestage.run.backend import RunCallbacks
+from threestage.run.local_backend import LocalBackend
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor, ramp_up
 
 
@@ -149,7 +150,8 @@ def test_the_pool_holds_labelled_images_but_no_validation_ones(scenes: Path, tmp
         max_image_pixels=10**6, batch_size=4, used_ids=frozenset(split.labelled), excluded_ids=excluded,
     )  # fmt: skip
     files = data_set_files(str(scenes), manifest)
-    statistics = gather(task, files, predict_pool(str(tmp_path / "model"), task, files), 0.0)
+    backend = LocalBackend(config, RunCallbacks())
+    statistics = gather(task, files, backend.predict_pool(str(tmp_path / "model"), task, files), 0.0)
     assert statistics.images == 38 and statistics.pixels == 38 * 64 * 64 == sum(statistics.class_pixels)
     assert np.sum(statistics.confusion) == 32 * 64 * 64  # the masks that training did not use
     pool = pool_set(files, str(tmp_path / "pm"), config.data, lambda reject: pytest.fail(reject.reason))
@@ -161,7 +163,7 @@ def test_the_pool_holds_labelled_images_but_no_validation_ones(scenes: Path, tmp
     )
     assert all(sample.pseudo_mask is not None for sample in again.samples) and len(again) == 6
     assert not ids & {s.image_id for s in validation_set(str(scenes), manifest, split, 1).samples}
-    assert gather(task, files, predict_pool(str(tmp_path / "model"), task, files), 0.0) == statistics
+    assert gather(task, files, backend.predict_pool(str(tmp_path / "model"), task, files), 0.0) == statistics
 
 
 def test_schedules() -> None:

@@ -7,13 +7,13 @@ import pytest
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.checks.steps import Measured, Specification
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import load_manifest
 from threestage.run import budget as budgets
 from threestage.run.budget import Budget, Costs, Resolved, bought, divide, parse, resolve
-from threestage.run.local_backend import run_local
 
 
 @pytest.fixture

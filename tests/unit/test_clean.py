@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.cli import app
 from threestage.config import Config
 from threestage.data import storage
 from threestage.run.clean import Leftover, clean, what_is_left
-from threestage.run.local_backend import run_local
 from threestage.run_folder import lease
 
 Run = Callable[[], list[Any]]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import tiny_config, write_photos
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.listing import list_images
@@ -23,7 +24,6 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction import predict
 from threestage.report import report, seed_summary
 from threestage.run import budget, clean
-from threestage.run.local_backend import run_local
 from threestage.run_folder import lease, reuse
 from threestage.sweeps.journal import Trial, curve_of, load_trials, save
 from threestage.training.checkpoint import Checkpoints

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.runs import run_local
 from threestage.models.export import export_program, load_model
-from threestage.run.local_backend import run_local
 
 
 @pytest.mark.slow  # 22 million weights, three times, and the export: half a minute

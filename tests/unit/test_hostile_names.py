@@ -73,7 +73,7 @@ def test_the_lines_of_a_local_run(
 def test_lines_of_progress() -> None:
     file = io.StringIO()
     with StageProgress(load("demo", ["data.root=data"]), Terminal(file=file, width=200)) as progress:
-        progress.watch(EVIL, 1, 2)
+        progress.on_progress(EVIL, 1, 2)
         progress.warn(EVIL)
     assert not set(file.getvalue()) & COMMANDS and file.getvalue().count("\\x1b]8;;") == 2
 

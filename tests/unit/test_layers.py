@@ -19,10 +19,10 @@ LAYERS = tuple(
         "run_folder",
         "models",
         "training prediction",
-        "config config_errors evaluation verdict run.stages training.step_inputs run_folder.reuse prediction.output "
-        "mlflow_sync.records report.terminal_tables",
+        "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
+        "mlflow_sync.records prediction.output report.terminal_tables",
         "mlflow_sync report.scores report.seed_summary prediction.predict sweeps.journal sweeps.space",
-        "checks run.pipeline run.local_backend run.clean mlflow_sync.run_sync",
+        "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",
         "checks.run_check sweeps.outcome sweeps.sweep ray_backend.job_check ray_backend.job_check_main ray_backend.sweep",

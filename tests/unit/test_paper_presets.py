@@ -12,13 +12,13 @@ from PIL import Image
 
 from tests.distributed_data import BORDER_COLUMNS, CITYSCAPES_SIZE, EGO_ROWS, voc_palette, write_cityscapes, write_voc
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.config import Config, flatten, load, preset_headers
 from threestage.data import storage
 from threestage.data.classes import shipped_class_map
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.records import SplitName, decode_mask, labelled_rows, load_manifest
 from threestage.models.network import build_network, check_settings
-from threestage.run.local_backend import run_local
 
 LABELLED = {
     "cityscapes_100": 100, "cityscapes_372": 372, "voc_106": 106, "voc_212": 212, "voc_529": 529, "voc_1322": 1322,

@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.ingest import IngestSettings, ingest
@@ -25,8 +26,8 @@ from threestage.models.export import load_model
 from threestage.models.network import without_auxiliary
 from threestage.prediction.predict import open_model
 from threestage.prediction.pseudo_masks import PoolTask
-from threestage.run import local_backend, stages
-from threestage.run.local_backend import run_local
+from threestage.run import stages
+from threestage.run.local_backend import LocalBackend
 from threestage.run.pipeline import StageOutcome
 from threestage.training.metrics import class_counts
 
@@ -55,11 +56,11 @@ def test_the_pool_is_predicted_in_the_precision_of_training(
 ) -> None:
     seen = list[str]()
 
-    def predict_pool(model: str, task: PoolTask, files: Sequence[PoolFile]) -> NoReturn:
+    def predict_pool(backend: LocalBackend, model: str, task: PoolTask, files: Sequence[PoolFile]) -> NoReturn:
         seen.append(task.precision)
         raise Killed
 
-    monkeypatch.setattr(local_backend, "predict_pool", predict_pool)
+    monkeypatch.setattr(LocalBackend, "predict_pool", predict_pool)
     with pytest.raises(Killed):
         run_local(tiny_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
     assert seen == ["bfloat16"]

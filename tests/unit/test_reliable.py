@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.datasets import pool_set
@@ -23,7 +24,6 @@ from threestage.models.export import HALFWAY_MODEL, load_model, save_model
 from threestage.prediction.pseudo_masks import agreement
 from threestage.ray_backend.pool_reader import FileReader
 from threestage.run import stages
-from threestage.run.local_backend import run_local
 
 MODEL = Path("stage2/model/model.safetensors")
 

@@ -23,7 +23,8 @@ from threestage.report.charts import VOID_TAGS, Html, tag
 from threestage.report.report import write_report
 from threestage.report.run_reader import log_page, read_run, throughput
 from threestage.report.validation_images import Validation, choose, evenly
-from threestage.run import run as runs
+from threestage.run import run as run_module
+from threestage.run.backend import RunCallbacks
 from threestage.training.metrics import expected_calibration_error, reliability_counts
 
 EVIL = "<script>alert('1')</script>&\"x\" onload=alert(1) \udcff.jpg"
@@ -34,7 +35,7 @@ def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; do not change it."""
     out = tmp_path_factory.mktemp("report") / "run"
     warnings: list[str] = []
-    runs.run(tiny_config(scenes), str(out), True, lambda stage, row: None, warnings.append)
+    run_module.run(tiny_config(scenes), str(out), True, RunCallbacks(on_warning=warnings.append))
     assert warnings == []
     return out
 
@@ -253,7 +254,7 @@ def test_text_of_the_data_never_becomes_markup(run: Path) -> None:
 def test_a_page_that_fails_does_not_fail_the_run(run: Path) -> None:
     (run / "stage1/result.json").unlink()
     warnings: list[str] = []
-    runs._write_page(str(run), warnings.append)
+    run_module._write_page(str(run), warnings.append)
     assert len(warnings) == 1 and "threestage report" in warnings[0]
 
 

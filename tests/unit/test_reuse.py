@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import tiny_config, write_photos
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.config import Config, changed, load, stage_keys
-from threestage.run.local_backend import run_local
 
 
 def modified(folder: Path) -> dict[str, int]:

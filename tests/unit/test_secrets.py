@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import tiny_config
 from tests.failing_s3 import ERRORS, failing_s3
 from tests.refusals import refused
+from tests.runs import run_trained_by
 from tests.s3 import SECRET
 from threestage.checks import store
 from threestage.checks.run_check import check
@@ -23,7 +24,6 @@ from threestage.data.storage import StorageSettings
 from threestage.data.storage_errors import explain, without_secrets
 from threestage.errors import InputError
 from threestage.mlflow_sync.connection import params_of, redact
-from threestage.run import pipeline
 from threestage.run.stages import StageTask
 
 KEY_ID, TOKEN, PASSWORD = "AKIAKEYIDOFTHETEST", "TokenThatMustAppearNowhere", "PasswordThatMustAppearNowhere"
@@ -84,7 +84,7 @@ def test_workers_are_not_told_where_mlflow_is(scenes: Path, tmp_path: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(config, str(tmp_path), train, lambda model, task, files: pytest.fail(model), lambda outcome: None)
+        run_trained_by(train, config, tmp_path)
     holds_no_secret(tasks[0].model_dump_json())
     assert tasks[0].settings().network == config.network
 

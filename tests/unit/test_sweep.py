@@ -1,5 +1,6 @@
 """The order of a sweep, and what it does when its budget is spent, its trials fail or more are asked for: without a cluster."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from threestage.config import Config, load
 from threestage.errors import StageFailure
 from threestage.ray_backend import sweep as on_ray_sweep
 from threestage.ray_backend import train as on_ray_train
+from threestage.run import pipeline
 from threestage.sweeps import outcome, prepare, sweep
 from threestage.sweeps.journal import Trial, TrialStore, load_trials, run_folder, shared_folder
 from threestage.sweeps.prepare import Sweep
@@ -41,7 +43,8 @@ class Cluster:
         self.shared: list[str] = []
         self.begun: list[int] = []
         self._ends, self._hours, self._now = ends, hours, 0.0
-        monkeypatch.setattr(on_ray_train, "run_on_ray", self._run)
+        monkeypatch.setattr(on_ray_train, "on_cluster", lambda config, out, on: contextlib.nullcontext())
+        monkeypatch.setattr(pipeline, "run", self._run)
         monkeypatch.setattr(on_ray_sweep, "run_trials", self._trials)
         for module in (sweep, TrialStore.__init__.__globals__):
             target = module if isinstance(module, dict) else module.__dict__

@@ -1,5 +1,6 @@
 """What a trial's process tells Ray Tune; neither Ray nor a training is started."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from threestage.config import load
 from threestage.errors import InputError, NoRoom
 from threestage.ray_backend import sweep
+from threestage.run.backend import RunCallbacks
 from threestage.sweeps.journal import Trial
 from threestage.sweeps.space import load_space
 
@@ -26,7 +28,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, does: Callable[..., None], **trial: Any) -> None:
-    monkeypatch.setattr(sweep, "run_on_ray", does)
+    monkeypatch.setattr(sweep, "on_cluster", lambda config, out, on: contextlib.nullcontext())
+    monkeypatch.setattr(sweep.pipeline, "run", does)
     setting = Trial(**{"number": 3, "params": {"pseudo_mask.confidence_threshold": 0.5}, "seed": 0} | trial)
     space, base = load_space("thresholds"), load("demo", ["data.root=data"])
     sweep._run_trial(
@@ -37,14 +40,14 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, does: Callable[..., None], *
     )
 
 
-def trains(config: Any, folder: str, show: Any, warn: Any, reuse: str | None) -> None:
+def trains(config: Any, folder: str, backend: None, on: RunCallbacks, reuse: str | None) -> None:
     assert config.pseudo_mask.confidence_threshold == 0.5 and folder.endswith("runs/0003")
     assert reuse is not None and reuse.endswith("shared/seed0")
-    show("stage1", {"step": 400, "mean_iou": 0.2})  # not searched
-    show("stage2", {"step": 25, "supervised": 1.0})  # no evaluation
-    show("stage2", {"step": 250, "mean_iou": 0.3})
-    warn("a node was lost")
-    show("stage2", {"step": LAST, "mean_iou": 0.5})  # its model is not there yet
+    on.on_metrics("stage1", {"step": 400, "mean_iou": 0.2})  # not searched
+    on.on_metrics("stage2", {"step": 25, "supervised": 1.0})  # no evaluation
+    on.on_metrics("stage2", {"step": 250, "mean_iou": 0.3})
+    on.on_warning("a node was lost")
+    on.on_metrics("stage2", {"step": LAST, "mean_iou": 0.5})  # its model is not there yet
 
 
 def test_each_score_is_told_once_and_the_last_by_the_finished_run(

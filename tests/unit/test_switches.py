@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.augment.draws import Draws, generator
 from threestage.augment.views import Extent, View
 from threestage.checks.preflight import check_shares
@@ -25,7 +26,6 @@ from threestage.data.samples import Decoded, crop_to_canvas
 from threestage.models.network import _dropped, build_network
 from threestage.models.settings import NetworkSettings
 from threestage.prediction.pseudo_masks import PseudoMaskSettings
-from threestage.run.local_backend import run_local
 from threestage.run.stages import auxiliary
 from threestage.training.step import FeatureDropout, StepInputs, micro_batches, piece_sums
 from threestage.training.step_inputs import StudentView, Target, pseudo_mask_targets, teacher_targets, warp_targets

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
+from tests.runs import run_local
 from threestage.cli.app import main
 from threestage.config import StageName
 from threestage.data import storage
@@ -28,8 +29,8 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.predict import open_model
 from threestage.report.run_reader import read_run
 from threestage.run import local_main
-from threestage.run import run as runs
-from threestage.run.local_backend import run_local
+from threestage.run import run as run_module
+from threestage.run.backend import RunCallbacks
 from threestage.seeds import derive_seed
 from threestage.training.metrics import class_counts, mean_iou
 from threestage.verdict import (
@@ -261,7 +262,7 @@ def test_counts_of_other_images_are_not_compared(tmp_path: Path) -> None:
 def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two stages; do not change it."""
     out = tmp_path_factory.mktemp("verdict") / "run"
-    runs.run(tiny_config(scenes, stages=2), str(out), True, quiet, lambda text: None)
+    run_module.run(tiny_config(scenes, stages=2), str(out), True, RunCallbacks(on_warning=lambda text: None))
     return out
 
 
@@ -384,8 +385,8 @@ def test_the_end_of_a_run_prints_the_verdict(
     expected = text(results)
     assert expected is not None
     settings = ["--set", f"data.root={scenes}", "--out", str(tmp_path / "run")]
-    for name in ("run", "run_checked"):
-        monkeypatch.setattr(runs, name, lambda *arguments: results)
+    for module, name in ((local_main, "run"), (run_module, "run_checked")):
+        monkeypatch.setattr(module, name, lambda *arguments: results)
     monkeypatch.setattr("sys.argv", ["threestage", "run", "demo", "--local", *settings])
     with pytest.raises(SystemExit):
         main()

@@ -21,7 +21,8 @@ def read_job(command: str, arguments: Sequence[str], folder: str, commands: Mapp
     """The job that a command's arguments ask for, as they will be read there: with `folder` as the working directory.
 
     Raises InputError on what the command would refuse, and on what a cluster cannot do: write into its copy of the folder,
-    read a file that does not travel. `commands`: name of a command → its parser of typer. A wrong option ends the process as it does for the command itself.
+    read a file that does not travel. A wrong option ends the process as it does for the command itself. `commands`: name of
+    a command → its parser.
     """
     if not Path(folder).is_dir():
         raise InputError(f"--working-dir {folder}: no such folder", "storage/not-found")

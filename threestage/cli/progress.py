@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0
 
 
 class StageProgress:
-    """A context: `show` takes the rows that the training loop reports, `watch` counts of images that are done."""
+    """A context: `on_metrics` takes the rows that the training loop reports, `on_progress` counts of images that are done."""
 
     def __init__(self, config: Config, console: Console) -> None:
         self._config = config
@@ -46,7 +46,7 @@ class StageProgress:
     ) -> None:
         self._progress.stop()
 
-    def show(self, stage: str, row: Mapping[str, float]) -> None:
+    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
         steps = self._config.stage(stage).steps  # type: ignore[arg-type]
         figures = _figures(row)
         if self._console.is_terminal:
@@ -60,7 +60,7 @@ class StageProgress:
                 f"{stage} {int(row['step'])}/{steps}  {figures}  {left:.0f} s left", highlight=False, soft_wrap=True
             )
 
-    def watch(self, what: str, done: int, total: int) -> None:
+    def on_progress(self, what: str, done: int, total: int) -> None:
         if self._console.is_terminal:
             if what not in self._bars:
                 self._bars[what] = self._progress.add_task(what, total=total, figures="images")
@@ -105,11 +105,11 @@ class SweepProgress:
     def phase(self, text: str) -> None:
         self._console.print(f"[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
-    def stage(self, stage: str, row: Mapping[str, float]) -> None:
-        self._stages.show(stage, row)
+    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
+        self._stages.on_metrics(stage, row)
 
-    def watch(self, what: str, done: int, total: int) -> None:
-        self._stages.watch(what, done, total)
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        self._stages.on_progress(what, done, total)
 
     def warn(self, text: str) -> None:
         self._stages.warn(text)

@@ -93,11 +93,13 @@ def _within(budget: str | None, config: Any, out: str, local: bool, overrides: l
 def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
     from threestage.cli.progress import StageProgress
     from threestage.report.terminal_tables import rich_table
-    from threestage.run import run as runs
+    from threestage.run.backend import RunCallbacks
+    from threestage.run.run import run_checked
     from threestage.verdict import text
 
     with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
-        results = runs.run_checked(config, out, local, progress.show, progress.warn, progress.watch, reuse)
+        on = RunCallbacks(progress.on_metrics, progress.warn, progress.on_progress)
+        results = run_checked(config, out, local, on, reuse)
     if as_json:
         print_json(results)
         return

@@ -3,7 +3,7 @@ afterwards by `threestage sync`.
 
 run.json               names the run in MLflow for ever
 config.json            the settings
-record/stage1.json     a finished stage (pipeline.StageOutcome), and which training of it that is
+record/stage1.json     a finished stage (run/outcome.py), and which training of it that is
 stage1/checkpoints/attempt.json    names one training of a stage
 """
 
@@ -20,7 +20,7 @@ from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import Background, in_time, redact, redact_tree, reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings, StageRecord, StageRows, Status
 from threestage.models.export import CARD, WEIGHTS
-from threestage.run.pipeline import StageOutcome
+from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
 from threestage.run_folder.records import Results, RunSettings, StageMarker, StageResult
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, parts_elsewhere, resolve_part

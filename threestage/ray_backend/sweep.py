@@ -18,7 +18,9 @@ from threestage.data import storage
 from threestage.errors import CodedError, InputError, NoRoom, StageFailure
 from threestage.ray_backend.capacity import TRIAL_CPUS
 from threestage.ray_backend.connect import quiet_ray_data
-from threestage.ray_backend.train import run_on_ray
+from threestage.ray_backend.train import on_cluster
+from threestage.run import pipeline
+from threestage.run.backend import RunCallbacks
 from threestage.run_folder.reuse import parts_elsewhere
 from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder, steps_before
 from threestage.sweeps.space import Space, total_steps, trial_config
@@ -219,7 +221,9 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
     for step, value in trial.curve:
         news.score(step, value)
     try:
-        run_on_ray(config, folder, news.show, news.warn, reuse=shared)
+        on = RunCallbacks(news.show, news.warn)
+        with on_cluster(config, folder, on) as backend:
+            pipeline.run(config, folder, backend, on, reuse=shared)
     except (NoRoom, OSError) as error:
         news.say(failure=_words(error), state="waiting")
     except (InputError, StageFailure, ray.exceptions.RayError) as error:

@@ -34,35 +34,29 @@ from threestage.ray_backend.predict import predict_pool
 from threestage.ray_backend.stall_monitor import Membership, Patience, await_resources, warn_if_stalled
 from threestage.ray_backend.tasks import in_tasks
 from threestage.ray_backend.worker import train_worker
-from threestage.run import pipeline
+from threestage.run.backend import Item, OnMetrics, OnWarning, Result, RunCallbacks
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
 
 POLL_SECONDS = 0.5
 
 TrainWorker = Callable[[dict[str, Any]], None]
-Show = Callable[[str, Mapping[str, float]], None]  # (stage, row of metrics)
 
 
-def run_on_ray(
-    config: Config,
-    out: str,
-    show: Show,
-    warn: pipeline.Warn = print,
-    record: pipeline.Record = lambda outcome: None,
-    watch: pipeline.Watch = lambda what, done, total: None,
-    reuse: str | None = None,
-) -> dict[str, Any]:
-    """Run the three stages on a cluster; returns what results.json holds. `reuse`: see pipeline.run."""
+class RayBackend:
+    """Stages as Ray Train runs, the pool as Ray Data jobs, on the cluster that this process is connected to."""
 
-    def run_stage(task: StageTask) -> None:
-        train_on_ray(task, show, warn)
+    def __init__(self, config: Config, on: RunCallbacks) -> None:
+        self._cluster, self._on = config.cluster, on
 
-    def predict(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
-        await_resources("pseudo-masks", config.cluster, warn)
+    def train_stage(self, task: StageTask) -> None:
+        train_on_ray(task, self._on.on_metrics, self._on.on_warning)
+
+    def predict_pool(self, model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
+        await_resources("pseudo-masks", self._cluster, self._on.on_warning)
         try:
-            with warn_if_stalled("pseudo-masks", config.cluster, warn) as heard:
-                for report in predict_pool(model, task, files, config.cluster):
+            with warn_if_stalled("pseudo-masks", self._cluster, self._on.on_warning) as heard:
+                for report in predict_pool(model, task, files, self._cluster):
                     heard()
                     yield report
         except ray.exceptions.RayError as error:
@@ -70,19 +64,24 @@ def run_on_ray(
                 f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
             ) from error
 
-    def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         if len(items) < 2:
             return map(function, items)
-        return in_tasks(function, items, config.cluster.max_failures, at_once=1 + config.cluster.number_of_predictors)
+        at_once = 1 + self._cluster.number_of_predictors
+        return in_tasks(function, items, self._cluster.max_failures, at_once=at_once)
 
+
+@contextlib.contextmanager
+def on_cluster(config: Config, out: str, on: RunCallbacks) -> Iterator[RayBackend]:
+    """The backend of a run in `out`, connected meanwhile."""
     first = not ray.is_initialized()  # what is connected already was warned then
     with connected(config.cluster):
         if first:
-            warn_of_traps(config, out, warn)
-        return pipeline.run(config, out, run_stage, predict, record, warn, each, watch, reuse)
+            warn_of_traps(config, out, on.on_warning)
+        yield RayBackend(config, on)
 
 
-def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
+def warn_of_traps(config: Config, out: str, warn: OnWarning) -> None:
     if address_of(config.cluster) is not None:
         try:
             doubt = room_there(config).doubt
@@ -96,7 +95,7 @@ def warn_of_traps(config: Config, out: str, warn: pipeline.Warn) -> None:
     warn_of_folders([out, config.data.root, *unlabelled], warn)
 
 
-def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: TrainWorker = train_worker) -> None:
+def train_on_ray(task: StageTask, show: OnMetrics, warn: OnWarning, function: TrainWorker = train_worker) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
     `function` is what every worker runs. A worker or a node that is lost costs a restart of the group, which Ray sees to; a
@@ -125,7 +124,7 @@ def train_on_ray(task: StageTask, show: Show, warn: pipeline.Warn, function: Tra
 def _watch_fit(
     task: StageTask,
     show: Callable[[Mapping[str, float]], None],
-    warn: pipeline.Warn,
+    warn: OnWarning,
     function: TrainWorker,
     driver: str,
 ) -> None:
@@ -176,7 +175,7 @@ def _abort(monitor: Any) -> None:
     ray.kill(controller)
 
 
-def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: pipeline.Warn) -> None:
+def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: OnWarning) -> None:
     for row in news.rows:
         show(row)
     for warning in news.warnings:

@@ -16,6 +16,7 @@ from threestage.data.storage_errors import explain
 from threestage.errors import InputError, StageFailure
 from threestage.plain_text import escape_control_chars, one_line
 from threestage.redaction import redact
+from threestage.run.backend import RunCallbacks
 from threestage.run.run import run
 from threestage.verdict import text
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     try:
         config = load(options.config, [*options.set, *seed])
-        results = run(config, options.out, True, _print_row, _print, _print_count)
+        results = run(config, options.out, True, RunCallbacks(_print_row, _print, _print_count))
     except (InputError, StageFailure) as error:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:

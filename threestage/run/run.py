@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from typing import Any
 
 from threestage.checks.store import check_store, check_writable
@@ -22,31 +23,24 @@ from threestage.models.program import without_program
 from threestage.report.report import write_report
 from threestage.report.validation_images import write_pictures
 from threestage.run import pipeline
-from threestage.run.local_backend import run_local
+from threestage.run.backend import Backend, OnWarning, RunCallbacks, ignore
+from threestage.run.local_backend import LocalBackend
+from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME
 
-Show = Callable[[str, Mapping[str, float]], None]
 DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 OWN_DATA = "for images of your own, use `threestage run own_images --set data.root=DATA`"
 
 
-def run(
-    config: Config,
-    out: str,
-    local: bool,
-    show: Show,
-    warn: pipeline.Warn,
-    watch: pipeline.Watch = lambda what, done, total: None,
-    reuse: str | None = None,
-) -> dict[str, Any]:
-    """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a mirror in MLflow.
+def run(config: Config, out: str, local: bool, on: RunCallbacks, reuse: str | None = None) -> dict[str, Any]:
+    """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a copy in MLflow.
 
     `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
     Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
     """
     check_places(config, out, local)
-    return run_checked(config, out, local, show, warn, watch, reuse)
+    return run_checked(config, out, local, on, reuse)
 
 
 def check_places(config: Config, out: str, local: bool) -> None:
@@ -57,68 +51,58 @@ def check_places(config: Config, out: str, local: bool) -> None:
     claim(storage.absolute(out), RUN)  # a busy store passes the check above
 
 
-def run_checked(
-    config: Config,
-    out: str,
-    local: bool,
-    show: Show,
-    warn: pipeline.Warn,
-    watch: pipeline.Watch = lambda what, done, total: None,
-    reuse: str | None = None,
-) -> dict[str, Any]:
+def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: str | None = None) -> dict[str, Any]:
     """`run` after `check_places`."""
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    _warn_of_the_demos_network(config, warn)
+    _warn_of_the_demos_network(config, on.on_warning)
     reserve_variables()
-    with lease.held(out, warn) as held:
-        results, registered = _run(config, out, local, show, warn, watch, reuse, held)
+    registered: list[RegisteredVersion] = []
+    with lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:
+        if local:
+            recorded = _recorded(out, _settings(config), on)
+        else:
+            recorded = recording.enter_context(_sent_to_mlflow(config, out, held, on, registered))
+        with _backend(config, out, local, recorded) as backend:
+            results = pipeline.run(config, out, backend, recorded, reuse)
+        write_pictures(config, out)
+        _write_page(out, on.on_warning)
     return results | {"registered": [asdict(version) for version in registered]}
 
 
-def _run(
-    config: Config,
-    out: str,
-    local: bool,
-    show: Show,
-    warn: pipeline.Warn,
-    watch: pipeline.Watch,
-    reuse: str | None,
-    held: lease.Lease,
-) -> tuple[dict[str, Any], list[RegisteredVersion]]:
+def _backend(config: Config, out: str, local: bool, on: RunCallbacks) -> AbstractContextManager[Backend]:
     if local:
-        settings = _settings(config)
-        results = run_local(
-            config, out, save_summary(out, settings, show), warn, save_outcome(out, settings), watch, reuse
-        )
-        _illustrate(config, out, warn)
-        return results, []
-    from threestage.ray_backend.train import run_on_ray
+        return contextlib.nullcontext(LocalBackend(config, on))
+    from threestage.ray_backend.train import on_cluster
 
+    return on_cluster(config, out, on)
+
+
+@contextlib.contextmanager
+def _sent_to_mlflow(
+    config: Config, out: str, held: lease.Lease, on: RunCallbacks, registered: list[RegisteredVersion]
+) -> Iterator[RunCallbacks]:
+    """The callbacks of a run that is sent to MLflow while it works; at its end `registered` gets its versions."""
     registry = None if has_begun(out) else open_registry(config.registry)
-    if registry is not None:  # a run that is continued has been told
-        threading.Thread(target=_warn_without_program, args=(config, warn), daemon=True).start()
+    if registry is not None:  # a run that is continued has been warned
+        threading.Thread(target=_warn_without_program, args=(config, on.on_warning), daemon=True).start()
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
-    mirror = Mirror(out, settings, config.registry, registry, warn)
-    noting, keeping = save_summary(out, settings, show, mirror.notify), save_outcome(out, settings, mirror.notify)
+    mirror = Mirror(out, settings, config.registry, registry, on.on_warning)
     status: Status = "FAILED"
     refused = False  # then what is in the folder may be another run's
-    registered: list[RegisteredVersion] = []
     try:
-        results = run_on_ray(config, out, noting, warn, keeping, watch, reuse)
-        _illustrate(config, out, warn)
+        yield _recorded(out, settings, on, mirror.notify)
         status = "FINISHED"
     except InputError:
         refused = not mirror.notified
         raise
     finally:
         if held.lost is None and not refused:
-            registered = mirror.close(status)
+            registered += mirror.close(status)
         else:
             mirror.abandon()
-    return results, registered
 
 
-def _warn_without_program(config: Config, warn: pipeline.Warn) -> None:
+def _warn_without_program(config: Config, warn: OnWarning) -> None:
     """Say early, beside the training, what the registered models will lack."""
     with contextlib.suppress(InputError):  # the pipeline refuses such settings itself
         if doubt := without_program(config.network):
@@ -131,38 +115,31 @@ def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]
     return tree
 
 
-def save_summary(out: str, settings: Mapping[str, Any], show: Show, then: Callable[[], None] = lambda: None) -> Show:
-    """Write the settings down when the first stage has really begun: before, they may be refused."""
+def _recorded(
+    out: str, settings: Mapping[str, Any], on: RunCallbacks, then: Callable[[], None] = ignore
+) -> RunCallbacks:
+    """The callbacks of a run whose settings and outcomes are written into its folder; `then` is called after each."""
     written = storage.exists(storage.join(out, CONFIG_NAME))
 
-    def note(stage: str, row: Mapping[str, float]) -> None:
+    def save_settings(stage: str, row: Mapping[str, float]) -> None:
+        """When the first stage has really begun: before, they may be refused."""
         nonlocal written
         if not written:
             keep_settings(out, settings)
             written = True
-        show(stage, row)
+        on.on_metrics(stage, row)
         then()
 
-    return note
-
-
-def save_outcome(out: str, settings: Mapping[str, Any], then: Callable[[], None] = lambda: None) -> pipeline.Record:
-    """Write the settings and the stage's outcome down as soon as a stage is finished."""
-
-    def keep(outcome: pipeline.StageOutcome) -> None:
+    def save_outcome(outcome: StageOutcome) -> None:
         keep_settings(out, settings)
         keep_outcome(out, outcome)
+        on.on_stage_done(outcome)
         then()
 
-    return keep
+    return replace(on, on_metrics=save_settings, on_stage_done=save_outcome)
 
 
-def _illustrate(config: Config, out: str, warn: pipeline.Warn) -> None:
-    write_pictures(config, out)
-    _write_page(out, warn)
-
-
-def _write_page(out: str, warn: pipeline.Warn) -> None:
+def _write_page(out: str, warn: OnWarning) -> None:
     """A page that cannot be written does not fail a run that is finished."""
     try:
         write_report(out)
@@ -207,6 +184,6 @@ def _holds_scenes(root: str) -> bool:
     return load_manifest(root).classes == CLASSES
 
 
-def _warn_of_the_demos_network(config: Config, warn: pipeline.Warn) -> None:
+def _warn_of_the_demos_network(config: Config, warn: OnWarning) -> None:
     if config.name == "demo" and not _holds_scenes(config.data.root):
         warn(f"{config.data.root}: the preset demo trains a tiny network from scratch, made for its scenes; {OWN_DATA}")

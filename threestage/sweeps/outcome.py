@@ -1,6 +1,6 @@
 """What comes of a sweep: best.yaml, which `threestage run` takes, results.json, plots, and registered models."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from threestage.config import STAGES
@@ -8,7 +8,8 @@ from threestage.data import storage
 from threestage.data.records import load_manifest
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
-from threestage.run import run
+from threestage.run.backend import RunCallbacks
+from threestage.run.run import run
 from threestage.sweeps import results
 from threestage.sweeps.journal import Trial, run_folder, shared_folder
 from threestage.sweeps.plots import write_plots
@@ -57,13 +58,7 @@ def _split(asked: Sweep) -> Split:
     return make_split(config.data.root, load_manifest(config.data.root), config.data)
 
 
-def promote(
-    asked: Sweep,
-    best: Trial,
-    show: Callable[[str, Mapping[str, float]], None],
-    warn: Callable[[str], None],
-    watch: Callable[[str, int, int], None],
-) -> None:
+def promote(asked: Sweep, best: Trial, on: RunCallbacks) -> None:
     """Register the best trial's models: its run is finished, so running it again only records it.
 
     Raises InputError where its run was deleted, because another trial was the best before.
@@ -77,4 +72,4 @@ def promote(
         )
     config = trial_config(asked.space, asked.config, best.params, best.seed)
     shared = shared_folder(asked.out, best.seed) if asked.space.shared_stages else None
-    run.run(config, folder, False, show, warn, watch, shared)
+    run(config, folder, False, on, shared)

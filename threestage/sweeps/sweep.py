@@ -12,6 +12,8 @@ from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables
 from threestage.mlflow_sync.records import Status
 from threestage.mlflow_sync.sweep_sync import Mirror
+from threestage.run import pipeline
+from threestage.run.backend import RunCallbacks
 from threestage.run_folder import lease
 from threestage.sweeps import outcome, prepare
 from threestage.sweeps.journal import Trial, TrialStore, load_trials, ranked, shared_folder
@@ -30,8 +32,8 @@ class Show(Protocol):
 
     def plan(self, plan: Plan) -> None: ...
     def phase(self, text: str) -> None: ...
-    def stage(self, stage: str, row: Mapping[str, float]) -> None: ...
-    def watch(self, what: str, done: int, total: int) -> None: ...
+    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None: ...
+    def on_progress(self, what: str, done: int, total: int) -> None: ...
     def trial(self, trial: Trial) -> None: ...
     def warn(self, text: str) -> None: ...
 
@@ -107,7 +109,7 @@ def _run(asked: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
     found = outcome.publish(asked, journal.trials)
     best = journal.trial(found["best"]["number"])
     if asked.promote:
-        outcome.promote(asked, best, show.stage, show.warn, show.watch)
+        outcome.promote(asked, best, RunCallbacks(show.on_metrics, show.warn, show.on_progress))
     if all(trial.over for trial in journal.trials):
         journal.forget(0.0, keep=best)
     return found
@@ -176,14 +178,16 @@ class _Running:
 
     def _share(self, seed: int) -> None:
         """Compute, unless that is done, what all trials with a seed begin with; once done it is not touched again."""
-        from threestage.ray_backend.train import run_on_ray
+        from threestage.ray_backend.train import on_cluster
 
         space, folder = self.asked.space, shared_folder(self.asked.out, seed)
         last = storage.join(folder, f"pseudo_masks{space.shared_stages}", "done.json")
         if space.shared_stages and not storage.exists(last):
             self.show.phase(f"shared by all trials with seed {seed}: the stages before stage {space.first_stage}")
             config = base_config(space, self.asked.config, seed)
-            run_on_ray(config, folder, self.show.stage, self.show.warn, watch=self.show.watch)
+            on = RunCallbacks(self.show.on_metrics, self.show.warn, self.show.on_progress)
+            with on_cluster(config, folder, on) as backend:
+                pipeline.run(config, folder, backend, on)
 
     def _trials(self, asked: Sweep, following: Callable[[], Trial | None], count: int) -> None:
         from threestage.ray_backend.sweep import run_trials

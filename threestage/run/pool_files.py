@@ -1,0 +1,92 @@
+"""The files of a run's pool: found beside stage 1, fixed once a stage has learnt from them."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from threestage.checks.preflight import check_pool
+from threestage.config import Config
+from threestage.data import storage
+from threestage.data.listing import Each, holds_data_set, list_images
+from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
+from threestage.data.records import Manifest, load_manifest
+from threestage.errors import InputError, reason_of
+from threestage.run_folder.folder import RunFolder
+
+LISTED_ROWS_PER_FILE = 512
+NAME = "pool.parquet"
+Warn = Callable[[str], None]
+
+
+def find_in_background(
+    config: Config, folder: RunFolder, manifest: Manifest, each: Each, warn: Warn
+) -> Callable[[], list[PoolFile]]:
+    """Find the files in a thread, while stage 1, which needs none, trains; returns what waits for them."""
+    found: Future[list[PoolFile]] = Future()
+
+    def find() -> None:
+        try:
+            found.set_result(find_pool(config, folder, manifest, each, warn))
+        except BaseException as error:
+            found.set_exception(error)
+            warn(f"the run will stop after stage 1, its pool cannot be found: {reason_of(error)}")
+
+    threading.Thread(target=find, daemon=True).start()  # daemon: a run that fails does not wait for a long listing
+    return found.result
+
+
+def find_pool(config: Config, folder: RunFolder, manifest: Manifest, each: Each, warn: Warn) -> list[PoolFile]:
+    """The pool that stage 2 began with; before it begins, what is there now (a rerun takes new images in).
+
+    Raises InputError when there are fewer images than a step needs. `each` runs the parts of a listing.
+    """
+    if NAME in folder.reused_parts:
+        return _reused(config, folder.part(NAME))
+    uri = folder.part(NAME)
+    files = data_set_files(config.data.root, manifest)
+    first = "stage1" if config.stage1.unlabelled_batch > 0 else "stage2"
+    if RunFolder(folder.out).has_started(first) and storage.exists(uri):
+        return _begun_with(config, folder.out, first, files, warn)
+    if (more := config.data.unlabelled) is not None:
+        if holds_data_set(more):
+            files += data_set_files(more, load_manifest(more), own=False)
+        else:
+            listing = storage.join(folder.out, "listing", hashlib.sha256(more.encode()).hexdigest()[:16])
+            list_images(more, listing, LISTED_ROWS_PER_FILE, each)
+            files += listed_pool(listing)
+    files = list({file.name: file for file in reversed(files)}.values())[::-1]  # a file is named by what is in it
+    check_pool(config, rows_of(files))
+    write_pool(uri, files, config.data.unlabelled)
+    return files
+
+
+def _reused(config: Config, uri: str) -> list[PoolFile]:
+    """The pool of the run whose pseudo-masks are reused."""
+    if (unlabelled := pool_source(uri)) != config.data.unlabelled:
+        raise InputError(
+            f"{uri}, which this run reuses, was made with data.unlabelled={unlabelled}, this run has "
+            f"{config.data.unlabelled}: set it to that, or leave --reuse out and give another --out",
+            "run/other-settings",
+        )
+    files = load_pool(uri)
+    check_pool(config, rows_of(files))
+    return files
+
+
+def _begun_with(config: Config, out: str, first: str, files: list[PoolFile], warn: Warn) -> list[PoolFile]:
+    """The pool that the stage `first` has learnt from. `files`: those of the data set now."""
+    uri = storage.join(out, NAME)
+    pool, unlabelled = load_pool(uri), pool_source(uri)
+    if unlabelled != config.data.unlabelled:
+        raise InputError(
+            f"{uri} was made with data.unlabelled={unlabelled}, this run has {config.data.unlabelled}: give another --out, "
+            f"set it back, or delete {storage.join(out, first)} and the stages after it",
+            "run/other-settings",
+        )
+    if not {file.uri for file in files} <= {file.uri for file in pool}:
+        warn(
+            f"{config.data.root} has new images: this run continues with the pool that {first} began with; to take them "
+            f"in, delete {storage.join(out, first)} and the stages after it"
+        )
+    return pool
