@@ -21,9 +21,11 @@ class StageOutcome(Settings):
     lineage: Lineage
 
 
-def summarise_stage(done: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a finished stage for results.json."""
-    return {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")} | previous_scores(done)
+def figures_of(done: Mapping[str, Any], made: PseudoMaskSet | None, rejected: int) -> dict[str, Any]:
+    """A finished stage in results.json. `made`: its pseudo-masks; `rejected`: images that it could not read."""
+    scores = {key: done[key] for key in ("mean_iou", "pixel_accuracy", "seconds", "steps")} | previous_scores(done)
+    of_set = {} if made is None else {**made.statistics, "rejected": made.rejected}
+    return {**scores, **of_set, "rejected_while_training": rejected, "per_class_iou": done["per_class_iou"]}
 
 
 def previous_scores(done: Mapping[str, Any]) -> dict[str, float]:

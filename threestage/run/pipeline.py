@@ -27,7 +27,7 @@ from threestage.prediction.pseudo_masks import (
 )
 from threestage.run.backend import Backend, RunCallbacks
 from threestage.run.context import RunContext
-from threestage.run.outcome import lineage_of, outcome_of, summarise_stage
+from threestage.run.outcome import lineage_of, outcome_of, figures_of
 from threestage.run.pool_files import find_in_background
 from threestage.run.stages import StageTask
 from threestage.run_folder.folder import RunFolder
@@ -60,7 +60,7 @@ def run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str
         if previous is not None:
             stages_of.check_progress(stage, done["mean_iou"], previous["mean_iou"])
         pseudo_masks = stages_of.predict(stage, number, done["model_digest"]) if stages_of.predicts(stage) else None
-        stages[stage] = stages_of.figures(stage, done, pseudo_masks)
+        stages[stage] = figures_of(done, pseudo_masks, len(folder.rejects(stage)))
         lineage = lineage_of(context, folder, stage, done, previous, learnt_from, pseudo_masks)
         summary = {key: value for key, value in stages[stage].items() if key != "per_class_iou"}
         on.on_stage_done(outcome_of(context, folder, summary, done, lineage))
@@ -165,7 +165,7 @@ class _Stages:
                 )
             self.folder.refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.backend.predict_pool(storage.join(self.folder.part(stage), "model"), task, files)
-            watched = self._watched(f"pseudo-masks {number}", reports, rows_of(files))
+            watched = _counted(reports, f"pseudo-masks {number}", rows_of(files), self.on.on_progress)
             statistics = gather(task, files, watched, self.config.data.max_bad_fraction)
             self._check_set(stage, part, statistics)
             marker = {"digest": digest, "statistics": statistics.model_dump(mode="json")}
@@ -206,14 +206,6 @@ class _Stages:
             )
         return task.model_copy(update={"halfway_model": halfway})
 
-    def _watched(self, what: str, reports: Generator[FileReport], total: int) -> Iterator[FileReport]:
-        done = 0
-        with contextlib.closing(reports):
-            for report in reports:
-                done += report.statistics.images + report.statistics.unreadable
-                self.on.on_progress(what, done, total)
-                yield report
-
     def _check_set(self, stage: StageName, part: str, statistics: Statistics) -> None:
         """Warn of images that were left out; warn, or stop, when a class has vanished from the pseudo-masks."""
         if statistics.unreadable:
@@ -226,11 +218,17 @@ class _Stages:
             text = f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks"
             check_guard(self.config.pseudo_mask.guard, text, self.on.on_warning)
 
-    def figures(self, stage: StageName, done: Mapping[str, Any], made: PseudoMaskSet | None) -> dict[str, Any]:
-        """A stage in results.json."""
-        of_set = {} if made is None else {**made.statistics, "rejected": made.rejected}
-        rejected = {"rejected_while_training": len(self.folder.rejects(stage))}
-        return {**summarise_stage(done), **of_set, **rejected, "per_class_iou": done["per_class_iou"]}
+
+def _counted(
+    reports: Generator[FileReport], what: str, total: int, on_progress: Callable[[str, int, int], None]
+) -> Iterator[FileReport]:
+    """The reports of predicted files, each shown as so many of `total` images."""
+    done = 0
+    with contextlib.closing(reports):
+        for report in reports:
+            done += report.statistics.images + report.statistics.unreadable
+            on_progress(what, done, total)
+            yield report
 
 
 def _warn_of_thresholds(
