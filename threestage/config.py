@@ -342,10 +342,10 @@ def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def refuse_unconfirmed_hosts(config: Config, elsewhere: bool = False) -> None:
+def refuse_unconfirmed_hosts(config: Config, on_cluster: bool = False) -> None:
     """Raise InputError for a host that only a file names and that would get credentials, here or `elsewhere`: by a job."""
     for key, uri, file in _hosts(config):
-        refuse_unconfirmed(key, uri, file, elsewhere)
+        refuse_unconfirmed(key, uri, file, on_cluster)
 
 
 def confirmed_hosts(config: Config) -> list[str]:

@@ -31,7 +31,7 @@ CONFIRMING = {
 """Settings that name a host which gets credentials, and the variables that may name the same host."""
 
 
-def refuse_unconfirmed(key: str, uri: str | None, file: str | None, elsewhere: bool = False) -> None:
+def refuse_unconfirmed(key: str, uri: str | None, file: str | None, on_cluster: bool = False) -> None:
     """Raise InputError if `uri`, the value of the setting `key`, would send credentials to a host that only `file` names.
 
     `file` is None for a value that the user gave otherwise. MLflow over HTTP is refused only where credentials for it are
@@ -45,7 +45,7 @@ def refuse_unconfirmed(key: str, uri: str | None, file: str | None, elsewhere: b
     if (
         key == "registry.tracking_uri"
         and host.startswith(("http://", "https://"))
-        and not (elsewhere or _mlflow_credentials())
+        and not (on_cluster or _mlflow_credentials())
     ):
         return
     raise InputError(

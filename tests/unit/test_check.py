@@ -83,7 +83,7 @@ def test_a_network_that_cannot_be_exported_is_a_doubt(
         checks, "without_program", lambda network: f"models of {network.encoder} are registered without"
     )
     line = lines_of(config, tmp_path / "run")["program"]
-    assert (line.problem, line.doubt) == (None, f"models of {config.network.encoder} are registered without")
+    assert (line.problem, line.warning) == (None, f"models of {config.network.encoder} are registered without")
 
 
 def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps: None, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps
     assert [name for name, line in found.items() if line.problem] == [
         "--out", "registry.tracking_uri", "input", "cluster"
     ]  # fmt: skip
-    assert found["classes"].value and found["stage1, stage2, stage3, duration"].doubt == "not tried: needs cluster"
+    assert found["classes"].value and found["stage1, stage2, stage3, duration"].warning == "not tried: needs cluster"
 
 
 def test_a_folder_that_another_driver_works_on(config: Config, no_steps: None, tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_a_folder_that_another_driver_works_on(config: Config, no_steps: None, t
 def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(changed(config, "data", root=str(tmp_path / "absent")), tmp_path / "run")
     assert [name for name, line in found.items() if line.problem] == ["data.root"]
-    doubts = {name: line.doubt for name, line in found.items() if line.doubt}
+    doubts = {name: line.warning for name, line in found.items() if line.warning}
     assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration", "program"}
     assert set(doubts.values()) == {"not tried: needs data.root"}
 
 
 def test_a_complaint_of_two_lines_is_said_once(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(changed(config, "data", labelled=9000), tmp_path / "run")
-    assert "ask for fewer" in str(found["input"].problem) and found["classes"].doubt == "not tried: needs input"
+    assert "ask for fewer" in str(found["input"].problem) and found["classes"].warning == "not tried: needs input"
 
 
 def test_local_has_no_address(config: Config) -> None:
@@ -149,7 +149,7 @@ def test_places_that_cannot_be_used_are_one_error(config: Config, tmp_path: Path
 
 def test_lines() -> None:
     assert run_check("a", "b", lambda: CheckOutcome("c", "d"))[:2] == ("a", "c")
-    assert not_tried(["a", "b"], ["c"]) == CheckResult("a, b", "", doubt="not tried: needs c")
+    assert not_tried(["a", "b"], ["c"]) == CheckResult("a, b", "", warning="not tried: needs c")
 
 
 # ---- The data set
@@ -192,7 +192,7 @@ def test_classes_that_never_occur_are_a_doubt(config: Config, monkeypatch: pytes
     with_masks(monkeypatch, 0, 1)
     found = data.classes_fit(config, None)
     names = load_manifest(config.data.root).classes
-    assert f"no labelled pixel of {', '.join(names[2:])} in 8 labelled masks" in str(found.doubt)
+    assert f"no labelled pixel of {', '.join(names[2:])} in 8 labelled masks" in str(found.warning)
 
 
 def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatc
     both = {"scene7": encode_mask(np.array([[0, 1]], np.uint8))}
     one = {"scene7": encode_mask(np.array([[0, 255]], np.uint8))}
     monkeypatch.setattr(data, "_masks_of", lambda root, manifest, split, ids: one if len(ids) == 3 else both)
-    assert "8 labelled masks" in str(data.classes_fit(config, None).doubt)
+    assert "8 labelled masks" in str(data.classes_fit(config, None).warning)
     monkeypatch.setattr(data, "_masks_of", lambda *given: one)
     with refused("data/one-class", "only class background"):
         data.classes_fit(config, None)
@@ -224,9 +224,9 @@ def test_near_copies_on_both_sides_are_a_doubt(config: Config, monkeypatch: pyte
     shared = split.model_copy(update={"validation": split.labelled[:5], "validation_split": "carved"})
     monkeypatch.setattr(data, "read_split", lambda *given: shared)
     found = data.sides_differ(config, None)
-    assert str(found.doubt).startswith("5 of 5 validation images nearly equal a labelled one") and "data.group" in str(
-        found.doubt
-    )
+    assert str(found.warning).startswith(
+        "5 of 5 validation images nearly equal a labelled one"
+    ) and "data.group" in str(found.warning)
     monkeypatch.setattr(data, "SAMPLE_OF_IMAGES", 3)
     assert "3 of 8 labelled and 3 of 5 validation" in data.sides_differ(config, None).value
 
@@ -273,9 +273,9 @@ def test_the_duration_of_what_was_measured(config: Config) -> None:
     assert duration_line(config, stages).value.startswith(
         "stage1 6 steps 60 s + stage2 6 steps 3 s + stage3 6 steps 3 s = 66 s; besides: the pseudo-masks"
     )
-    part = duration_line(config, [*stages[:2], Measured(stage="stage3", doubt="too slow")])
-    assert str(part.doubt).endswith("stage3 could not be measured")
-    assert duration_line(config, []).doubt == "not estimated: no step was measured"
+    part = duration_line(config, [*stages[:2], Measured(stage="stage3", warning="too slow")])
+    assert str(part.warning).endswith("stage3 could not be measured")
+    assert duration_line(config, []).warning == "not estimated: no step was measured"
 
 
 def specification(config: Config, use_gpu: bool = False) -> Specification:
@@ -343,4 +343,4 @@ def test_a_stage_that_is_too_slow_is_given_up(tmp_path: Path, monkeypatch: pytes
     forever.stdout = (b"" for _ in iter(never.wait, True))
     (found,) = read(forever, b"", tmp_path)
     never.set()
-    assert found.doubt == "not measured: its first steps take longer than 0 s" and found.problem is None
+    assert found.warning == "not measured: its first steps take longer than 0 s" and found.problem is None

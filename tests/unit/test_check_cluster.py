@@ -60,28 +60,28 @@ def test_an_elastic_group_begins_with_what_fits(config: Config) -> None:
 def test_an_elastic_group_that_would_leave_no_cpu_to_the_reader(config: Config) -> None:
     """Stage 2 would stand still for ever."""
     found = room(config, {"CPU": 4.0}, workers=[2, 8])
-    assert str(found.doubt).endswith(
+    assert str(found.warning).endswith(
         "Ray begins with 4, which leaves no CPU to read the pool: set cluster.workers=[2,3]"
     )
-    assert room(config, {"CPU": 9.0}, workers=[2, 8]).doubt is None
-    assert room(config, {"CPU": 5.0, "GPU": 4.0}, workers=[2, 8], gpus_per_worker=1).doubt is None
+    assert room(config, {"CPU": 9.0}, workers=[2, 8]).warning is None
+    assert room(config, {"CPU": 5.0, "GPU": 4.0}, workers=[2, 8], gpus_per_worker=1).warning is None
 
 
 def test_nodes_that_an_autoscaler_may_add(config: Config) -> None:
     coming = Growth(nodes=({"CPU": 8.0, "GPU": 1.0},))
-    assert room(config, {"CPU": 1.0}, growth=coming, gpus_per_worker=1).doubt is None
+    assert room(config, {"CPU": 1.0}, growth=coming, gpus_per_worker=1).warning is None
     untold = room(config, {"CPU": 1.0}, growth=Growth(untold=True), gpus_per_worker=1)
-    assert "an autoscaler whose limits are not known" in str(untold.doubt)
+    assert "an autoscaler whose limits are not known" in str(untold.warning)
 
 
 def test_gpus_that_nobody_uses(config: Config) -> None:
-    assert "set cluster.gpus_per_worker=1" in str(room(config, {"CPU": 8.0, "GPU": 2.0}).doubt)
+    assert "set cluster.gpus_per_worker=1" in str(room(config, {"CPU": 8.0, "GPU": 2.0}).warning)
 
 
 def test_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "share them" in str(capacity.room_here(with_cluster(config, workers=4, gpus_per_worker=0.25)).doubt)
+    assert "share them" in str(capacity.room_here(with_cluster(config, workers=4, gpus_per_worker=0.25)).warning)
     with refused("ray/too-small", "name a cluster that has more"):
         capacity.room_here(with_cluster(config, workers=2, gpus_per_worker=1))
 
@@ -167,7 +167,7 @@ def test_other_versions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(entry, "_metadata", lambda channel: there)
-    assert "asks for no token" in str(entry.probe_cluster("cluster.address", "127.0.0.1:1").doubt)
+    assert "asks for no token" in str(entry.probe_cluster("cluster.address", "127.0.0.1:1").warning)
 
 
 # ---- The nodes
@@ -202,7 +202,7 @@ def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -
     assert node_checks.own_file(config) is None
     monkeypatch.setattr(ray, "nodes", lambda: alone * 2)
     line = node_checks.own_file(config)
-    assert line is not None and "no other node reads it" in str(line.doubt)
+    assert line is not None and "no other node reads it" in str(line.warning)
     monkeypatch.setenv(node_checks.JOB, "{}")
     line = node_checks.own_file(config)
     assert line is not None and "set registry.tracking_uri" in str(line.problem) and line.code == "mlflow/local-file"
@@ -212,7 +212,7 @@ def test_a_database_in_a_file(config: Config, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_a_job_could_not_read(config: Config, scenes: Path) -> None:
-    assert job_check._travels(config, "s3://bucket/run").doubt is None
+    assert job_check._travels(config, "s3://bucket/run").warning is None
     with refused("submit/unshared-place", "--out=runs/x: "):
         job_check._travels(config, "runs/x")
     relative = changed(config, {"data.root": "data"})
@@ -249,7 +249,7 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[CheckResult]
 
 
 def logged(*lines: CheckResult) -> str:
-    return "".join(f"threestage-check {json.dumps(line._asdict())}\n" for line in lines)
+    return "".join(f"threestage-check {json.dumps(line.as_json())}\n" for line in lines)
 
 
 def test_the_lines_of_a_job(follow: Callable[[Any], list[CheckResult]]) -> None:
@@ -275,11 +275,11 @@ def test_a_job_that_says_nothing(follow: Callable[[Any], list[CheckResult]], mon
 def test_the_image_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     here = node_checks.versions()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: here["torch"])
-    assert "renew the image" in str(job_check._code(here).doubt)
+    assert "renew the image" in str(job_check._code(here).warning)
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(job_check, "versions", lambda: here)
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert "holds no threestage: submit with --wheel FILE" in str(job_check._code(here | {"Python": "3.9"}).doubt)
+    assert "holds no threestage: submit with --wheel FILE" in str(job_check._code(here | {"Python": "3.9"}).warning)

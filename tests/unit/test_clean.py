@@ -67,11 +67,11 @@ def _quiet(text: str) -> None:
 def test_a_rerun_after_it_finds_all_done(run: Path, config: Config) -> None:
     before = _files(run)
     left, removed = clean(str(run), False, _yes, _quiet)
-    assert removed and left.gone == ["stage1/checkpoints", "stage1/ray_train", "stage2/checkpoints"]
-    gone = before - _files(run)
-    assert gone and all(name.split("/")[1] in ("checkpoints", "ray_train") for name in gone)
-    shown = {kind.name: (kind.files, kind.bytes, kind.goes) for kind in left.kinds}
-    assert sum(files for files, _, goes in shown.values() if goes) == len(gone)
+    assert removed and left.deleted == ["stage1/checkpoints", "stage1/ray_train", "stage2/checkpoints"]
+    deleted = before - _files(run)
+    assert deleted and all(name.split("/")[1] in ("checkpoints", "ray_train") for name in deleted)
+    shown = {kind.name: (kind.files, kind.bytes, kind.will_delete) for kind in left.kinds}
+    assert sum(files for files, _, will_delete in shown.values() if will_delete) == len(deleted)
     assert shown["Ray Train's (stage1)"] == (1, 2, True) and not shown["pseudo-masks"][2]
     assert _rerun(config, run) == [], "nothing was trained, and nothing warned about"
     assert clean(str(run), False, _yes, _quiet) == (what_is_left(str(run)), False)
@@ -79,7 +79,7 @@ def test_a_rerun_after_it_finds_all_done(run: Path, config: Config) -> None:
 
 def test_an_unfinished_stage_keeps_its_checkpoints(run: Path) -> None:
     (run / "stage2" / "done.json").unlink()
-    assert what_is_left(str(run)).gone == ["stage1/checkpoints", "stage1/ray_train"]
+    assert what_is_left(str(run)).deleted == ["stage1/checkpoints", "stage1/ray_train"]
 
 
 def test_all_of_a_run_is_what_the_run_wrote(run: Path) -> None:
@@ -88,7 +88,7 @@ def test_all_of_a_run_is_what_the_run_wrote(run: Path) -> None:
     (run / "notes.txt").write_text("mine")
     left, _ = clean(str(run), True, _yes, _quiet)
     assert _files(run) == {"data/manifest.json", "notes.txt"}
-    assert [(kind.name, kind.files) for kind in left.kinds if not kind.goes] == [("not the run's", 2)]
+    assert [(kind.name, kind.files) for kind in left.kinds if not kind.will_delete] == [("not the run's", 2)]
     with refused("run/no-run", run):
         clean(str(run), True, _yes, _quiet)
 

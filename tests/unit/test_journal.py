@@ -72,12 +72,12 @@ def test_losers_lose_their_runs_once_they_are_quiet(tmp_path: Path) -> None:
     found.begin(2)
     found.begin(3)
     found.end(3, "failed", "NaN")
-    found.forget()
+    found.delete_losing_runs()
     assert all(folder.exists() for folder in folders), "their processes may still write"
-    found.forget(0.0)
+    found.delete_losing_runs(0.0)
     assert [folder.exists() for folder in folders] == [False, True, True, False]
     ended(found, 2, 0.75)
-    found.forget(0.0)
+    found.delete_losing_runs(0.0)
     assert [folder.exists() for folder in folders] == [False, False, True, False]
 
 
@@ -87,9 +87,9 @@ def test_as_many_as_asked_are_kept_and_then_only_one(tmp_path: Path) -> None:
     for number in range(3):
         found.add({"a": number}, 5)
         ended(found, number, number / 4)
-    found.forget(0.0)
+    found.delete_losing_runs(0.0)
     assert [folder.exists() for folder in folders] == [False, True, True]
-    found.forget(0.0, keep=found.trials[1])
+    found.delete_losing_runs(0.0, keep=found.trials[1])
     assert [folder.exists() for folder in folders] == [False, True, False]
 
 

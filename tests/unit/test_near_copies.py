@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from threestage.data import copies
-from threestage.data.copies import doubt, gradients
+from threestage.data.copies import gradients, warning
 
 
 def photo(seed: int) -> np.ndarray:
@@ -27,18 +27,18 @@ def test_a_neighbouring_frame_is_found_and_another_image_is_not(monkeypatch: pyt
         monkeypatch.setattr(copies, "AT_ONCE", at_once)
         assert list(copies.near_copies(validation, labelled)) == [(5, 7)]
     ids = [f"l{number}" for number in range(30)], [f"v{number}" for number in range(6)]
-    said = doubt(ids[0], labelled, ids[1], validation)
+    said = warning(ids[0], labelled, ids[1], validation)
     assert said is not None and said.startswith(
         "1 of 6 validation images nearly equal a labelled one (v5 and l7 first)"
     )
     assert "data.group" in said
-    assert doubt(ids[0], labelled, ids[1][:5], validation[:5]) is None
+    assert warning(ids[0], labelled, ids[1][:5], validation[:5]) is None
 
 
 def test_images_of_one_colour_and_no_images_are_no_copies() -> None:
     plain = [gradients(np.full((40, 40, 3), value, np.uint8)) for value in (0, 120)]
-    assert doubt(["a", "b"], plain, ["c", "d"], plain) is None
-    assert doubt([], [], ["c", "d"], plain) is None and doubt(["a", "b"], plain, [], []) is None
+    assert warning(["a", "b"], plain, ["c", "d"], plain) is None
+    assert warning([], [], ["c", "d"], plain) is None and warning(["a", "b"], plain, [], []) is None
 
 
 def test_images_of_any_size_are_compared() -> None:

@@ -119,10 +119,10 @@ def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, kind: str) ->
 
 def test_weights_of_a_file_with_another_normalisation_are_doubtful_and_taken(tmp_path: Path) -> None:
     chosen = settings(encoder="resnet18", weights="somewhere.pth", mean=(0.5,) * 3)
-    doubt = doubtful_normalisation(chosen)
-    assert doubt is not None
+    warning = doubtful_normalisation(chosen)
+    assert warning is not None
     for part in ("network.mean=[0.5, 0.5, 0.5]", "take mean [0.485, 0.456, 0.406]", "somewhere.pth"):
-        assert part in doubt
+        assert part in warning
     assert doubtful_normalisation(settings(encoder="resnet18", weights="somewhere.pth")) is None
     assert doubtful_normalisation(settings(encoder="resnet18", mean=(0.5,) * 3)) is None
 

@@ -12,7 +12,7 @@ from threestage.errors import NoRoom
 from threestage.ray_backend import stall_monitor
 from threestage.ray_backend.capacity import waiting_text
 from threestage.ray_backend.heartbeat import WorkerStatus
-from threestage.ray_backend.stall_monitor import Patience
+from threestage.ray_backend.stall_monitor import StallMonitor
 from threestage.ray_settings import ClusterSettings
 
 CLUSTER = ClusterSettings(workers=2, report_after_s=10, start_timeout_s=35, hang_after_s=100)
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_no_worker_is_reported_again_and_again_and_ends(clock: Clock) -> None:
     said: list[str] = []
-    waiting = Patience("stage1", CLUSTER, said.append)
+    waiting = StallMonitor("stage1", CLUSTER, said.append)
     for second in range(35):
         clock.now = 1000.5 + second
         waiting.look({})
@@ -65,7 +65,7 @@ def test_a_report_says_whether_room_is_there_in_use_or_missing(workers: int, fre
 
 def test_the_clock_begins_anew_when_workers_were_there(clock: Clock) -> None:
     said: list[str] = []
-    waiting = Patience("stage1", CLUSTER, said.append)
+    waiting = StallMonitor("stage1", CLUSTER, said.append)
     clock.now = 1030
     waiting.look({0: (sign(0), 1030.0)})
     clock.now = 1039.5
@@ -78,7 +78,7 @@ def test_the_clock_begins_anew_when_workers_were_there(clock: Clock) -> None:
 
 def test_the_worker_that_the_others_wait_for_is_named_once(clock: Clock) -> None:
     said: list[str] = []
-    waiting = Patience("stage1", CLUSTER, said.append)
+    waiting = StallMonitor("stage1", CLUSTER, said.append)
     for _ in range(2):
         waiting.look({0: (sign(0, step=7, seconds=120), 1000.0), 1: (sign(1, step=6, seconds=130), 1000.0)})
     assert len(said) == 1 and "rank 1 of 2" in said[0] and "step 6" in said[0]
@@ -150,4 +150,4 @@ def test_predictors_that_nobody_hears_of_are_missed(clock: Clock, monkeypatch: p
 
 
 def sign(rank: int, step: int = 1, seconds: float = 0.0) -> WorkerStatus:
-    return WorkerStatus(rank=rank, world_size=2, node="here", step=step, doing="draw", seconds=seconds)
+    return WorkerStatus(rank=rank, world_size=2, node="here", step=step, phase="draw", seconds=seconds)

@@ -60,10 +60,10 @@ class Cluster:
         done.write_text("{}")
 
     def _trials(
-        self, space: Space, config: Config, out: str, journal: TrialStore, following: Callable[[], Trial | None], count: int,
+        self, space: Space, config: Config, out: str, journal: TrialStore, next_trial: Callable[[], Trial | None], count: int,
         over: Callable[[], bool], warn: Callable[[str], None],
     ) -> None:  # fmt: skip
-        while not over() and (trial := following()) is not None:
+        while not over() and (trial := next_trial()) is not None:
             self.begun.append(trial.number)
             journal.begin(trial.number)
             self._now += 3600 * self._hours
@@ -85,10 +85,10 @@ def a_sweep(out: Path, repeat: int = 0, **settings: Any) -> Sweep:
     return Sweep(space, load("demo", ["data.root=/nowhere"]), str(out), repeat=repeat)
 
 
-def run(asked: Sweep) -> Quiet:
+def run(requested: Sweep) -> Quiet:
     show = Quiet()
-    journal = TrialStore(asked.out, load_trials(asked.out), prepare.REPEATED, lambda trial: None)
-    running = sweep._Running(asked, journal, show, 0.0)
+    journal = TrialStore(requested.out, load_trials(requested.out), prepare.REPEATED, lambda trial: None)
+    running = sweep._Running(requested, journal, show, 0.0)
     running.search()
     running.repeat()
     return show
@@ -185,12 +185,12 @@ def resumed(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] =
 
 
 def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
-    asked = a_sweep(tmp_path)
-    assert prepare.known(asked) is None
-    key = prepare.begin(asked)
+    requested = a_sweep(tmp_path)
+    assert prepare.known(requested) is None
+    key = prepare.begin(requested)
     with refused("sweep/exists", f"--out {tmp_path}", "--resume"):
-        prepare.known(asked)
-    assert prepare.known(Sweep(asked.space, asked.config, asked.out, resume=True)) == key
+        prepare.known(requested)
+    assert prepare.known(Sweep(requested.space, requested.config, requested.out, resume=True)) == key
     assert resumed(tmp_path, {"trials": 9, "at_once": 3, "budget": {"hours": 1}}) == key
     assert resumed(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) == key
     with refused("run/other-settings", f"search.{KEY}.choice"):

@@ -31,7 +31,7 @@ def space(**changes: Any) -> Space:
 
 
 def planned(scenes: Path, the_space: Space, config: Config | None = None, **changes: Any) -> Plan:
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "trials_left": 9,
         "step_seconds": STEP_SECONDS,
         "pool_images": 100,
@@ -39,7 +39,7 @@ def planned(scenes: Path, the_space: Space, config: Config | None = None, **chan
         "pixels": 64 * 64,
         "device": "a CPU",
     }
-    return make_plan(the_space, config or long_config(scenes), load_manifest(str(scenes)), **(asked | changes))
+    return make_plan(the_space, config or long_config(scenes), load_manifest(str(scenes)), **(requested | changes))
 
 
 def long_config(scenes: Path, **changes: object) -> Config:

@@ -72,11 +72,11 @@ def classes_fit(config: Config, out: str | None) -> CheckOutcome:
         looked_at = split.labelled
         counts = _count_pixels(root, manifest, "train", looked_at)
     seen = masks_in_words(len(looked_at), len(split.labelled))
-    doubt = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
+    warning = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     if not _count_pixels(root, manifest, validating, sample_of(split.validation)).any():
         raise InputError(f"{root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
-    return CheckOutcome(f"{len(manifest.classes)} classes, all in {seen}", doubt)
+    return CheckOutcome(f"{len(manifest.classes)} classes, all in {seen}", warning)
 
 
 def sample_of(ids: Sequence[str]) -> Sequence[str]:
@@ -91,10 +91,12 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     split = read_split(config, manifest, out)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     labelled, validation = _evenly(split.labelled), _evenly(split.validation)
-    doubt = copies.doubt(*_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation))
+    warning = copies.warning(
+        *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
+    )
     sides = ((labelled, split.labelled, "labelled"), (validation, split.validation, "validation"))
     looked_at = " and ".join(f"{len(some)} of {len(every)} {name}" for some, every, name in sides)
-    return CheckOutcome(f"no near-copies between {looked_at} images of {root}", doubt)
+    return CheckOutcome(f"no near-copies between {looked_at} images of {root}", warning)
 
 
 def _evenly(ids: Sequence[str]) -> Sequence[str]:

@@ -39,8 +39,8 @@ def check_run(
     validation_counts, validation_looks = _look(manifest, validation)
     if sum(validation_counts) == 0:
         raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
-    if (doubt := copies.doubt(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
-        warn(doubt)
+    if (warning := copies.warning(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
+        warn(warning)
     return counts
 
 

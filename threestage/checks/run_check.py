@@ -43,7 +43,7 @@ def check(
             raise InputError(f"--budget {budget}: not with the URL of a dashboard; leave it out", "budget/not-by-job")
         from threestage.ray_backend.job_check import check_by_job
 
-        refuse_unconfirmed_hosts(config, elsewhere=True)
+        refuse_unconfirmed_hosts(config, on_cluster=True)
         yield from check_by_job(config, out, address)
         return
     if address is not None:

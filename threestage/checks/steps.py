@@ -43,7 +43,7 @@ class Measured(Settings):
     memory_bytes: int = 0
     device_bytes: int = 0
     problem: str | None = None
-    doubt: str | None = None
+    warning: str | None = None
 
 
 class Specification(Settings):
@@ -144,7 +144,7 @@ def _read(
 
 
 def too_slow(stage: StageName) -> Measured:
-    return Measured(stage=stage, doubt=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
+    return Measured(stage=stage, warning=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
 
 
 def _pass_on(stream: Any, lines: "queue.SimpleQueue[bytes | None]") -> None:
@@ -178,12 +178,12 @@ LEFT_OUT = "besides: the pseudo-masks, waiting for data, evaluation, averaging g
 
 def step_line(config: Config, measured: Measured, workers: int, seconds: float) -> CheckResult:
     """`workers`: those that share the machine on which it was measured."""
-    line = CheckResult(measured.stage, "", seconds, doubt=measured.doubt)
+    line = CheckResult(measured.stage, "", seconds, warning=measured.warning)
     if measured.problem is not None:
         if measured.on_gpu or "memory" in measured.problem:
             return line._replace(problem=f"{measured.problem}; {_less(measured)}", code="check/memory")
         return line._replace(problem=measured.problem, code="check/no-step")
-    if measured.doubt is not None:
+    if measured.warning is not None:
         return line
     what = "torch's tensors" if measured.on_gpu else "the process's resident memory, libraries included"
     value = (
@@ -218,7 +218,7 @@ def duration_line(config: Config, measured: Sequence[Measured]) -> CheckResult:
     known = {one.stage: one.seconds for one in measured if one.seconds}
     missing = [stage for stage in config.stage_names if stage not in known]
     if not known:
-        return CheckResult("duration", "", doubt="not estimated: no step was measured")
+        return CheckResult("duration", "", warning="not estimated: no step was measured")
     each = {stage: config.stage(stage).steps * seconds for stage, seconds in known.items()}
     parts = " + ".join(
         f"{stage} {config.stage(stage).steps:,} steps {duration_of(seconds)}" for stage, seconds in each.items()
@@ -226,7 +226,7 @@ def duration_line(config: Config, measured: Sequence[Measured]) -> CheckResult:
     total = f" = {duration_of(sum(each.values()))}" if len(each) > 1 else ""
     value = f"{parts}{total}; {LEFT_OUT}"
     if missing:
-        return CheckResult("duration", value, doubt=f"{value}; {' and '.join(missing)} could not be measured")
+        return CheckResult("duration", value, warning=f"{value}; {' and '.join(missing)} could not be measured")
     return CheckResult("duration", value)
 
 

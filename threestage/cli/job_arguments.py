@@ -123,7 +123,7 @@ def _reachable(option: str, uri: str | None) -> str:
 def _refuse_what_travels(config: Config) -> None:
     """A run remembers where its images and first weights lay, and each job has its copy of the working directory elsewhere.
     A host that only a file names would get the cluster's credentials."""
-    refuse_unconfirmed_hosts(config, elsewhere=True)
+    refuse_unconfirmed_hosts(config, on_cluster=True)
     places = {"data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
     for key, place in {**places, "network.weights": config.network.weights}.items():
         if place is not None and not is_shared_uri(place):

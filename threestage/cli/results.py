@@ -90,9 +90,9 @@ def clean(
     else:
         left, removed = clean_run(run, everything, agreed, warn)
     if as_json:
-        kinds = [kind._asdict() for kind in left.kinds]
-        print_json({"folder": left.folder, "kinds": kinds, "gone": left.gone, "removed": removed})
-    elif not left.gone:
+        kinds = [{"name": k.name, "files": k.files, "bytes": k.bytes, "goes": k.will_delete} for k in left.kinds]
+        print_json({"folder": left.folder, "kinds": kinds, "gone": left.deleted, "removed": removed})
+    elif not left.deleted:
         _show_left(left)
         console.print("nothing to remove", highlight=False)
     else:
@@ -102,5 +102,5 @@ def clean(
 def _show_left(left: Any) -> None:
     table = Table("what", "files", "MB", "", title=escape(left.folder))
     for kind in left.kinds:
-        table.add_row(kind.name, f"{kind.files:,}", f"{kind.bytes / 1e6:,.1f}", "goes" if kind.goes else "stays")
+        table.add_row(kind.name, f"{kind.files:,}", f"{kind.bytes / 1e6:,.1f}", "goes" if kind.will_delete else "stays")
     console.print(table)

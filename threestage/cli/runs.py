@@ -144,7 +144,7 @@ def sweep(
 
     resolved, searched = load(config, overrides or []), load_space(space)
     given = {"trials": trials or searched.trials, "at_once": at_once or searched.at_once}
-    asked = Sweep(
+    requested = Sweep(
         searched.model_copy(update=given),
         resolved,
         f"runs/{resolved.name}-sweep" if out is None else out,
@@ -153,18 +153,20 @@ def sweep(
         promote=promote,
     )
     if dry_run:
-        plan = sweeps.plan(asked, warn)
+        plan = sweeps.plan(requested, warn)
         print_json(plan_json(plan)) if as_json else console.print(rich_plan(plan))
         return
     shown = Terminal(stderr=True) if as_json else console
     with SweepProgress(resolved, shown) as progress:
-        found = sweeps.run(asked, progress)
+        found = sweeps.run(requested, progress)
     if as_json:
         print_json(found)
         return
     console.print(found["summary"], highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"results: {asked.out}/results.json   next:  threestage run {asked.out}/best.yaml", markup=False, soft_wrap=True
+        f"results: {requested.out}/results.json   next:  threestage run {requested.out}/best.yaml",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -201,16 +203,16 @@ def check(
             if not as_json:
                 _show_line(line)
     if as_json:
-        print_json([line._asdict() for line in lines])
+        print_json([line.as_json() for line in lines])
     if any(line.problem for line in lines):
         raise typer.Exit(2)
 
 
 def _show_line(line: Any) -> None:
     mark, text = "[green]✓[/]", line.value
-    if line.problem or line.doubt:
+    if line.problem or line.warning:
         problem = f"{line.problem} [{line.code}]" if line.code else line.problem
-        mark, text = ("[bold red]✗[/]", problem) if line.problem else ("[yellow]![/]", line.doubt)
+        mark, text = ("[bold red]✗[/]", problem) if line.problem else ("[yellow]![/]", line.warning)
     took = f"  [dim]{line.seconds:.1f} s[/]" if line.seconds else ""
     console.print(f"{mark} {line.name}  {escape(text)}{took}", highlight=False, soft_wrap=True)
 

@@ -170,7 +170,7 @@ def near_copies(these: Sequence[Gradients], those: Sequence[Gradients]) -> Itera
             yield start + int(place), int(likeness[place].argmax())
 
 
-def doubt(
+def warning(
     labelled_ids: Sequence[str],
     labelled: Sequence[Gradients],
     validation_ids: Sequence[str],

@@ -111,7 +111,7 @@ class Models:
         stage 3): versions that learnt from what it says of the pool. A teacher that is not registered has no version."""
         with mlflow_session(self.uri):
             version = self._find(model_uri)
-            return self._node(version) | {"teacher": self._teacher(version), "pupils": self._pupils(version, [])}
+            return self._node(version) | {"teacher": self._teacher(version), "pupils": self._descendants(version, [])}
 
     # ---- Registering, for store.py
 
@@ -186,7 +186,7 @@ class Models:
         teacher = min(found, key=lambda other: (other.tags.get(RUN_KEY) != version.tags[RUN_KEY], int(other.version)))
         return self._node(teacher) | {"teacher": self._teacher(teacher)}
 
-    def _pupils(self, version: Any, above: list[str]) -> list[dict[str, Any]]:
+    def _descendants(self, version: Any, above: list[str]) -> list[dict[str, Any]]:
         """Those of the version itself in any run; theirs, in their own runs."""
         digest = version.tags.get(DIGEST)
         if digest is None or digest in above:
@@ -195,7 +195,7 @@ class Models:
         if above:
             found = [pupil for pupil in found if pupil.tags.get(RUN_KEY) == version.tags.get(RUN_KEY)]
         in_order = sorted(found, key=lambda other: (other.name, int(other.version)))
-        return [self._node(pupil) | {"pupils": self._pupils(pupil, [*above, digest])} for pupil in in_order]
+        return [self._node(pupil) | {"pupils": self._descendants(pupil, [*above, digest])} for pupil in in_order]
 
     def _node(self, version: Any) -> dict[str, Any]:
         row = self._row(version, self._client.get_registered_model(version.name).aliases)

@@ -337,7 +337,7 @@ class _Predictor:
             encoded = [
                 encoders.submit(outcome.encoded, self._product, index, image) for index, image in enumerate(batch)
             ]
-            job.settle(batch, encoded, encoders.submit(outcome.total), in_windows=height * width > most)
+            job.complete(batch, encoded, encoders.submit(outcome.total), in_windows=height * width > most)
             self._in_flight.append(encoded)
         elif len(batch) == 1:
             job.reject(
@@ -435,14 +435,14 @@ class _Job:
             elif image.problem is not None:
                 self.reject(image, image.problem)
             else:
-                self._settle(image, None)
+                self._complete(image, None)
 
     def reject(self, image: _Image, reason: str) -> None:
         row = image.row
         self._rejects.append((image.position, Reject(image_id=row.image_id, source=row.source, reason=reason)))
-        self._settle(image, None)
+        self._complete(image, None)
 
-    def settle(
+    def complete(
         self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray], in_windows: bool
     ) -> None:
         self._sums.append(sums)
@@ -450,9 +450,9 @@ class _Job:
         for image, result in zip(batch, encoded, strict=True):
             height, width = image.pixels.shape[:2]
             self._predicted.append(_Summary(image.position, image.row.image_id, height, width))
-            self._settle(image, result)
+            self._complete(image, result)
 
-    def _settle(self, image: _Image, result: Future[Encoded] | None) -> None:
+    def _complete(self, image: _Image, result: Future[Encoded] | None) -> None:
         self._settled[image.position] = (image.row.image_id, result)
         while self._complete in self._settled:
             self._complete += 1

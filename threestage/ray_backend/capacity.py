@@ -356,7 +356,7 @@ def room_here(config: Config) -> CheckOutcome:
     found = _room(config, [_this_machine(cluster)], Growth(), there, "name a cluster that has more (--address)")
     asked = cluster.most_workers * cluster.cpus_per_worker
     slow = f"{there}; cluster.workers={cluster.most_workers} × cluster.cpus_per_worker={cluster.cpus_per_worker:g} share them"
-    return found._replace(doubt=found.doubt or (slow if asked > cpus else None))
+    return found._replace(warning=found.warning or (slow if asked > cpus else None))
 
 
 def _this_machine(cluster: ClusterSettings) -> Resources:

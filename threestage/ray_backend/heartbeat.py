@@ -32,7 +32,7 @@ class WorkerStatus(NamedTuple):
     world_size: int
     node: str
     step: int
-    doing: str
+    phase: str
     seconds: float
 
 
@@ -51,7 +51,7 @@ class _Monitor:
         self._warnings: list[str] = []
         self._failure: StageFailure | None = None
         self._signs: dict[int, tuple[WorkerStatus, float]] = {}
-        self._notices = 0
+        self._checkpoint_requests = 0
         self._controller: Any = None
 
     def row(self, row: dict[str, float]) -> None:
@@ -69,7 +69,7 @@ class _Monitor:
     def sign(self, sign: WorkerStatus) -> int:
         """Returns how many notices the driver has given."""
         self._signs[sign.rank] = (sign, time.time())
-        return self._notices
+        return self._checkpoint_requests
 
     def introduce(self, controller: Any) -> None:
         self._controller = controller
@@ -78,8 +78,8 @@ class _Monitor:
         """Ray Train's controller, or None before it has started."""
         return self._controller
 
-    def notice(self) -> None:
-        self._notices += 1
+    def request_checkpoint(self) -> None:
+        self._checkpoint_requests += 1
 
     def news(self) -> MonitorUpdate:
         news = MonitorUpdate(self._rows, self._warnings, self._failure, self._signs)
@@ -106,14 +106,14 @@ class Heartbeat:
         self._hang_after_s = config.cluster.hang_after_s
         self._gauges = _Gauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
         self._measured: dict[str, float] = {}
-        self.notices = 0  # of the driver
+        self.checkpoint_requests = 0  # of the driver
         self._node = ray.util.get_node_ip_address()
         self._place: tuple[int, str, float] = (0, "start", time.monotonic())
         self._dumped: tuple[int, str, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def doing(self, step: int, what: str) -> None:
+    def set_phase(self, step: int, what: str) -> None:
         self._place = (step, what, time.monotonic())
 
     def measured(self, values: Mapping[str, float]) -> None:
@@ -137,7 +137,7 @@ class Heartbeat:
             self._gauges.set(self._measured)
             sign = WorkerStatus(self._rank, self._world_size, self._node, step, what, seconds)
             with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon too
-                self.notices = ray.get(self._monitor.sign.remote(sign), timeout=BEAT_SECONDS)
+                self.checkpoint_requests = ray.get(self._monitor.sign.remote(sign), timeout=BEAT_SECONDS)
             if seconds > self._hang_after_s and place != self._dumped:
                 self._dumped = place
                 sys.stderr.write(

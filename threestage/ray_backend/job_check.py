@@ -5,7 +5,6 @@ The job is this module, as it is here, with the environment of the cluster; it p
 
 import contextlib
 import importlib.metadata
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -124,7 +123,7 @@ def _follow(client: Client, job: str) -> Iterator[CheckResult]:
         lines = [line for line in log.splitlines(keepends=True) if line.startswith(MARK) and line.endswith("\n")]
         for line in lines[read:]:
             heard = time.monotonic()
-            yield CheckResult(**json.loads(line.removeprefix(MARK)))
+            yield CheckResult.from_json(line.removeprefix(MARK))
         read = len(lines)
         if status in OVER:
             if status == JobStatus.SUCCEEDED:

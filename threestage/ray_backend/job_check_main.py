@@ -23,7 +23,7 @@ def main(file: str) -> None:
 
 
 def say(line: CheckResult) -> None:
-    print(MARK + json.dumps(line._asdict()), flush=True)
+    print(MARK + json.dumps(line.as_json()), flush=True)
 
 
 if __name__ == "__main__":

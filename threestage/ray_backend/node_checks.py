@@ -57,8 +57,8 @@ def nodes_reach(config: Config, out: str) -> CheckOutcome:
     torch = sorted({view.versions["torch"] for view in views.values()} | {versions()["torch"]})
     number = f"{len(views)} of {len(nodes)} nodes" if len(nodes) > 1 else "its one node"
     here = ", ".join(f"{what} {version}" for what, version in versions().items())
-    doubt = f"torch is not the same on all of them: {', '.join(torch)}" if len(torch) > 1 else None
-    return CheckOutcome(f"{number} can use data.root and --out, with {here}", doubt)
+    warning = f"torch is not the same on all of them: {', '.join(torch)}" if len(torch) > 1 else None
+    return CheckOutcome(f"{number} can use data.root and --out, with {here}", warning)
 
 
 def _names(nodes: Sequence[str]) -> str:
@@ -136,7 +136,7 @@ def own_file(config: Config) -> CheckResult | None:
         problem = f"sqlite:///{path} is a file where the job runs, and is lost with it; {mend}"
         return line._replace(problem=problem, code="mlflow/local-file")
     return line._replace(
-        doubt=f"sqlite:///{path} is a file of this machine: the run writes it, no other node reads it: {mend}"
+        warning=f"sqlite:///{path} is a file of this machine: the run writes it, no other node reads it: {mend}"
     )
 
 
@@ -148,7 +148,7 @@ def measure_there(specification: Specification) -> Iterator[Measured]:
     stages, cluster = specification.config.stage_names, specification.config.cluster
     if not room_for_one(cluster):
         for stage in stages:
-            yield Measured(stage=stage, doubt="not measured: the cluster has no room for a worker now")
+            yield Measured(stage=stage, warning="not measured: the cluster has no room for a worker now")
         return
     task = ray.remote(_measure).options(**cluster.task_options, num_returns="streaming", max_retries=0)
     results = task.remote(specification.model_dump(mode="json"))

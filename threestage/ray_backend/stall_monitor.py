@@ -47,7 +47,7 @@ class _Wait:
         return due
 
 
-class Patience:
+class StallMonitor:
     """With the workers of a stage: reports when none is there, and when one of them stands still.
 
     The clock runs while no worker gives a sign of life: at the start, and when Ray has to start the group again.
@@ -63,21 +63,21 @@ class Patience:
         newest = max((arrived for _, arrived in signs.values()), default=0.0)
         if time.time() - newest < SILENCE_SECONDS:
             self._alone.restart(newest)
-            self._name_the_hung([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
+            self._report_hung_worker([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
             return
         _report_or_end(self._alone, self._stage, self._cluster, self._cluster.least_workers, self._warn)
 
-    def _name_the_hung(self, signs: list[WorkerStatus]) -> None:
+    def _report_hung_worker(self, signs: list[WorkerStatus]) -> None:
         """The worker that the others wait for is the one that came to where it is last."""
         stalled = [sign for sign in signs if sign.seconds > self._cluster.hang_after_s]
         if len(stalled) < len(signs):
             return
-        late = min(stalled, key=lambda sign: (sign.step, sign.doing == "step", -sign.seconds))
+        late = min(stalled, key=lambda sign: (sign.step, sign.phase == "step", -sign.seconds))
         if (late.rank, late.step) not in self._named:
             self._named.add((late.rank, late.step))
             self._warn(
                 f"{self._stage} has stood still for {late.seconds:.0f} s: rank {late.rank} of {late.world_size} on {late.node} "
-                f"is at step {late.step}, {late.doing}; every worker has written its stacks to its log"
+                f"is at step {late.step}, {late.phase}; every worker has written its stacks to its log"
             )
 
 

@@ -32,7 +32,7 @@ Next = Callable[[], Trial | None]
 
 
 def run_trials(
-    space: Space, config: Config, out: str, journal: TrialStore, following: Next, count: int, spent: Callable[[], bool],
+    space: Space, config: Config, out: str, journal: TrialStore, next_trial: Next, count: int, spent: Callable[[], bool],
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Run the trials that `following` gives, at most `count` of them, `space.at_once` at a time, until `spent` says that
@@ -51,7 +51,7 @@ def run_trials(
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=_Proposals(following),
+                search_alg=_Proposals(next_trial),
                 scheduler=scheduler,
                 num_samples=count,
                 max_concurrent_trials=space.at_once,
@@ -133,12 +133,12 @@ class _Unpickled:
 class _Proposals(_Unpickled, Searcher):
     """Hands the sweep's next trial to Ray Tune."""
 
-    def __init__(self, following: Next) -> None:
+    def __init__(self, next_trial: Next) -> None:
         super().__init__(metric=JUDGED, mode="max")
-        self._following = following
+        self._next_trial = next_trial
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self._following()
+        trial = self._next_trial()
         return Searcher.FINISHED if trial is None else {"trial": trial.model_dump(mode="json")}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -199,7 +199,7 @@ class _Listener(_Unpickled, tune.Callback):
         """What has not said itself how it ended was stopped by the scheduler, or lost."""
         if self._journal.trial(number).state == "running":
             self._journal.end(number, "stopped" if error is None else "failed", error)
-        self._journal.forget()
+        self._journal.delete_losing_runs()
 
 
 def _number(trial: Any) -> int:

@@ -31,7 +31,7 @@ from threestage.ray_backend.heartbeat import MonitorUpdate, start_monitor
 from threestage.ray_backend.nodes import warn_of_folders
 from threestage.ray_backend.pool_stream import stream_options, unlabelled_stream
 from threestage.ray_backend.predict import predict_pool
-from threestage.ray_backend.stall_monitor import Membership, Patience, await_resources, warn_if_stalled
+from threestage.ray_backend.stall_monitor import Membership, StallMonitor, await_resources, warn_if_stalled
 from threestage.ray_backend.tasks import in_tasks
 from threestage.ray_backend.worker import train_worker
 from threestage.run.backend import Item, OnMetrics, OnWarning, Result, RunCallbacks
@@ -84,11 +84,11 @@ def on_cluster(config: Config, out: str, on: RunCallbacks) -> Iterator[RayBacken
 def warn_of_traps(config: Config, out: str, warn: OnWarning) -> None:
     if address_of(config.cluster) is not None:
         try:
-            doubt = room_there(config).doubt
+            warning = room_there(config).warning
         except InputError as error:
-            doubt = f"{error.message}; the run waits for room"
-        if doubt is not None:
-            warn(doubt)
+            warning = f"{error.message}; the run waits for room"
+        if warning is not None:
+            warn(warning)
     elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
         warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
     unlabelled = [config.data.unlabelled] if config.data.unlabelled else []
@@ -132,7 +132,7 @@ def _watch_fit(
     cluster = task.settings().cluster
     monitor = start_monitor()
     trainer = make_trainer(task, monitor, function, driver)
-    patience, membership = Patience(task.stage, cluster, warn), Membership()
+    patience, membership = StallMonitor(task.stage, cluster, warn), Membership()
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -148,7 +148,7 @@ def _watch_fit(
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             if membership.look() and cluster.least_workers < cluster.most_workers:
-                monitor.notice.remote()  # Ray may start the group anew with the node that came: save before
+                monitor.request_checkpoint.remote()  # Ray may start the group anew with the node that came: save before
             news = ray.get(monitor.news.remote())
             _pass_on(news, task.stage, show, warn)
             if thread.is_alive():

@@ -72,10 +72,10 @@ class RayWorker:
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
-    def share_buffers(self, network: nn.Module) -> None:
+    def sync_buffers(self, network: nn.Module) -> None:
         """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only."""
         floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         if not self._averages_buffers or not floats:
@@ -106,14 +106,14 @@ class RayWorker:
         ):
             yield batch if share.count == size else batch.first(share.count)
 
-    def notices(self) -> int:
+    def checkpoint_requests(self) -> int:
         """Nodes that drain, and what the driver has noticed. Ray's own get_preemption_info is a barrier of all workers; the
         loop agrees by itself, so this only looks."""
         from ray.train.v2._internal.execution.context import get_train_context
 
         context = getattr(get_train_context(), "preemption_context", None)
         info = None if context is None else context.preemption_info
-        return self._pulse.notices + (0 if info is None else len(info.preempted_node_ids))
+        return self._pulse.checkpoint_requests + (0 if info is None else len(info.preempted_node_ids))
 
     def noticed(self, step: int) -> None:
         """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
@@ -123,8 +123,8 @@ class RayWorker:
     def warn(self, text: str) -> None:
         self._monitor.warn.remote(text)
 
-    def doing(self, step: int, what: str) -> None:
-        self._pulse.doing(step, what)
+    def set_phase(self, step: int, what: str) -> None:
+        self._pulse.set_phase(step, what)
 
     def measured(self, values: Mapping[str, float]) -> None:
         self._pulse.measured(values)

@@ -143,7 +143,7 @@ def measure_and_divide(config: Config, budget: str, local: bool) -> Resolved:
 def bought(budget: str, config: Config, manifest: Manifest, measured: Sequence[Measured]) -> Resolved:
     """What the budget buys by measured steps. Raises InputError where one could not be measured, and as `divide` does."""
     for one in measured:
-        if reason := one.problem or one.doubt:
+        if reason := one.problem or one.warning:
             raise InputError(f"--budget {budget}: {one.stage} was not measured: {reason}", "budget/not-measured")
     return divide(config, parse(budget), costs_of(config, manifest, measured))
 

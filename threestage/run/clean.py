@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     name: str
     files: int
     bytes: int
-    goes: bool
+    will_delete: bool
 
 
 class Leftover(NamedTuple):
@@ -50,7 +50,7 @@ class Leftover(NamedTuple):
 
     folder: str
     kinds: list[Kind]
-    gone: list[str]
+    deleted: list[str]
 
 
 def what_is_left(run: str, everything: bool = False) -> Leftover:
@@ -71,8 +71,8 @@ def what_is_left(run: str, everything: bool = False) -> Leftover:
         Kind(name, len(paths), sum(sizes[path] for path in paths), removed)
         for (name, removed), paths in sorted(found.items())
     ]
-    gone = {_whole(path) for (_, removed), paths in found.items() if removed for path in paths}
-    return Leftover(run, kinds, sorted(gone))
+    deleted = {_whole(path) for (_, removed), paths in found.items() if removed for path in paths}
+    return Leftover(run, kinds, sorted(deleted))
 
 
 def _refuse_no_run(folder: str) -> None:
@@ -108,15 +108,15 @@ def clean(run: str, everything: bool, agreed: Callable[[Leftover], bool], warn: 
     _refuse_no_run(storage.absolute(run))
     with lease.held(run, warn):
         left = what_is_left(run, everything)
-        removed = bool(left.gone) and agreed(left)
+        removed = bool(left.deleted) and agreed(left)
         if removed:
-            _remove(left.folder, left.gone)
+            _remove(left.folder, left.deleted)
     return left, removed
 
 
-def _remove(folder: str, gone: Sequence[str]) -> None:
+def _remove(folder: str, deleted: Sequence[str]) -> None:
     for name in sorted(
-        gone, key=lambda name: name == "split.json"
+        deleted, key=lambda name: name == "split.json"
     ):  # the last: so that the rest can be removed by a rerun
         storage.delete(storage.join(folder, name), within=folder)
     if not storage.is_s3(folder):

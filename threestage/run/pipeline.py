@@ -27,7 +27,7 @@ from threestage.prediction.pseudo_masks import (
 )
 from threestage.run.backend import Backend, RunCallbacks
 from threestage.run.context import RunContext
-from threestage.run.outcome import lineage_of, outcome_of, figures_of
+from threestage.run.outcome import figures_of, lineage_of, outcome_of
 from threestage.run.pool_files import find_in_background
 from threestage.run.stages import StageTask
 from threestage.run_folder.folder import RunFolder

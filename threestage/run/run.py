@@ -105,8 +105,8 @@ def _sent_to_mlflow(
 def _warn_without_program(config: Config, warn: OnWarning) -> None:
     """Say early, beside the training, what the registered models will lack."""
     with contextlib.suppress(InputError):  # the pipeline refuses such settings itself
-        if doubt := without_program(config.network):
-            warn(doubt)
+        if warning := without_program(config.network):
+            warn(warning)
 
 
 def _settings(config: Config, tracking_uri: str | None = None) -> dict[str, Any]:

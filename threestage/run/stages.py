@@ -84,7 +84,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     last, card = list[Evaluation](), _card(task, config, data.manifest)
 
     def score(network: nn.Module) -> Evaluation:
-        worker.doing(state.step, "evaluation")
+        worker.set_phase(state.step, "evaluation")
         classes = len(data.manifest.classes)
         return evaluate(
             network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum,

@@ -177,7 +177,7 @@ class TrialStore:
         """How many of the last trials, one after the other, have ended with an error before their first evaluation."""
         return self._in_vain
 
-    def forget(self, settle_s: float = SETTLE_SECONDS, keep: Trial | None = None) -> None:
+    def delete_losing_runs(self, settle_s: float = SETTLE_SECONDS, keep: Trial | None = None) -> None:
         """Delete the runs of trials that ended `settle_s` ago or earlier: their processes, which might still write there,
         are gone by then. The best of the search are kept, or only `keep`. What cannot be deleted is tried again."""
         searched = self.of("search")

@@ -57,27 +57,27 @@ class _Record(TypedDict):
     config: dict[str, Any]
 
 
-def checked(asked: Sweep) -> Sweep:
+def checked(requested: Sweep) -> Sweep:
     """The same with absolute paths and with the space's fixed settings in its configuration. Raises InputError where they do
     not fit each other, or a place cannot be reached."""
-    check_space(asked.space, asked.config)
-    config = changed(asked.config, asked.space.fixed)
-    refuse_unconfirmed_hosts(asked.config)
-    check_store(config, asked.out, SWEEP)
-    out = storage.absolute(asked.out)
+    check_space(requested.space, requested.config)
+    config = changed(requested.config, requested.space.fixed)
+    refuse_unconfirmed_hosts(requested.config)
+    check_store(config, requested.out, SWEEP)
+    out = storage.absolute(requested.out)
     claim(out, SWEEP)  # a busy store passes the check above
-    return replace(asked, config=config.with_absolute_paths(), out=out)
+    return replace(requested, config=config.with_absolute_paths(), out=out)
 
 
-def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
+def plan(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
     """The plan of what is left to do. Raises InputError where the cluster could never run it."""
     from threestage.ray_backend.capacity import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
 
-    space, config = asked.space, asked.config
+    space, config = requested.space, requested.config
     trial = trial_config(space, config, {}, config.seed)
     room = cluster_growth(space.at_once * (trial.cluster.most_workers + 1))  # beside the workers, what reads the pool
     refuse_impossible(space, trial, cluster_nodes(), room, warn)
-    manifest, shared = load_manifest(config.data.root), shared_folder(asked.out, config.seed)
+    manifest, shared = load_manifest(config.data.root), shared_folder(requested.out, config.seed)
     parts = [f"{part}{n}" for n in range(1, space.shared_stages + 1) for part in ("stage", "pseudo_masks")]
     done = {part: storage.exists(storage.join(shared, part, "done.json")) for part in parts}
     over = sum(trial.over for trial in trials if trial.kind == "search")
@@ -93,7 +93,7 @@ def plan(asked: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
         done,
         mean_pixels(manifest, config.data.downscale),
         measured[names[-1]].device,
-        kept=REPEATED if asked.repeat else 1,
+        kept=REPEATED if requested.repeat else 1,
         device_hours_spent=sum(trial.seconds for trial in trials) * trial.cluster.devices / 3600,
     )
 
@@ -106,19 +106,19 @@ def _pool_images(config: Config, shared: str, manifest: Manifest) -> int | None:
     return None if config.data.unlabelled is not None else sum(file.rows for file in pool_files(manifest))
 
 
-def known(asked: Sweep) -> str | None:
+def known(requested: Sweep) -> str | None:
     """The name in MLflow of the sweep that the folder holds; None where it holds none.
 
     Raises InputError where that is another one, or --resume was not asked for.
     """
-    uri = storage.join(asked.out, "sweep.json")
+    uri = storage.join(requested.out, "sweep.json")
     if not storage.exists(uri):
         return None
-    if not asked.resume:
+    if not requested.resume:
         raise InputError(
-            f"--out {asked.out}: holds a sweep; continue it with --resume, or give another --out", "sweep/exists"
+            f"--out {requested.out}: holds a sweep; continue it with --resume, or give another --out", "sweep/exists"
         )
-    saved, now = storage.read_json(uri, _Record), _identity(asked)
+    saved, now = storage.read_json(uri, _Record), _identity(requested)
     for part in ("space", "config"):
         for name in sorted({*saved[part], *now[part]}):
             before, after = saved[part].get(name), now[part].get(name)
@@ -130,15 +130,17 @@ def known(asked: Sweep) -> str | None:
     return str(saved["sweep_key"])
 
 
-def begin(asked: Sweep) -> str:
+def begin(requested: Sweep) -> str:
     """Write down what the sweep is; returns its name in MLflow."""
     key = uuid.uuid4().hex
-    storage.write_json(storage.join(asked.out, "sweep.json"), {"format": 1, "sweep_key": key, **_identity(asked)})
+    storage.write_json(
+        storage.join(requested.out, "sweep.json"), {"format": 1, "sweep_key": key, **_identity(requested)}
+    )
     return key
 
 
-def _identity(asked: Sweep) -> dict[str, Any]:
+def _identity(requested: Sweep) -> dict[str, Any]:
     """What may not change while a sweep goes on."""
-    space = asked.space.model_dump(mode="json", exclude=FREE_SETTINGS)
-    config = asked.config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    space = requested.space.model_dump(mode="json", exclude=FREE_SETTINGS)
+    config = requested.config.model_dump(mode="json", exclude=FREE_SECTIONS)
     return {"space": flatten(space), "config": flatten(config)}

@@ -91,23 +91,23 @@ def _is_there(parameter: Parameter, params: Mapping[str, Any]) -> bool:
     )
 
 
-def _suggested(space: Space, asked: "optuna.Trial") -> dict[str, Any]:
+def _suggested(space: Space, requested: "optuna.Trial") -> dict[str, Any]:
     params: dict[str, Any] = {}
     for key, parameter in space.search.items():
         if _is_there(parameter, params):
-            params[key] = _suggest(asked, key, parameter)
+            params[key] = _suggest(requested, key, parameter)
     return params
 
 
-def _suggest(asked: "optuna.Trial", key: str, parameter: Parameter) -> Any:
+def _suggest(requested: "optuna.Trial", key: str, parameter: Parameter) -> Any:
     if parameter.choice is not None:
         labels = [label(value) for value in parameter.choice]
-        return parameter.choice[labels.index(asked.suggest_categorical(key, labels))]
+        return parameter.choice[labels.index(requested.suggest_categorical(key, labels))]
     low, high = parameter.bounds[0], parameter.last
     if parameter.whole:
-        return parameter.snapped(asked.suggest_int(key, int(low), int(high), step=int(parameter.step or 1)))
+        return parameter.snapped(requested.suggest_int(key, int(low), int(high), step=int(parameter.step or 1)))
     logarithmic = parameter.kind == "loguniform"
-    return parameter.snapped(asked.suggest_float(key, low, high, step=parameter.step, log=logarithmic))
+    return parameter.snapped(requested.suggest_float(key, low, high, step=parameter.step, log=logarithmic))
 
 
 def _distribution(parameter: Parameter) -> "optuna.distributions.BaseDistribution":

@@ -38,106 +38,108 @@ class Show(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-def plan(asked: Sweep, warn: Callable[[str], None]) -> Plan:
+def plan(requested: Sweep, warn: Callable[[str], None]) -> Plan:
     """What the sweep would do. Trains nothing, changes nothing."""
     from threestage.ray_backend.connect import connected
 
-    asked = prepare.checked(asked)
-    prepare.known(asked)
-    with connected(asked.config.cluster, asked.space.at_once):
-        return prepare.plan(asked, load_trials(asked.out), warn)
+    requested = prepare.checked(requested)
+    prepare.known(requested)
+    with connected(requested.config.cluster, requested.space.at_once):
+        return prepare.plan(requested, load_trials(requested.out), warn)
 
 
-def run(asked: Sweep, show: Show) -> dict[str, Any]:
+def run(requested: Sweep, show: Show) -> dict[str, Any]:
     """Run the sweep or go on with it; returns what results.json holds.
 
     Raises InputError before anything is trained when the space, the configuration or the cluster does not allow it or another
     driver works on the folder, and StageFailure when no trial has finished.
     """
-    asked = prepare.checked(asked)
+    requested = prepare.checked(requested)
     reserve_variables()
-    with lease.held(asked.out, show.warn):
-        return _run_alone(asked, show)
+    with lease.held(requested.out, show.warn):
+        return _run_alone(requested, show)
 
 
-def _run_alone(asked: Sweep, show: Show) -> dict[str, Any]:
+def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
     from threestage.ray_backend.connect import connected
     from threestage.ray_backend.sweep import quieten
     from threestage.ray_backend.train import warn_of_traps
 
-    key = prepare.known(asked)
-    registry = open_registry(asked.config.registry) if key is None else None  # a sweep that has begun goes on without
-    with connected(asked.config.cluster, asked.space.at_once):
-        warn_of_traps(asked.config, asked.out, show.warn)
-        if left_to_search(asked, load_trials(asked.out)):
-            show.plan(prepare.plan(asked, load_trials(asked.out), show.warn))
-        key = key or prepare.begin(asked)
+    key = prepare.known(requested)
+    registry = (
+        open_registry(requested.config.registry) if key is None else None
+    )  # a sweep that has begun goes on without
+    with connected(requested.config.cluster, requested.space.at_once):
+        warn_of_traps(requested.config, requested.out, show.warn)
+        if left_to_search(requested, load_trials(requested.out)):
+            show.plan(prepare.plan(requested, load_trials(requested.out), show.warn))
+        key = key or prepare.begin(requested)
         quieten()
         mirror = Mirror(
-            lambda: registry or open_registry(asked.config.registry),
+            lambda: registry or open_registry(requested.config.registry),
             key,
-            asked.config.name,
-            flatten(asked.space.model_dump(mode="json")),
+            requested.config.name,
+            flatten(requested.space.model_dump(mode="json")),
             show.warn,
         )
         found: dict[str, Any] = {"files": []}
         status: Status = "KILLED"
         try:
-            found = _run(asked, show, mirror)
+            found = _run(requested, show, mirror)
             status = "FINISHED"
         except Exception:
             status = "FAILED"
             raise
         finally:
             score = found["best"]["score"] if found.get("best") else None
-            files = {name: storage.join(asked.out, name) for name in found["files"]}
+            files = {name: storage.join(requested.out, name) for name in found["files"]}
             mirror.close(status, {} if score is None else {"mean_iou": score}, files)
     return found
 
 
-def _run(asked: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
+def _run(requested: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
     def changed(trial: Trial) -> None:
         show.trial(trial)
-        mirror.update(trial, {"space": ",".join(asked.space.search)})
+        mirror.update(trial, {"space": ",".join(requested.space.search)})
 
-    journal = TrialStore(asked.out, load_trials(asked.out), REPEATED if asked.repeat else 1, changed)
+    journal = TrialStore(requested.out, load_trials(requested.out), REPEATED if requested.repeat else 1, changed)
     for trial in journal.trials:
         changed(trial)
-    running = _Running(asked, journal, show, time.monotonic())
+    running = _Running(requested, journal, show, time.monotonic())
     running.search()
     running.repeat()
-    found = outcome.publish(asked, journal.trials)
+    found = outcome.publish(requested, journal.trials)
     best = journal.trial(found["best"]["number"])
-    if asked.promote:
-        outcome.promote(asked, best, RunCallbacks(show.on_metrics, show.warn, show.on_progress))
+    if requested.promote:
+        outcome.promote(requested, best, RunCallbacks(show.on_metrics, show.warn, show.on_progress))
     if all(trial.over for trial in journal.trials):
-        journal.forget(0.0, keep=best)
+        journal.delete_losing_runs(0.0, keep=best)
     return found
 
 
-def left_to_search(asked: Sweep, trials: Sequence[Trial]) -> int:
+def left_to_search(requested: Sweep, trials: Sequence[Trial]) -> int:
     """Trials of the search that are not over."""
-    return number_of_trials(asked.space) - sum(trial.over for trial in trials if trial.kind == "search")
+    return number_of_trials(requested.space) - sum(trial.over for trial in trials if trial.kind == "search")
 
 
 @dataclass(frozen=True)
 class _Running:
     """A sweep that goes on since `begun` (seconds of the monotonic clock)."""
 
-    asked: Sweep
+    requested: Sweep
     journal: TrialStore
     show: Show
     begun: float
 
     def search(self) -> None:
-        left = left_to_search(self.asked, self.journal.trials)
+        left = left_to_search(self.requested, self.journal.trials)
         if left > 0:
-            self._share(self.asked.config.seed)
+            self._share(self.requested.config.seed)
             self.show.phase("trials")
-            self._trials(self.asked, self._next_of_search, left)
+            self._trials(self.requested, self._next_of_search, left)
 
     def _next_of_search(self) -> Trial | None:
-        space, config, journal = self.asked.space, self.asked.config, self.journal
+        space, config, journal = self.requested.space, self.requested.config, self.journal
         if (waiting := journal.take("search", config.seed)) is not None:
             return waiting
         known = journal.of("search")
@@ -152,7 +154,7 @@ class _Running:
 
     def repeat(self) -> None:
         """Run the best trials, and the one that changes nothing, with other seeds; each seed has its own shared stages."""
-        for seed in range(self.asked.config.seed + 1, self.asked.config.seed + 1 + self.asked.repeat):
+        for seed in range(self.requested.config.seed + 1, self.requested.config.seed + 1 + self.requested.repeat):
             if self._spent():  # while some of the search may wait, nobody knows the best
                 return
             self._add_repeats(seed)
@@ -160,10 +162,10 @@ class _Running:
                 continue
             self._share(seed)
             self.show.phase(f"the best trials with seed {seed}")
-            to_the_end = replace(self.asked, space=self.asked.space.model_copy(update={"scheduler": None}))
+            to_the_end = replace(self.requested, space=self.requested.space.model_copy(update={"scheduler": None}))
             self._trials(to_the_end, lambda seed=seed: self.journal.take("repeat", seed), self._open_repeats(seed))  # type: ignore[misc]
             if not self._open_repeats(seed):
-                storage.delete(shared_folder(self.asked.out, seed), self.asked.out)
+                storage.delete(shared_folder(self.requested.out, seed), self.requested.out)
 
     def _add_repeats(self, seed: int) -> None:
         searched, repeats = self.journal.of("search"), self.journal.of("repeat")
@@ -180,23 +182,25 @@ class _Running:
         """Compute, unless that is done, what all trials with a seed begin with; once done it is not touched again."""
         from threestage.ray_backend.train import on_cluster
 
-        space, folder = self.asked.space, shared_folder(self.asked.out, seed)
+        space, folder = self.requested.space, shared_folder(self.requested.out, seed)
         last = storage.join(folder, f"pseudo_masks{space.shared_stages}", "done.json")
         if space.shared_stages and not storage.exists(last):
             self.show.phase(f"shared by all trials with seed {seed}: the stages before stage {space.first_stage}")
-            config = base_config(space, self.asked.config, seed)
+            config = base_config(space, self.requested.config, seed)
             on = RunCallbacks(self.show.on_metrics, self.show.warn, self.show.on_progress)
             with on_cluster(config, folder, on) as backend:
                 pipeline.run(config, folder, backend, on)
 
-    def _trials(self, asked: Sweep, following: Callable[[], Trial | None], count: int) -> None:
+    def _trials(self, requested: Sweep, next_trial: Callable[[], Trial | None], count: int) -> None:
         from threestage.ray_backend.sweep import run_trials
 
         journal = self.journal
         try:
-            run_trials(asked.space, asked.config, asked.out, journal, following, count, self._over, self.show.warn)
+            run_trials(
+                requested.space, requested.config, requested.out, journal, next_trial, count, self._over, self.show.warn
+            )
         finally:
-            journal.forget(0.0)
+            journal.delete_losing_runs(0.0)
         if self._in_vain():
             reason = next(trial.reason for trial in reversed(journal.trials) if trial.reason)
             raise StageFailure(
@@ -214,11 +218,13 @@ class _Running:
         return self._spent() or self._in_vain()
 
     def _in_vain(self) -> bool:
-        return self.journal.in_vain >= self.asked.space.at_once + MAX_CONSECUTIVE_FAILURES
+        return self.journal.in_vain >= self.requested.space.at_once + MAX_CONSECUTIVE_FAILURES
 
     def _spent(self) -> bool:
-        budget = self.asked.space.budget
-        devices = trial_config(self.asked.space, self.asked.config, {}, self.asked.config.seed).cluster.devices
+        budget = self.requested.space.budget
+        devices = trial_config(
+            self.requested.space, self.requested.config, {}, self.requested.config.seed
+        ).cluster.devices
         hours, device_hours = (time.monotonic() - self.begun) / 3600, self.journal.seconds() * devices / 3600
         return (budget.hours is not None and hours >= budget.hours) or (
             budget.device_hours is not None and device_hours >= budget.device_hours

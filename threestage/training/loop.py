@@ -72,13 +72,13 @@ def fit(
     window = Window(worker, state.step, loop.loss_limit)
     dtype = autocast_dtype(loop.precision, worker.device)
     rate = lr_scale(loop, worker.world_size)
-    notices = _Notices(worker)
+    checkpoint_requests = _SyncFlags(worker)
     while state.step < steps:
         torch.manual_seed(derive_seed(*seed_place, "torch", state.step, worker.rank))
         _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, steps, optimiser))
         inputs = _draw(source, state.step, worker, dtype)
         pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
-        counts, noticed = notices.agree({**pixels, **inputs.divisors})
+        counts, noticed = checkpoint_requests.sync_flags({**pixels, **inputs.divisors})
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _update(state, worker, optimiser.clip_norm, ema)
         if state.step == max(1, steps // 2) and worker.rank == 0:
@@ -105,10 +105,10 @@ def fit(
 
 
 def _draw(source: StepSource, step: int, worker: Worker, dtype: torch.dtype) -> StepInputs:
-    worker.doing(step, "data")
+    worker.set_phase(step, "data")
     with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
         inputs = source.draw(step)
-    worker.doing(step, "step")
+    worker.set_phase(step, "step")
     return inputs
 
 
@@ -126,7 +126,7 @@ def _backward(
     sums = {name: torch.zeros((), device=worker.device, dtype=torch.float64) for name in inputs.targets}
     cut = list(micro_batches(len(inputs.image), accumulate))
     for number, piece in enumerate(cut, 1):
-        with nullcontext() if number == len(cut) else worker.hold_gradients(wrapped):
+        with nullcontext() if number == len(cut) else worker.no_sync(wrapped):
             with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
                 found = piece_sums(network, inputs, piece)
                 loss = losses.total_loss(found, counts, inputs.weights, worker.world_size)
@@ -139,7 +139,7 @@ def _backward(
 def _update(state: TrainState, worker: Worker, clip_norm: float | None, ema: EmaSettings) -> None:
     """The student from its gradients, then the teacher; the step is done."""
     _optimise(state, clip_norm)
-    worker.share_buffers(state.student)
+    worker.sync_buffers(state.student)
     if state.teacher is not None:
         update_teacher(state.teacher, state.student, ema_decay(state.step, ema))
     state.step += 1
@@ -156,7 +156,7 @@ def _optimise(state: TrainState, clip_norm: float | None) -> None:
 
 def _evaluated(state: TrainState, worker: Worker, evaluate: Callable[[nn.Module], Row]) -> Row:
     """What the shipped network scores; rank 0 keeps the best weights."""
-    worker.doing(state.step, "evaluation")
+    worker.set_phase(state.step, "evaluation")
     row = evaluate(state.shipped)
     if worker.rank == 0:
         state.keep_best(row.get("mean_iou", math.nan))
@@ -165,7 +165,7 @@ def _evaluated(state: TrainState, worker: Worker, evaluate: Callable[[nn.Module]
 
 def _save(state: TrainState, worker: Worker) -> None:
     """A checkpoint that can be gone on from: weights that are not finite are not saved (on all workers alike)."""
-    worker.doing(state.step, "checkpoint")
+    worker.set_phase(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
             f"weights became infinite or NaN before step {state.step} while the losses were finite; {recovery_hint(worker)}",
@@ -237,7 +237,7 @@ def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-class _Notices:
+class _SyncFlags:
     """The workers' one agreement per step: what each term is divided by, and how many notices rank 0 knows of.
 
     Every rank hears of a notice in the same step. A GPU's answer is read NOTICE_LAG steps late, so that nothing waits.
@@ -248,16 +248,16 @@ class _Notices:
         self._waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._heard = 0
 
-    def agree(self, pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    def sync_flags(self, pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """Valid pixels of the global batch by term; True once for each notice that has come."""
-        known = self._worker.notices() if self._worker.rank == 0 else 0
+        known = self._worker.checkpoint_requests() if self._worker.rank == 0 else 0
         told = torch.full((), float(known), dtype=torch.float64, device=self._worker.device)
-        *counts, notices = self._worker.sum(torch.stack([*pixels.values(), told])).unbind()
-        return dict(zip(pixels, counts, strict=True)), self._news(notices)
+        *counts, checkpoint_requests = self._worker.sum(torch.stack([*pixels.values(), told])).unbind()
+        return dict(zip(pixels, counts, strict=True)), self._news(checkpoint_requests)
 
-    def _news(self, notices: Tensor) -> bool:
-        self._waiting.append(copy_to_host_async(notices))
-        if len(self._waiting) <= (NOTICE_LAG if notices.is_cuda else 0):
+    def _news(self, checkpoint_requests: Tensor) -> bool:
+        self._waiting.append(copy_to_host_async(checkpoint_requests))
+        if len(self._waiting) <= (NOTICE_LAG if checkpoint_requests.is_cuda else 0):
             return False
         value, arrived = self._waiting.pop(0)
         if arrived is not None:

@@ -27,7 +27,7 @@ class Worker(Protocol):
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network as it is called in a step: gradients averaged over the workers, batch norm synchronised."""
 
-    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         """Inside it, backward passes add to this worker's gradients without averaging: for all pieces but the last."""
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -36,13 +36,13 @@ class Worker(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """What each worker has to say (plain values), by rank."""
 
-    def share_buffers(self, network: nn.Module) -> None:
+    def sync_buffers(self, network: nn.Module) -> None:
         """Make the network's running statistics the same on all workers."""
 
     def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches, from that image of the stream on."""
 
-    def notices(self) -> int:
+    def checkpoint_requests(self) -> int:
         """How many reasons for a checkpoint at once have come so far: processes that will soon be taken away."""
 
     def noticed(self, step: int) -> None:
@@ -51,7 +51,7 @@ class Worker(Protocol):
     def warn(self, text: str) -> None:
         """Tell the user."""
 
-    def doing(self, step: int, what: str) -> None:
+    def set_phase(self, step: int, what: str) -> None:
         """Where the loop is, for whoever watches it."""
 
     def measured(self, values: Mapping[str, float]) -> None:
@@ -108,7 +108,7 @@ class LocalWorker:
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
 
-    def hold_gradients(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -117,13 +117,13 @@ class LocalWorker:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def share_buffers(self, network: nn.Module) -> None:
+    def sync_buffers(self, network: nn.Module) -> None:
         pass
 
     def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
         return self._unlabelled(share, first_image)
 
-    def notices(self) -> int:
+    def checkpoint_requests(self) -> int:
         return int(self._told.is_set())
 
     def noticed(self, step: int) -> None:
@@ -132,7 +132,7 @@ class LocalWorker:
             "stage/stopped",
         )
 
-    def doing(self, step: int, what: str) -> None:
+    def set_phase(self, step: int, what: str) -> None:
         pass
 
     def measured(self, values: Mapping[str, float]) -> None:
