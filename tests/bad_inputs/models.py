@@ -73,7 +73,7 @@ def _pth(tensors: dict[Any, torch.Tensor]) -> str:
 
 
 def packed_model() -> Any:
-    """registry/packed_model.py, which MLflow warns of when it is imported."""
+    """mlflow_sync/packed_model.py, which MLflow warns of when it is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("threestage.mlflow_sync.packed_model")

@@ -20,7 +20,7 @@ from tests.runs import run_on_ray
 from threestage.data.batches import Batch, BatchSlice
 from threestage.data.split import Split
 from threestage.errors import StageFailure
-from threestage.ray_backend import train as on_ray
+from threestage.ray_backend import train as ray_train
 from threestage.ray_backend.heartbeat import Heartbeat, start_monitor
 from threestage.ray_backend.worker import RayWorker
 from threestage.run.stages import StageTask
@@ -134,7 +134,7 @@ def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_ra
 
     cluster = {"workers": 2, "hang_after_s": 5, "report_after_s": 100}
     task = new_task(tmp_path, cluster=cluster).model_copy(update={"stage": "stage1"})  # no stream to wait for
-    on_ray.train_on_ray(task, lambda stage, row: None, warn, train_stalling)
+    ray_train.train_on_ray(task, lambda stage, row: None, warn, train_stalling)
 
     assert len(warnings) == 1, warnings
     assert re.search(r"stage1 has stood still for \d+ s: rank 1 of 2 on \S+ is at step 7, data;", warnings[0])

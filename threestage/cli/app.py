@@ -1,4 +1,4 @@
-"""The command line: the list of commands (threestage/commands/), and how each ends.
+"""The command line: the list of commands (the files beside this one), and how each ends.
 
 Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 130 Ctrl-C.
 `submit` has more, see its help.

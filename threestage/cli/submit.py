@@ -1,4 +1,4 @@
-"""`threestage submit COMMAND …`: the command line of `on_ray/submit.py`."""
+"""`threestage submit COMMAND …`: the command line of `ray_backend/submit.py`."""
 
 import os
 import sys

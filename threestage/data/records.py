@@ -5,7 +5,7 @@ root/manifests/v0001.json …             every version
 root/images/<split>-<digest>.parquet    images, with their masks where there were any; one split per file
 root/labels/<split>-<digest>.parquet    images of the set whose mask came (or was mended) later
 root/rejected/v0001.parquet             what an ingest refused (data/rejects.py)
-root/shards/, root/listing/             what an ingest has done, so that it can go on (data/shards.py, data/listing.py)
+root/shards/, root/listing/             what an ingest has done, so that it can go on (data/publish.py, data/listing.py)
 """
 
 import io

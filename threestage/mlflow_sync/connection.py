@@ -1,4 +1,4 @@
-"""What registry/ needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
+"""What this package needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
 
 import contextlib
 import http.client

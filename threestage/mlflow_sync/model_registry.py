@@ -113,7 +113,7 @@ class Models:
             version = self._find(model_uri)
             return self._node(version) | {"teacher": self._teacher(version), "pupils": self._descendants(version, [])}
 
-    # ---- Registering, for store.py
+    # ---- Registering, for client.py
 
     def version_of_run(self, run_id: str, name: str) -> Any:
         """The version that a run registered, or None; the first of several."""

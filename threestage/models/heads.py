@@ -44,7 +44,7 @@ class DeepLabV3PlusHead(nn.Module):
 
     low (N,L,H/4,W/4), deep (N,D,h,w) → logits (N,C,H/4,W/4), any image size. Dilations 12, 24, 36. No dropout, so a
     step can be replayed. Its batch norm is live and sees one value per image: a training batch needs two images, which
-    preflight.py makes sure of. InputError where that package is not installed.
+    checks/preflight.py makes sure of. InputError where that package is not installed.
     """
 
     def __init__(self, low_channels: int, channels: int, num_classes: int, width: int) -> None:

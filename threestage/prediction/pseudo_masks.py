@@ -242,7 +242,7 @@ class PoolTask(Settings):
     max_image_pixels: int
     used_ids: frozenset[str]  # labelled images: their masks were trained on, so they are left out of the mIoU
     excluded_ids: frozenset[str]  # validation images: not in the pool
-    fixed_void: str | None = None  # pixels that are void in every image of their size; see data/fixed_void.py
+    fixed_void: str | None = None  # pixels that are void in every image of their size; see data/datasets.py
     halfway_model: str | None = None  # folder of the weights with which each image's agreement is measured
     precision: str = "auto"  # training.precision, as in an evaluation
 

@@ -1,4 +1,4 @@
-"""What stage 1, 2 and 3 each build, train and publish (method.md). Their steps are in steps.py, the loop in training/loop.py."""
+"""What stage 1, 2 and 3 each build, train and publish (method.md). Their steps are in training/step_inputs.py, the loop in training/loop.py."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
