@@ -23,7 +23,7 @@ from threestage.models.settings import NetworkSettings
 from threestage.prediction.pseudo_masks import PseudoMaskSettings
 from threestage.presets import preset_names as preset_names
 from threestage.ray_settings import ClusterSettings
-from threestage.settings import Settings
+from threestage.settings import Settings, current_key, warn_of_old_names, with_current_names
 from threestage.training.loop import LoopSettings
 from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -32,7 +32,7 @@ from threestage.user_files import read_yaml
 StageName = Literal["stage1", "stage2", "stage3"]
 Section = Literal["augment", "optimiser", "ema", "supervised", "consistency", "pseudo_mask"]
 RUN_ONLY_KEYS = frozenset(
-    {"pseudo_mask.guard", "pseudo_mask.batch_size", "pseudo_mask.of_last_stage"}
+    {"pseudo_mask.on_collapse", "pseudo_mask.batch_size", "pseudo_mask.final_stage"}
 )  # not of a stage
 Model = TypeVar("Model", bound=BaseModel)
 KEYS_ADDED_LATER: dict[str, Any] = {
@@ -67,8 +67,17 @@ KEYS_ADDED_LATER: dict[str, Any] = {
     "stage2.reliable_share": 1.0,
     "stage3.reliable_share": 1.0,
 }
-"""Keys that the first runs did not have, and the value that they go on with."""
-TRAINING_KEYS = {"precision", "batch", "learning_rate_rule", "accumulate"}
+"""Keys that the first runs did not have, by the names that records have for them, and the value that they continue with."""
+RENAMED_KEYS = {
+    "pseudo_mask.guard": "pseudo_mask.on_collapse",
+    "pseudo_mask.of_last_stage": "pseudo_mask.final_stage",
+    "training.batch": "training.batch_scope",
+    "stage2.changes": "stage2.overrides",
+    "stage3.changes": "stage3.overrides",
+}
+"""Old names of settings, which are read as the new ones. Digests and records keep the old ones: see `recorded_key`."""
+RECORDED_KEYS = {new: old for old, new in RENAMED_KEYS.items()}
+TRAINING_KEYS = {"precision", "batch_scope", "learning_rate_rule", "accumulate"}
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 
@@ -125,7 +134,7 @@ class ConsistencySettings(Settings):
 
 class Stage1Settings(Settings):
     steps: int = Field(20_000, ge=1, description="optimiser steps")
-    labelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
+    labelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch_scope)")
     strong_view: bool = Field(
         False, description="learn the strong view beside the weak one (the control of the method)"
     )
@@ -139,7 +148,7 @@ class Stage1Settings(Settings):
     )
     warm_start: ClassVar[bool] = False
     reliable_share: ClassVar[float] = 1.0
-    changes: ClassVar[dict[str, dict[str, Any]]] = {}
+    overrides: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property
     def has_teacher(self) -> bool:
@@ -148,8 +157,8 @@ class Stage1Settings(Settings):
 
 class SelfTrainingSettings(Settings):
     steps: int = Field(60_000, ge=1, description="optimiser steps")
-    labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch)")
-    unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch)")
+    labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch_scope)")
+    unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch_scope)")
     warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
     reliable_share: float = Field(
         1.0,
@@ -158,7 +167,7 @@ class SelfTrainingSettings(Settings):
         description="learn from this share of the pool: the images on which the stage before agreed most with its own weights of "
         "half-way (ST++); 1, all, is faithful",
     )
-    changes: dict[Section, dict[str, Any]] = Field(
+    overrides: dict[Section, dict[str, Any]] = Field(
         {}, description="settings that this stage alone has, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
     )
     has_teacher: ClassVar[bool] = True
@@ -189,6 +198,11 @@ class Config(Settings):
     cluster: ClusterSettings = ClusterSettings()
     storage: StorageSettings = StorageSettings()
     registry: RegistrySettings = RegistrySettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, tree: Any) -> Any:
+        return with_current_names(tree, RENAMED_KEYS)[0] if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -229,28 +243,28 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _changes_fit(self) -> Self:
+    def _overrides_fit(self) -> Self:
         for name in STAGES:
-            changes: Mapping[Any, Any] = self.stage(name).changes
-            for key in sorted(RUN_ONLY_KEYS & set(flatten(dict(changes)))):
+            own: Mapping[Any, Any] = self.stage(name).overrides
+            for key in sorted(RUN_ONLY_KEYS & set(flatten(dict(own)))):
                 raise InputError(
-                    f"{name}.changes: {key} is the same for all stages; set it outside changes", "config/conflict"
+                    f"{name}.overrides: {key} is the same for all stages; set it outside overrides", "config/conflict"
                 )
             try:
                 self.for_stage(name)
             except ValidationError as error:
                 problem = explained(Config, error)
-                raise InputError(f"{name}.changes: {problem.message}", problem.code) from None
+                raise InputError(f"{name}.overrides: {problem.message}", problem.code) from None
         return self
 
     def for_stage(self, name: StageName) -> "Config":
-        """The settings that a stage really has: with its `changes`."""
-        changes: Mapping[Any, Any] = self.stage(name).changes
-        if not changes:
+        """The settings that a stage really has: with its `overrides`."""
+        own: Mapping[Any, Any] = self.stage(name).overrides
+        if not own:
             return self
         tree = self.model_dump(mode="json")
-        tree[name]["changes"] = {}
-        return Config.model_validate(_merged(tree, changes))
+        tree[name]["overrides"] = {}
+        return Config.model_validate(_merged(tree, own))
 
     def stage(self, name: StageName) -> Stage1Settings | SelfTrainingSettings:
         stages: dict[str, Stage1Settings | SelfTrainingSettings]
@@ -276,6 +290,11 @@ class Config(Settings):
         return later[0] if later and self.stage(later[0]).reliable_share < 1 else None
 
 
+def recorded_key(key: str) -> str:
+    """The name of a dotted key in digests and records."""
+    return current_key(key, RECORDED_KEYS)
+
+
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
     config = config.for_stage(stage)
@@ -289,10 +308,9 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         sections |= {"pseudo_mask"}
     dump = config.model_dump(mode="json", include=sections | {"seed", "data"})
     dump["training"] = config.training.model_dump(mode="json", include=TRAINING_KEYS)
+    recorded = {recorded_key(key): value for key, value in flatten(dump).items()}
     keys = {
-        key: value
-        for key, value in flatten(dump).items()
-        if key not in KEYS_ADDED_LATER or value != KEYS_ADDED_LATER[key]
+        key: value for key, value in recorded.items() if key not in KEYS_ADDED_LATER or value != KEYS_ADDED_LATER[key]
     }
     without = {
         "data.root",
@@ -303,7 +321,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.split_seed",
         "data.group",
         "data.validation",
-        *RUN_ONLY_KEYS,
+        *map(recorded_key, RUN_ONLY_KEYS),
     }
     if stage == "stage1":
         without |= {"supervised.strong_view"} if sees_pool else {"supervised.weight", "supervised.strong_view"}
@@ -418,6 +436,8 @@ def _read(source: str) -> dict[str, Any]:
         raise InputError(
             f"{source}: a configuration is a mapping of sections such as data: and network:", "config/not-a-mapping"
         )
+    tree, old_keys = with_current_names(tree, RENAMED_KEYS)
+    warn_of_old_names(old_keys, RENAMED_KEYS)
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -435,10 +455,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(
             f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000", "config/not-an-assignment"
         )
+    old_keys = [] if current_key(path, RENAMED_KEYS) == path else [path]
+    warn_of_old_names(old_keys, {path: current_key(path, RENAMED_KEYS)})
     _put(tree, path, read_yaml(text, f"--set {override}"))
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    path = current_key(path, RENAMED_KEYS)
     *parents, leaf = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

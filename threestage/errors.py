@@ -53,6 +53,10 @@ def joined(errors: Sequence[CodedError], several: str) -> InputError:
     return InputError("; ".join(error.message for error in errors), codes.pop() if len(codes) == 1 else several)
 
 
+class RenamedSetting(FutureWarning):
+    """A setting was given under an older name, which still works."""
+
+
 def reason_of(error: BaseException) -> str:
     """Why something failed, for a sentence: our own errors speak for themselves, without their code."""
     return error.message if isinstance(error, CodedError) else f"{type(error).__name__}: {error}"

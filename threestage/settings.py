@@ -1,11 +1,12 @@
 """The base class of every settings model; each lives beside the code that it configures."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from threestage.errors import CodedError
+from threestage.errors import CodedError, InputError, RenamedSetting
 
 
 class Settings(BaseModel):
@@ -24,6 +25,43 @@ class Settings(BaseModel):
         copy = self.model_copy()
         copy._host_from = file
         return copy
+
+
+def current_key(key: str, renamed: Mapping[str, str]) -> str:
+    """A dotted key, or one below it, under its present name. `renamed`: old dotted key → new one."""
+    for old, new in renamed.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
+def with_current_names(tree: Mapping[str, Any], renamed: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """A tree of settings with its keys under their present names, and the old keys that it had.
+
+    Raises InputError where a key is there under both names.
+    """
+    found, old_keys = dict(tree), []
+    for old, new in renamed.items():
+        section, _, name = old.rpartition(".")
+        inner = found.get(section) if section else found
+        if not isinstance(inner, Mapping) or name not in inner:
+            continue
+        new_name = new.rpartition(".")[2]
+        if new_name in inner:
+            raise InputError(
+                f"{old}={inner[name]!r}: is called {new} now, which is set too; drop one", "config/conflict"
+            )
+        values = {new_name if key == name else key: value for key, value in inner.items()}
+        found = {**found, section: values} if section else values
+        old_keys.append(old)
+    return found, old_keys
+
+
+def warn_of_old_names(old_keys: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """One warning of settings that were given under older names."""
+    if old_keys:
+        names = ", ".join(f"{renamed[key]} in place of {key}" for key in old_keys)
+        warnings.warn(f"settings have new names: write {names}; the old ones still work", RenamedSetting, stacklevel=4)
 
 
 def raised_by(problem: Mapping[str, Any]) -> CodedError | None:

@@ -35,13 +35,13 @@ def data_set(images: int = 4) -> None:
 
 
 def run(*changes: str) -> Ended:
-    settings = [f"--set={change}" for change in ("pseudo_mask.of_last_stage=false", *changes)]
+    settings = [f"--set={change}" for change in ("pseudo_mask.final_stage=false", *changes)]
     return threestage("run", "demo", "--local", "--out", "run", *TINY, *settings)
 
 
 def one_labelled_image(folder: Path) -> str:
     data_set(images=1)
-    ended = run("stage1.labelled_batch=2", "pseudo_mask.guard=ignore")
+    ended = run("stage1.labelled_batch=2", "pseudo_mask.on_collapse=ignore")
     fix = "network.head=deeplabv2", "stage1.labelled_batch=1"
     if "set network.head=deeplabv2 and stage1.labelled_batch=1" not in ended.err:
         return f"no way out: {ended.err}"

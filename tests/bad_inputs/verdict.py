@@ -64,7 +64,7 @@ def on_both_sides(folder: Path) -> str:
 
 def near_copies(folder: Path) -> str:
     _ingest(folder)
-    short = {"stage1.steps": 2, "training.evaluate_every": 2, "pseudo_mask.of_last_stage": False}
+    short = {"stage1.steps": 2, "training.evaluate_every": 2, "pseudo_mask.final_stage": False}
     ended = _run(folder, **short)
     warned = "validation images nearly equal a labelled one" in ended.text
     return f"exit code {ended.code}{', a warning' if warned else ': ' + ended.text}"

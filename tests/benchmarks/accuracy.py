@@ -36,7 +36,7 @@ from threestage.report.seed_summary import deviation, plus_minus
 MOBILENET = (
     "network.encoder=mobilenetv2_100", "network.output_stride=16", "network.head=deeplabv3plus", "network.pretrained=false",
     "network.mean=[0.5,0.5,0.5]", "network.std=[0.5,0.5,0.5]", "training.channels_last=true", "training.checkpoint_every=200",
-    "training.evaluate_every=200", "pseudo_mask.guard=ignore",
+    "training.evaluate_every=200", "pseudo_mask.on_collapse=ignore",
 )  # fmt: skip
 SETS: Mapping[str, tuple[str, ...]] = {
     "camvid": ("data.labelled=46", "data.downscale=4", "augment.crop_size=[96,128]", "augment.strong.cutout_size=16"),
@@ -170,7 +170,7 @@ def measure(job: Job) -> dict[str, Any]:
     config, shared = Config.model_validate(job.config), None
     if config.stages > 1:
         shared = str(Path(job.folder).parents[1] / f"stage1-{_digest([stage_keys(config, 'stage1'), job.key[2]])}")
-        _run(changed(config, {"stages": 1, "pseudo_mask.of_last_stage": True}), shared, None)
+        _run(changed(config, {"stages": 1, "pseudo_mask.final_stage": True}), shared, None)
     results = _run(config, job.folder, shared)
     name, method, draw = job.key
     line = {"set": name, "method": method, "draw": draw, "digest": job.digest, "date": str(date.today())}

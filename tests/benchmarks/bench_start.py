@@ -21,7 +21,7 @@ from tests.benchmarks.measure import report
 from threestage.config import STAGES
 
 SETTINGS = (
-    "network.batch_norm=live", "pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false", "training.checkpoint_every=1",
+    "network.batch_norm=live", "pseudo_mask.on_collapse=ignore", "pseudo_mask.final_stage=false", "training.checkpoint_every=1",
     *(f"{stage}.steps=2" for stage in STAGES),
 )  # fmt: skip
 COMMANDS = {

@@ -238,7 +238,7 @@ def _options() -> argparse.Namespace:
 def quick_config(preset: str, data: str, changes: Sequence[str]) -> Config:
     """The preset with random weights and few steps of its own (they only make the next stage's pseudo-masks)."""
     few = [f"{stage}.steps=2" for stage in STAGES]
-    quick = ["network.batch_norm=live", "pseudo_mask.of_last_stage=false", "pseudo_mask.guard=ignore"]
+    quick = ["network.batch_norm=live", "pseudo_mask.final_stage=false", "pseudo_mask.on_collapse=ignore"]
     return load(preset, [f"data.root={data}", *few, *quick, *changes])
 
 

@@ -37,7 +37,7 @@ SPACE = {
     },
     "scheduler": {"asha": {"grace_steps": 100, "reduction_factor": 2}},
     "trials": 8,
-    "at_once": 2,
+    "max_concurrent": 2,
 }
 CPUS = """
 import ray

@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text()
 # Stages have 6 steps; stage 2 of a sweep, whose scheduler compares trials at step 200, has 300 small ones.
 SHORT = """
 threestage() {
-  short="--set stage1.steps=6 --set augment.crop_size=[64,64] --set data.downscale=4 --set pseudo_mask.guard=ignore"
+  short="--set stage1.steps=6 --set augment.crop_size=[64,64] --set data.downscale=4 --set pseudo_mask.on_collapse=ignore"
   short="$short --set network.pretrained=false --set network.weights=$PWD/mobilenetv2.pth"
   six="--set stage2.steps=6 --set stage3.steps=6"
   many="--trials 2 --repeat 1 --set stage2.steps=300 --set training.evaluate_every=100"

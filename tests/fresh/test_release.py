@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SHORT = [
     part
-    for change in ("stage1.steps=10", "stage2.steps=10", "stage3.steps=10", "pseudo_mask.guard=ignore")
+    for change in ("stage1.steps=10", "stage2.steps=10", "stage3.steps=10", "pseudo_mask.on_collapse=ignore")
     for part in ("--set", change)
 ]
 

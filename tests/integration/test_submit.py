@@ -130,7 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, wheel: Path, scenes: Path) -
         scenes,
         data={"root": "s3://bucket/data", "labelled": 8},
         registry={"tracking_uri": f"sqlite:///{folder}/runs/mine.db"},
-        pseudo_mask={"guard": "ignore", "of_last_stage": False},
+        pseudo_mask={"guard": "ignore", "final_stage": False},
         stages=1,
         stage1={"steps": 1500, "labelled_batch": 2},
         training={"log_every": 10, "checkpoint_every": 20, "evaluate_every": 20},

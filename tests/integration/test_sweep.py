@@ -33,7 +33,7 @@ SPACE = {
     },
     "searcher": "grid",
     "trials": None,
-    "at_once": 2,
+    "max_concurrent": 2,
 }
 
 
@@ -97,8 +97,8 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     best = tmp_path / "best.yaml"
     best.write_bytes(storage.read_bytes(f"{out}/best.yaml"))
     resolved = load(str(best))
-    assert resolved.stage2.changes == {"optimiser": {"learning_rate": 1e-3}} and resolved.stages == 3
-    again = changed(resolved, {"stages": 2, "pseudo_mask.of_last_stage": False})
+    assert resolved.stage2.overrides == {"optimiser": {"learning_rate": 1e-3}} and resolved.stages == 3
+    again = changed(resolved, {"stages": 2, "pseudo_mask.final_stage": False})
     results = run_on_ray(again, f"{s3_root}/best", lambda stage, row: None, reuse=f"{out}/shared/seed0")
     assert results["stages"]["stage2"]["mean_iou"] == found["best"]["score"], "to the last bit"
     assert {"best.yaml", "parallel_coordinates.png", "thresholds.png"} <= set(found["files"])

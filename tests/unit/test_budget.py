@@ -47,7 +47,7 @@ def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Pa
     evaluation of 10 s every 100 steps: 100 + 600 + 200 + 50 = 950 s a share."""
     config = tiny_config(
         scenes, stage1__steps=100, stage2__steps=300, stage3__steps=100, training__evaluate_every=100,
-        pseudo_mask__of_last_stage=False,
+        pseudo_mask__final_stage=False,
     )  # fmt: skip
     costs = Costs(steps={"stage1": 1, "stage2": 2, "stage3": 2}, evaluation=10, pool_pass=50)
     found = divide(config, Budget("1000 s", 1000, False), costs)
@@ -74,7 +74,7 @@ def test_what_is_resolved_is_read_again(scenes: Path, tmp_path: Path, measured: 
 
 
 def test_steps_and_budget_exclude_each_other(scenes: Path, tmp_path: Path, measured: list[int]) -> None:
-    config = tiny_config(scenes, stages=1, stage1__steps=2, pseudo_mask__of_last_stage=False)
+    config = tiny_config(scenes, stages=1, stage1__steps=2, pseudo_mask__final_stage=False)
     with refused("budget/steps-are-set", "--budget"):
         resolve(config, str(tmp_path / "a"), "5m", True, ["stage1.steps=9"])
     run_local(config, str(tmp_path / "b"), lambda stage, row: None)

@@ -28,7 +28,7 @@ from threestage.config import flatten, load, preset_headers, stage_keys
         ("cluster.sync_batch_norm=true", "config/conflict", ["sync_batch_norm=true"]),
         ("cluster.backend=nccl", "config/conflict", ["backend=nccl", "gpus_per_worker"]),
         ("cluster.resources_per_worker={GPU: 1}", "config/conflict", ["cpus_per_worker and gpus_per_worker"]),
-        ("training.batch=all", "config/invalid-value", ["training.batch='all':", "'per_worker' or 'global'"]),
+        ("training.batch_scope=all", "config/invalid-value", ["training.batch_scope='all':", "'per_worker' or 'global'"]),
         ("x=1", "config/unknown-key", ["x=1:", "augment, cluster"]),
         ("stage1=5", "config/invalid-value", ["stage1=5:"]),
         ("stage1.steps.more=5", "config/unknown-key", ["stage1.steps.more=5", "steps"]),
@@ -100,15 +100,15 @@ def test_workers_are_a_number_or_a_range() -> None:
 def test_keys_that_came_later_count_when_they_are_used(tmp_path: Path) -> None:
     """Runs that began without them go on with their defaults."""
     before = stage_keys(tiny_config(tmp_path), "stage1")
-    after = stage_keys(tiny_config(tmp_path, training__batch="global", training__compile=True), "stage1")
-    assert {key: after[key] for key in after if before.get(key) != after[key]} == {"training.batch": "global"}
+    after = stage_keys(tiny_config(tmp_path, training__batch_scope="global", training__compile=True), "stage1")
+    assert {key: after[key] for key in after if before.get(key) != after[key]} == {"training.batch_scope": "global"}
 
 
 def test_a_stage_depends_on_what_it_computes_with_only(tmp_path: Path) -> None:
     before = tiny_config(tmp_path)
     changed = {
         "cluster__workers": 2, "registry__experiment": "other", "training__log_every": 1, "name": "other",
-        "pseudo_mask__guard": "stop", "consistency__weight": 0.5, "stage2__steps": 9, "augment__strong__cutouts": 1,
+        "pseudo_mask__on_collapse": "stop", "consistency__weight": 0.5, "stage2__steps": 9, "augment__strong__cutouts": 1,
     }  # fmt: skip
     after = tiny_config(tmp_path, **changed)
     assert stage_keys(before, "stage1") == stage_keys(after, "stage1")

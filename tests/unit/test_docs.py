@@ -139,7 +139,7 @@ def change(file: Path, hunks: str) -> None:
 Example = Callable[..., str]
 TWO_STEPS = [
     *("stages=1", "stage1.steps=2", "data.labelled=8", "augment.crop_size=[32,32]"),
-    *("pseudo_mask.guard=ignore", "pseudo_mask.of_last_stage=false"),
+    *("pseudo_mask.on_collapse=ignore", "pseudo_mask.final_stage=false"),
     *("network.encoder=test_resnet", "network.pretrained=false", "network.batch_norm=live", "network.head_width=16"),
 ]
 

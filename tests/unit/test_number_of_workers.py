@@ -66,7 +66,7 @@ def test_pseudo_masks_are_equal(scenes: Path, network: Network, classes: int, tm
 
 def test_a_stream_goes_on_after_the_images_that_it_gave() -> None:
     """It gives three workers two images each of a batch of four: six have gone by."""
-    config = load("demo", ["training.batch=global", "stage2.labelled_batch=5", "stage2.unlabelled_batch=4"])
+    config = load("demo", ["training.batch_scope=global", "stage2.labelled_batch=5", "stage2.unlabelled_batch=4"])
     assert [images_per_step(config, "stage2", workers) for workers in (1, 2, 3)] == [(5, 4), (5, 4), (5, 6)]
     one_each = load("demo", ["stage2.labelled_batch=5", "stage2.unlabelled_batch=4"])
     assert images_per_step(one_each, "stage2", 3) == (15, 12)

@@ -271,8 +271,8 @@ def test_a_pool_of_which_nothing_is_left_stops_the_run(scenes: Path, tmp_path: P
 
 
 def test_guard_stops_when_asked(scenes: Path, tmp_path: Path) -> None:
-    with refused("stage/collapsed", "stage1", "pseudo_mask.guard=stop", error=StageFailure):
-        run_local(tiny_config(scenes, stage1__steps=1, pseudo_mask__guard="stop"), str(tmp_path), quiet)
+    with refused("stage/collapsed", "stage1", "pseudo_mask.on_collapse=stop", error=StageFailure):
+        run_local(tiny_config(scenes, stage1__steps=1, pseudo_mask__on_collapse="stop"), str(tmp_path), quiet)
 
 
 def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) -> None:
@@ -291,12 +291,12 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
     [
         ({"stage1__labelled_batch": 9}, "config/batch", ["stage1.labelled_batch=9", "8 labelled images"]),
         (
-            {"training__batch": "global", "cluster__workers": [1, 3]},
+            {"training__batch_scope": "global", "cluster__workers": [1, 3]},
             "config/batch",
-            ["stage1.labelled_batch=2", "training.batch=global", "up to 3 workers"],
+            ["stage1.labelled_batch=2", "training.batch_scope=global", "up to 3 workers"],
         ),
         (
-            {"training__batch": "global", "stage1__labelled_batch": 9},
+            {"training__batch_scope": "global", "stage1__labelled_batch": 9},
             "config/batch",
             ["stage1.labelled_batch=9", "8 labelled images"],
         ),
@@ -307,12 +307,12 @@ POOLED = {"network__head": "deeplabv3plus", "stage1__labelled_batch": 2}
             ["stage1.labelled_batch=2 leaves one image", "set stage1.labelled_batch=4"],
         ),
         (
-            POOLED | {"training__batch": "global", "cluster__workers": [1, 2]},
+            POOLED | {"training__batch_scope": "global", "cluster__workers": [1, 2]},
             "config/batch",
             ["stage1.labelled_batch=2 leaves one image", "up to 2 workers (cluster.workers)"],
         ),
         (
-            {"training__batch": "global", "cluster__workers": 2, "consistency__cutmix": 0.5},
+            {"training__batch_scope": "global", "cluster__workers": 2, "consistency__cutmix": 0.5},
             "config/batch",
             ["stage2.unlabelled_batch=2", "cluster.workers: up to 2", "set cutmix to 0"],
         ),

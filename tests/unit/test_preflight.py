@@ -29,7 +29,8 @@ def with_fix(config: Config, available: int) -> Config | None:
 @pytest.mark.parametrize("batch", [1, 2, 50])
 @pytest.mark.parametrize("preset", ["demo", "own_images"])
 @pytest.mark.parametrize(
-    "settings", [[], ["cluster.workers=4"], ["cluster.workers=4", "training.batch=global"], ["training.accumulate=3"]]
+    "settings",
+    [[], ["cluster.workers=4"], ["cluster.workers=4", "training.batch_scope=global"], ["training.accumulate=3"]],
 )
 def test_the_fix_of_a_refused_batch_works_at_once(preset: str, settings: list[str], batch: int, available: int) -> None:
     config = load(preset, ["data.root=x", f"stage1.labelled_batch={batch}", *settings])

@@ -487,7 +487,7 @@ def test_a_guard_warns_stops_or_says_nothing() -> None:
     assert said == []
     check_guard("warn", "it fell", said.append)
     assert said == ["it fell"]
-    with refused("stage/collapsed", "it fell; ", "pseudo_mask.guard=stop", error=StageFailure):
+    with refused("stage/collapsed", "it fell; ", "pseudo_mask.on_collapse=stop", error=StageFailure):
         check_guard("stop", "it fell", said.append)
     assert said == ["it fell"]
 

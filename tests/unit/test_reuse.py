@@ -36,13 +36,13 @@ def shared(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_trains_only_what_another_has_not(scenes: Path, shared: Path, tmp_path: Path) -> None:
     before = modified(shared)
-    config = tiny_config(scenes, stages=2, consistency__weight=0.5, pseudo_mask__of_last_stage=False)
+    config = tiny_config(scenes, stages=2, consistency__weight=0.5, pseudo_mask__final_stage=False)
     assert stages_shown(config, tmp_path / "a", shared) == {"stage2"}
     assert modified(shared) == before
     assert not (tmp_path / "a" / "stage1").exists() and not (tmp_path / "a" / "pseudo_masks2").exists()
     assert stages_shown(config, tmp_path / "a") == set(), "a rerun knows what it reuses"
 
-    alone = config.model_copy(update={"pseudo_mask": config.pseudo_mask.model_copy(update={"of_last_stage": True})})
+    alone = config.model_copy(update={"pseudo_mask": config.pseudo_mask.model_copy(update={"final_stage": True})})
     run_local(alone, str(tmp_path / "b"), lambda stage, row: None)
     model = Path("stage2", "model", "model.safetensors")
     assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
@@ -55,7 +55,7 @@ def test_pseudo_masks_that_are_missing_there_are_predicted_here(scenes: Path, sh
     shutil.rmtree(other / "pseudo_masks1")
     (other / "pool.parquet").unlink()
     before = modified(other)
-    config = tiny_config(scenes, stages=2, pseudo_mask__of_last_stage=False, pseudo_mask__confidence_threshold=1.0)
+    config = tiny_config(scenes, stages=2, pseudo_mask__final_stage=False, pseudo_mask__confidence_threshold=1.0)
     warnings: list[str] = []
     run_local(config, str(tmp_path / "a"), lambda stage, row: None, warnings.append, reuse=str(other))
     assert modified(other) == before
@@ -111,22 +111,30 @@ def test_what_lies_elsewhere_is_not_written_over(scenes: Path, shared: Path, tmp
 
 
 def test_changes_belong_to_their_stage_alone() -> None:
-    config = load("demo", ["stage3.changes.pseudo_mask.weight=0.7"])
+    config = load("demo", ["stage3.overrides.pseudo_mask.weight=0.7"])
     assert stage_keys(config, "stage3")["pseudo_mask.weight"] == 0.7
     assert stage_keys(config, "stage2") == stage_keys(load("demo"), "stage2")
     assert config.for_stage("stage3").for_stage("stage3").pseudo_mask.weight == 0.7
-    assert stage_keys(changed(config, {"stage2.changes.ema.decay": [[0, 0.5]]}), "stage2")["ema.decay"] == [[0, 0.5]]
+    assert stage_keys(changed(config, {"stage2.overrides.ema.decay": [[0, 0.5]]}), "stage2")["ema.decay"] == [[0, 0.5]]
 
 
 @pytest.mark.parametrize(
     ("override", "code", "named"),
     [
-        ("stage3.changes.pseudo_mask.weight=-1", "config/invalid-value", ["stage3.changes: pseudo_mask.weight=-1:"]),
-        ("stage2.changes.pseudo_mask.wait=1", "config/unknown-key", ["stage2.changes: pseudo_mask.wait=1:", "weight?"]),
         (
-            "stage2.changes.network.encoder=x",
+            "stage3.overrides.pseudo_mask.weight=-1",
             "config/invalid-value",
-            ["stage2.changes.network='network':", "'augment'"],
+            ["stage3.overrides: pseudo_mask.weight=-1:"],
+        ),
+        (
+            "stage2.overrides.pseudo_mask.wait=1",
+            "config/unknown-key",
+            ["stage2.overrides: pseudo_mask.wait=1:", "weight?"],
+        ),
+        (
+            "stage2.overrides.network.encoder=x",
+            "config/invalid-value",
+            ["stage2.overrides.network='network':", "'augment'"],
         ),
     ],
 )

@@ -90,7 +90,7 @@ def check(tmp_path: Path, text: str, changes: Sequence[str] = ()) -> None:
         ("training.precision: {choice: [float32, bfloat16]}", "sweep/shared-stage", "training.precision: counts for stage 1 too"),
         ("consistency.weight: {uniform: [0, 1]}", "sweep/parameter", "search.consistency.weight: uniform=[0, 1]"),
         ("consistency.weight: {uniform: [0, 1]}", "sweep/parameter", "write [0.0, 1.0]"),
-        ("stage3.changes.consistency.weight: {uniform: [1, 9]}", "sweep/no-effect", "stage 2"),
+        ("stage3.overrides.consistency.weight: {uniform: [1, 9]}", "sweep/no-effect", "stage 2"),
         ("1: {uniform: [0, 1]}", INVALID, "search.1"),
         ("consistency.weight: {uniform: [0]}", "config/missing-key", "search.consistency.weight: uniform.1: "),
         ("consistency.weight: {choice: [2026-01-01]}", "sweep/parameter", "2026-01-01 is a date: "),
@@ -124,7 +124,7 @@ def test_a_bad_search_is_refused(tmp_path: Path, search: str, code: str, named: 
         ("stages: 2\ntrials: 5", INVALID, "stages=2: "),
         ("stages: [2]", "config/missing-key", "trials: "),
         ("stages: [2]\ntrials: 0", INVALID, "trials=0: "),
-        ("stages: [2]\ntrials: 5\nat_once: 0", INVALID, "at_once=0: "),
+        ("stages: [2]\ntrials: 5\nat_once: 0", INVALID, "max_concurrent=0: "),
         ("stages: [2]\ntrials: 5\ntrails: 5", UNKNOWN, "trails=5: unknown key; did you mean trials?"),
         ("stages: [2]\ntrials: 5\nsearcher: tpes", INVALID, "searcher='tpes': should be 'tpe', 'random' or 'grid'"),
         ("stages: [2]\ntrials: 5\nbudget: {hour: 1}", UNKNOWN, "budget.hour=1: unknown key; did you mean hours?"),
@@ -182,16 +182,16 @@ def test_a_setting_of_a_loss_that_has_no_weight_is_refused(tmp_path: Path) -> No
 
 
 def test_a_key_that_the_stage_has_changed_is_searched_there(tmp_path: Path) -> None:
-    changes = ["stage2.changes={consistency: {weight: 0.3}}"]
-    with refused("sweep/no-effect", "search stage2.changes.consistency.weight"):
+    changes = ["stage2.overrides={consistency: {weight: 0.3}}"]
+    with refused("sweep/no-effect", "search stage2.overrides.consistency.weight"):
         check(tmp_path, "{stages: [2], trials: 5, search: {consistency.weight: {uniform: [0, 1]}}}", changes)
-    check_space(a_space({"stage2.changes.consistency.weight": {"uniform": [0.0, 1]}}), load("demo", changes))
+    check_space(a_space({"stage2.overrides.consistency.weight": {"uniform": [0.0, 1]}}), load("demo", changes))
     rate, own = (
         {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}},
-        ["stage3.changes={optimiser: {learning_rate: 1}}"],
+        ["stage3.overrides={optimiser: {learning_rate: 1}}"],
     )
     found = best_overrides(a_space(rate), load("demo", own), {"optimiser.learning_rate": 1e-3})
-    assert found == {"stage2.changes.optimiser.learning_rate": 1e-3}, "stage 3 keeps its own"
+    assert found == {"stage2.overrides.optimiser.learning_rate": 1e-3}, "stage 3 keeps its own"
 
 
 def test_shipped_spaces_fit_the_presets() -> None:
@@ -210,7 +210,7 @@ def test_shipped_spaces_fit_the_presets() -> None:
             for trial in run_through(space, 4):
                 stages = trial_config(space, config, trial.params, 1)
                 assert stage_keys(stages, "stage1") == stage_keys(base_config(space, config, 1), "stage1")
-                assert (stages.stages, stages.seed, stages.pseudo_mask.of_last_stage) == (2, 1, False)
+                assert (stages.stages, stages.seed, stages.pseudo_mask.final_stage) == (2, 1, False)
 
 
 def test_the_faithful_thresholds_are_among_the_shipped_ones() -> None:
@@ -232,7 +232,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
 def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() -> None:
     demo, rate = load("demo"), {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}}
     params = {"optimiser.learning_rate": 5e-3}
-    end = {"pseudo_mask.of_last_stage": False}
+    end = {"pseudo_mask.final_stage": False}
     later = {f"stage{n}.changes.optimiser.learning_rate": 5e-3 for n in (2, 3)}
     assert overrides(a_space(rate), demo, params) == later | end | {"stages": 2}
     assert best_overrides(a_space(rate), demo, params) == later
@@ -240,7 +240,7 @@ def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() ->
     assert overrides(whole, demo, params) == params | end | {"stages": 2, "cluster.workers": 2}
     last = a_space({"consistency.weight": {"uniform": [0, 1]}, "ema.decay": {"choice": [[[0, 0.9]]]}}, stages=[3])
     assert overrides(last, demo, {"consistency.weight": 0.7}) == end | {
-        "stage3.changes.consistency.weight": 0.7, "stages": 3,
+        "stage3.overrides.consistency.weight": 0.7, "stages": 3,
     }  # fmt: skip
     strong = a_space({"augment.strong.cutouts": {"uniform": [0, 5]}})
     assert "augment.strong.cutouts" in best_overrides(strong, demo, {"augment.strong.cutouts": 1})
@@ -250,9 +250,9 @@ def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() ->
 
 def test_shared_stages_are_those_of_the_base_configuration() -> None:
     space = a_space({"consistency.weight": {"uniform": [0, 1]}}, stages=[3], fixed={"stage1.steps": 7})
-    base = base_config(space, load("demo", ["pseudo_mask.of_last_stage=false"]), 5)
+    base = base_config(space, load("demo", ["pseudo_mask.final_stage=false"]), 5)
     assert (space.shared_stages, base.stages, base.seed, base.stage1.steps) == (2, 2, 5, 7)
-    assert base.pseudo_mask.of_last_stage, "stage 3 learns from the pseudo-masks of stage 2"
+    assert base.pseudo_mask.final_stage, "stage 3 learns from the pseudo-masks of stage 2"
     trial = trial_config(space, load("demo"), {"consistency.weight": 0.9}, 5)
     assert all(stage_keys(trial, stage) == stage_keys(base, stage) for stage in base.stage_names)
     assert a_space({"stage1.steps": {"uniform": [1, 9]}}, stages=[1]).shared_stages == 0
@@ -354,7 +354,7 @@ def test_the_first_trial_changes_nothing_where_it_can() -> None:
     ]:
         assert (own_params(a_space({key: parameter}), load("camvid")) is not None) == there, (key, parameter)
     rate = a_space({"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}})
-    own = load("camvid", ["stage2.changes.optimiser.learning_rate=0.002"])
+    own = load("camvid", ["stage2.overrides.optimiser.learning_rate=0.002"])
     assert own_params(rate, own) == {"optimiser.learning_rate": 0.002}
     assert own_params(a_space(CONDITIONAL), load("camvid")) == {"consistency.ramp_up": 0.0}
 

@@ -168,7 +168,7 @@ def test_more_trials_go_on_where_the_search_ended(tmp_path: Path, monkeypatch: p
     Cluster(monkeypatch, finished)
     run(a_sweep(tmp_path, trials=2))
     again = Cluster(monkeypatch, finished)
-    run(a_sweep(tmp_path, trials=4, at_once=2))
+    run(a_sweep(tmp_path, trials=4, max_concurrent=2))
     assert again.begun == [2, 3] and again.shared == []
 
 
@@ -191,7 +191,7 @@ def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
     with refused("sweep/exists", f"--out {tmp_path}", "--resume"):
         prepare.known(requested)
     assert prepare.known(Sweep(requested.space, requested.config, requested.out, resume=True)) == key
-    assert resumed(tmp_path, {"trials": 9, "at_once": 3, "budget": {"hours": 1}}) == key
+    assert resumed(tmp_path, {"trials": 9, "max_concurrent": 3, "budget": {"hours": 1}}) == key
     assert resumed(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) == key
     with refused("run/other-settings", f"search.{KEY}.choice"):
         resumed(tmp_path, {"search": {KEY: {"choice": [0.0, 0.5]}}})

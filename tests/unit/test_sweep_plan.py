@@ -52,7 +52,7 @@ def long_config(scenes: Path, **changes: object) -> Config:
 
 
 def test_hours_of_trials_that_run_to_their_end(scenes: Path) -> None:
-    plan = planned(scenes, space(at_once=3), long_config(scenes, cluster__workers=2))
+    plan = planned(scenes, space(max_concurrent=3), long_config(scenes, cluster__workers=2))
     # 9 trials × 900 steps × 2 s = 16 200 s = 4.5 h, on 2 workers each, 3 at once
     assert (plan.most_hours.device, plan.most_hours.wall) == pytest.approx((9.0, 1.5))
     assert plan.expected_hours is None
@@ -102,7 +102,7 @@ def test_a_rung_is_judged_at_the_evaluation_that_follows_it() -> None:
 )
 def test_the_limit_that_is_reached_first_is_named(scenes: Path, budget: dict[str, float], first: str) -> None:
     config = long_config(scenes, cluster__workers=2)
-    plan = planned(scenes, space(at_once=3, budget=budget), config, device_hours_spent=1.0)
+    plan = planned(scenes, space(max_concurrent=3, budget=budget), config, device_hours_spent=1.0)
     assert plan.ends_with == first
 
 
@@ -142,7 +142,7 @@ def tensor_bytes(value: Any) -> int:
 
 def test_storage_is_that_of_the_fullest_moment(scenes: Path) -> None:
     config = long_config(scenes, training__checkpoints_kept=2)
-    plan = planned(scenes, space(stages=[2, 3], at_once=4), config, kept=3)
+    plan = planned(scenes, space(stages=[2, 3], max_concurrent=4), config, kept=3)
     classes = len(load_manifest(str(scenes)).classes)
     (one, one_model), (two, two_model), (three, three_model) = (
         network_bytes(config, stage, classes) for stage in ("stage1", "stage2", "stage3")
@@ -196,21 +196,21 @@ GPU_NODE = {"CPU": 8.0, "GPU": 4.0, "accelerator_type:A10G": 1.0}
     ("nodes", "cluster", "changes"),
     [
         # 4 × (1 + 1 + 0.1) = 8.4 CPUs are too many for one node, 3 × 2.1 are not
-        ([NODE], {}, {"at_once": 3}),
-        ([NODE, NODE], {}, {"at_once": 4}),
+        ([NODE], {}, {"max_concurrent": 3}),
+        ([NODE, NODE], {}, {"max_concurrent": 4}),
         # stage 1 reads no pool: 7 × 1.1 CPUs
-        ([NODE], {}, {"at_once": 7, "stages": [1]}),
+        ([NODE], {}, {"max_concurrent": 7, "stages": [1]}),
         # elastic groups begin with the least
-        ([NODE], {"workers": [2, 64]}, {"at_once": 2}),
-        ([GPU_NODE], {"workers": 2, "gpus_per_worker": 1, "accelerator": "A10G"}, {"at_once": 2}),
+        ([NODE], {"workers": [2, 64]}, {"max_concurrent": 2}),
+        ([GPU_NODE], {"workers": 2, "gpus_per_worker": 1, "accelerator": "A10G"}, {"max_concurrent": 2}),
         # two share a GPU; the third of 0.4 has no place there, so 8 have
-        ([{**GPU_NODE, "CPU": 20.0}], {"workers": 4, "gpus_per_worker": 0.4}, {"at_once": 2}),
+        ([{**GPU_NODE, "CPU": 20.0}], {"workers": 4, "gpus_per_worker": 0.4}, {"max_concurrent": 2}),
         # GPUs' nodes have no CPU to spare: the others read
         ([{"CPU": 2.0, "GPU": 2.0}, {"CPU": 3.0}], {"workers": 2, "gpus_per_worker": 1}, {}),
-        ([NODE, NODE], {"workers": 3, "cpus_per_worker": 2, "placement": "STRICT_PACK"}, {"at_once": 2}),
-        ([NODE, NODE, NODE], {"workers": 2, "cpus_per_worker": 4, "placement": "STRICT_SPREAD"}, {"at_once": 2}),
-        ([NODE], {"resources_per_worker": {"memory": 3e9}}, {"at_once": 3}),
-        ([NODE], {"predictors": 3}, {"at_once": 2, "stages": [2, 3]}),
+        ([NODE, NODE], {"workers": 3, "cpus_per_worker": 2, "placement": "STRICT_PACK"}, {"max_concurrent": 2}),
+        ([NODE, NODE, NODE], {"workers": 2, "cpus_per_worker": 4, "placement": "STRICT_SPREAD"}, {"max_concurrent": 2}),
+        ([NODE], {"resources_per_worker": {"memory": 3e9}}, {"max_concurrent": 3}),
+        ([NODE], {"predictors": 3}, {"max_concurrent": 2, "stages": [2, 3]}),
     ],
 )
 def test_plans_that_have_room_pass(
@@ -222,9 +222,19 @@ def test_plans_that_have_room_pass(
 @pytest.mark.parametrize(
     ("nodes", "cluster", "changes", "told"),
     [
-        ([NODE], {}, {"at_once": 4}, "has CPU 8 on 1 node; set at_once=3 in the space, or add nodes"),
-        ([NODE], {"workers": 3}, {"at_once": 3}, "set at_once=1 in the space or cluster.workers=1, or add nodes"),
-        ([NODE], {"workers": 8}, {"at_once": 5}, "set at_once=1 in the space with cluster.workers=6, or add nodes"),
+        ([NODE], {}, {"max_concurrent": 4}, "has CPU 8 on 1 node; set max_concurrent=3 in the space, or add nodes"),
+        (
+            [NODE],
+            {"workers": 3},
+            {"max_concurrent": 3},
+            "set max_concurrent=1 in the space or cluster.workers=1, or add nodes",
+        ),
+        (
+            [NODE],
+            {"workers": 8},
+            {"max_concurrent": 5},
+            "set max_concurrent=1 in the space with cluster.workers=6, or add nodes",
+        ),
         ([{"CPU": 2.0}], {}, {}, "ask for less with cluster.cpus_per_worker"),
         ([NODE, NODE], {"cpus_per_worker": 9}, {}, "has CPU 16 (one node at most CPU 8) on 2 nodes; ask for less"),
         ([NODE], {"gpus_per_worker": 1}, {}, "1 × (CPU 1, GPU 1) and CPU 1 to read the pool and CPU 0.1 to lead it"),
@@ -232,17 +242,17 @@ def test_plans_that_have_room_pass(
         (
             [GPU_NODE],
             {"workers": 3, "gpus_per_worker": 0.6},
-            {"at_once": 2},
-            "set at_once=1 in the space or cluster.workers=2",
+            {"max_concurrent": 2},
+            "set max_concurrent=1 in the space or cluster.workers=2",
         ),
         ([NODE, NODE], {"workers": 9, "placement": "STRICT_PACK"}, {}, "placed STRICT_PACK"),
         ([NODE, NODE], {"workers": 3, "placement": "STRICT_SPREAD"}, {}, "set cluster.workers=2"),
-        ([NODE], {"resources_per_worker": {"memory": 4e9}}, {"at_once": 3}, "set at_once=2"),
+        ([NODE], {"resources_per_worker": {"memory": 4e9}}, {"max_concurrent": 3}, "set max_concurrent=2"),
         (
             [NODE],
             {"predictors": 4},
-            {"at_once": 2, "stages": [2, 3]},
-            "set at_once=1 in the space or cluster.predictors=3",
+            {"max_concurrent": 2, "stages": [2, 3]},
+            "set max_concurrent=1 in the space or cluster.predictors=3",
         ),
     ],
 )
@@ -257,15 +267,15 @@ def test_plans_without_room_are_refused_with_what_fits(
 def test_nodes_that_may_come_count(scenes: Path) -> None:
     config = tiny_config(scenes, cluster={"gpus_per_worker": 1, "accelerator": "A10G"})
     come = ({"CPU": 8.0, "GPU": 1.0},) * 2
-    refuse_impossible(space(at_once=2), config, [{"CPU": 2.0}], Growth(come))
-    with refused("ray/too-small", "on 1 node (and 2 that may come)", "set at_once=2"):
-        refuse_impossible(space(at_once=3), config, [{"CPU": 2.0}], Growth(come))
+    refuse_impossible(space(max_concurrent=2), config, [{"CPU": 2.0}], Growth(come))
+    with refused("ray/too-small", "on 1 node (and 2 that may come)", "set max_concurrent=2"):
+        refuse_impossible(space(max_concurrent=3), config, [{"CPU": 2.0}], Growth(come))
 
 
 def test_an_autoscaler_that_does_not_tell_its_limits_is_no_reason_to_refuse(scenes: Path) -> None:
     warnings: list[str] = []
-    refuse_impossible(space(at_once=4), tiny_config(scenes), [NODE], Growth(untold=True), warnings.append)
-    assert "trials wait for nodes; should none come, set at_once=3" in warnings[0]
+    refuse_impossible(space(max_concurrent=4), tiny_config(scenes), [NODE], Growth(untold=True), warnings.append)
+    assert "trials wait for nodes; should none come, set max_concurrent=3" in warnings[0]
 
 
 # ---- A measured step
@@ -280,7 +290,9 @@ def test_a_step_is_measured_and_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", LEAST_STEPS)
-    config = tiny_config(scenes, training__batch=batch, cluster__workers=2, network__weights="not/there.safetensors")
+    config = tiny_config(
+        scenes, training__batch_scope=batch, cluster__workers=2, network__weights="not/there.safetensors"
+    )
     measured = measure_step(config, stage, load_manifest(str(scenes)), CPU)
     assert 0 < measured.seconds < 5
     assert (measured.memory_bytes, measured.images, measured.device) == (None, images, "a CPU with 1 thread")

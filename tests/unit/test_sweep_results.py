@@ -23,7 +23,7 @@ from threestage.sweeps.journal import State, Trial
 from threestage.sweeps.plots import write_plots
 
 RATE, CONSISTENCY = "optimiser.learning_rate", "consistency.confidence_threshold"
-PSEUDO = "stage2.changes.pseudo_mask.confidence_threshold"
+PSEUDO = "stage2.overrides.pseudo_mask.confidence_threshold"
 HEAD, DECAY = "network.head", "ema.decay"
 SPACE: dict[str, BaseDistribution] = {
     RATE: FloatDistribution(1e-4, 1e-2, log=True),
@@ -186,7 +186,7 @@ def test_results_for_machines_hold_every_trial_and_no_secret() -> None:
 
 def test_best_yaml_is_the_configuration_of_the_best_trial(tmp_path: Path) -> None:
     config = load(
-        "demo", ["data.root=/data/x", "augment.crop_size=[32, 32]", "stage3.changes={ema: {decay: [[0, 0.9]]}}"]
+        "demo", ["data.root=/data/x", "augment.crop_size=[32, 32]", "stage3.overrides={ema: {decay: [[0, 0.9]]}}"]
     )
     overrides = {RATE: 3e-5, PSEUDO: 0.9, "stage2.steps": 20_000, "consistency.ramp_up": 0.0, HEAD: "deeplabv2"}
     (row,) = results.best_rows([trial(7, 0.41, 0.4321, 0.44)])

@@ -66,14 +66,14 @@ class Killed(BaseException):
     """Stands in for kill -9."""
 
 
-SHORT = {"stage1__steps": 2, "pseudo_mask__of_last_stage": False}
+SHORT = {"stage1__steps": 2, "pseudo_mask__final_stage": False}
 
 
 @pytest.fixture(scope="module")
 def first_stage(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished stage 1 with its pseudo-masks, for every switch that leaves it alone."""
     out = str(tmp_path_factory.mktemp("first"))
-    run_local(tiny_config(scenes, **{**SHORT, "stages": 1, "pseudo_mask__of_last_stage": True}), out, lambda *row: None)
+    run_local(tiny_config(scenes, **{**SHORT, "stages": 1, "pseudo_mask__final_stage": True}), out, lambda *row: None)
     return out
 
 
@@ -130,16 +130,16 @@ def test_one_image_cannot_be_mixed(scenes: Path) -> None:
 
 def test_what_one_stage_mixes_asks_nothing_of_another(scenes: Path) -> None:
     changes = {"consistency": {"cutmix": 0.5}}
-    config = tiny_config(scenes, stage2__changes=changes, stage3__unlabelled_batch=1)
+    config = tiny_config(scenes, stage2__overrides=changes, stage3__unlabelled_batch=1)
     for stage in config.stage_names:
         check_shares(config, stage)
 
 
-@pytest.mark.parametrize("key", ["guard", "of_last_stage", "batch_size"])
+@pytest.mark.parametrize("key", ["guard", "final_stage", "batch_size"])
 def test_a_stage_cannot_change_what_is_the_run_s(scenes: Path, key: str) -> None:
-    value = {"guard": "stop", "of_last_stage": False, "batch_size": 1}[key]
-    with refused("config/conflict", f"stage3.changes: pseudo_mask.{key}"):
-        changed(tiny_config(scenes), {f"stage3.changes.pseudo_mask.{key}": value})
+    value = {"guard": "stop", "final_stage": False, "batch_size": 1}[key]
+    with refused("config/conflict", f"stage3.overrides: pseudo_mask.{key}"):
+        changed(tiny_config(scenes), {f"stage3.overrides.pseudo_mask.{key}": value})
 
 
 def whole_view(image: Tensor) -> View:
@@ -248,7 +248,7 @@ def test_a_head_that_learns_nothing_is_not_built(scenes: Path) -> None:
 
 
 ONE_STAGE: dict[str, Any] = {
-    "stages": 1, "stage1__unlabelled_batch": 2, "pseudo_mask__of_last_stage": False, "consistency__strong_views": 2,
+    "stages": 1, "stage1__unlabelled_batch": 2, "pseudo_mask__final_stage": False, "consistency__strong_views": 2,
     "consistency__labelled": False, "consistency__normaliser": "all",
 }  # fmt: skip
 
@@ -284,7 +284,7 @@ def test_stage_1_can_ship_the_average_of_its_weights(scenes: Path, tmp_path: Pat
     """With a decay of 0 the average is the last step's weights."""
     weights, results = [], []
     for name, changes in {"off": {}, "zero": {"ema__decay": [[0, 0.0]]}, "on": {"ema__decay": [[0, 0.9]]}}.items():
-        config = tiny_config(scenes, stages=1, pseudo_mask__of_last_stage=False, stage1__ema=name != "off", **changes)
+        config = tiny_config(scenes, stages=1, pseudo_mask__final_stage=False, stage1__ema=name != "off", **changes)
         results.append(run_local(config, str(tmp_path / name), lambda stage, row: None))
         weights.append((tmp_path / name / "stage1" / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]

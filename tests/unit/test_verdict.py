@@ -336,7 +336,7 @@ def test_near_copies_are_a_warning_of_the_run(scenes: Path, tmp_path: Path) -> N
     split = {"labelled": ids, "validation": ids[:2], "validation_split": "carved"}
     settings = {"labelled": 8, "split_seed": 0, "validation": 0.2}
     storage.write_json(str(tmp_path / "run/split.json"), {"settings": settings, "split": split})
-    config = tiny_config(scenes, stages=1, pseudo_mask__of_last_stage=False)
+    config = tiny_config(scenes, stages=1, pseudo_mask__final_stage=False)
     run_local(config, str(tmp_path / "run"), quiet, warnings.append)
     assert (
         len([text for text in warnings if text.startswith("2 of 2 validation images nearly equal a labelled one")]) == 1

@@ -135,8 +135,8 @@ def _labelled_problem(config: Config, stage: StageName, available: int, size: in
     batch, workers = f"{stage}.labelled_batch={size}", config.cluster.most_workers
     if size > available:
         return f"{batch} is more than the {_images(available, 'labelled')}"
-    if config.training.batch == "global" and size < workers:
-        return f"{batch} with training.batch=global leaves some of up to {workers} workers (cluster.workers) no image"
+    if config.training.batch_scope == "global" and size < workers:
+        return f"{batch} with training.batch_scope=global leaves some of up to {workers} workers (cluster.workers) no image"
     return _pooled_problem(config.for_stage(stage), stage, size)
 
 
@@ -146,11 +146,11 @@ def _images(number: int, what: str) -> str:
 
 def _check_unlabelled_batch(config: Config, key: str, size: int, available: int) -> None:
     workers = config.cluster.most_workers
-    shared = config.training.batch == "global"
+    shared = config.training.batch_scope == "global"
     if shared and 0 < size < workers:
         raise_it = "" if workers > available else "raise it, or "
         raise InputError(
-            f"{key}={size} with training.batch=global is shared by up to {workers} workers (cluster.workers), at least one "
+            f"{key}={size} with training.batch_scope=global is shared by up to {workers} workers (cluster.workers), at least one "
             f"image for each: {raise_it}lower cluster.workers",
             "config/batch",
         )
@@ -166,7 +166,7 @@ def _check_unlabelled_batch(config: Config, key: str, size: int, available: int)
 def _check_mixed(config: Config, stage: StageName) -> None:
     """CutMix mixes the images of one worker."""
     size, workers = config.stage(stage).unlabelled_batch, config.cluster.most_workers
-    if config.consistency.cutmix > 0 and size > 0 and share_of(size, config.training.batch, 0, workers).count < 2:
+    if config.consistency.cutmix > 0 and size > 0 and share_of(size, config.training.batch_scope, 0, workers).count < 2:
         raise InputError(
             f"{stage}.unlabelled_batch={size} leaves a worker one image (cluster.workers: up to {workers}), and "
             f"consistency.cutmix={config.consistency.cutmix} mixes the images of a worker: raise it, or set cutmix to 0",
@@ -197,7 +197,7 @@ def _images_of(config: Config, stage: StageName, rank: int, labelled_batch: int 
     settings, workers = config.stage(stage), config.cluster.most_workers
     labelled_batch = settings.labelled_batch if labelled_batch is None else labelled_batch
     labelled, unlabelled = (
-        share_of(size, config.training.batch, rank, workers).count
+        share_of(size, config.training.batch_scope, rank, workers).count
         for size in (labelled_batch, settings.unlabelled_batch)
     )
     views = 1 + (config.stage1.strong_view if stage == "stage1" else config.supervised.strong_view)
@@ -219,7 +219,7 @@ def _pooled_problem(config: Config, stage: StageName, labelled_batch: int) -> st
     images = _images_of(config, stage, 0, labelled_batch)
     if all(piece.stop - piece.start >= 2 for piece in micro_batches(images, config.training.accumulate)):
         return None
-    labelled = share_of(labelled_batch, config.training.batch, 0, workers).count
+    labelled = share_of(labelled_batch, config.training.batch_scope, 0, workers).count
     together = f" of up to {workers} workers (cluster.workers)" if labelled < labelled_batch else ""
     return (
         f"{stage}.labelled_batch={labelled_batch} leaves one image to a forward pass{together}, and "

@@ -175,7 +175,7 @@ def _source(
 
     def feed(batch_size: int, *maps: str) -> BatchStream:
         last = config.cluster.most_workers - 1  # of shares that differ it has the largest
-        share = share_of(batch_size, config.training.batch, last, last + 1)
+        share = share_of(batch_size, config.training.batch_scope, last, last + 1)
         return BatchStream(
             TimedIterator(itertools.repeat(_random_batch(share, canvas, classes, maps).to(device))), share
         )

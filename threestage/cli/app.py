@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from threestage.cli import images, models, results, runs, submit
 from threestage.cli.options import print_json
 from threestage.cli.terminal import Terminal, escape
-from threestage.errors import CodedError, InputError, StageFailure
+from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure
 from threestage.redaction import redact
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 def main() -> None:
     """Entry point of `threestage`."""
+    warnings.showwarning = _show_warning
     with reported():
         sys.exit(app(standalone_mode=False))
 
@@ -71,6 +73,16 @@ def reported() -> Iterator[None]:
         from threestage.data.storage_errors import explain
 
         _fail(explain(None, error), 2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Of settings in one line, without where in the code; others as Python shows them."""
+    if issubclass(category, RenamedSetting):
+        Terminal(stderr=True, soft_wrap=True).print(
+            f"[yellow]warning:[/] {escape(redact(str(message)))}", highlight=False
+        )
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def _usage(error: Any) -> str:

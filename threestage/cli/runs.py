@@ -143,7 +143,7 @@ def sweep(
     from threestage.sweeps.space import load_space
 
     resolved, searched = load(config, overrides or []), load_space(space)
-    given = {"trials": trials or searched.trials, "at_once": at_once or searched.at_once}
+    given = {"trials": trials or searched.trials, "max_concurrent": at_once or searched.max_concurrent}
     requested = Sweep(
         searched.model_copy(update=given),
         resolved,

@@ -51,14 +51,12 @@ class PseudoMaskSettings(Settings):
     head: Literal["auxiliary", "main"] = Field(
         "auxiliary", description="which head learns them; main, with consistency.weight=0, is plain self-training"
     )
-    guard: Literal["ignore", "warn", "stop"] = Field(
+    on_collapse: Literal["ignore", "warn", "stop"] = Field(
         "warn",
         description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last",
     )
     batch_size: int = Field(8, ge=1, description="images per forward pass of prediction and evaluation")
-    of_last_stage: bool = Field(
-        True, description="predict the pool with the last stage too, which no stage learns from"
-    )
+    final_stage: bool = Field(True, description="predict the pool with the last stage too, which no stage learns from")
 
 
 class Statistics(Settings):
@@ -359,11 +357,11 @@ def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classe
     ]
 
 
-def check_guard(guard: str, complaint: str, warn: Callable[[str], None]) -> None:
+def check_collapse(on_collapse: str, complaint: str, warn: Callable[[str], None]) -> None:
     """Warn of a complaint, or stop (StageFailure) when the user asked for that."""
-    if guard == "stop":
+    if on_collapse == "stop":
         raise StageFailure(
-            f"{complaint}; pseudo_mask.guard=stop ends the run here, warn would continue", "stage/collapsed"
+            f"{complaint}; pseudo_mask.on_collapse=stop ends the run here, warn would continue", "stage/collapsed"
         )
-    if guard == "warn":
+    if on_collapse == "warn":
         warn(complaint)

@@ -235,7 +235,7 @@ def refuse_impossible(
         return
     coming = f" (and {len(growth.nodes)} that may come)" if growth.nodes else ""
     there = f"the cluster has {room.there()} on {number_of(len(nodes), 'node')}{coming}"
-    problem = f"at_once={space.at_once}: {room.asked()}; {there}"
+    problem = f"max_concurrent={space.max_concurrent}: {room.asked()}; {there}"
     if not growth.untold:
         raise InputError(f"{problem}; {room.mend()}", "ray/too-small")
     warn(
@@ -253,7 +253,7 @@ class _Room:
 
     def fits(self, at_once: int | None = None, workers: int | None = None, predictors: int | None = None) -> bool:
         """Whether all trials have room while they train, and while they predict."""
-        at_once, workers = at_once or self.space.at_once, workers or self.config.cluster.least_workers
+        at_once, workers = at_once or self.space.max_concurrent, workers or self.config.cluster.least_workers
         predictors = predictors or self.config.cluster.predictors or workers
         worker, placement = worker_takes(self.config.cluster), self.config.cluster.placement
         lead, reader = {"CPU": TRIAL_CPUS}, {"CPU": READER_CPUS}
@@ -276,8 +276,8 @@ class _Room:
     def _mends(self) -> Iterator[str]:
         """The largest numbers that have room: one of them with the others as they are, else workers of a trial alone."""
         cluster, predictors = self.config.cluster, self.config.cluster.predictors or 0
-        if at_once := largest(self.space.at_once, lambda number: self.fits(at_once=number)):
-            yield f"at_once={at_once} in the space"
+        if at_once := largest(self.space.max_concurrent, lambda number: self.fits(at_once=number)):
+            yield f"max_concurrent={at_once} in the space"
         if fewer := largest(cluster.least_workers, lambda number: self.fits(workers=number)):
             yield f"cluster.workers={fewer}"
         if self._predicts and (less := largest(predictors, lambda number: self.fits(predictors=number))):
@@ -285,7 +285,7 @@ class _Room:
         if not (at_once or fewer):
             alone = largest(cluster.least_workers, lambda number: self.fits(at_once=1, workers=number))
             if alone:
-                yield f"at_once=1 in the space with cluster.workers={alone}"
+                yield f"max_concurrent=1 in the space with cluster.workers={alone}"
 
     def asked(self) -> str:
         cluster = self.config.cluster

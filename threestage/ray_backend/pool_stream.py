@@ -39,7 +39,9 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     files = load_pool(task.pool)
     index = None if task.pseudo_masks is None else read_index(task.pseudo_masks)
     stage, workers = config.stage(task.stage), config.cluster.most_workers
-    per_step = share_of(stage.unlabelled_batch, config.training.batch, 0, workers).total + workers  # shares rounded up
+    per_step = (
+        share_of(stage.unlabelled_batch, config.training.batch_scope, 0, workers).total + workers
+    )  # shares rounded up
     lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile; the rest of a batch per worker
     if index is None:  # its validation images are among the rows, and passed over
         least, rows = 0, [file.rows for file in files]

@@ -35,7 +35,7 @@ def run_trials(
     space: Space, config: Config, out: str, journal: TrialStore, next_trial: Next, count: int, spent: Callable[[], bool],
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Run the trials that `following` gives, at most `count` of them, `space.at_once` at a time, until `spent` says that
+    """Run the trials that `following` gives, at most `count` of them, `space.max_concurrent` at a time, until `spent` says that
     the budget is. What runs then is interrupted.
 
     Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when Ray Tune
@@ -54,7 +54,7 @@ def run_trials(
                 search_alg=_Proposals(next_trial),
                 scheduler=scheduler,
                 num_samples=count,
-                max_concurrent_trials=space.at_once,
+                max_concurrent_trials=space.max_concurrent,
             ),
             run_config=tune.RunConfig(
                 name="sweep",

@@ -117,7 +117,7 @@ def divide(config: Config, budget: Budget, costs: Costs) -> Resolved:
     """
     wanted = {stage: config.stage(stage).steps for stage in config.stage_names}
     every = config.training.evaluate_every
-    passes = len(wanted) - (0 if config.pseudo_mask.of_last_stage else 1)
+    passes = len(wanted) - (0 if config.pseudo_mask.final_stage else 1)
     fixed = passes * costs.pool_pass + len(wanted) * costs.evaluation
     of_all = sum(steps * (costs.steps[stage] + costs.evaluation / every) for stage, steps in wanted.items())
     share = (PLANNED * budget.wall_seconds(config) - fixed) / of_all

@@ -20,7 +20,7 @@ from threestage.prediction.pseudo_masks import (
     FileReport,
     PoolTask,
     Statistics,
-    check_guard,
+    check_collapse,
     gather,
     set_digest,
     vanished_classes,
@@ -138,14 +138,14 @@ class _Stages:
         self.on.on_warning(f"{stage}: {len(rejects)} images could no longer be read while it trained: {listed}")
 
     def check_progress(self, stage: StageName, score: float, before: float) -> None:
-        """Warn, or stop, when a stage scores less than the one before (`pseudo_mask.guard`)."""
+        """Warn, or stop, when a stage scores less than the one before (`pseudo_mask.on_collapse`)."""
         if score < before:
             text = f"{stage} scores {score:.3f} mean IoU, less than the {before:.3f} of the stage before"
-            check_guard(self.config.pseudo_mask.guard, text, self.on.on_warning)
+            check_collapse(self.config.pseudo_mask.on_collapse, text, self.on.on_warning)
 
     def predicts(self, stage: StageName) -> bool:
         """The last stage's pseudo-masks are not trained on: they are what the final model says of the pool."""
-        return stage != self.config.stage_names[-1] or self.config.pseudo_mask.of_last_stage
+        return stage != self.config.stage_names[-1] or self.config.pseudo_mask.final_stage
 
     def predict(self, stage: StageName, number: int, model_digest: str) -> PseudoMaskSet:
         """Predict the pool with a stage's model, unless that is done."""
@@ -216,7 +216,7 @@ class _Stages:
         vanished = vanished_classes(statistics, self.label_pixels, self.context.manifest.classes)
         if vanished:
             text = f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks"
-            check_guard(self.config.pseudo_mask.guard, text, self.on.on_warning)
+            check_collapse(self.config.pseudo_mask.on_collapse, text, self.on.on_warning)
 
 
 def _counted(

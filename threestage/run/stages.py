@@ -1,4 +1,7 @@
-"""What stage 1, 2 and 3 each build, train and publish (method.md). Their steps are in training/step_inputs.py, the loop in training/loop.py."""
+"""What stage 1, 2 and 3 each build, train and publish (method.md).
+
+Their steps are in training/step_inputs.py, the loop in training/loop.py.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,7 +140,7 @@ def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: W
 def images_per_step(config: Config, stage: StageName, world_size: int) -> tuple[int, int]:
     """Labelled images of all workers, and those that the stream gives them, of which some may pass over one."""
     labelled, unlabelled = (
-        share_of(size, config.training.batch, 0, world_size).total
+        share_of(size, config.training.batch_scope, 0, world_size).total
         for size in (config.stage(stage).labelled_batch, config.stage(stage).unlabelled_batch)
     )
     return labelled, max_shard_size(unlabelled, world_size) * world_size
@@ -206,13 +209,13 @@ def publish(task: StageTask, state: TrainState, card: ModelCard, confusion: Tens
 def make_source(task: StageTask, config: Config, state: TrainState, data: StageData, worker: Worker) -> StepSource:
     """What the stage's steps compute, from the state's step on."""
     stage, place = config.stage(task.stage), (config.seed, task.stage, "labelled")
-    share = share_of(stage.labelled_batch, config.training.batch, worker.rank, worker.world_size)
+    share = share_of(stage.labelled_batch, config.training.batch_scope, worker.rank, worker.world_size)
     source = batches(data.labelled, share, data.canvas, place, state.labelled_images, config.augment.class_balance)
     class_weights = label_weights(data.labelled, config.supervised.class_weight, worker.device)
     labelled = BatchStream(TimedIterator(prefetch(source, worker.device)), share, class_weights)
     if stage.unlabelled_batch == 0:
         return SupervisedSteps(config, labelled)
-    share_u = share_of(stage.unlabelled_batch, config.training.batch, worker.rank, worker.world_size)
+    share_u = share_of(stage.unlabelled_batch, config.training.batch_scope, worker.rank, worker.world_size)
     unlabelled = TimedIterator(prefetch(worker.unlabelled(share_u, state.unlabelled_images), worker.device))
     assert state.teacher is not None
     teacher = compiled(state.teacher, config.training)

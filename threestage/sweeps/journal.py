@@ -4,12 +4,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
 from threestage.run_folder.records import StageResult
 from threestage.settings import Settings
+from threestage.sweeps.space import with_current_keys
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 TRIALS, RUNS = "trials", "runs"
@@ -23,7 +26,7 @@ class Trial(Settings):
     """
 
     number: int
-    params: dict[str, Any]
+    params: Annotated[dict[str, Any], BeforeValidator(with_current_keys)]
     seed: int
     state: State = "waiting"
     curve: tuple[tuple[int, float], ...] = ()

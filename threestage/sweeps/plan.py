@@ -105,7 +105,7 @@ def make_plan(
     stages = tuple(_stage_plans(space, config, step_seconds, shared_done))
     searched = [stage for stage in stages if not stage.shared]
     devices = trial.cluster.devices
-    at_once = max(1, min(space.at_once, trials_left))
+    at_once = max(1, min(space.max_concurrent, trials_left))
     judged = judged_at([stage.steps for stage in searched], trial.training.evaluate_every, space.scheduler)
     factor = None if space.scheduler is None else space.scheduler.reduction_factor
     shared = sum(stage.seconds for stage in stages if stage.shared and not stage.finished) / 3600

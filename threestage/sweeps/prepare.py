@@ -1,7 +1,7 @@
 """What a sweep needs before it may begin: a space that fits, a folder of its own, a cluster with room, and a plan."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from threestage.checks.store import check_store
-from threestage.config import STAGES, Config, changed, flatten, refuse_unconfirmed_hosts
+from threestage.config import STAGES, Config, changed, flatten, recorded_key, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
@@ -23,7 +23,7 @@ from threestage.sweeps.space import Space, check_space, trial_config
 FREE_SECTIONS = {"cluster", "storage", "registry"}  # these may be others with --resume
 FREE_SETTINGS = {
     "trials",
-    "at_once",
+    "max_concurrent",
     "budget",
     "scheduler",
     "searcher",
@@ -75,7 +75,9 @@ def plan(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
 
     space, config = requested.space, requested.config
     trial = trial_config(space, config, {}, config.seed)
-    room = cluster_growth(space.at_once * (trial.cluster.most_workers + 1))  # beside the workers, what reads the pool
+    room = cluster_growth(
+        space.max_concurrent * (trial.cluster.most_workers + 1)
+    )  # beside the workers, what reads the pool
     refuse_impossible(space, trial, cluster_nodes(), room, warn)
     manifest, shared = load_manifest(config.data.root), shared_folder(requested.out, config.seed)
     parts = [f"{part}{n}" for n in range(1, space.shared_stages + 1) for part in ("stage", "pseudo_masks")]
@@ -143,4 +145,9 @@ def _identity(requested: Sweep) -> dict[str, Any]:
     """What may not change while a sweep goes on."""
     space = requested.space.model_dump(mode="json", exclude=FREE_SETTINGS)
     config = requested.config.model_dump(mode="json", exclude=FREE_SECTIONS)
-    return {"space": flatten(space), "config": flatten(config)}
+    recorded = {part: _recorded_keys(space[part]) for part in ("search", "fixed") if part in space}
+    return {"space": flatten(space | recorded), "config": _recorded_keys(flatten(config))}
+
+
+def _recorded_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {recorded_key(key): value for key, value in values.items()}

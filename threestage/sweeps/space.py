@@ -1,7 +1,7 @@
 """The space that a sweep searches: a YAML file whose keys are the dotted keys of the configuration.
 
 Stages before the first searched one are computed once and shared by all trials. A key that counts for one of those too,
-such as a learning rate, is set for the searched stages and those after them alone (`stageN.changes`).
+such as a learning rate, is set for the searched stages and those after them alone (`stageN.overrides`).
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, FiniteFloat, field_serializer, field_validator, model_validator
 
 import threestage
-from threestage.config import STAGES, Config, Section, StageName, changed, flatten, stage_keys, validated
+from threestage.config import RENAMED_KEYS, STAGES, Config, Section, StageName, changed, flatten, stage_keys, validated
 from threestage.data import storage
 from threestage.errors import InputError, did_you_mean
 from threestage.hosts import CODE, CONFIRMING
-from threestage.settings import Settings
+from threestage.settings import Settings, current_key, warn_of_old_names, with_current_names
 from threestage.user_files import read_yaml
 
 Number = int | FiniteFloat
@@ -161,6 +161,14 @@ class Asha(Settings):
     reduction_factor: float = Field(3, gt=1)
 
 
+RENAMED_SETTINGS = {"at_once": "max_concurrent"}
+
+
+def with_current_keys(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Values by dotted key of the configuration, under its present name."""
+    return {current_key(key, RENAMED_KEYS) if isinstance(key, str) else key: value for key, value in values.items()}
+
+
 class Space(Settings):
     """What is searched, how, and for how long."""
 
@@ -170,8 +178,18 @@ class Space(Settings):
     searcher: Literal["tpe", "random", "grid"] = "tpe"
     scheduler: Asha | None = Field(None, description="{asha: {grace_steps: …}} or none")
     trials: int | None = Field(None, ge=1, description="null: the whole grid")
-    at_once: int = Field(1, ge=1)
+    max_concurrent: int = Field(1, ge=1, description="trials at a time")
     budget: Budget = Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        tree, _ = with_current_names(tree, RENAMED_SETTINGS)
+        return tree | {
+            part: with_current_keys(tree[part]) for part in ("search", "fixed") if isinstance(tree.get(part), dict)
+        }
 
     @field_validator("scheduler", mode="before")
     @classmethod
@@ -259,7 +277,9 @@ def load_space(source: str) -> Space:
             f"{source}: neither a space that ships ({', '.join(shipped)}) nor a YAML file{hint}", "sweep/not-found"
         )
     tree = read_yaml(file.read_bytes(), source)
-    if not isinstance(tree, dict):
+    if isinstance(tree, dict):
+        _warn_of_old_names(tree)
+    else:
         raise InputError(f"{source}: a space is a mapping with stages: and search:", "config/not-a-mapping")
     try:
         search = tree.get("search")
@@ -269,6 +289,12 @@ def load_space(source: str) -> Space:
     except InputError as error:
         without = re.sub(r"; give it with --set [^\s;]+", "", error.message)  # that changes the configuration only
         raise InputError(f"{source}: {without}", error.code) from None
+
+
+def _warn_of_old_names(tree: Mapping[str, Any]) -> None:
+    given = [*tree, *(key for part in ("search", "fixed") if isinstance(tree.get(part), dict) for key in tree[part])]
+    renamed = {key: current_key(key, RENAMED_KEYS | RENAMED_SETTINGS) for key in given if isinstance(key, str)}
+    warn_of_old_names([key for key, now in renamed.items() if now != key], renamed)
 
 
 def _check_parameter(key: Any, parameter: Any) -> None:
@@ -297,7 +323,7 @@ def stage_name(number: int) -> StageName:
 
 def overrides(space: Space, config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
     """What a trial changes of the configuration: value by dotted key."""
-    end = {"stages": space.last_stage, "pseudo_mask.of_last_stage": False}
+    end = {"stages": space.last_stage, "pseudo_mask.final_stage": False}
     return best_overrides(space, config, params) | end
 
 
@@ -316,7 +342,7 @@ def trial_config(space: Space, config: Config, params: Mapping[str, Any], seed: 
 
 def base_config(space: Space, config: Config, seed: int) -> Config:
     """Of the run whose stages all trials share; there must be such stages."""
-    end = {"seed": seed, "stages": space.shared_stages, "pseudo_mask.of_last_stage": True}
+    end = {"seed": seed, "stages": space.shared_stages, "pseudo_mask.final_stage": True}
     return changed(config, space.fixed | end)
 
 
@@ -348,12 +374,12 @@ def paths(space: Space, base: Config, key: str) -> list[str]:
             "sweep/shared-stage",
         )
     later, own = STAGES[space.first_stage - 1 :], with_own_value(base, key)
-    return [f"{name}.changes.{key}" for name in later if name not in own]
+    return [f"{name}.overrides.{key}" for name in later if name not in own]
 
 
 def with_own_value(base: Config, key: str) -> list[StageName]:
-    """The stages whose `changes` set the key."""
-    changes: dict[StageName, Mapping[Any, Any]] = {name: base.stage(name).changes for name in STAGES}
+    """The stages whose `overrides` set the key."""
+    changes: dict[StageName, Mapping[Any, Any]] = {name: base.stage(name).overrides for name in STAGES}
     return [name for name in STAGES if key in flatten(dict(changes[name]))]
 
 
@@ -373,7 +399,7 @@ def with_parents(space: Space, key: str) -> dict[str, Any]:
     return found
 
 
-SET_BY_THE_SWEEP = ("name", "seed", "stages", "pseudo_mask.of_last_stage")
+SET_BY_THE_SWEEP = ("name", "seed", "stages", "pseudo_mask.final_stage")
 NEVER_SEARCHED = ("name", "seed", "stages", "data", "cluster", "storage", "registry")
 WEIGHTED_SECTIONS = ("consistency", "pseudo_mask")
 
@@ -405,17 +431,17 @@ def check_space(space: Space, config: Config) -> None:
 
 
 def _leaves(settings: Settings, prefix: str) -> list[str]:
-    """The dotted keys of values, those of `stageN.changes` too."""
+    """The dotted keys of values, those of `stageN.overrides` too."""
     found: list[str] = []
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Settings):
             found += _leaves(value, f"{prefix}{name}.")
-        elif name != "changes":
+        elif name != "overrides":
             found.append(prefix + name)
     if not prefix:
         sections = [key for key in found if key.split(".")[0] in get_args(Section)]
-        found += [f"{name}.changes.{key}" for name in STAGES[1:] for key in sections]
+        found += [f"{name}.overrides.{key}" for name in STAGES[1:] for key in sections]
     return found
 
 
@@ -446,7 +472,7 @@ def _check_counts(space: Space, base: Config, key: str) -> None:
         return
     searched = " and ".join(map(str, space.stages))
     if own := [name for name in with_own_value(base, key) if name in map(stage_name, space.stages)]:
-        mend = f"{own[0]}.changes sets it there: search {own[0]}.changes.{key}"
+        mend = f"{own[0]}.overrides sets it there: search {own[0]}.overrides.{key}"
     elif stages:
         mend = f"it does for stage {' and '.join(map(str, stages))}: search that, or take it out"
     else:
@@ -458,12 +484,12 @@ def _check_counts(space: Space, base: Config, key: str) -> None:
 
 def _check_weight(space: Space, base: Config, key: str) -> None:
     """The settings of a loss term whose weight is 0 change nothing."""
-    section, _, name = key.split(".changes.")[-1].partition(".")
+    section, _, name = key.split(".overrides.")[-1].partition(".")
     weight = f"{section}.weight"
     if section not in WEIGHTED_SECTIONS or name == "weight":
         return
     there = changed(base, with_parents(space, key))
-    searched = any(other == weight or other.endswith(f".changes.{weight}") for other in space.search)
+    searched = any(other == weight or other.endswith(f".overrides.{weight}") for other in space.search)
     if not searched and not any(_weight(there, section, n) for n in space.stages):
         raise InputError(
             f"search.{key}: does not matter while {weight} is 0; set or search {weight}, or take it out",
@@ -473,7 +499,7 @@ def _check_weight(space: Space, base: Config, key: str) -> None:
 
 def _check_whole(space: Space, base: Config, key: str) -> None:
     """[0, 1] for a key that takes fractions would be tried as 0 and 1 alone."""
-    parameter, now = space.search[key], flatten(base.model_dump(mode="json")).get(key.split(".changes.")[-1])
+    parameter, now = space.search[key], flatten(base.model_dump(mode="json")).get(key.split(".overrides.")[-1])
     if parameter.whole and parameter.step is None and isinstance(now, float):
         low, high = parameter.bounds
         raise InputError(
@@ -504,7 +530,7 @@ def _check_places(space: Space, base: Config) -> None:
     taken: dict[str, str] = {}
     for key in space.search:
         for place in paths(space, base, key):
-            for name in {place, *(f"{stage}.changes.{place}" for stage in STAGES[1:])}:
+            for name in {place, *(f"{stage}.overrides.{place}" for stage in STAGES[1:])}:
                 if (other := taken.setdefault(name, key)) != key:
                     raise InputError(f"search.{key}: sets what search.{other} sets; take one out", "sweep/key-twice")
 

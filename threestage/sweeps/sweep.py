@@ -44,7 +44,7 @@ def plan(requested: Sweep, warn: Callable[[str], None]) -> Plan:
 
     requested = prepare.checked(requested)
     prepare.known(requested)
-    with connected(requested.config.cluster, requested.space.at_once):
+    with connected(requested.config.cluster, requested.space.max_concurrent):
         return prepare.plan(requested, load_trials(requested.out), warn)
 
 
@@ -69,7 +69,7 @@ def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
     registry = (
         open_registry(requested.config.registry) if key is None else None
     )  # a sweep that has begun goes on without
-    with connected(requested.config.cluster, requested.space.at_once):
+    with connected(requested.config.cluster, requested.space.max_concurrent):
         warn_of_traps(requested.config, requested.out, show.warn)
         if left_to_search(requested, load_trials(requested.out)):
             show.plan(prepare.plan(requested, load_trials(requested.out), show.warn))
@@ -218,7 +218,7 @@ class _Running:
         return self._spent() or self._in_vain()
 
     def _in_vain(self) -> bool:
-        return self.journal.in_vain >= self.requested.space.at_once + MAX_CONSECUTIVE_FAILURES
+        return self.journal.in_vain >= self.requested.space.max_concurrent + MAX_CONSECUTIVE_FAILURES
 
     def _spent(self) -> bool:
         budget = self.requested.space.budget

@@ -34,7 +34,7 @@ class LoopSettings(Settings):
     compile: bool = Field(
         False, description="torch.compile student and teacher: minutes at a stage's start, faster steps"
     )
-    batch: Literal["per_worker", "global"] = Field(
+    batch_scope: Literal["per_worker", "global"] = Field(
         "per_worker", description="whether a stage's batch sizes are each worker's, or all workers' together"
     )
     learning_rate_rule: Literal["none", "sqrt", "linear"] = Field(
@@ -227,7 +227,7 @@ def to_memory_format(image: Tensor, loop: LoopSettings) -> Tensor:
 
 def lr_scale(loop: LoopSettings, world_size: int) -> float:
     """What the learning rates are multiplied by: a global batch keeps its size whatever the number of workers."""
-    if loop.batch == "global":
+    if loop.batch_scope == "global":
         return 1.0
     return {"none": 1.0, "sqrt": math.sqrt(world_size), "linear": float(world_size)}[loop.learning_rate_rule]
 
