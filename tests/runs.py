@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from threestage.config import Config
+from threestage.errors import Warn
 from threestage.run import pipeline
-from threestage.run.backend import OnMetrics, OnProgress, OnWarning, RunCallbacks, ignore
+from threestage.run.backend import OnMetrics, OnProgress, RunCallbacks, ignore
 from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
 from threestage.run.stages import StageTask
@@ -16,7 +17,7 @@ def run_local(
     config: Config,
     out: str | Path,
     on_metrics: OnMetrics = ignore,
-    warn: OnWarning = print,
+    warn: Warn = print,
     record: Callable[[StageOutcome], None] = ignore,
     on_progress: OnProgress = ignore,
     reuse: str | None = None,
@@ -36,15 +37,13 @@ class TrainedBy(LocalBackend):
         self._train(task)
 
 
-def run_trained_by(
-    train: Callable[[StageTask], None], config: Config, out: str | Path, warn: OnWarning = print
-) -> None:
+def run_trained_by(train: Callable[[StageTask], None], config: Config, out: str | Path, warn: Warn = print) -> None:
     on = RunCallbacks(on_warning=warn)
     pipeline.run(config, str(out), TrainedBy(config, on, train), on)
 
 
 def run_on_ray(
-    config: Config, out: str | Path, on_metrics: OnMetrics = ignore, warn: OnWarning = print, reuse: str | None = None
+    config: Config, out: str | Path, on_metrics: OnMetrics = ignore, warn: Warn = print, reuse: str | None = None
 ) -> dict[str, Any]:
     from threestage.ray_backend.train import on_cluster
 

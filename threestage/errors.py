@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _SECTIONS = (
     "data|network|augment|optimiser|ema|supervised|consistency|pseudo_mask|stage[123]|training|cluster|storage|registry"
@@ -10,6 +10,9 @@ _SECTIONS = (
 _SUBJECT = re.compile(
     rf"(?P<key>--?[a-z][\w-]*|name|seed|stages|(?:{_SECTIONS})(?:\.\w+)*)(?:[= ](?P<value>.+))?", re.DOTALL
 )
+
+Warn = Callable[[str], None]
+"""Shows the user a warning of one line."""
 
 
 class CodedError(Exception):

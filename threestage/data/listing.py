@@ -38,7 +38,7 @@ from threestage.settings import Settings
 LISTED_SCHEMA = pa.schema(
     [("image_id", pa.string()), ("image_uri", pa.string()), ("bytes", pa.int64()), ("stamp", pa.int64())]
 )
-"""`stamp`: another one for another content, as far as the store shows it; older listings have none. See `Found`."""
+"""`stamp`: another one for another content, as far as the store shows it; older listings have none. See `ListedObjects`."""
 FILES_SCHEMA = pa.schema(
     [("path", pa.string()), ("rows", pa.int64()), ("digest", pa.string()), ("replaced", pa.list_(pa.int64()))]
 )
@@ -62,7 +62,7 @@ Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 Keys = Callable[[str, str | None, int], Iterator[str]]
 """(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
 
-Found = tuple[str, int, int]
+ListedObjects = tuple[str, int, int]
 """A file: its key, or its path below the source; bytes, or a key of folders.WHY_NOT; its stamp: the time of its last change in
 ns, on S3 a hash of its ETag."""
 
@@ -264,7 +264,7 @@ def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
 # Pages → windows → shards
 
 
-def _pages_of(source: str, keys: KeyRange, others: Counter[str] | None = None) -> Iterator[list[Found]]:
+def _pages_of(source: str, keys: KeyRange, others: Counter[str] | None = None) -> Iterator[list[ListedObjects]]:
     """The images of each 1000 files of a range: paths below the source, bytes, stamps. Counts the suffixes of others."""
     others = Counter[str]() if others is None else others
     if is_image_file(source):
@@ -294,7 +294,7 @@ def _uri(source: str, path: str) -> str:
     return f"{source.rstrip('/')}/{path}"
 
 
-def _table(source: str, found: list[Found]) -> pa.Table:
+def _table(source: str, found: list[ListedObjects]) -> pa.Table:
     ids = [splitext(path)[0] for path, *_ in found]
     uris = [_uri(source, path) for path, *_ in found]
     sizes, stamps = [size for _, size, _ in found], [stamp for *_, stamp in found]
@@ -402,14 +402,14 @@ def rows_digest(shard: pa.Table, before: int = 0) -> str:
 # A local folder
 
 
-def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[Found]]:
+def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[ListedObjects]]:
     paths = safe_walk.walk(folder)
     while page := list(islice(paths, PAGE)):
         found = (safe_walk.entry(folder, path) for path in page if _is_image(safe_walk.readable(path), others))
         yield [(entry.path, entry.size, entry.changed_ns) for entry in found if entry is not None]
 
 
-def _image_file(source: str) -> Found:
+def _image_file(source: str) -> ListedObjects:
     """A file that is the whole source, also where it is a link."""
     files, path = storage.filesystem(source)
     name = path.rpartition("/")[2]
@@ -433,7 +433,7 @@ def _keys(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[s
     return (key for page in _s3_pages(bucket, prefix, after, limit) for key, *_ in page)
 
 
-def _s3_pages(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[list[Found]]:
+def _s3_pages(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[list[ListedObjects]]:
     """Keys, bytes and stamps, `limit` or fewer a page; a store may send an empty page that is not the last."""
     place = {} if after is None else {"StartAfter": after}
     while True:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from threestage.errors import InputError, did_you_mean
+from threestage.errors import InputError, Warn, did_you_mean
 from threestage.mlflow_sync.connection import (
     MAX_TAG,
     TRANSFER_S,
@@ -37,7 +37,6 @@ IN_PACKED = f"artifacts/{PACKED_FOLDER}/"
 WEIGHTS, CARD = "model.safetensors", "model.json"
 PROGRAM = "program.pt2"
 PULLED = ("lineage.json", WEIGHTS, CARD, PROGRAM, "README.md")  # first what marks the folder
-Warn = Callable[[str], None]
 
 
 def _to_stderr(text: str) -> None:

@@ -8,14 +8,14 @@ stage1/checkpoints/attempt.json    names one training of a stage
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import safe_walk, storage
 from threestage.data.outputs import RUN, is_marked
-from threestage.errors import InputError, reason_of
+from threestage.errors import InputError, Warn, reason_of
 from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import Background, in_time, redact, redact_tree, reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings, StageRecord, StageRows, Status
@@ -30,7 +30,6 @@ RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
 BETWEEN_S, RETRY_S = 10.0, 30.0
 END_S = 300.0  # a run that ends waits so long for a slow store
 FILES = ("results.json", "pictures.png", PAGE_NAME, "split.json")
-Warn = Callable[[str], None]
 
 
 class _Recorded(StageOutcome):

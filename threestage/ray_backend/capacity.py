@@ -22,7 +22,7 @@ from threestage.checks.steps import machine_bytes
 from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.records import load_manifest
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, Warn
 from threestage.ray_backend.failures import cause_of, code_of, first_line
 from threestage.ray_backend.nodes import alive_nodes
 from threestage.ray_settings import ClusterSettings
@@ -218,8 +218,6 @@ def _to_come(group: Any, groups: Sequence[str], at_most: int) -> Iterator[Resour
 TRIAL_CPUS = 0.1  # of the process that leads a trial; Ray Tune refuses 0
 MEASURING_SECONDS = 600.0  # in which a step is measured, once there is room; torch.compile takes minutes
 ASK_FOR_LESS_OR_ADD = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker, or add nodes"
-
-Warn = Callable[[str], None]
 
 
 def refuse_impossible(

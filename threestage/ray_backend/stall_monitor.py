@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import ray
 import ray.util
 
-from threestage.errors import NoRoom
+from threestage.errors import NoRoom, Warn
 from threestage.ray_backend.capacity import (
     cluster_nodes,
     free_nodes,
@@ -23,7 +23,6 @@ from threestage.ray_settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
 LOOK_SECONDS = 1.0
-Warn = Callable[[str], None]
 
 
 class _Wait:

@@ -217,23 +217,23 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
     config = trial_config(the_space, Config.model_validate(base), trial.params, trial.seed)
     storage.configure(config.storage)
     folder, shared = run_folder(out, trial.number), shared_folder(out, trial.seed) if the_space.shared_stages else None
-    news = _News(trial, config, the_space, folder)
+    reporter = _TrialReporter(trial, config, the_space, folder)
     for step, value in trial.curve:
-        news.score(step, value)
+        reporter.score(step, value)
     try:
-        on = RunCallbacks(news.show, news.warn)
+        on = RunCallbacks(reporter.show, reporter.warn)
         with on_cluster(config, folder, on) as backend:
             pipeline.run(config, folder, backend, on, reuse=shared)
     except (NoRoom, OSError) as error:
-        news.say(failure=_words(error), state="waiting")
+        reporter.say(failure=_words(error), state="waiting")
     except (InputError, StageFailure, ray.exceptions.RayError) as error:
-        news.say(failure=_words(error), state="failed")
+        reporter.say(failure=_words(error), state="failed")
     else:
         for step, value in curve_of(folder, the_space.stages, config):
-            news.score(step, value)
+            reporter.score(step, value)
 
 
-class _News:
+class _TrialReporter:
     """What a trial's process tells Ray Tune. Scores are of steps over all searched stages, each told once."""
 
     def __init__(self, trial: Trial, config: Config, space: Space, folder: str) -> None:

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, Warn
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend.capacity import room_there
 from threestage.ray_backend.connect import (
@@ -34,7 +34,7 @@ from threestage.ray_backend.predict import predict_pool
 from threestage.ray_backend.stall_monitor import Membership, StallMonitor, await_resources, warn_if_stalled
 from threestage.ray_backend.tasks import in_tasks
 from threestage.ray_backend.worker import train_worker
-from threestage.run.backend import Item, OnMetrics, OnWarning, Result, RunCallbacks
+from threestage.run.backend import Item, OnMetrics, Result, RunCallbacks
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
 
@@ -81,7 +81,7 @@ def on_cluster(config: Config, out: str, on: RunCallbacks) -> Iterator[RayBacken
         yield RayBackend(config, on)
 
 
-def warn_of_traps(config: Config, out: str, warn: OnWarning) -> None:
+def warn_of_traps(config: Config, out: str, warn: Warn) -> None:
     if address_of(config.cluster) is not None:
         try:
             warning = room_there(config).warning
@@ -95,7 +95,7 @@ def warn_of_traps(config: Config, out: str, warn: OnWarning) -> None:
     warn_of_folders([out, config.data.root, *unlabelled], warn)
 
 
-def train_on_ray(task: StageTask, show: OnMetrics, warn: OnWarning, function: TrainWorker = train_worker) -> None:
+def train_on_ray(task: StageTask, show: OnMetrics, warn: Warn, function: TrainWorker = train_worker) -> None:
     """Train one stage with Ray Train; it goes on from the last checkpoint in the stage's folder.
 
     `function` is what every worker runs. A worker or a node that is lost costs a restart of the group, which Ray sees to; a
@@ -124,7 +124,7 @@ def train_on_ray(task: StageTask, show: OnMetrics, warn: OnWarning, function: Tr
 def _watch_fit(
     task: StageTask,
     show: Callable[[Mapping[str, float]], None],
-    warn: OnWarning,
+    warn: Warn,
     function: TrainWorker,
     driver: str,
 ) -> None:
@@ -175,7 +175,7 @@ def _abort(monitor: Any) -> None:
     ray.kill(controller)
 
 
-def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: OnWarning) -> None:
+def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: Warn) -> None:
     for row in news.rows:
         show(row)
     for warning in news.warnings:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from threestage.data.pool import PoolFile
+from threestage.errors import Warn
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.run.outcome import StageOutcome
 from threestage.run.stages import StageTask
@@ -13,7 +14,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 OnMetrics = Callable[[str, Mapping[str, float]], None]
 OnProgress = Callable[[str, int, int], None]
-OnWarning = Callable[[str], None]
 
 
 def ignore(*_: Any) -> None:
@@ -25,7 +25,7 @@ class RunCallbacks:
     """on_metrics: (stage, row of metrics). on_progress: (what is done, so many, of so many). Any thread may call them."""
 
     on_metrics: OnMetrics = ignore
-    on_warning: OnWarning = print
+    on_warning: Warn = print
     on_progress: OnProgress = ignore
     on_stage_done: Callable[[StageOutcome], None] = ignore
 

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.split import saved_split
-from threestage.errors import InputError
+from threestage.errors import InputError, Warn
 from threestage.mlflow_sync.run_sync import ATTEMPT_NAME, RECORD, RUN_NAME
 from threestage.run_folder import lease
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, REUSED
@@ -100,7 +100,7 @@ def _whole(path: str) -> str:
     return "/".join([top, *below[:1]]) if top in STAGES else top
 
 
-def clean(run: str, everything: bool, agreed: Callable[[Leftover], bool], warn: lease.Warn) -> tuple[Leftover, bool]:
+def clean(run: str, everything: bool, agreed: Callable[[Leftover], bool], warn: Warn) -> tuple[Leftover, bool]:
     """Remove what is left of a run if `agreed` says so of it; returns that, and whether it was removed.
 
     No driver can begin meanwhile. Raises InputError when one works on the run, or the folder holds no run.

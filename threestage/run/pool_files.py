@@ -11,12 +11,11 @@ from threestage.data import storage
 from threestage.data.listing import Each, holds_data_set, list_images
 from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
 from threestage.data.records import Manifest, load_manifest
-from threestage.errors import InputError, reason_of
+from threestage.errors import InputError, Warn, reason_of
 from threestage.run_folder.folder import RunFolder
 
 LISTED_ROWS_PER_FILE = 512
 NAME = "pool.parquet"
-Warn = Callable[[str], None]
 
 
 def find_in_background(

@@ -14,7 +14,7 @@ from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.synthetic import CLASSES, write_scenes
-from threestage.errors import InputError, StageFailure, reason_of
+from threestage.errors import InputError, StageFailure, Warn, reason_of
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, Status
@@ -23,7 +23,7 @@ from threestage.models.program import without_program
 from threestage.report.report import write_report
 from threestage.report.validation_images import write_pictures
 from threestage.run import pipeline
-from threestage.run.backend import Backend, OnWarning, RunCallbacks, ignore
+from threestage.run.backend import Backend, RunCallbacks, ignore
 from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
@@ -102,7 +102,7 @@ def _sent_to_mlflow(
             mirror.abandon()
 
 
-def _warn_without_program(config: Config, warn: OnWarning) -> None:
+def _warn_without_program(config: Config, warn: Warn) -> None:
     """Say early, beside the training, what the registered models will lack."""
     with contextlib.suppress(InputError):  # the pipeline refuses such settings itself
         if warning := without_program(config.network):
@@ -139,7 +139,7 @@ def _recorded(
     return replace(on, on_metrics=save_settings, on_stage_done=save_outcome)
 
 
-def _write_page(out: str, warn: OnWarning) -> None:
+def _write_page(out: str, warn: Warn) -> None:
     """A page that cannot be written does not fail a run that is finished."""
     try:
         write_report(out)
@@ -184,6 +184,6 @@ def _holds_scenes(root: str) -> bool:
     return load_manifest(root).classes == CLASSES
 
 
-def _warn_of_the_demos_network(config: Config, warn: OnWarning) -> None:
+def _warn_of_the_demos_network(config: Config, warn: Warn) -> None:
     if config.name == "demo" and not _holds_scenes(config.data.root):
         warn(f"{config.data.root}: the preset demo trains a tiny network from scratch, made for its scenes; {OWN_DATA}")

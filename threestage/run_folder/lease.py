@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from threestage.data import storage
-from threestage.errors import InputError, StageFailure
+from threestage.errors import InputError, StageFailure, Warn
 from threestage.settings import Settings
 
 NAME = "lease.json"
@@ -33,8 +33,6 @@ SETTLE_S = {"s3": 1.0, "local": 0.25}
 LOST_SIGNAL = (
     signal.SIGRTMIN + 7
 )  # nobody else's; unlike SIGINT it is neither ignored behind `&` nor blocked in a Ray job
-
-Warn = Callable[[str], None]
 
 
 class Holder(Settings):

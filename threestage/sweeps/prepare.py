@@ -1,7 +1,7 @@
 """What a sweep needs before it may begin: a space that fits, a folder of its own, a cluster with room, and a plan."""
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from threestage.data import storage
 from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
-from threestage.errors import InputError
+from threestage.errors import InputError, Warn
 from threestage.sweeps.journal import Trial, shared_folder
 from threestage.sweeps.plan import Plan, make_plan, mean_pixels
 from threestage.sweeps.proposals import number_of_trials
@@ -31,8 +31,6 @@ FREE_SETTINGS = {
 }  # what is fixed is in the configuration
 
 REPEATED = 3  # of the best trials, with --repeat
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -84,25 +84,25 @@ class LocalWorker:
         self._unlabelled = unlabelled
         self._show = show
         self.warn = warn
-        self._told = threading.Event()
+        self._terminated = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """SIGTERM is a notice inside it, where the interpreter allows a handler (in its main thread). One that no step
         has answered ends it with a StageFailure."""
 
-        def told(number: int, frame: FrameType | None) -> None:
-            self._told.set()
+        def on_term(number: int, frame: FrameType | None) -> None:
+            self._terminated.set()
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, told)
+        before = signal.signal(signal.SIGTERM, on_term)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-        if self._told.is_set():
+        if self._terminated.is_set():
             raise StageFailure("stopped by SIGTERM; the same command continues", "stage/stopped")
 
     def wrap(self, network: nn.Module) -> nn.Module:
@@ -124,7 +124,7 @@ class LocalWorker:
         return self._unlabelled(share, first_image)
 
     def checkpoint_requests(self) -> int:
-        return int(self._told.is_set())
+        return int(self._terminated.is_set())
 
     def noticed(self, step: int) -> None:
         raise StageFailure(

@@ -1,0 +1,49 @@
+"""The package speaks the field's words: no module, class, function or attribute has one of the private names of before."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import threestage
+
+ROOT = Path(threestage.__file__).parent
+MODULES = """
+entrance pulse pace patience causes room check_room sweep_room attempts beside_driver own_cluster words lines figures of_run
+of_images of_pool of_certainty known sets fixed_void on_ray registry report_page commands inference pseudo_mask_parts tracking
+mirror over_seeds reused pictures background submission store_check store_errors window
+"""
+NAMES = """
+admitted lets_in Unhurried Pulse Sign News noticing_silence _name_the_hung Patience told ours placed counted beside_driver
+closed_to_others Line Found tried Known most_of Share Order Timed _claim _begun _beside_last living Left goes Feed as_seen
+laid_out rate_factor agree _on_its_way hold_gradients share_buffers pieces how_to_go_on Outlived Product Compared settle
+certainty Journal VAIN_TRIALS following talking_to _pupils Shipment anywhere visible keep_freed_memory LATER_KEYS OF_THE_RUN
+_noting _keeping guard of_last_stage doubt
+"""
+
+
+def definitions(tree: ast.AST) -> Iterator[str]:
+    """Classes, functions and attributes, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        body = node.body if isinstance(node, ast.Module | ast.ClassDef) else []
+        for statement in body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_definition_has_a_private_word(file: Path) -> None:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    assert not set(parts) & set(MODULES.split())
+    assert not set(definitions(ast.parse(file.read_text()))) & set(NAMES.split())
+
+
+def test_definitions_are_found() -> None:
+    code = "class A:\n    b: int\n    def c(self):\n        self.d = 1\ne = 2\n"
+    assert set(definitions(ast.parse(code))) == {"A", "b", "c", "d", "e"}
