@@ -178,7 +178,7 @@ def test_the_driver_is_killed_and_the_same_command_given_again(
 def test_mlflow_is_killed(cluster: Cluster, data: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The run's folder is the record: nothing waits for MLflow, and the same command fills it when it is back."""
     assert cluster.mlflow is not None
-    case = Case(cluster, config_for(data, workers=2), "mlflow", tmp_path)
+    case = Case(cluster, config_for(data, workers=2), "mlflow_killed", tmp_path)
     case.half_way()
     fault = time.time()
     cluster.mlflow.kill()
