@@ -10,7 +10,8 @@ from typing import Any
 
 from threestage.config import Config
 from threestage.errors import InputError, StageFailure
-from threestage.run import run
+from threestage.run.backend import RunCallbacks
+from threestage.run.run import run
 
 
 def say(**values: Any) -> None:
@@ -20,9 +21,8 @@ def say(**values: Any) -> None:
 def main() -> None:
     config, out = Config.model_validate_json(sys.argv[1]), sys.argv[2]
     try:
-        results = run.run(
-            config, out, False, lambda stage, row: say(stage=stage, row=dict(row)), lambda text: say(warning=text)
-        )
+        on = RunCallbacks(lambda stage, row: say(stage=stage, row=dict(row)), lambda text: say(warning=text))
+        results = run(config, out, False, on)
     except (InputError, StageFailure) as error:
         say(error=str(error))
         sys.exit(1)

@@ -17,7 +17,7 @@ from tests.runs import run_local
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.mlflow_sync.run_sync import keep_outcome, keep_settings, sync
-from threestage.run.pipeline import StageOutcome
+from threestage.run.outcome import StageOutcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -53,10 +53,10 @@ class Silent:
     def phase(self, text: str) -> None:
         self.phases.append(text)
 
-    def stage(self, stage: str, row: Mapping[str, float]) -> None:
+    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
         self.stages.append(stage)
 
-    def watch(self, what: str, done: int, total: int) -> None:
+    def on_progress(self, what: str, done: int, total: int) -> None:
         pass
 
     def trial(self, trial: Trial) -> None:

@@ -27,7 +27,7 @@ from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings
 from threestage.mlflow_sync.run_sync import Mirror, keep_outcome, keep_settings, sync
 from threestage.run.backend import RunCallbacks
 from threestage.run.local_backend import LocalBackend
-from threestage.run.pipeline import StageOutcome
+from threestage.run.outcome import StageOutcome
 from threestage.run.run import run
 
 Events = Mapping[tuple[str, int], Callable[[], None]]  # what happens at a stage's step
@@ -234,7 +234,7 @@ def test_a_refused_command_changes_nothing_in_mlflow(
     with refused("run/other-settings", "seed=0"):
         again(out, seed=1, name="other")
     with refused("data/too-few-labels", "1000"):
-        run(str(tmp_path / "fresh"), data={"root": str(scenes), "labelled": 1000})
+        again(str(tmp_path / "fresh"), data={"root": str(scenes), "labelled": 1000})
     assert everything(registry) == before
     assert not storage.exists(str(tmp_path / "fresh" / "run.json"))
 

@@ -28,7 +28,7 @@ from threestage.prediction.predict import open_model
 from threestage.prediction.pseudo_masks import PoolTask
 from threestage.run import stages
 from threestage.run.local_backend import LocalBackend
-from threestage.run.pipeline import StageOutcome
+from threestage.run.outcome import StageOutcome
 from threestage.training.metrics import class_counts
 
 

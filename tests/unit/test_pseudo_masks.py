@@ -35,7 +35,7 @@ from threestage.prediction.pseudo_masks import (
     FileReport,
     PoolTask,
     Statistics,
-    check_guard,
+    check_collapse,
     class_confidence_entropy,
     gather,
     measure,
@@ -483,12 +483,12 @@ def test_a_class_has_vanished_under_a_hundredth_of_its_share() -> None:
 
 def test_a_guard_warns_stops_or_says_nothing() -> None:
     said: list[str] = []
-    check_guard("ignore", "it fell", said.append)
+    check_collapse("ignore", "it fell", said.append)
     assert said == []
-    check_guard("warn", "it fell", said.append)
+    check_collapse("warn", "it fell", said.append)
     assert said == ["it fell"]
     with refused("stage/collapsed", "it fell; ", "pseudo_mask.on_collapse=stop", error=StageFailure):
-        check_guard("stop", "it fell", said.append)
+        check_collapse("stop", "it fell", said.append)
     assert said == ["it fell"]
 
 

@@ -31,6 +31,7 @@ from threestage.mlflow_sync.connection import (
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.mlflow_sync.run_sync import sync
 from threestage.run import run
+from threestage.run.backend import RunCallbacks
 
 NAMES = st.text("abcXYZ019_-", min_size=1, max_size=12)
 
@@ -174,7 +175,7 @@ def test_variables_have_their_places_before_a_lease_beats(
     (tmp_path / "split.json").write_text('{"split": {}}')
     with pytest.raises(Begun):
         if command == "run":
-            run.run(tiny_config(scenes), str(tmp_path), False, lambda *_: None, pytest.fail)
+            run.run(tiny_config(scenes), str(tmp_path), False, RunCallbacks(on_warning=pytest.fail))
         else:
             sync(str(tmp_path))
 

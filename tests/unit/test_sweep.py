@@ -13,6 +13,7 @@ from threestage.errors import StageFailure
 from threestage.ray_backend import sweep as on_ray_sweep
 from threestage.ray_backend import train as on_ray_train
 from threestage.run import pipeline
+from threestage.run.backend import RunCallbacks
 from threestage.sweeps import outcome, prepare, sweep
 from threestage.sweeps.journal import Trial, TrialStore, load_trials, run_folder, shared_folder
 from threestage.sweeps.prepare import Sweep
@@ -175,7 +176,7 @@ def test_more_trials_go_on_where_the_search_ended(tmp_path: Path, monkeypatch: p
 def test_models_that_were_deleted_are_not_trained_again_to_be_promoted(tmp_path: Path) -> None:
     best = Trial(number=3, params={KEY: 0.5}, seed=0, state="finished", curve=((800, 0.5),))
     with refused("sweep/models-deleted", "--promote", "trial 3", "best.yaml"):
-        outcome.promote(a_sweep(tmp_path), best, lambda *_: None, print, lambda *_: None)
+        outcome.promote(a_sweep(tmp_path), best, RunCallbacks())
 
 
 def resumed(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] = ()) -> str | None:

@@ -29,7 +29,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, does: Callable[..., None], **trial: Any) -> None:
     monkeypatch.setattr(sweep, "on_cluster", lambda config, out, on: contextlib.nullcontext())
-    monkeypatch.setattr(sweep.pipeline, "run", does)
+    monkeypatch.setattr("threestage.run.pipeline.run", does)
     setting = Trial(**{"number": 3, "params": {"pseudo_mask.confidence_threshold": 0.5}, "seed": 0} | trial)
     space, base = load_space("thresholds"), load("demo", ["data.root=data"])
     sweep._run_trial(

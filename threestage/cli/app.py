@@ -75,14 +75,21 @@ def reported() -> Iterator[None]:
         _fail(explain(None, error), 2)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Of settings in one line, without where in the code; others as Python shows them."""
     if issubclass(category, RenamedSetting):
         Terminal(stderr=True, soft_wrap=True).print(
             f"[yellow]warning:[/] {escape(redact(str(message)))}", highlight=False
         )
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _usage(error: Any) -> str:

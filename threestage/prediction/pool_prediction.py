@@ -435,12 +435,12 @@ class _Job:
             elif image.problem is not None:
                 self.reject(image, image.problem)
             else:
-                self._complete(image, None)
+                self._complete_image(image, None)
 
     def reject(self, image: _Image, reason: str) -> None:
         row = image.row
         self._rejects.append((image.position, Reject(image_id=row.image_id, source=row.source, reason=reason)))
-        self._complete(image, None)
+        self._complete_image(image, None)
 
     def complete(
         self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray], in_windows: bool
@@ -450,9 +450,9 @@ class _Job:
         for image, result in zip(batch, encoded, strict=True):
             height, width = image.pixels.shape[:2]
             self._predicted.append(_Summary(image.position, image.row.image_id, height, width))
-            self._complete(image, result)
+            self._complete_image(image, result)
 
-    def _complete(self, image: _Image, result: Future[Encoded] | None) -> None:
+    def _complete_image(self, image: _Image, result: Future[Encoded] | None) -> None:
         self._settled[image.position] = (image.row.image_id, result)
         while self._complete in self._settled:
             self._complete += 1

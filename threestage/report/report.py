@@ -161,20 +161,20 @@ def _look(run: Run, data: str | None, images: int, measure: int | None, show: On
 
 
 def _sections(run: Run, seen: _Seen | None, missing: Sequence[str]) -> list[tuple[str, Html]]:
-    parts = [("overview", parts.overview(run, missing))]
+    found = [("overview", parts.overview(run, missing))]
     if seen is not None:
-        parts.append(("images", seen.images))
+        found.append(("images", seen.images))
     if run.stages:
-        parts += [("classes", parts.classes(run)), ("curves", parts.curves(run))]
+        found += [("classes", parts.classes(run)), ("curves", parts.curves(run))]
     if seen is not None:
-        parts.append(("uncertainty", seen.uncertainty))
+        found.append(("uncertainty", seen.uncertainty))
     if run.stages:
-        parts += [
+        found += [
             ("pseudo-masks", parts.pseudo_masks(run, None if seen is None else seen.label_pixels)),
             ("rejected", parts.rejected(run)),
             ("time", parts.times(run)),
         ]
-    return [*parts, ("settings", parts.settings(run))]
+    return [*found, ("settings", parts.settings(run))]
 
 
 def _measured_on(run: Run, validation: Validation, measured: Sequence[Measured]) -> str:
