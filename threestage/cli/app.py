@@ -8,7 +8,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from pydantic import ValidationError
