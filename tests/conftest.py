@@ -90,7 +90,7 @@ def tiny_config(root: Path, **changes: object) -> Config:
         "network": {"encoder": "test_resnet", "batch_norm": "live", "dilations": [1, 2]},
         "augment": {"crop_size": [32, 32], "strong": {"cutout_size": 8}},
         "optimiser": {"learning_rate": 1e-3, "encoder_learning_rate": 1e-3},
-        "pseudo_mask": {"guard": "ignore"},
+        "pseudo_mask": {"on_collapse": "ignore"},
         "stage1": {"steps": 6, "labelled_batch": 2},
         "stage2": {"steps": 6, "labelled_batch": 2, "unlabelled_batch": 2},
         "stage3": {"steps": 6, "labelled_batch": 2, "unlabelled_batch": 2},

@@ -10,10 +10,10 @@ import pytest
 CODE = """
 import resource, sys
 import numpy as np
-from threestage.allocator import keep_freed_memory
+from threestage.allocator import disable_malloc_trim
 
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    disable_malloc_trim()
 faults = []
 for _ in range(4):
     np.ones(2**26, np.uint8)

@@ -150,7 +150,7 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
 
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(node_checks, "probe_cluster", lambda name, address: CheckOutcome("fine"))
-    monkeypatch.setattr("threestage.ray_backend.train.admitted", lambda name, address: None)
+    monkeypatch.setattr("threestage.ray_backend.connect.check_connection", lambda name, address: None)
     monkeypatch.setattr(ray, "init", refuse)
     with contextlib.ExitStack() as connection, refused("ray/not-a-node", "RAY_ADDRESS=head:6379: ", "(no raylet here)"):
         node_checks.connect("RAY_ADDRESS", "head:6379", config.cluster, connection)

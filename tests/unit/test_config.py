@@ -101,7 +101,7 @@ def test_keys_that_came_later_count_when_they_are_used(tmp_path: Path) -> None:
     """Runs that began without them go on with their defaults."""
     before = stage_keys(tiny_config(tmp_path), "stage1")
     after = stage_keys(tiny_config(tmp_path, training__batch_scope="global", training__compile=True), "stage1")
-    assert {key: after[key] for key in after if before.get(key) != after[key]} == {"training.batch_scope": "global"}
+    assert {key: after[key] for key in after if before.get(key) != after[key]} == {"training.batch": "global"}
 
 
 def test_a_stage_depends_on_what_it_computes_with_only(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import ModelCard
 from threestage.models.settings import NetworkSettings
 from threestage.run import local_main
-from threestage.run import run as runs
+from threestage.run.backend import RunCallbacks
 
 EVIL = "x<script>a</script>![p](http://h/t.png)|`c`\n# t \x1b]8;;http://h\x07l\x1b[2J\u202egnp"
 COMMANDS = set("\x1b\x07\u202e")
@@ -57,13 +57,13 @@ def test_a_model_card(no_program: str | None) -> None:
 def test_the_lines_of_a_local_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(config: Any, out: str, here: bool, show: Any, warn: Any, watch: Any) -> Mapping[str, Any]:
-        show("stage1", {"step": 1, EVIL: 0.5})
-        warn(EVIL)
-        watch(EVIL, 1, 2)
+    def run(config: Any, out: str, local: bool, on: RunCallbacks) -> Mapping[str, Any]:
+        on.on_metrics("stage1", {"step": 1, EVIL: 0.5})
+        on.on_warning(EVIL)
+        on.on_progress(EVIL, 1, 2)
         return {"stages": {"stage1": {EVIL: 1}}, "no_verdict": EVIL}
 
-    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setattr(local_main, "run", run)
     assert local_main.main(["demo", "--out", str(tmp_path)]) == 0
     assert local_main.main([EVIL, "--out", str(tmp_path)]) == 2
     shown = capsys.readouterr()

@@ -23,7 +23,7 @@ from threestage.sweeps import prepare, sweep
 INTERVAL_S = 0.2
 HOLDER = """
 import sys, time
-from threestage import lease
+from threestage.run_folder import lease
 with lease.held(sys.argv[1], print, 0.2):
     print("held", flush=True)
     time.sleep(100)

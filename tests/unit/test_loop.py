@@ -263,7 +263,7 @@ def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "factor"),
     [({}, 1), ({"learning_rate_rule": "sqrt"}, 2), ({"learning_rate_rule": "linear"}, 4),
-     ({"learning_rate_rule": "linear", "batch": "global"}, 1)],
+     ({"learning_rate_rule": "linear", "batch_scope": "global"}, 1)],
 )  # fmt: skip
 def test_learning_rate_rule(settings: dict[str, Any], factor: float) -> None:
     assert lr_scale(LoopSettings(**settings), 4) == factor

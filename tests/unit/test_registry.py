@@ -182,7 +182,7 @@ def test_variables_have_their_places_before_a_lease_beats(
 
 def test_the_module_is_free_to_import_and_needs_no_mlflow() -> None:
     code = (
-        "import sys; sys.modules['mlflow'] = None; import threestage.mlflow_sync as r;"
+        "import sys; sys.modules['mlflow'] = None; import threestage.mlflow_sync.records as r;"
         "r.RegistrySettings(); assert not {'torch', 'ray', 'pandas', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -124,7 +124,7 @@ def test_a_bad_search_is_refused(tmp_path: Path, search: str, code: str, named: 
         ("stages: 2\ntrials: 5", INVALID, "stages=2: "),
         ("stages: [2]", "config/missing-key", "trials: "),
         ("stages: [2]\ntrials: 0", INVALID, "trials=0: "),
-        ("stages: [2]\ntrials: 5\nat_once: 0", INVALID, "max_concurrent=0: "),
+        ("stages: [2]\ntrials: 5\nmax_concurrent: 0", INVALID, "max_concurrent=0: "),
         ("stages: [2]\ntrials: 5\ntrails: 5", UNKNOWN, "trails=5: unknown key; did you mean trials?"),
         ("stages: [2]\ntrials: 5\nsearcher: tpes", INVALID, "searcher='tpes': should be 'tpe', 'random' or 'grid'"),
         ("stages: [2]\ntrials: 5\nbudget: {hour: 1}", UNKNOWN, "budget.hour=1: unknown key; did you mean hours?"),
@@ -233,7 +233,7 @@ def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() ->
     demo, rate = load("demo"), {"optimiser.learning_rate": {"loguniform": [1e-4, 1e-2]}}
     params = {"optimiser.learning_rate": 5e-3}
     end = {"pseudo_mask.final_stage": False}
-    later = {f"stage{n}.changes.optimiser.learning_rate": 5e-3 for n in (2, 3)}
+    later = {f"stage{n}.overrides.optimiser.learning_rate": 5e-3 for n in (2, 3)}
     assert overrides(a_space(rate), demo, params) == later | end | {"stages": 2}
     assert best_overrides(a_space(rate), demo, params) == later
     whole = a_space(rate, stages=[1, 2], fixed={"cluster.workers": 2})
@@ -245,7 +245,7 @@ def test_a_key_that_counts_for_a_shared_stage_is_changed_for_the_later_ones() ->
     strong = a_space({"augment.strong.cutouts": {"uniform": [0, 5]}})
     assert "augment.strong.cutouts" in best_overrides(strong, demo, {"augment.strong.cutouts": 1})
     with_stage_1 = best_overrides(strong, load("demo", ["stage1.strong_view=true"]), {"augment.strong.cutouts": 1})
-    assert with_stage_1 == {f"stage{n}.changes.augment.strong.cutouts": 1 for n in (2, 3)}
+    assert with_stage_1 == {f"stage{n}.overrides.augment.strong.cutouts": 1 for n in (2, 3)}
 
 
 def test_shared_stages_are_those_of_the_base_configuration() -> None:

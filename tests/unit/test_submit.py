@@ -70,7 +70,7 @@ def test_a_job_is_the_command_with_the_name_of_its_run(command: str) -> None:
 def test_a_script_is_the_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["script", "a", "--b"])
     seen: list[list[str]] = []
-    monkeypatch.setattr(app, "main", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr("threestage.cli.main", lambda: seen.append(sys.argv[1:]))
     runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
     assert seen == [[command, "a", "--b"]]
 

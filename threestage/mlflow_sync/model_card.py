@@ -93,7 +93,7 @@ def _method(lineage: Lineage, config: Mapping[str, Any]) -> str:
         "",
         f"- {stage['steps']} steps, batches of {stage['labelled_batch']} labelled"
         + (f" and {stage['unlabelled_batch']} unlabelled images" if lineage.learnt_from is not None else " images")
-        + (", of all workers together" if config["training"]["batch"] == "global" else ", each worker's"),
+        + (", of all workers together" if config["training"]["batch_scope"] == "global" else ", each worker's"),
         f"- learning rates {optimiser['learning_rate']:g} (new layers) and {optimiser['encoder_learning_rate']:g} (encoder)",
     ]
     if lineage.learnt_from is not None:

@@ -41,6 +41,7 @@ class RunContext:
     def check(self, warn: Callable[[str], None]) -> list[int]:
         """Pixels of each class in the labelled masks. Raises InputError when the run could not go well."""
         label_pixels = check_run(self.config, self.manifest, self.labelled, self.validation, warn)
+        _ = self.static_void  # refuses masks of several sizes
         if warning := doubtful_normalisation(self.config.network):
             warn(warning)
         return label_pixels

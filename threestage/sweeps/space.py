@@ -164,8 +164,10 @@ class Asha(Settings):
 RENAMED_SETTINGS = {"at_once": "max_concurrent"}
 
 
-def with_current_keys(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Values by dotted key of the configuration, under its present name."""
+def with_current_keys(values: Any) -> Any:
+    """Values by dotted key of the configuration, under its present name; what is no mapping is returned as it is."""
+    if not isinstance(values, Mapping):
+        return values
     return {current_key(key, RENAMED_KEYS) if isinstance(key, str) else key: value for key, value in values.items()}
 
 
