@@ -8,7 +8,6 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from threestage.errors import InputError, did_you_mean, joined
-from threestage.presets import preset_names as preset_names
 from threestage.settings import raised_by
 
 LONGEST_SHOWN = 300  # characters of a wrong value

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "threestage"
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "errors.py")
 EXEMPT = {"data/records.py"}  # a manifest's own reader says what is wrong with the file
 ERRORS = {"InputError", "StageFailure", "NoRoom"}
+REASONS = {"BadImage", "BadFile"}  # of one image, for the list of rejects
 CODE = re.compile(r"(?P<area>[a-z]+(-[a-z]+)*)/[a-z0-9]+(-[a-z0-9]+)*")
 AREAS = {
     "budget",
@@ -112,3 +113,29 @@ def test_a_code(code: str) -> None:
 )
 def test_no_code(code: str) -> None:
     assert not is_code(ast.Constant(code), ast.Module([], []))
+
+
+def codes_of(node: ast.expr | None, tree: ast.AST) -> Iterator[str]:
+    """The codes that an expression may stand for."""
+    if isinstance(node, ast.Constant) and CODE.fullmatch(str(node.value)):
+        yield str(node.value)
+    elif isinstance(node, ast.Name):
+        for value in assigned(node.id, tree):
+            yield from codes_of(value, tree)
+    elif isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from codes_of(value, tree)
+    elif isinstance(node, ast.IfExp):
+        yield from codes_of(node.body, tree)
+        yield from codes_of(node.orelse, tree)
+
+
+def test_the_page_lists_every_code_and_no_other() -> None:
+    text = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
+    listed = re.findall(r"^\| `([a-z-]+/[a-z0-9-]+)` \|", text, re.MULTILINE)
+    calls = [(call, tree) for tree in TREES.values() for call in constructions(tree, ERRORS | REASONS)]
+    raised = {code for call, tree in calls for code in codes_of(code_of(call), tree)}
+    texts = {str(node.value) for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert sorted(raised - set(listed)) == [], "not listed"
+    assert [code for code in listed if not any(code in text for text in texts)] == [], "no code of the package"
+    assert len(listed) == len(set(listed))
