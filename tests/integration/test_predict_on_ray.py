@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.refusals import refused
-from tests.unit.test_predict import make_model
+from tests.unit.prediction.test_predict import make_model
 from threestage.data import storage
 from threestage.data.rejects import read_rejects
 from threestage.errors import StageFailure

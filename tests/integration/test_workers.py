@@ -153,7 +153,7 @@ def scraped() -> str:
     return b"".join(pages).decode()
 
 
-@pytest.mark.slow  # what the loop says of it: tests/unit/test_loop.py
+@pytest.mark.slow  # what the loop says of it: tests/unit/training/test_loop.py
 def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
     optimiser = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
     config = tiny_config(scenes, cluster={"workers": 2}, optimiser=optimiser)
@@ -164,7 +164,7 @@ def test_a_stage_that_diverges_is_not_tried_again(ray_cluster: None, scenes: Pat
 
 
 def test_what_is_asked_and_not_there_ends_the_run(ray_cluster: None, scenes: Path, tmp_path: Path) -> None:
-    """How often it is said before the end: tests/unit/test_patience.py."""
+    """How often it is said before the end: tests/unit/ray_backend/test_stall_monitor.py."""
     cluster = {"workers": [2, 4], "resources_per_worker": {"fpga": 1}, "start_timeout_s": 3}
     before = controllers()
     asked, there = "2 × (CPU 1, fpga 1)", "fpga 0 (0 free) on 1 node"

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
-from tests.unit.test_formats import encoded, photo
+from tests.unit.data.test_formats import encoded, photo
 from threestage.config import load
 from threestage.data import listing, pool, storage
 from threestage.data.classes import load_class_map

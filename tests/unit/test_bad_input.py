@@ -356,7 +356,7 @@ def test_one_line_names_the_thing_the_value_and_the_fix(
 
 
 def test_every_command_is_tried() -> None:
-    from tests.unit.test_help import COMMANDS
+    from tests.unit.cli.test_help import COMMANDS
 
     tried = [row.values[0] for row in TABLE]
     assert [name for name in COMMANDS if not any(f"{line} ".startswith(f"{name} ") for line in tried)] == []

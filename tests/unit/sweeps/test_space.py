@@ -27,7 +27,7 @@ from threestage.sweeps.space import (
     trial_config,
 )
 
-SHIPPED = sorted((Path(__file__).parents[2] / "tune").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "tune").glob("*.yaml"))
 UNKNOWN, INVALID = "config/unknown-key", "config/invalid-value"
 ASHA = {"scheduler": {"asha": {"grace_steps": 200}}}
 CONDITIONAL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from threestage.data.classes import load_class_map
 from threestage.ray_backend.submit import working_files
 from threestage.sweeps.space import check_space, load_space
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WRITTEN = {
     ".dockerignore",
     ".gitignore",

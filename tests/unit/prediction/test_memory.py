@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.test_predict import files_below, make_model, photo, run
+from tests.unit.prediction.test_predict import files_below, make_model, photo, run
 from threestage.data.pool import PoolFile
 from threestage.prediction import memory, pool_prediction
 from threestage.prediction.memory import LEAST_PIXELS, MARGIN, bytes_per_pixel, free_bytes, most_pixels
@@ -82,7 +82,7 @@ def test_images_above_what_fits_are_predicted_in_windows_and_counted(
 def test_what_the_device_cannot_hold_is_tried_in_smaller_windows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.unit.test_pseudo_masks import Colours, by_value, picture, task_for
+    from tests.unit.prediction.test_pseudo_masks import Colours, by_value, picture, task_for
 
     class Small(Colours):
         def forward(self, image: Tensor) -> tuple[Tensor, None]:

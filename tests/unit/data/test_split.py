@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
-from tests.unit.test_records import manifest_of, write_part
+from tests.unit.data.test_records import manifest_of, write_part
 from threestage.config import load
 from threestage.data.records import DataSettings
 from threestage.data.split import Split, _carve, make_split

@@ -738,7 +738,7 @@ def test_progress_counts_every_item(source: Path) -> None:
 
 
 def test_camvid_as_it_is_shared(tmp_path: Path) -> None:
-    camvid = Path(__file__).parents[2].parent / "shared" / "data" / "camvid"
+    camvid = Path(__file__).parents[3].parent / "shared" / "data" / "camvid"
     if not camvid.exists():
         pytest.skip("shared/data/camvid is absent")
     for split in ("train", "val", "test"):

@@ -17,7 +17,7 @@ from threestage.cli.app import app, main
 from threestage.config import load
 from threestage.run import local_main
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "commands.md"
 PROGRAM = "from threestage.cli.app import main; main()"
 
 

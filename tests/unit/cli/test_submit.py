@@ -25,7 +25,7 @@ from threestage.cli.job_arguments import read_job
 from threestage.errors import StageFailure
 from threestage.ray_backend import job_package, submit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OUT = "s3://bucket/run"
 DATA = ("--set", "data.root=s3://bucket/data")
 RUN = ("demo", *DATA, "--out", OUT)

@@ -19,7 +19,7 @@ from threestage.models.network import build_network, check_settings, crop_fits, 
 from threestage.models.settings import NetworkSettings
 from threestage.ray_settings import ClusterSettings
 
-WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
+WEIGHTS = Path(__file__).parents[3].parent / "shared" / "data" / "weights" / "mobilenetv2_100.imagenet.pth"
 
 
 def settings(**values: Any) -> NetworkSettings:
