@@ -28,7 +28,11 @@ from threestage.config import flatten, load, preset_headers, stage_keys
         ("cluster.sync_batch_norm=true", "config/conflict", ["sync_batch_norm=true"]),
         ("cluster.backend=nccl", "config/conflict", ["backend=nccl", "gpus_per_worker"]),
         ("cluster.resources_per_worker={GPU: 1}", "config/conflict", ["cpus_per_worker and gpus_per_worker"]),
-        ("training.batch_scope=all", "config/invalid-value", ["training.batch_scope='all':", "'per_worker' or 'global'"]),
+        (
+            "training.batch_scope=all",
+            "config/invalid-value",
+            ["training.batch_scope='all':", "'per_worker' or 'global'"],
+        ),
         ("x=1", "config/unknown-key", ["x=1:", "augment, cluster"]),
         ("stage1=5", "config/invalid-value", ["stage1=5:"]),
         ("stage1.steps.more=5", "config/unknown-key", ["stage1.steps.more=5", "steps"]),
