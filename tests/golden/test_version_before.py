@@ -18,6 +18,7 @@ from tests.golden.command_line import run_command, this_machine
 from tests.golden.version_before import PLACE, restored
 from tests.golden.version_before.without_ray import without_ray
 
+pytestmark = pytest.mark.filterwarnings("ignore::threestage.errors.RenamedSetting")
 SAME_PIXELS = 0.99  # share of a mask's pixels, on another kind of machine than that which made the folders
 SAME_WEIGHTS = 0.02  # relative, of a whole tensor
 

@@ -28,7 +28,7 @@ from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.metrics import mean_iou
 
 REJECTS_NAME = "rejects.parquet"
-REPORT_KEY = b"threestage.report.terminal_tables"
+REPORT_KEY = b"threestage.report"
 DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
 VANISHED_SHARE = 0.01

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.runs import run_local
 from threestage.config import Config
-from threestage.run.local_backend import run_local
+from threestage.run.backend import RunCallbacks
+from threestage.run.local_backend import LocalBackend
 from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder
 from threestage.sweeps.space import Space, trial_config
 
@@ -52,9 +54,11 @@ class Trials:
                 journal.score(trial.number, step, score)
             journal.end(trial.number, "finished")
 
-    def share(self, config: Config, out: str, show: Any, warn: Any, **given: Any) -> None:
+    @contextlib.contextmanager
+    def on_cluster(self, config: Config, out: str, on: RunCallbacks) -> Iterator[LocalBackend]:
+        """For what all trials share."""
         self.shared.append(Path(out).name)
-        run_local(config, out, show, warn)
+        yield LocalBackend(config, on)
 
 
 @contextlib.contextmanager
@@ -68,7 +72,7 @@ def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials
     stand_ins: dict[str, Any] = {
         "threestage.ray_backend.connect.connected": lambda *given: contextlib.nullcontext(),
         "threestage.ray_backend.train.warn_of_traps": nothing,
-        "threestage.ray_backend.train.run_on_ray": trials.share,
+        "threestage.ray_backend.train.on_cluster": trials.on_cluster,
         "threestage.ray_backend.sweep.run_trials": trials.run,
         "threestage.ray_backend.sweep.quieten": nothing,
         "threestage.sweeps.prepare.plan": nothing,
