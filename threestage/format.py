@@ -1,4 +1,4 @@
-"""threestage.format: TODO."""
+"""Figures as a person reads them."""
 
 
 def duration(hours: float) -> str:

@@ -91,7 +91,7 @@ def test_a_predictor_tells_each_report_as_it_comes(monkeypatch: pytest.MonkeyPat
 
 def test_why_a_predictor_could_not_be_opened_or_go_on_is_told() -> None:
     rows = {"task": np.array([0]), "files": np.array([json.dumps(['{"uri": "a"}'])])}
-    with pytest.raises(StageFailure, match=r"^FileNotFoundError: .*'model\.json'$"):
+    with refused("ray/task-failed", "FileNotFoundError", "model.json", error=StageFailure):
         next(
             predict._Predictor(MagicMock(side_effect=FileNotFoundError(2, "gone", "model.json")), 1, MagicMock())(rows)
         )
