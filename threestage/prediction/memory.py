@@ -7,7 +7,6 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ SHARE = {"cpu": 0.6, "cuda": 0.8}
 """Of the memory that is free: decoded images and what is encoded take the rest."""
 LEAST_PIXELS = 2**16
 
-_bytes_per_pixel: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], float]] = WeakKeyDictionary()
+_bytes_per_pixel: dict[tuple[object, ...], float] = {}
+"""By the modules of a network, the device, and what else decides; what weights a network has does not."""
 
 Ask = Callable[[Tensor], object]
 """Predicts images (1,3,H,W) uint8 on the device."""
@@ -28,14 +28,14 @@ Ask = Callable[[Tensor], object]
 
 def most_pixels(network: nn.Module, ask: Ask, device: torch.device, key: tuple[object, ...] = ()) -> int:
     """How many pixels fit into the memory that is free now. `key`: what else than the network decides how much one takes; it
-    is measured once for each."""
-    known = _bytes_per_pixel.setdefault(network, {})
-    if (device, *key) not in known:
+    is measured once in a process for each."""
+    place = (str(network), device, *key)
+    if place not in _bytes_per_pixel:
         try:
-            known[(device, *key)] = bytes_per_pixel(ask, device)
+            _bytes_per_pixel[place] = bytes_per_pixel(ask, device)
         except (torch.OutOfMemoryError, MemoryError):
             return LEAST_PIXELS
-    return max(LEAST_PIXELS, int(SHARE[device.type] * free_bytes(device) / known[(device, *key)]))
+    return max(LEAST_PIXELS, int(SHARE[device.type] * free_bytes(device) / _bytes_per_pixel[place]))
 
 
 def bytes_per_pixel(ask: Ask, device: torch.device) -> float:
