@@ -45,6 +45,7 @@ BASE: dict[str, Any] = {
     "training.log_every": 1, "training.checkpoint_every": 20, "training.evaluate_every": 10,
 }  # fmt: skip
 
+OF_CI = ("all switches off", "many switches on")
 QUICK: dict[str, dict[str, Any]] = {
     "all switches off": {},
     "many switches on": {
@@ -252,7 +253,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OF_CI else pytest.mark.slow) for name in RUNS])
 def test_a_run_computes_what_it_computed(name: str, data: Path, tmp_path: Path) -> None:
     found, expected = computed(name, data, tmp_path / "run"), recorded()["runs"][name]
     if is_recorded_machine():

@@ -171,7 +171,7 @@ def test_parquet_out(model: ModelFiles, tmp_path: Path, confidence: bool) -> Non
 def test_the_protocol_is_followed(model: ModelFiles, tmp_path: Path) -> None:
     source = photos(tmp_path / "in", 4)
     run(model, source, tmp_path / "plain", format="parquet", confidence=True)
-    protocol = TTASettings(window=(24, 24), flip=True, scales=(0.5, 1))
+    protocol = TTASettings(window=(40, 40), flip=True, scales=(0.5, 1))
     run(model, source, tmp_path / "other", format="parquet", confidence=True, protocol=protocol)
     plain, other = ({row["image_id"]: row for row in parts_below(tmp_path / name)} for name in ("plain", "other"))
     assert plain.keys() == other.keys()

@@ -98,6 +98,7 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     assert "mean_agreement" not in figures["stage2"]
 
 
+@pytest.mark.slow
 def test_a_run_without_it_is_as_before_and_takes_pseudo_masks_with_it(scenes: Path, half: Path, tmp_path: Path) -> None:
     run(reliable(scenes, 1.0), tmp_path / "alone")
     shutil.copytree(half, tmp_path / "half")
@@ -109,6 +110,7 @@ def test_a_run_without_it_is_as_before_and_takes_pseudo_masks_with_it(scenes: Pa
     assert "agreement" not in pq.read_schema(file).names
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_the_only_one_of_its_run_serves_one_that_chooses(
     scenes: Path, half: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_stage_that_was_the_only_one_of_its_run_serves_one_that_chooses(
     assert not (tmp_path / "second" / "stage1").exists()
 
 
+@pytest.mark.slow
 def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half: Path, tmp_path: Path) -> None:
     run(reliable(scenes, 1.0), tmp_path / "all")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*.parquet")}

@@ -77,7 +77,12 @@ def first_stage(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return out
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+OF_CI = ("everything of UniMatch", "dynamic thresholds", "plain self-training", "unlabelled images alone")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OF_CI else pytest.param(name, marks=pytest.mark.slow) for name in SWITCHES]
+)
 def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, first_stage: str, name: str) -> None:
     rows: list[Mapping[str, float]] = []
     config = tiny_config(scenes, stages=2, **SHORT, **SWITCHES[name])
