@@ -17,7 +17,7 @@ from threestage.augment.mixing import draw_mixing
 from threestage.augment.plans import StrongSettings
 from threestage.augment.views import AugmentSettings, strong_view, weak_view
 from threestage.data import storage
-from threestage.data.pool import load_pool, read_rows
+from threestage.data.pool import load_pool, read_pool_rows
 from threestage.data.records import decode_mask, load_manifest
 from threestage.data.samples import Decoded, decode_sample, pool_samples
 from threestage.data.synthetic import CLASSES, COLOURS, scene
@@ -56,7 +56,7 @@ def views(uri: str) -> None:
 def pseudo_masks(uri: str, run: str) -> None:
     """What stage 1 says of images whose masks no stage has seen, and what of it L_pm keeps from THRESHOLD on."""
     file = load_pool(storage.join(run, "pool.parquet"))[0]
-    truth = next(read_rows(file))
+    truth = next(read_pool_rows(file))
     samples = next(pool_samples(file, storage.join(run, "pseudo_masks1"), lambda reject: None))
     found = [decode_sample(samples[row], 1) for row in ROWS]
     columns = [

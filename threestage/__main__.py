@@ -8,11 +8,11 @@ from threestage.plain_text import escape_control_chars
 from threestage.ray_backend.job_package import check_environment
 
 
-def begin() -> None:
+def main_on_cluster() -> None:
     with reported():
         check_environment(os.environ, lambda text: print(f"warning: {escape_control_chars(text)}", file=sys.stderr))
     main()
 
 
 if __name__ == "__main__":
-    begin()
+    main_on_cluster()

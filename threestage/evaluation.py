@@ -22,7 +22,7 @@ from threestage.errors import InputError
 from threestage.models.export import ModelCard
 from threestage.models.network import Network, size_multiple
 from threestage.prediction.pseudo_masks import batches_by_size, best_class
-from threestage.prediction.tta import TTASettings, check_protocol, predict
+from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
 from threestage.training.metrics import (
     RELIABILITY_BINS,
     absent_class_shares,
@@ -159,7 +159,7 @@ def evaluate_model(
     network.to(device).eval()
     scores, multiple = Scores(card.classes, device), size_multiple(card.network)
     for _, images, masks in _batches(samples, BATCH):
-        ask = partial(predict, network, protocol=protocol, multiple=multiple)
+        ask = partial(predict_with_tta, network, protocol=protocol, multiple=multiple)
         class_ids, confidence, _ = _fitting(ask, images.to(device))
         scores.add(masks.to(device), class_ids, confidence)
         show(scores.images, len(samples))

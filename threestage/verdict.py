@@ -133,7 +133,7 @@ def _summed(counts: Tensor, groups: Sequence[str]) -> Tensor:
     return sums.index_add(0, torch.from_numpy(places), counts)
 
 
-def text(results: Mapping[str, Any]) -> str | None:
+def verdict_text(results: Mapping[str, Any]) -> str | None:
     """What results.json says of the unlabelled images, for people; None of a run that used none."""
     verdict = verdict_in(results)
     if verdict is not None:

@@ -24,7 +24,7 @@ import torch
 from tests.benchmarks.measure import cpu_seconds, report, tree, write_jpegs
 from threestage.allocator import disable_malloc_trim
 from threestage.data.ingest import IngestSettings, ingest
-from threestage.data.pool import PoolFile, data_set_files, read_rows, rows_of
+from threestage.data.pool import PoolFile, data_set_files, read_pool_rows, rows_of
 from threestage.data.records import decode_image, encode_mask, load_manifest
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import Network, build_network
@@ -62,7 +62,7 @@ class Bench:
         )  # fmt: skip
 
     def encoded(self) -> Iterator[bytes]:
-        return (row.image for file in self.files for rows in read_rows(file) for row in rows)
+        return (row.image for file in self.files for rows in read_pool_rows(file) for row in rows)
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":

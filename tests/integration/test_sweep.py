@@ -14,7 +14,7 @@ from threestage.data import storage
 from threestage.mlflow_sync.client import open_registry
 from threestage.sweeps import sweep
 from threestage.sweeps.journal import Trial, load_trials
-from threestage.sweeps.plan import Plan
+from threestage.sweeps.plan import SweepPlan
 from threestage.sweeps.prepare import Sweep
 from threestage.sweeps.space import Space
 
@@ -41,13 +41,13 @@ class Silent:
     """A Show that remembers."""
 
     def __init__(self) -> None:
-        self.plans: list[Plan] = []
+        self.plans: list[SweepPlan] = []
         self.phases: list[str] = []
         self.stages: list[str] = []
         self.warnings: list[str] = []
         self.trials: list[Trial] = []
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: SweepPlan) -> None:
         self.plans.append(plan)
 
     def phase(self, text: str) -> None:

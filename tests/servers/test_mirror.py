@@ -24,7 +24,7 @@ from threestage.mlflow_sync import run_sync as mirror_module
 from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import in_time
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings
-from threestage.mlflow_sync.run_sync import Mirror, keep_outcome, keep_settings, sync
+from threestage.mlflow_sync.run_sync import RunSync, keep_outcome, keep_settings, sync
 from threestage.run.backend import RunCallbacks
 from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
@@ -83,7 +83,7 @@ def run_mirrored(
 ) -> tuple[list[RegisteredVersion], float]:
     """The run in this process, sent as in run.run. Returns the versions, and the longest that training waited."""
     settings = config.model_dump(mode="json")
-    mirror = Mirror(out, settings, config.registry, open_registry(config.registry), warnings.append)
+    mirror = RunSync(out, settings, config.registry, open_registry(config.registry), warnings.append)
     waits: list[float] = []
 
     def show(stage: str, row: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.report import sections
 from threestage.report.report import page, write_report
 from threestage.report.run_reader import log_page, read_run
-from threestage.report.validation_images import Example, Group
+from threestage.report.validation_images import Example, ExampleGroup
 
 IMAGES, SIDE, LIMIT_S = 200, 96, 2.0
 CLASSES = ("background", "disc", "ring", "square")
@@ -44,7 +44,7 @@ def chromium(tmp_path: Path) -> Iterator[Browser]:
 def examples(number: int) -> Iterator[Example]:
     """Noisy images with blobs that differ from stage to stage: nothing in them compresses well."""
     random = np.random.default_rng(0)
-    groups: tuple[Group, ...] = ("worst", "middle", "best")
+    groups: tuple[ExampleGroup, ...] = ("worst", "middle", "best")
     for i in range(number):
         maps = [random.integers(0, 4, (SIDE // 8, SIDE // 8), np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(4)]
         yield Example(
@@ -61,7 +61,7 @@ def examples(number: int) -> Iterator[Example]:
 @pytest.mark.slow
 def test_two_hundred_images_load_in_two_seconds(chromium: Browser, run: Path, tmp_path: Path) -> None:
     stages = read_run(str(run)).stages
-    pictures = sections.images(stages, examples(IMAGES), CLASSES, COLOURS, "")
+    pictures = sections.image_section(stages, examples(IMAGES), CLASSES, COLOURS, "")
     file = tmp_path / "page.html"
     file.write_text(page("many", "", [("images", pictures)]))
     took = []

@@ -28,7 +28,7 @@ from threestage.data.records import decode_image, load_manifest
 from threestage.data.safe_walk import NOT_INSIDE, WHY_NOT, walk
 from threestage.mlflow_sync.model_registry import PULLED, Models
 from threestage.prediction import input_parts
-from threestage.prediction.input_parts import PATH_BYTES, Part, crowded_names, plan, read_part, safe_name
+from threestage.prediction.input_parts import PATH_BYTES, Part, crowded_names, plan_parts, read_part, safe_name
 from threestage.sweeps.space import load_space
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -88,7 +88,7 @@ def test_frames_are_not_counted() -> None:
 def table(folder: Path, **columns: object) -> list[Part]:
     """Parts of a Parquet file with these columns."""
     pq.write_table(pa.table(columns), folder / "a.parquet", store_schema=False)
-    return plan(str(folder / "a.parquet"), "parquet", "", 1000, map)
+    return plan_parts(str(folder / "a.parquet"), "parquet", "", 1000, map)
 
 
 def rows_of(folder: Path, parts: list[Part]) -> list[list[pool.PoolRow]]:
@@ -192,7 +192,7 @@ def test_a_link_that_leads_out_costs_itself(source: Path, tmp_path: Path) -> Non
     assert {name for name, size in found.items() if size == NOT_INSIDE} == bad
     assert set(found) == bad | {"a", "in"}
     (file,) = pool.listed_pool(str(tmp_path / "listing"))
-    problems = {row.image_id: row.problem or "" for rows in pool.read_rows(file) for row in rows}
+    problems = {row.image_id: row.problem or "" for rows in pool.read_pool_rows(file) for row in rows}
     assert {name for name, problem in problems.items() if "leads out of its folder" in problem} == bad
     settings = IngestSettings(format="images", max_bad_fraction=0.9)
     report = ingest(str(source), str(tmp_path / "data"), settings)
@@ -242,7 +242,7 @@ def test_tables_that_are_links_out_are_not_read(source: Path, tmp_path: Path) ->
     table(tmp_path / "private", image=[b"x"])
     table(source, image=[b"x"])
     (source / "b.parquet").symlink_to("../private/a.parquet")
-    problems = {Path(part.uri).name: part.problem for part in plan(str(source), "parquet", "", 10, map)}
+    problems = {Path(part.uri).name: part.problem for part in plan_parts(str(source), "parquet", "", 10, map)}
     assert problems.pop("b.parquet") == WHY_NOT[NOT_INSIDE] and problems == {"a.parquet": None}
 
 

@@ -16,7 +16,7 @@ from tests.runs import run_local
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.listing import list_images
-from threestage.data.publish import ENTRY, look_up, row_digests
+from threestage.data.publish import ENTRY, look_up_ids, row_digests
 from threestage.data.records import load_manifest
 from threestage.errors import InputError, StageFailure
 from threestage.mlflow_sync import run_sync
@@ -176,4 +176,4 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
         storage.write_json(f"{tmp_path}/{number}/index.json", {"bits": bits})
         storage.write_bytes(f"{tmp_path}/{number}/0.npy", part)
         with refused("storage/damaged-json" if bits else "data/damaged-file", f"{tmp_path}/{number}/"):
-            look_up(f"{tmp_path}/{number}", ["a"])
+            look_up_ids(f"{tmp_path}/{number}", ["a"])

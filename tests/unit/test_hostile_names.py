@@ -87,5 +87,5 @@ def test_warnings_before_there_is_a_terminal(
     _to_stderr(EVIL)
     monkeypatch.setenv("THREESTAGE_EXPECTED_ENVIRONMENT", f"{EVIL}?,{EVIL}")
     with pytest.raises(SystemExit):
-        start.begin()
+        start.main_on_cluster()
     assert not set(capsys.readouterr().err) & COMMANDS

@@ -202,7 +202,7 @@ def test_a_job_is_told_which_hosts_are_confirmed_here(monkeypatch: pytest.Monkey
     monkeypatch.setenv("AWS_ENDPOINT_URL", NAMED["storage.endpoint"])
     file = write({"storage.endpoint": NAMED["storage.endpoint"]})
     job = read_job("run", (file, "--set", "data.root=s3://bucket/data", "--out", "s3://bucket/run"), ".", PARSERS)
-    sent = job_package.environment(job, [], {})
+    sent = job_package.job_environment(job, [], {})
     assert sent[hosts.TRUSTED] == NAMED["storage.endpoint"]
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv(hosts.TRUSTED, sent[hosts.TRUSTED])

@@ -47,3 +47,22 @@ def test_no_definition_has_a_private_word(file: Path) -> None:
 def test_definitions_are_found() -> None:
     code = "class A:\n    b: int\n    def c(self):\n        self.d = 1\ne = 2\n"
     assert set(definitions(ast.parse(code))) == {"A", "b", "c", "d", "e"}
+
+
+SAME_NAME = {
+    # a command and what it calls
+    "app", "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync",
+    # the start of a program
+    "main",
+    # one meaning for tensors and for Pillow, or for points and for levels
+    "Move", "color", "compose", "sharpness",
+}  # fmt: skip
+
+
+def test_no_two_public_classes_or_functions_share_a_name() -> None:
+    where: dict[str, list[str]] = {}
+    for file in ROOT.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in where.items() if len(files) > 1 and name not in SAME_NAME} == {}

@@ -42,8 +42,8 @@ from threestage.verdict import (
     interval,
     judge,
     outcome,
-    text,
     verdict_in,
+    verdict_text,
 )
 
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
@@ -189,7 +189,9 @@ PAYS = Verdict(
 
 
 def said(**changes: Any) -> str:
-    found = text({"stages": dict.fromkeys(STAGES), "verdict": PAYS.model_copy(update=changes).model_dump(mode="json")})
+    found = verdict_text(
+        {"stages": dict.fromkeys(STAGES), "verdict": PAYS.model_copy(update=changes).model_dump(mode="json")}
+    )
     assert found is not None
     return found
 
@@ -218,9 +220,9 @@ def test_the_text_names_the_control_and_its_steps() -> None:
 def test_a_run_without_a_verdict_says_so_and_one_without_unlabelled_images_says_nothing() -> None:
     for results in ({}, {"verdict": None}, {"verdict": {"outcome": "pays"}}, {"verdict": [1]}):
         assert verdict_in(results) is None
-        assert "was not measured" in (text({"stages": dict.fromkeys(STAGES), **results}) or "")
-        assert text({"stages": {"stage1": {}}, **results}) is None
-        assert "no control" in (text({"stages": {"stage1": {}}, **results, "no_verdict": NO_CONTROL}) or "")
+        assert "was not measured" in (verdict_text({"stages": dict.fromkeys(STAGES), **results}) or "")
+        assert verdict_text({"stages": {"stage1": {}}, **results}) is None
+        assert "no control" in (verdict_text({"stages": {"stage1": {}}, **results, "no_verdict": NO_CONTROL}) or "")
     assert verdict_in([]) is None
 
 
@@ -302,7 +304,7 @@ def test_a_run_that_reuses_the_control_and_a_rerun_have_the_same_verdict(
 def test_a_stage_of_an_earlier_version_gives_no_verdict(scenes: Path, run: Path) -> None:
     (run / "stage1/image_counts.parquet").unlink()
     results = run_local(tiny_config(scenes, stages=2), str(run), quiet)
-    assert results["verdict"] is None and "was not measured" in (text(results) or "")
+    assert results["verdict"] is None and "was not measured" in (verdict_text(results) or "")
     assert open_model(str(run), RegistrySettings())[1].stage == "stage2", "as such a run always was read"
 
 
@@ -349,7 +351,9 @@ def test_one_stage_alone_has_no_verdict(scenes: Path, tmp_path: Path, unlabelled
     config = tiny_config(scenes, stages=1, stage1__unlabelled_batch=unlabelled)
     results = run_local(config, str(tmp_path), quiet)
     assert results["verdict"] is None
-    assert (text(results) is None) == (unlabelled == 0) and ("no control" in (text(results) or "")) == (unlabelled > 0)
+    assert (verdict_text(results) is None) == (unlabelled == 0) and ("no control" in (verdict_text(results) or "")) == (
+        unlabelled > 0
+    )
 
 
 @pytest.mark.parametrize("choice", ["stage1", "stage2"])
@@ -372,7 +376,7 @@ def test_results_that_are_none_do_not_choose(run: Path) -> None:
 def test_the_page_begins_with_the_verdict(run: Path) -> None:
     page = (run / "report.html").read_text()
     results = results_of(run)
-    first = html.escape(text(results) or "none")
+    first = html.escape(verdict_text(results) or "none")
     assert f"<header><h1>tiny: the stages compared</h1><p>{first}</p>" in page
     (run / "stage2/done.json").unlink()
     assert read_run(str(run)).verdict is None, "of an unfinished run the results are former ones"
@@ -382,7 +386,7 @@ def test_the_end_of_a_run_prints_the_verdict(
     finished: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = results_of(finished)
-    expected = text(results)
+    expected = verdict_text(results)
     assert expected is not None
     settings = ["--set", f"data.root={scenes}", "--out", str(tmp_path / "run")]
     for module, name in ((local_main, "run"), (run_module, "run_checked")):

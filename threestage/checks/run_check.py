@@ -8,7 +8,7 @@ from functools import partial
 from threestage.checks import store
 from threestage.checks.data import classes_fit, input_fits, sides_differ
 from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
-from threestage.checks.steps import Measured, Specification, duration_line, measure_here, step_line
+from threestage.checks.steps import MeasuredStep, StepSpecification, duration_line, measure_here, step_line
 from threestage.checks.store import (
     _tracking,
     merged,
@@ -107,7 +107,9 @@ def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: 
         yield from _check_here(config, manifest, budget, room.problem is None)
         return
     with contextlib.ExitStack() as connection:
-        entry = run_check(address[0], address[1], lambda: node_checks.connect(*address, config.cluster, connection))
+        entry = run_check(
+            address[0], address[1], lambda: node_checks.connect_to_check(*address, config.cluster, connection)
+        )
         yield entry
         if entry.problem is None:
             yield from _check_connected(config, out, manifest, budget)
@@ -126,7 +128,7 @@ def _check_connected(config: Config, out: str, manifest: Manifest | None, budget
     if manifest is None:
         yield not_tried([*config.stage_names, "duration"], ["data.root"])
         return
-    found = Specification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
+    found = StepSpecification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
     yield from _steps(found, measure_there(found), 1, budget)
 
 
@@ -141,11 +143,13 @@ def _check_here(
         return
     use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus_per_worker > 0
     workers = 1 if alone else config.cluster.most_workers
-    found = Specification(config=config, manifest=manifest, use_gpu=use_gpu)
+    found = StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu)
     yield from _steps(found, measure_here(found), workers, budget)
 
 
-def _steps(found: Specification, stages: Iterator[Measured], workers: int, budget: str | None) -> Iterator[CheckResult]:
+def _steps(
+    found: StepSpecification, stages: Iterator[MeasuredStep], workers: int, budget: str | None
+) -> Iterator[CheckResult]:
     """`workers`: those that share the machine on which the stages are measured. `budget`: a time, whose steps are shown."""
     config, measured, start = found.config, [], time.monotonic()
     for one in stages:

@@ -29,7 +29,7 @@ from threestage.settings import Settings
 START_S, STAGE_S = 60.0, 60.0  # of the process, and of each stage
 
 
-class Measured(Settings):
+class MeasuredStep(Settings):
     """Of one stage. `image_seconds`: of predicting one image. `memory_bytes`: on a GPU the most that torch held of it, else the
     most that the process was resident in, libraries included; `device_bytes`: what the GPU, or the machine, has. `problem`:
     why no step could be computed; `doubt`: why none was."""
@@ -46,7 +46,7 @@ class Measured(Settings):
     warning: str | None = None
 
 
-class Specification(Settings):
+class StepSpecification(Settings):
     """`use_gpu`: the workers have one."""
 
     config: Config
@@ -54,7 +54,7 @@ class Specification(Settings):
     use_gpu: bool
 
 
-def measure(specification: Specification) -> Iterator[Measured]:
+def measure_steps(specification: StepSpecification) -> Iterator[MeasuredStep]:
     """In this process, whose memory is kept and whose threads are those of a worker."""
     disable_malloc_trim()
     torch.set_num_threads(max(1, int(specification.config.cluster.cpus_per_worker)))
@@ -63,16 +63,18 @@ def measure(specification: Specification) -> Iterator[Measured]:
         yield _measured(specification, stage, device)
 
 
-def _measured(specification: Specification, stage: StageName, device: torch.device) -> Measured:
+def _measured(specification: StepSpecification, stage: StageName, device: torch.device) -> MeasuredStep:
     capacity = torch.cuda.get_device_properties(device).total_memory if specification.use_gpu else machine_bytes()
     try:
         step = measure_step(specification.config, stage, specification.manifest, device)
         image_seconds = measure_image(specification.config, specification.manifest, device)
     except torch.OutOfMemoryError as error:
-        return Measured(stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}")
+        return MeasuredStep(
+            stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}"
+        )
     except Exception as error:  # whatever a step of the run would end with
-        return Measured(stage=stage, problem=f"no step could be computed: {_first_line(error)}")
-    return Measured(
+        return MeasuredStep(stage=stage, problem=f"no step could be computed: {_first_line(error)}")
+    return MeasuredStep(
         stage=stage,
         seconds=step.seconds,
         images=step.images,
@@ -105,7 +107,7 @@ def machine_bytes() -> int:
     return physical
 
 
-def measure_here(specification: Specification) -> Iterator[Measured]:
+def measure_here(specification: StepSpecification) -> Iterator[MeasuredStep]:
     """In a new process, which is ended when a stage takes longer than STAGE_S."""
     hidden = {} if specification.use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     with (
@@ -126,7 +128,7 @@ def measure_here(specification: Specification) -> Iterator[Measured]:
 
 def _read(
     process: "subprocess.Popen[bytes]", stages: tuple[StageName, ...], complaints: IO[bytes]
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredStep]:
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
     limit = START_S + STAGE_S
@@ -137,14 +139,14 @@ def _read(
             yield too_slow(stage)
             return
         if line is None:
-            yield Measured(stage=stage, problem=_why_it_ended(process.wait(), complaints))
+            yield MeasuredStep(stage=stage, problem=_why_it_ended(process.wait(), complaints))
             return
-        yield Measured.model_validate_json(line)
+        yield MeasuredStep.model_validate_json(line)
         limit = STAGE_S
 
 
-def too_slow(stage: StageName) -> Measured:
-    return Measured(stage=stage, warning=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
+def too_slow(stage: StageName) -> MeasuredStep:
+    return MeasuredStep(stage=stage, warning=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
 
 
 def _pass_on(stream: Any, lines: "queue.SimpleQueue[bytes | None]") -> None:
@@ -162,7 +164,7 @@ def _why_it_ended(code: int, complaints: IO[bytes]) -> str:
 
 
 def main() -> None:
-    for measured in measure(Specification.model_validate_json(sys.stdin.read())):
+    for measured in measure_steps(StepSpecification.model_validate_json(sys.stdin.read())):
         print(measured.model_dump_json(), flush=True)
 
 
@@ -176,7 +178,7 @@ LESS = (
 LEFT_OUT = "besides: the pseudo-masks, waiting for data, evaluation, averaging gradients over workers, start-up"
 
 
-def step_line(config: Config, measured: Measured, workers: int, seconds: float) -> CheckResult:
+def step_line(config: Config, measured: MeasuredStep, workers: int, seconds: float) -> CheckResult:
     """`workers`: those that share the machine on which it was measured."""
     line = CheckResult(measured.stage, "", seconds, warning=measured.warning)
     if measured.problem is not None:
@@ -194,7 +196,7 @@ def step_line(config: Config, measured: Measured, workers: int, seconds: float) 
     return line._replace(value=value, problem=too_much, code=too_much and "check/memory")
 
 
-def _too_much(config: Config, measured: Measured, workers: int) -> str | None:
+def _too_much(config: Config, measured: MeasuredStep, workers: int) -> str | None:
     """Of several workers on one device."""
     sharing = max(1, int(1 / config.cluster.gpus_per_worker)) if 0 < config.cluster.gpus_per_worker < 1 else 1
     together = measured.memory_bytes * (sharing if measured.on_gpu else workers)
@@ -208,12 +210,12 @@ def _too_much(config: Config, measured: Measured, workers: int) -> str | None:
     )
 
 
-def _less(measured: Measured) -> str:
+def _less(measured: MeasuredStep) -> str:
     unlabelled = "" if measured.stage == "stage1" else f" or {measured.stage}.unlabelled_batch"
     return LESS.format(stage=measured.stage, or_unlabelled=unlabelled)
 
 
-def duration_line(config: Config, measured: Sequence[Measured]) -> CheckResult:
+def duration_line(config: Config, measured: Sequence[MeasuredStep]) -> CheckResult:
     """Of all stages whose step was measured, one after the other."""
     known = {one.stage: one.seconds for one in measured if one.seconds}
     missing = [stage for stage in config.stage_names if stage not in known]

@@ -44,7 +44,7 @@ class Probe(NamedTuple):
     try_it: Callable[[], None]
 
 
-class Outcome(NamedTuple):
+class ProbeOutcome(NamedTuple):
     """`problem`: one line, None when all is well; `code`: its code; `busy`: it may pass by itself."""
 
     name: str
@@ -61,14 +61,14 @@ class _Place(NamedTuple):
     on_s3: bool
 
 
-def try_all(probes: Sequence[Probe], deadline_s: float = DEADLINE_S) -> list[Outcome]:
+def try_all(probes: Sequence[Probe], deadline_s: float = DEADLINE_S) -> list[ProbeOutcome]:
     """Try them at the same time. One that is not done when the time is over has failed, and is left behind."""
     start = time.monotonic()
     futures = [_in_background(probe) for probe in probes]
     return [_wait(probe, future, start, deadline_s) for probe, future in zip(probes, futures, strict=True)]
 
 
-def try_one(probe: Probe) -> Outcome:
+def try_one(probe: Probe) -> ProbeOutcome:
     """Try it here, however long it takes."""
     start = time.monotonic()
     problem = Complaint("", None)
@@ -81,7 +81,7 @@ def try_one(probe: Probe) -> Outcome:
             raise
         problem = complaint(probe.value, error)
     seconds = time.monotonic() - start
-    return Outcome(probe.name, probe.value, seconds, problem.text or None, problem.code, problem.busy)
+    return ProbeOutcome(probe.name, probe.value, seconds, problem.text or None, problem.code, problem.busy)
 
 
 def data_set(name: str, uri: str) -> Probe:
@@ -90,7 +90,7 @@ def data_set(name: str, uri: str) -> Probe:
     return Probe(name, uri, lambda: _read_manifest(name, uri, place))
 
 
-def images(name: str, uri: str) -> Probe:
+def probe_images(name: str, uri: str) -> Probe:
     """A data set, or a folder or prefix with an image below it."""
     place = _place(uri)
     return Probe(name, uri, lambda: _find_image(name, uri, place))
@@ -111,8 +111,8 @@ def writable(name: str, uri: str) -> Probe:
 # ---- In the background
 
 
-def _in_background(probe: Probe) -> "Future[Outcome]":
-    future: Future[Outcome] = Future()
+def _in_background(probe: Probe) -> "Future[ProbeOutcome]":
+    future: Future[ProbeOutcome] = Future()
 
     def work() -> None:
         try:
@@ -124,12 +124,12 @@ def _in_background(probe: Probe) -> "Future[Outcome]":
     return future
 
 
-def _wait(probe: Probe, future: "Future[Outcome]", start: float, deadline_s: float) -> Outcome:
+def _wait(probe: Probe, future: "Future[ProbeOutcome]", start: float, deadline_s: float) -> ProbeOutcome:
     try:
         return future.result(max(0.0, start + deadline_s - time.monotonic()))
     except NotDone:
         problem = f"{probe.value}: no answer within {deadline_s:g} s; start it, or correct {probe.name}"
-        return Outcome(probe.name, probe.value, time.monotonic() - start, problem, "storage/unreachable")
+        return ProbeOutcome(probe.name, probe.value, time.monotonic() - start, problem, "storage/unreachable")
 
 
 # ---- What is tried
@@ -273,7 +273,7 @@ def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     """Every place that the configuration names, and what the run does there."""
     probes = [store.data_set("data.root", config.data.root)]
     if config.data.unlabelled is not None:
-        probes.append(store.images("data.unlabelled", config.data.unlabelled))
+        probes.append(store.probe_images("data.unlabelled", config.data.unlabelled))
     if config.data.labelled_list is not None:
         probes.append(store.file("data.labelled", config.data.labelled_list))
     if config.data.group_list is not None:
@@ -289,9 +289,9 @@ def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     return [*probes, writable._replace(try_it=try_out)]
 
 
-def merged(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def merged(outcomes: Sequence[ProbeOutcome]) -> list[ProbeOutcome]:
     """One line for places that fail for the same reason."""
-    lines: dict[str, Outcome] = {}
+    lines: dict[str, ProbeOutcome] = {}
     for outcome in outcomes:
         key = outcome.problem or outcome.name
         before = lines.get(key)

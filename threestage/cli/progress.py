@@ -14,7 +14,7 @@ from rich.status import Status
 from threestage.config import Config
 from threestage.redaction import redact
 from threestage.sweeps.journal import Trial, ranked
-from threestage.sweeps.plan import Plan, rich_plan
+from threestage.sweeps.plan import SweepPlan, rich_plan
 
 LINE_SECONDS = 10.0
 
@@ -99,7 +99,7 @@ class SweepProgress:
         self._status.stop()
         self._stages.__exit__(kind, error, trace)
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: SweepPlan) -> None:
         self._console.print(rich_plan(plan))
 
     def phase(self, text: str) -> None:

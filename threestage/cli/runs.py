@@ -95,7 +95,7 @@ def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = 
     from threestage.report.terminal_tables import rich_table
     from threestage.run.backend import RunCallbacks
     from threestage.run.run import run_checked
-    from threestage.verdict import text
+    from threestage.verdict import verdict_text
 
     with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
         on = RunCallbacks(progress.on_metrics, progress.warn, progress.on_progress)
@@ -104,7 +104,7 @@ def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = 
         print_json(results)
         return
     console.print(rich_table(results))
-    if (verdict := text(results)) is not None:
+    if (verdict := verdict_text(results)) is not None:
         console.print(verdict, highlight=False, markup=False)
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
                   highlight=False, markup=False, soft_wrap=True)  # fmt: skip

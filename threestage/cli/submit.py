@@ -74,7 +74,7 @@ def _submit(
 
     commands: Any = context.find_root().command
     job = read_job(str(context.info_name), context.args, working_dir, commands.commands)
-    variables = job_package.environment(job, env or [], os.environ)
+    variables = job_package.job_environment(job, env or [], os.environ)
     resources = job_package.resources(entrypoint_resources)
     from threestage.ray_backend import submit
 
@@ -83,7 +83,7 @@ def _submit(
     job_package.check_package(working_dir, sizes, job.files)
     for path in secret:
         _say(f"warning: {path} looks like a credential and travels with the job")
-    client = submit.connect(address)
+    client = submit.job_client(address)
     _say(_what_travels(working_dir, sizes, wheel))
     job_id = submit.submit(client, job, submit.JobPackage(working_dir, wheel, variables, resources), _say)
     _say(f"job {job_id} on {client.get_address()}")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from threestage.data.publish import Entries, ahead, entries_of, id_hash, parts_of, row_digests
+from threestage.data.publish import Entries, entries_of, id_hash, index_parts, map_ahead, row_digests
 from threestage.data.records import DataFile
 from threestage.errors import InputError
 
@@ -73,7 +73,7 @@ def find_copies(root: str, index: str | None, added: Sequence[DataFile]) -> Copi
     same = new["image"][1:] == new["image"][:-1]
     candidates = set(new["image"][1:][same].tolist())
     ids = np.sort(new["id"])
-    held = [part for part in map(partial(_copied, new["image"], ids), parts_of(index) if index else ()) if len(part)]
+    held = [part for part in map(partial(_copied, new["image"], ids), index_parts(index) if index else ()) if len(part)]
     candidates.update(image for part in held for image in _image_keys(part).tolist())
     if not candidates:
         return copies
@@ -104,7 +104,7 @@ def _new_rows(root: str, added: Sequence[DataFile]) -> npt.NDArray[np.void]:
     """Sorted by image."""
     new = np.empty(sum(file.rows for file in added), NEW)
     ends = np.cumsum([file.rows for file in added])
-    for number, rows in enumerate(ahead(partial(entries_of, root), added, THREADS)):
+    for number, rows in enumerate(map_ahead(partial(entries_of, root), added, THREADS)):
         part = new[ends[number] - len(rows) : ends[number]]
         part["image"], part["id"], part["file"] = _image_keys(rows), rows["key"], number
     new.sort(order="image")

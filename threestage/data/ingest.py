@@ -37,13 +37,13 @@ from threestage.data.listing import Each, forget, list_images, suffixes_passed_o
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import (
     Additions,
-    Job,
+    IngestJob,
     Shard,
     ShardReport,
     build_index,
     few_at_once,
     finished,
-    look_up,
+    look_up_ids,
     next_manifest,
     publish,
     report_uri,
@@ -100,7 +100,7 @@ def ingest(
         raise missing(source, "images")
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
-    job = Job(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
+    job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
     if current is None and settings.format == "images":
         mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
     plan = _plan(job, source, settings, each)
@@ -182,7 +182,7 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
 
 
 def _class_notes(
-    job: Job, source: str, items: Sequence[SourceItem], current: Manifest | None, added: Additions
+    job: IngestJob, source: str, items: Sequence[SourceItem], current: Manifest | None, added: Additions
 ) -> list[str]:
     """A note that names classes without a labelled pixel. Raises InputError when fewer than two classes have any."""
     if job.class_map is None or not added.labelled:
@@ -202,7 +202,7 @@ def _class_notes(
 # The plan: which images make a shard.
 
 
-class Plan(NamedTuple):
+class IngestPlan(NamedTuple):
     """`images`: how many are in all shards. `items`: they themselves, none of a listing. `notes`: for the user."""
 
     shards: list[Shard]
@@ -211,16 +211,16 @@ class Plan(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def _plan(job: Job, source: str, settings: IngestSettings, each: Each) -> Plan:
+def _plan(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:
     """Sources other than of format images are held in memory."""
     if settings.format == "images":
         return _plan_listed(job, source, settings, each)
     notes: list[str] = []
     items = sorted(discover(source, settings, notes), key=lambda item: (item.split, _order(item.image_id)))
-    return Plan(list(_cut(job, items)), len(items), items, notes)
+    return IngestPlan(list(_cut(job, items)), len(items), items, notes)
 
 
-def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) -> Plan:
+def _plan_listed(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:
     folder = _listing_folder(job, source)
     files = list_images(source, folder, job.rows_per_file, each)
     shards = [
@@ -233,17 +233,17 @@ def _plan_listed(job: Job, source: str, settings: IngestSettings, each: Each) ->
         for file in files
     ]
     images = sum(file.rows - len(file.replaced) for file in files)
-    return Plan(shards, images, notes=passed_over(source, suffixes_passed_over(folder)))
+    return IngestPlan(shards, images, notes=passed_over(source, suffixes_passed_over(folder)))
 
 
-def _listing_folder(job: Job, source: str) -> str:
+def _listing_folder(job: IngestJob, source: str) -> str:
     name = f"{storage.absolute(source)} {job.rows_per_file}"
     return storage.join(job.root, "listing", hashlib.sha256(name.encode()).hexdigest()[:16])
 
 
-def _cut(job: Job, items: Sequence[SourceItem]) -> Iterator[Shard]:
+def _cut(job: IngestJob, items: Sequence[SourceItem]) -> Iterator[Shard]:
     """Shards of one split; new images apart from known ones, so that what is new comes together in few files."""
-    known = look_up(job.index, [item.image_id for item in items])
+    known = look_up_ids(job.index, [item.image_id for item in items])
     for of_known in (False, True):
         size = job.rows_per_file * (KNOWN_PER_SHARD if of_known else 1)
         chosen = [item for item in items if (item.image_id in known) == of_known]
@@ -261,7 +261,7 @@ def _order(image_id: str) -> str:
 # The work, less what is done.
 
 
-def _reports(job: Job, shards: Sequence[Shard], current: Manifest | None, each: Each) -> Iterator[ShardReport]:
+def _reports(job: IngestJob, shards: Sequence[Shard], current: Manifest | None, each: Each) -> Iterator[ShardReport]:
     """The report of every shard in any order: of those that are done first, then as they are done."""
     there = set(storage.list_files(storage.join(job.root, "shards")))
     rest = {shard.digest: shard for shard in shards}

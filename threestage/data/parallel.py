@@ -11,7 +11,7 @@ LARGE_PIXELS = MAX_IMAGE_PIXELS // 4
 """Smaller images are decoded at once by all threads of a prediction: photos wait for nobody."""
 
 
-class Budget:
+class PixelBudget:
     """What threads may hold together. Who comes first is served first, so a large amount is not passed over."""
 
     def __init__(self, total: int) -> None:
@@ -38,7 +38,7 @@ class Budget:
         return self.hold(amount) if amount >= LARGE_PIXELS else nullcontext()
 
 
-PIXELS = Budget(MAX_IMAGE_PIXELS)
+PIXELS = PixelBudget(MAX_IMAGE_PIXELS)
 
 
 Item = TypeVar("Item")

@@ -28,7 +28,7 @@ class Damaged(ValueError):
     """Why a Parquet file, or a row group of it, cannot be read, in words for the user."""
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that were read, or why they cannot be. `first`: number of the first in its file; `rows`: how many, 0 where the
     whole file is lost."""
 
@@ -103,7 +103,7 @@ class ForeignParquet:
                 return
             yield batch
 
-    def groups(self, groups: Sequence[int], columns: Sequence[str], most_bytes: int) -> Iterator[Group]:
+    def groups(self, groups: Sequence[int], columns: Sequence[str], most_bytes: int) -> Iterator[RowGroup]:
         """Row groups, or as many rows at a time as fit into `most_bytes`, at least one; what is lost of each comes as one
         entry without a table."""
         first = sum(self.group_rows[: groups[0]]) if groups else 0
@@ -113,10 +113,10 @@ class ForeignParquet:
                 for batch in self.batches(
                     group, columns, rows_at_once(self._parquet.metadata, group, columns, most_bytes)
                 ):
-                    yield Group(first, len(batch), pa.Table.from_batches([batch]))
+                    yield RowGroup(first, len(batch), pa.Table.from_batches([batch]))
                     first += len(batch)
             except Damaged as damage:
-                yield Group(first, end - first, None, f"its row group {group} cannot be read: {damage}")
+                yield RowGroup(first, end - first, None, f"its row group {group} cannot be read: {damage}")
             first = end
 
 
@@ -137,7 +137,7 @@ def _is_plain(chunk: pq.ColumnChunkMetaData) -> bool:
     return set(chunk.encodings) <= AS_LONG_AS_THEY_SAY
 
 
-def read_groups(uri: str, columns: Sequence[str], most_bytes: int = GROUP_BYTES) -> Iterator[Group]:
+def read_own_groups(uri: str, columns: Sequence[str], most_bytes: int = GROUP_BYTES) -> Iterator[RowGroup]:
     """The row groups of a data set's file, each whole where it is as this package writes them: with requests ahead.
 
     A file that is no Parquet is one entry without a table. Raises FileNotFoundError where there is none, and OSError when the
@@ -152,14 +152,14 @@ def read_groups(uri: str, columns: Sequence[str], most_bytes: int = GROUP_BYTES)
                 rows = parquet.metadata.row_group(odd).num_rows
                 if rows_at_once(parquet.metadata, odd, columns, most_bytes) < rows:
                     break
-                yield Group(first, rows, parquet.read_row_group(odd, columns=list(columns)))
+                yield RowGroup(first, rows, parquet.read_row_group(odd, columns=list(columns)))
                 first += rows
             else:
                 return
     except FileNotFoundError:
         raise
     except Damaged as damage:
-        yield Group(0, 0, None, str(damage))
+        yield RowGroup(0, 0, None, str(damage))
         return
     except READ_ERRORS:  # the store or the file: what follows tells which
         pass
@@ -167,14 +167,14 @@ def read_groups(uri: str, columns: Sequence[str], most_bytes: int = GROUP_BYTES)
         with ForeignParquet(uri) as foreign:
             yield from foreign.groups(range(odd, len(foreign.group_rows)), columns, most_bytes)
     except Damaged as damage:
-        yield Group(0, 0, None, f"not a Parquet file ({damage})")
+        yield RowGroup(0, 0, None, f"not a Parquet file ({damage})")
 
 
 def read_file(uri: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of a data set's file, all of whose rows are needed. Raises InputError when some cannot be read or come to
     more than FILE_BYTES, FileNotFoundError and OSError as `read_groups`."""
     tables, size = list[pa.Table](), 0
-    for group in read_groups(uri, columns):
+    for group in read_own_groups(uri, columns):
         if group.table is None:
             raise InputError(
                 f"{uri}: {group.problem}; bring it back from a copy, or ingest its images again", "data/damaged-file"

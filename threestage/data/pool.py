@@ -101,7 +101,7 @@ def load_pool(uri: str) -> list[PoolFile]:
     return storage.read_models(uri, PoolFile)
 
 
-def read_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
+def read_pool_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
     """All rows of a file in its order, in chunks of some; with `masks` those of the run's own data set bring theirs.
 
     An image that has vanished, may not be read or is absurdly large is a row with a problem; so are the rows of a row group
@@ -112,7 +112,7 @@ def read_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]]:
         yield from _read_references(storage.read_table(file.uri), frozenset(file.replaced))
         return
     columns = ["image_id", "source", "image", *(["mask"] if masks and file.own else [])]
-    for group in parquet.read_groups(file.uri, columns):
+    for group in parquet.read_own_groups(file.uri, columns):
         if group.table is None:
             rows = group.rows or min(file.rows, parquet.MAX_GROUP_ROWS)
             yield from lost_rows(file.uri, file.name, group._replace(rows=rows))
@@ -137,7 +137,7 @@ def values_of(table: pa.Table, name: str) -> list[Any]:
     ]
 
 
-def unnamed(name: str, group: parquet.Group) -> list[str]:
+def unnamed(name: str, group: parquet.RowGroup) -> list[str]:
     """The ids of rows that have none, by the path of their file and their numbers."""
     stem = name.removesuffix(PARQUET_SUFFIX)
     return [f"{stem}/{number:08d}" for number in range(group.first, group.first + group.rows)]
@@ -165,11 +165,11 @@ def pool_row(
     return PoolRow(name, place, image, mask)
 
 
-def lost_rows(uri: str, name: str, group: parquet.Group) -> Iterator[list[PoolRow]]:
+def lost_rows(uri: str, name: str, group: parquet.RowGroup) -> Iterator[list[PoolRow]]:
     """Rows that cannot be read, each with the problem of its group; `name`: path of the file."""
     for start in range(group.first, group.first + group.rows, storage.ROW_GROUP_ROWS):
         rows = min(storage.ROW_GROUP_ROWS, group.first + group.rows - start)
-        names = unnamed(name, parquet.Group(start, rows, None))
+        names = unnamed(name, parquet.RowGroup(start, rows, None))
         yield [
             PoolRow(image_id, f"{uri}#{number}", b"", problem=f"{group.problem} [image/damaged-row]")
             for number, image_id in enumerate(names, start)

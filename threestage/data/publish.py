@@ -77,7 +77,7 @@ class Row:
         return len(self.record["image"]) + len(self.record["mask"] or b"")
 
 
-class Extent(Settings):
+class SizeRange(Settings):
     """Of some lengths in pixels; zeros for none."""
 
     smallest: int = 0
@@ -88,9 +88,9 @@ class Extent(Settings):
     def of(cls, lengths: Sequence[int]) -> Self:
         return cls(smallest=min(lengths), largest=max(lengths), total=sum(lengths)) if lengths else cls()
 
-    def __add__(self, other: "Extent") -> "Extent":
+    def __add__(self, other: "SizeRange") -> "SizeRange":
         known = [extent.smallest for extent in (self, other) if extent.total]
-        return Extent(
+        return SizeRange(
             smallest=min(known, default=0),
             largest=max(self.largest, other.largest),
             total=self.total + other.total,
@@ -115,8 +115,8 @@ class ShardReport(Settings):
     newly_labelled: int = 0
     skipped: int = 0
     gone: int = 0
-    heights: Extent = Extent()
-    widths: Extent = Extent()
+    heights: SizeRange = SizeRange()
+    widths: SizeRange = SizeRange()
     rejected: tuple[Reject, ...] = ()
     masks: str | None = None
     labelled: int = 0
@@ -128,7 +128,14 @@ class ShardReport(Settings):
 
     def published(self) -> "ShardReport":
         """The same once the data set holds what it wrote: nothing is new in it."""
-        nothing = {"files": (), "images": 0, "labels": 0, "newly_labelled": 0, "heights": Extent(), "widths": Extent()}
+        nothing = {
+            "files": (),
+            "images": 0,
+            "labels": 0,
+            "newly_labelled": 0,
+            "heights": SizeRange(),
+            "widths": SizeRange(),
+        }
         skipped = self.checked - self.gone - len(self.rejected)
         return self.model_copy(update={**nothing, "skipped": skipped})
 
@@ -165,8 +172,8 @@ class Writer:
             images=len(self._heights),
             labels=self._labels,
             newly_labelled=self._newly_labelled,
-            heights=Extent.of(self._heights),
-            widths=Extent.of(self._widths),
+            heights=SizeRange.of(self._heights),
+            widths=SizeRange.of(self._widths),
             rejected=tuple(rejected),
             **others,
         )
@@ -226,7 +233,7 @@ class Additions:
         self.checked = self.images = self.labels = self.skipped = self.gone = self.labelled = 0
         self.pixels = np.zeros(0, np.int64)
         self.newly_labelled: dict[SplitName, int] = {"train": 0, "val": 0, "test": 0}
-        self.heights = self.widths = Extent()
+        self.heights = self.widths = SizeRange()
         self._files: list[DataFile] = []
 
     def add(self, report: ShardReport) -> None:
@@ -360,7 +367,7 @@ def build_index(root: str, manifest: Manifest) -> str:
     return folder
 
 
-def look_up(folder: str | None, ids: Sequence[str]) -> dict[str, ExistingRecord]:
+def look_up_ids(folder: str | None, ids: Sequence[str]) -> dict[str, ExistingRecord]:
     """What an index holds of the ids, by id; nothing where there is no index. InputError when it was deleted meanwhile."""
     if folder is None or not ids:
         return {}
@@ -385,7 +392,7 @@ def _look_up(folder: str, ids: Sequence[str]) -> dict[str, ExistingRecord]:
     return found
 
 
-def parts_of(folder: str) -> Iterator[Entries]:
+def index_parts(folder: str) -> Iterator[Entries]:
     """All entries of an index, one part in memory at a time. InputError when it was deleted meanwhile."""
     try:
         for number in range(2 ** _bits(folder)):
@@ -476,7 +483,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Job:
+class IngestJob:
     """What all shards of an ingest share. `index`: folder of what the data set, whose digest is `base`, holds already."""
 
     root: str
@@ -502,7 +509,7 @@ class Shard:
         return self.listed or f"images {self.items[0].image_id} to {self.items[-1].image_id}"
 
 
-def shard_digest(job: Job, split: SplitName, content: Sequence[SourceItem] | str) -> str:
+def shard_digest(job: IngestJob, split: SplitName, content: Sequence[SourceItem] | str) -> str:
     """Of what decides what a shard writes: its items (or the digest of its listing), its split, the classes."""
     classes = job.class_map.model_dump(mode="json") if job.class_map else None
     images = content if isinstance(content, str) else [astuple(item) for item in content]
@@ -513,10 +520,10 @@ def shard_digest(job: Job, split: SplitName, content: Sequence[SourceItem] | str
 
 def few_at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """map() over shards in this process, few at a time."""
-    return ahead(function, items, SHARDS_AT_ONCE)
+    return map_ahead(function, items, SHARDS_AT_ONCE)
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """map() in threads, in order, with few items worked on or waiting, so that memory stays bounded."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -532,7 +539,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: in
                 future.cancel()
 
 
-def write_shard(job: Job, shard: Shard) -> ShardReport:
+def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
     """Check the images of a shard, write the good and new ones as Parquet, then the report.
 
     Memory: the rows of one file, three times. Raises OSError when a store fails; doing it again does no harm.
@@ -563,7 +570,7 @@ def write_shard(job: Job, shard: Shard) -> ShardReport:
     return report
 
 
-def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
+def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
     """The digest of a shard and its report, None when one of the images that it rejected is good by now, or gone.
 
     Reads the rejected images again, and no other.
@@ -581,24 +588,24 @@ def finished(job: Job, shard: Shard) -> tuple[str, ShardReport | None]:
     return shard.digest, report
 
 
-def _outcomes(job: Job, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
-    known = look_up(job.index, [item.image_id for item in items])
+def _outcomes(job: IngestJob, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
+    known = look_up_ids(job.index, [item.image_id for item in items])
     lookup = Lookup(job.class_map, job.map_name) if job.class_map else None
-    return ahead(lambda item: _check(item, known.get(item.image_id), lookup), items, FETCH_THREADS)
+    return map_ahead(lambda item: _check(item, known.get(item.image_id), lookup), items, FETCH_THREADS)
 
 
-def _is_held(report: ShardReport, job: Job, shard: Shard) -> bool:
+def _is_held(report: ShardReport, job: IngestJob, shard: Shard) -> bool:
     """Whether the data set holds the masks that a shard's images were given: other masks may have come since."""
     rejected = {reject.source for reject in report.rejected}
     ids = [item.image_id for item in _items(shard) if item.mask_uri and item.image_uri not in rejected]
-    known = look_up(job.index, ids)
+    known = look_up_ids(job.index, ids)
     return masks_digest([(i, known[i].mask_digest if i in known else None) for i in ids]) == report.masks
 
 
-def _is_still_new(report: ShardReport, job: Job, shard: Shard) -> bool:
+def _is_still_new(report: ShardReport, job: IngestJob, shard: Shard) -> bool:
     """Whether a shard that was all new when it was written is so now that the data set has grown."""
     was_new = not report.skipped and all(file.kind == "images" for file in report.files)
-    return was_new and not look_up(job.index, [item.image_id for item in _items(shard)])
+    return was_new and not look_up_ids(job.index, [item.image_id for item in _items(shard)])
 
 
 def report_uri(root: str, digest: str) -> str:

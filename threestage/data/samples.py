@@ -11,7 +11,7 @@ import numpy as np
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.headers import BadImage
-from threestage.data.pool import PoolFile, read_rows
+from threestage.data.pool import PoolFile, read_pool_rows
 from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
 from threestage.data.rejects import Reject
@@ -57,7 +57,7 @@ def pool_samples(
         yield from _without_pseudo_masks(file, rejected, excluded if file.own else frozenset())
         return
     predicted = storage.read_groups(pseudo_mask_uri(pseudo_masks, file))
-    rows = chain.from_iterable(read_rows(file, masks=False))
+    rows = chain.from_iterable(read_pool_rows(file, masks=False))
     for masks in predicted:
         found = []
         for row, target in zip(islice(rows, len(masks)), masks.to_pylist(), strict=True):
@@ -78,7 +78,7 @@ def pool_samples(
 
 
 def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozenset[str]) -> Iterator[list[Sample]]:
-    for images in read_rows(file, masks=False):
+    for images in read_pool_rows(file, masks=False):
         found = []
         for row in images:
             if row.problem is not None:

@@ -43,7 +43,7 @@ from threestage.mlflow_sync.model_registry import (
     WEIGHTS,
     Models,
     file_tags,
-    read_model,
+    read_model_folder,
 )
 from threestage.mlflow_sync.records import (
     RegisteredVersion,
@@ -149,7 +149,7 @@ class Registry:
         trained again gets a run and a version of its own.
         """
         record = replace(record, run_key=redact(record.run_key))
-        files = read_model(record.model_dir)
+        files = read_model_folder(record.model_dir)
         digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if digest != record.lineage["model_digest"]:
             raise InputError(

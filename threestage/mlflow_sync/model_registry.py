@@ -227,7 +227,7 @@ class Models:
         return Path(download_artifacts(artifact_uri=file, dst_path=destination, tracking_uri=self.uri))
 
 
-def read_model(folder: str) -> dict[str, bytes]:
+def read_model_folder(folder: str) -> dict[str, bytes]:
     """The files of a model's folder. InputError where it is none."""
     from threestage.data import storage
 

@@ -143,7 +143,7 @@ class Sender:
         return config.for_stage(stage).model_dump(mode="json")
 
 
-class Mirror:
+class RunSync:
     """Keeps MLflow up with a run that goes on; nothing waits for it. `notified`: whether there was anything to send.
 
     `registry` is None where it did not answer yet. `warn` is called from a thread, once each time that MLflow is lost.

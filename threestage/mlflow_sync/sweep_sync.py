@@ -22,7 +22,7 @@ STATUS: dict[State, TrialStatus] = {
 }
 
 
-class Mirror:
+class SweepSync:
     """One parent run for the sweep, one run nested in it per trial; found again by `sweep_key` after a killed driver.
 
     `connect` is called once there is something to send, until the store answers. `params`: of the parent run. `warn` is

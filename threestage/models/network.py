@@ -14,7 +14,7 @@ from threestage.errors import InputError
 from threestage.models.encoders import VIT_NAME, Encoder, create_timm, split_encoder, vit_patch, weight_names
 from threestage.models.heads import make_head
 from threestage.models.settings import NetworkSettings
-from threestage.models.weights import check_fit, copy_weights, read_weights, rename_weights
+from threestage.models.weights import check_fit, copy_weights, read_encoder_weights, rename_weights
 
 NORMALISATION_TOLERANCE = 0.01  # of RGB in [0,1]
 Auxiliary = Literal["none", "branch", "shared"]
@@ -215,7 +215,7 @@ def crop_fits(settings: NetworkSettings, crop_size: tuple[int, int]) -> bool:
 
 
 def _make_encoder(settings: NetworkSettings) -> Encoder:
-    state = None if settings.weights is None else read_weights(settings.weights)
+    state = None if settings.weights is None else read_encoder_weights(settings.weights)
     model = create_timm(settings.encoder, settings.output_stride, settings.pretrained)
     tensors = dict(model.state_dict(keep_vars=True))
     if state is not None:

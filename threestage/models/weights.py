@@ -15,7 +15,7 @@ _SHOWN = 3
 STATE_DICT = "save its state dict alone with torch.save or safetensors"
 
 
-def read_weights(uri: str) -> dict[str, Tensor]:
+def read_encoder_weights(uri: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file (path or URI) by name; InputError if absent, unreadable or pickled."""
     try:
         data = read_bytes(uri)

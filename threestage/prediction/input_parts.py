@@ -15,7 +15,7 @@ import numpy.typing as npt
 from threestage.data import safe_walk, storage
 from threestage.data.listing import Each, first_image, holds_data_set, is_image_file, list_images
 from threestage.data.pairs import IMAGE_SUFFIXES
-from threestage.data.parquet import Damaged, ForeignParquet, Group, is_bytes, read_groups, shown
+from threestage.data.parquet import Damaged, ForeignParquet, RowGroup, is_bytes, read_own_groups, shown
 from threestage.data.pool import (
     CHUNK_BYTES,
     FETCH_THREADS,
@@ -25,7 +25,7 @@ from threestage.data.pool import (
     listed_pool,
     lost_rows,
     pool_row,
-    read_rows,
+    read_pool_rows,
     unnamed,
     values_of,
 )
@@ -93,7 +93,7 @@ def _kind_of_file(source: str) -> Kind:
     raise InputError(f"{source}: not an image ({expected}) and not a Parquet file; convert it", "predict/no-images")
 
 
-def plan(source: str, kind: Kind, listing: str, rows_per_part: int, each: Each) -> list[Part]:
+def plan_parts(source: str, kind: Kind, listing: str, rows_per_part: int, each: Each) -> list[Part]:
     """The parts of an input. Image files are listed into the folder `listing`, of which `each` does the ranges; a rerun
     adds what is new. Raises InputError, and OSError when the source cannot be listed."""
     if kind == "images":
@@ -121,7 +121,7 @@ def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
     if part.problem is not None:
         yield [PoolRow(_below(source, part.uri), part.uri, b"", problem=f"{part.problem} [image/unreadable]")]
     elif part.groups is None:
-        yield from read_rows(part, masks=False)
+        yield from read_pool_rows(part, masks=False)
     else:
         yield from _chunks(_rows_of_others(source, part))
 
@@ -137,7 +137,7 @@ def _rows_of_others(source: str, part: Part) -> Iterator[PoolRow]:
         yield pool_row(unnamed_id, image_id, f"{part.uri}#{group.first}", image)
 
 
-def _groups_of_others(part: Part, columns: Sequence[str], most_bytes: int) -> Iterator[Group]:
+def _groups_of_others(part: Part, columns: Sequence[str], most_bytes: int) -> Iterator[RowGroup]:
     """The rows of a part of others' Parquet, as many at a time as fit into `most_bytes`."""
     assert part.groups is not None
     first, number = part.groups
@@ -146,7 +146,7 @@ def _groups_of_others(part: Part, columns: Sequence[str], most_bytes: int) -> It
             there = [name for name in columns if name in parquet.schema.names]
             yield from parquet.groups(range(first, first + number), there, most_bytes)
     except (Damaged, FileNotFoundError, PermissionError) as error:  # since the parts were made
-        yield Group(part.first_row, part.rows, None, f"its file cannot be read: {error}")
+        yield RowGroup(part.first_row, part.rows, None, f"its file cannot be read: {error}")
 
 
 def _chunks(rows: Iterable[PoolRow]) -> Iterator[list[PoolRow]]:
@@ -306,7 +306,7 @@ def _rows_without_images(source: str, part: Part) -> Iterator[PoolRow]:
         yield from (PoolRow(row["image_id"], row["image_uri"], b"") for n, row in enumerate(table) if n not in replaced)
         return
     others, name = part.groups is not None, _below(source, part.uri) if part.groups else part.name
-    read = partial(_groups_of_others, part, ["image_id"]) if others else partial(read_groups, part.uri, OF_NAMES)
+    read = partial(_groups_of_others, part, ["image_id"]) if others else partial(read_own_groups, part.uri, OF_NAMES)
     for group in read(ID_BYTES):
         if group.table is None:
             continue

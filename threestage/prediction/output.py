@@ -32,7 +32,7 @@ from threestage.models.network import size_multiple
 from threestage.prediction.input_parts import Kind, Part, output_name, read_part
 from threestage.prediction.pool_prediction import Encoded, PredictionWriter, Unwritable, encode_class_ids
 from threestage.prediction.pseudo_masks import REPORT_KEY, FileReport, PoolTask
-from threestage.prediction.tta import TTASettings, predict
+from threestage.prediction.tta import TTASettings, predict_with_tta
 from threestage.report.terminal_tables import overlay
 
 PARTS_FOLDER = "parts"
@@ -124,7 +124,7 @@ class Predictions(PredictionWriter):
         return part_uri(task, file)
 
     def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return predict(network, pixels, self._task.protocol, self._multiple)
+        return predict_with_tta(network, pixels, self._task.protocol, self._multiple)
 
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Writes the image's files in format png."""

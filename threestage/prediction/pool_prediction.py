@@ -30,7 +30,7 @@ from threestage.data import storage
 from threestage.data.datasets import unpacked
 from threestage.data.headers import BadImage
 from threestage.data.parallel import ahead
-from threestage.data.pool import PoolFile, PoolRow, read_rows
+from threestage.data.pool import PoolFile, PoolRow, read_pool_rows
 from threestage.data.pseudo_mask_files import AGREEMENT, PSEUDO_MASK_SCHEMA, pseudo_mask_uri
 from threestage.data.records import DECODER_ERRORS, decoder_complaint
 from threestage.data.rejects import Reject
@@ -48,7 +48,7 @@ from threestage.prediction.pseudo_masks import (
     agreement_counts,
     file_digest,
     images_at_once,
-    measure,
+    pixel_statistics,
     predict,
     quantise,
     stored_report,
@@ -84,7 +84,7 @@ class PredictionWriter:
 
     def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
         """The rows of a file in their order, in chunks."""
-        return read_rows(file)
+        return read_pool_rows(file)
 
     def uri(self, task: PoolTask, file: PoolFile) -> str:
         """Of the Parquet file of `schema` that is written when all of a file's rows are encoded."""
@@ -380,7 +380,7 @@ class _Predictor:
         class_ids, confidence, entropy = self._classes(pixels, most_pixels)
         agreed = self._product.agreement(class_ids, lambda other: self._classes(pixels, most_pixels, other))
         masks = [image.mask for image in batch]
-        sums = measure(class_ids, confidence, entropy, masks, self._task.num_classes)
+        sums = pixel_statistics(class_ids, confidence, entropy, masks, self._task.num_classes)
         if agreed is not None:
             sums, agreed = torch.cat([sums, agreement_counts(agreed)]), agreed.to("cpu", non_blocking=True)
         if self._void is not None and self._void.shape == class_ids.shape[1:]:

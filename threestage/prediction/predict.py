@@ -29,7 +29,7 @@ from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network
-from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, plan
+from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, plan_parts
 from threestage.prediction.output import (
     PARTS_FOLDER,
     Format,
@@ -170,7 +170,7 @@ def predict_input(
     if kind == "images":
         write_record()  # it marks the folder, and a listing is written first
     listing = storage.join(out, "listing")
-    parts = plan(source, kind, listing, settings.rows_per_part, each)
+    parts = plan_parts(source, kind, listing, settings.rows_per_part, each)
     warnings = passed_over(source, suffixes_passed_over(listing)) if kind == "images" else []
     write_record()
     task = PredictionTask(

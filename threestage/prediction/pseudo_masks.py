@@ -185,7 +185,7 @@ def quantise(confidence: Tensor) -> Tensor:
     return (confidence * 255).round().to(torch.uint8)
 
 
-def measure(
+def pixel_statistics(
     class_ids: Tensor, confidence: Tensor, entropy: Tensor, masks: Sequence[np.ndarray | None], num_classes: int
 ) -> Tensor:
     """Sums over predicted images (N,H,W), on their device and without waiting for it: confidence, entropy, pixels above

@@ -90,7 +90,9 @@ def check_protocol(protocol: TTASettings, settings: NetworkSettings) -> None:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+def predict_with_tta(
+    network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(N,3,H,W) uint8 → class (N,H,W) uint8, confidence (N,H,W) float in [0,1], entropy (N,H,W) in nats.
 
     `multiple`: the network's `size_multiple`. With the default protocol the same as `pseudo_masks.predict`; several views

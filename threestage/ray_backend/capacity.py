@@ -122,7 +122,7 @@ def number_of(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
 
-def text_of(resources: Mapping[str, float]) -> str:
+def resources_text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
@@ -141,7 +141,7 @@ def waiting_text(
         nodes, free: total and free resources of each node.
     """
     worker, placement = worker_takes(cluster), cluster.placement
-    asked = f"{workers} × ({text_of(cluster.worker_resources)}"
+    asked = f"{workers} × ({resources_text(cluster.worker_resources)}"
     asked += f", accelerator {cluster.accelerator}" if cluster.accelerator else ""
     asked += f", placed {placement})" if placement != "PACK" else ")"
     total, left = (
@@ -291,14 +291,14 @@ class _Room:
         reader = f" and CPU {READER_CPUS:g} to read the pool" if self._reads else ""
         many = self._predicts and (cluster.predictors or 0) > cluster.least_workers
         later = f", later {cluster.predictors} predictors" if many else ""
-        one = f"{cluster.least_workers} × ({text_of(worker_takes(cluster))}){placed}{later}"
+        one = f"{cluster.least_workers} × ({resources_text(worker_takes(cluster))}){placed}{later}"
         return f"each trial needs {one}{reader} and CPU {TRIAL_CPUS:g} to lead it"
 
     def there(self) -> str:
         names = list(worker_takes(self.config.cluster))
         total = {name: sum(node.get(name, 0) for node in self.nodes) for name in names}
         most = {name: max((node.get(name, 0) for node in self.nodes), default=0) for name in names}
-        return text_of(total) + (f" (one node at most {text_of(most)})" if len(self.nodes) > 1 else "")
+        return resources_text(total) + (f" (one node at most {resources_text(most)})" if len(self.nodes) > 1 else "")
 
 
 def remote_step_time(config: Config, stage: StageName, manifest_version: int, warn: Warn = print) -> StepTime:
@@ -316,7 +316,7 @@ def remote_step_time(config: Config, stage: StageName, manifest_version: int, wa
     )
     while not ray.wait([result], timeout=cluster.report_after_s)[0]:
         waited = time.monotonic() - began
-        device = text_of(worker_takes(cluster))
+        device = resources_text(worker_takes(cluster))
         what = f"{stage}: a step is to be measured on {device}; waiting for {waited:.0f} s for room or its end"
         if waited > cluster.start_timeout_s + MEASURING_SECONDS:
             ray.cancel(result, force=True)
@@ -417,4 +417,4 @@ def _asked(config: Config, worker: Mapping[str, float]) -> str:
         number += f" to {cluster.most_workers}"
     placed = f", placed {cluster.placement}" if cluster.placement.startswith("STRICT") else ""
     reader = f" and CPU {READER_CPUS:g} to read the pool" if config.stages > 1 else ""
-    return f"the run asks for {number} × ({text_of(worker)}){placed}{reader}"
+    return f"the run asks for {number} × ({resources_text(worker)}){placed}{reader}"

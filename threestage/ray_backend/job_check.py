@@ -25,7 +25,7 @@ from threestage.errors import InputError
 from threestage.ray_backend.connect import OPEN
 from threestage.ray_backend.job_package import is_shared_uri
 from threestage.ray_backend.node_checks import versions
-from threestage.ray_backend.submit import NO_CONNECTION, OVER, Client, connect, one_line
+from threestage.ray_backend.submit import NO_CONNECTION, OVER, Client, job_client, ray_reason
 from threestage.settings import Settings
 
 CODE = "check/job"
@@ -36,7 +36,7 @@ SILENCE_S, POLL_S = 240.0, 1.0  # the longest wait inside is for nodes, and for 
 MEND = "see `ray job logs --address {url} {job}`"
 
 
-class Specification(Settings):
+class JobSpecification(Settings):
     """`versions`: those of the machine that asks."""
 
     config: Config
@@ -54,7 +54,7 @@ def check_by_job(config: Config, out: str, address: str) -> Iterator[CheckResult
         wrong = [line.name for line in (travels, entry) if line.problem is not None]
         yield not_tried(["all that is tried on the cluster"], wrong)
         return
-    yield from _run(clients[0], Specification(config=config, out=storage.absolute(out), versions=versions()))
+    yield from _run(clients[0], JobSpecification(config=config, out=storage.absolute(out), versions=versions()))
 
 
 def _travels(config: Config, out: str) -> CheckOutcome:
@@ -78,7 +78,7 @@ def _travels(config: Config, out: str) -> CheckOutcome:
 
 
 def _lets_in(address: str, clients: list[Client]) -> CheckOutcome:
-    clients.append(connect(address))
+    clients.append(job_client(address))
     url = clients[0].get_address()
     try:
         urlopen(f"{url}/api/version", timeout=5).close()
@@ -87,7 +87,7 @@ def _lets_in(address: str, clients: list[Client]) -> CheckOutcome:
     return CheckOutcome(url, f"{url}: {OPEN}")
 
 
-def _run(client: Client, specification: Specification) -> Iterator[CheckResult]:
+def _run(client: Client, specification: JobSpecification) -> Iterator[CheckResult]:
     """The lines of a job. It is stopped when nothing comes for SILENCE_S, and when the caller ends."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, SPECIFICATION).write_text(specification.model_dump_json())
@@ -99,12 +99,12 @@ def _run(client: Client, specification: Specification) -> Iterator[CheckResult]:
                 metadata={"threestage.command": "check"},
             )
         except (requests.RequestException, AuthenticationError, RuntimeError) as error:
-            yield CheckResult("the job", "", problem=f"it cannot be submitted: {one_line(error)}", code=CODE)
+            yield CheckResult("the job", "", problem=f"it cannot be submitted: {ray_reason(error)}", code=CODE)
             return
     try:
         yield from _follow(client, job)
     except AuthenticationError as error:
-        problem = f"the cluster does not take the token any more: {one_line(error)}"
+        problem = f"the cluster does not take the token any more: {ray_reason(error)}"
         yield CheckResult("the job", job, problem=problem, code="ray/wrong-token")
     finally:
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):

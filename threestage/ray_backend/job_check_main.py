@@ -6,13 +6,13 @@ from pathlib import Path
 
 from threestage.checks.result import CheckResult, run_check
 from threestage.errors import CodedError, reason_of
-from threestage.ray_backend.job_check import CODE, MARK, Specification, _code
+from threestage.ray_backend.job_check import CODE, MARK, JobSpecification, _code
 
 
 def main(file: str) -> None:
     from threestage.checks.run_check import check
 
-    found = Specification.model_validate_json(Path(file).read_text())
+    found = JobSpecification.model_validate_json(Path(file).read_text())
     say(run_check("versions", "", lambda: _code(found.versions)))
     try:
         for line in check(found.config, found.out, local=False):

@@ -158,7 +158,7 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
+def job_environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
     """The variables of the job: the values that `asked` (NAME or NAME=VALUE) gives, and the names that the cluster must have.
 
     Ray shows them all, so none is a secret: raises InputError for a value that may be one. Of this process's own variables

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threestage import __version__
 from threestage.checks import store
 from threestage.checks.result import CheckOutcome, CheckResult
-from threestage.checks.steps import STAGE_S, START_S, Measured, Specification, measure, too_slow
+from threestage.checks.steps import STAGE_S, START_S, MeasuredStep, StepSpecification, measure_steps, too_slow
 from threestage.checks.store import PROBE_NAME, merged, places
 from threestage.config import Config
 from threestage.data import storage
@@ -35,7 +35,7 @@ SAME = ("threestage", "Ray", "Python")
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process that a job is
 
 
-class View(Settings):
+class NodeView(Settings):
     """Of a node. `problems`: of places that it cannot use."""
 
     versions: dict[str, str]
@@ -65,7 +65,7 @@ def _names(nodes: Sequence[str]) -> str:
     return f"node {nodes[0]}" + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
 
 
-def _other_versions(view: View) -> Iterator[str]:
+def _other_versions(view: NodeView) -> Iterator[str]:
     for what, version in versions().items():
         if what in SAME and view.versions[what] != version:
             yield f"it has {what} {view.versions[what]}, here is {version}: install the same"
@@ -82,7 +82,7 @@ def _marked(out: str) -> Iterator[str | None]:
         yield file.name
 
 
-def _views(nodes: Mapping[str, str], config: Config, out: str, marker: str | None) -> dict[str, View]:
+def _views(nodes: Mapping[str, str], config: Config, out: str, marker: str | None) -> dict[str, NodeView]:
     """By the address of the node."""
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     given = (config.model_dump(mode="json"), out, marker)
@@ -94,15 +94,15 @@ def _views(nodes: Mapping[str, str], config: Config, out: str, marker: str | Non
     return {name: _view(reference) for reference, name in asked.items()}
 
 
-def _view(reference: Any) -> View:
+def _view(reference: Any) -> NodeView:
     try:
-        return View.model_validate(ray.get(reference, timeout=0.1))
+        return NodeView.model_validate(ray.get(reference, timeout=0.1))
     except ray.exceptions.GetTimeoutError:
         ray.cancel(reference, force=True)
         reason = f"no answer within {LOOK_S:.0f} s: is it overloaded, or cut off?"
     except ray.exceptions.RayError as error:
         reason = reason_of_ray(error)
-    return View(versions=versions(), problems=(reason,))
+    return NodeView(versions=versions(), problems=(reason,))
 
 
 def reason_of_ray(error: ray.exceptions.RayError) -> str:
@@ -143,12 +143,12 @@ def own_file(config: Config) -> CheckResult | None:
 # ---- A measured step
 
 
-def measure_there(specification: Specification) -> Iterator[Measured]:
+def measure_there(specification: StepSpecification) -> Iterator[MeasuredStep]:
     """`measure` as a task that takes what a worker takes, if there is room for it now."""
     stages, cluster = specification.config.stage_names, specification.config.cluster
     if not room_for_one(cluster):
         for stage in stages:
-            yield Measured(stage=stage, warning="not measured: the cluster has no room for a worker now")
+            yield MeasuredStep(stage=stage, warning="not measured: the cluster has no room for a worker now")
         return
     task = ray.remote(_measure).options(**cluster.task_options, num_returns="streaming", max_retries=0)
     results = task.remote(specification.model_dump(mode="json"))
@@ -159,21 +159,23 @@ def measure_there(specification: Specification) -> Iterator[Measured]:
             yield too_slow(stage)
             return
         try:
-            yield Measured.model_validate(ray.get(next(results)))
+            yield MeasuredStep.model_validate(ray.get(next(results)))
         except ray.exceptions.RayError as error:
-            yield Measured(stage=stage, problem=f"no step could be computed on the cluster: {reason_of_ray(error)}")
+            yield MeasuredStep(stage=stage, problem=f"no step could be computed on the cluster: {reason_of_ray(error)}")
             return
         limit = STAGE_S
 
 
 def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    found = Specification.model_validate(specification)
+    found = StepSpecification.model_validate(specification)
     storage.configure(found.config.storage)
-    for measured in measure(found):
+    for measured in measure_steps(found):
         yield measured.model_dump(mode="json")
 
 
-def connect(name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack) -> CheckOutcome:
+def connect_to_check(
+    name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack
+) -> CheckOutcome:
     """Connects this process, until `connection` is closed. Raises InputError like `lets_in` and `connected`."""
     found = probe_cluster(name, address)
     connection.enter_context(connected(cluster))

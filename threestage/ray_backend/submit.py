@@ -52,7 +52,7 @@ class Client(JobSubmissionClient):
         return super()._do_request(method, endpoint, **{"timeout": (CONNECT_S, ANSWER_S), **given})
 
 
-def connect(address: str | None) -> Client:
+def job_client(address: str | None) -> Client:
     """A client of the job API at a URL; without one, at that of RAY_API_SERVER_ADDRESS, or else RAY_ADDRESS.
 
     Raises InputError within seconds when it is no URL, when nobody answers there, and when the token is missing or wrong.
@@ -72,7 +72,7 @@ def connect(address: str | None) -> Client:
         return Client(url)
     except (requests.RequestException, ConnectionError) as error:
         raise InputError(
-            f"{named}: no answer ({one_line(error)}); start the cluster or its port-forward, or correct the address",
+            f"{named}: no answer ({ray_reason(error)}); start the cluster or its port-forward, or correct the address",
             "ray/no-answer",
         ) from None
     except (AuthenticationError, RuntimeError, ValueError) as error:
@@ -96,12 +96,12 @@ def _explained(url: str, error: Exception) -> Exception:
         return InputError(f"{url}: wants a token, and none was found; {TOKEN}", "ray/no-token")
     if "404" in text or "ersion" in text:
         return InputError(
-            f"{url}: answers, but not as Ray's job API ({one_line(error)}); correct the address", "ray/other-service"
+            f"{url}: answers, but not as Ray's job API ({ray_reason(error)}); correct the address", "ray/other-service"
         )
-    return StageFailure(f"{url}: {one_line(error)}", "ray/job-api")
+    return StageFailure(f"{url}: {ray_reason(error)}", "ray/job-api")
 
 
-def one_line(text: object) -> str:
+def ray_reason(text: object) -> str:
     """What Ray says, for the end of a line."""
     return shown(text)[:300]
 
@@ -144,7 +144,7 @@ def what_travels(folder: str) -> WorkingFiles:
 
 
 @contextlib.contextmanager
-def unpacked(wheel: str) -> Iterator[str]:
+def unpacked_wheel(wheel: str) -> Iterator[str]:
     """A wheel's package as a folder. Ray would install the wheel with all that it depends on, torch and Ray itself, into a
     folder of the job's; this way these stay the image's.
 
@@ -156,7 +156,7 @@ def unpacked(wheel: str) -> Iterator[str]:
                 _unpack(archive, wheel, folder)
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(
-                f"--wheel {wheel}: {one_line(error)}; give a .whl file that `pip wheel` made", "submit/wheel"
+                f"--wheel {wheel}: {ray_reason(error)}; give a .whl file that `pip wheel` made", "submit/wheel"
             ) from None
         yield str(Path(folder, "threestage"))
 
@@ -197,7 +197,7 @@ def submit(client: Client, job: Job, shipment: JobPackage, say: Say) -> str:
         environment: dict[str, Any] = {"working_dir": shipment.folder, "env_vars": dict(shipment.variables)}
         with contextlib.ExitStack() as stack:
             if shipment.wheel is not None:
-                environment["py_modules"] = [stack.enter_context(unpacked(shipment.wheel))]
+                environment["py_modules"] = [stack.enter_context(unpacked_wheel(shipment.wheel))]
             return str(
                 client.submit_job(
                     entrypoint=job.entrypoint,
@@ -255,7 +255,7 @@ def _exit_code(ended: JobDetails, say: Say) -> int:
         say(f"{ended.submission_id} was stopped; the same command goes on with it, a sweep with --resume")
         return STOPPED
     if ended.driver_exit_code is None:
-        say(f"{ended.submission_id} failed: {one_line(ended.message)}")
+        say(f"{ended.submission_id} failed: {ray_reason(ended.message)}")
     return ended.driver_exit_code if ended.driver_exit_code in (1, 2) else 1
 
 
@@ -283,7 +283,7 @@ class _Log:
                 await self._print_rest()
                 return details
             if details.status == JobStatus.PENDING:
-                self._say(f"{self._id} waits: {one_line(details.message)}")
+                self._say(f"{self._id} waits: {ray_reason(details.message)}")
             if problem is not None:
                 await self._pause(problem)
         return None
@@ -322,7 +322,7 @@ class _Log:
 
     async def _pause(self, error: Exception) -> None:
         if self._failures == 0:
-            self._say(f"the connection is lost, {self._id} goes on; connecting again ({one_line(error)})")
+            self._say(f"the connection is lost, {self._id} goes on; connecting again ({ray_reason(error)})")
         pause = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
         self._failures += 1
         await asyncio.sleep(pause)

@@ -50,7 +50,7 @@ def escaped(child: object) -> Html:
     return child if isinstance(child, Html) else Html(html.escape(str(child)))
 
 
-def joined(parts: Iterable[Html]) -> Html:
+def join_html(parts: Iterable[Html]) -> Html:
     return Html("".join(parts))
 
 
@@ -134,8 +134,8 @@ class Frame:
         """The whole SVG; `title` is what a screen reader says of it."""
         middle = (self.height - self.bottom + self.top) / 2
         names = [
-            text(self.left + (self.width - self.left - self.right) / 2, self.height - 6.0, self.x_label, "middle"),
-            tag("text", self.y_label, transform=f"translate(13 {middle:.0f}) rotate(-90)", text_anchor="middle"),
+            svg_text(self.left + (self.width - self.left - self.right) / 2, self.height - 6.0, self.x_label, "middle"),
+            tag("svg_text", self.y_label, transform=f"translate(13 {middle:.0f}) rotate(-90)", text_anchor="middle"),
         ]
         return drawing(self.width, self.height, title, *self._grid(), *marks, *names)
 
@@ -143,11 +143,11 @@ class Frame:
         parts = []
         for value in ticks(self.y):
             (x1, y), (x2, _) = self.at(self.x[0], value), self.at(self.x[1], value)
-            parts += [line(x1, y, x2, y, "grid"), text(x1 - 6, y + 4, short(value), "end")]
+            parts += [line(x1, y, x2, y, "grid"), svg_text(x1 - 6, y + 4, short(value), "end")]
         bottom = self.at(self.x[0], self.y[0])[1]
         for value in ticks(self.x):
             x = self.at(value, self.y[0])[0]
-            parts += [line(x, bottom, x, bottom + 4, "axis"), text(x, bottom + 17, short(value), "middle")]
+            parts += [line(x, bottom, x, bottom + 4, "axis"), svg_text(x, bottom + 17, short(value), "middle")]
         return [*parts, line(self.left, bottom, self.width - self.right, bottom, "axis")]
 
 
@@ -181,8 +181,8 @@ def rounded_up(value: float) -> float:
     return step * math.ceil(value / step - 1e-9) or step
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", class_: str | None = None) -> Html:
-    return tag("text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_)
+def svg_text(x: float, y: float, content: str, anchor: str = "start", class_: str | None = None) -> Html:
+    return tag("svg_text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
@@ -227,7 +227,9 @@ def bars(title: str, groups: Sequence[str], series: Sequence[Bars], form: Callab
             length = (width - left - right) * (value or 0.0) / most
             said = tag("title", f"{name}, {one.name}: {'no figure' if value is None else form(value)}")
             marks.append(_bar(said, left, y + 1, length, thick - 2, one.style))
-            marks.append(text(left + length + 6, y + thick - 3, "–" if value is None else form(value), class_="value"))
+            marks.append(
+                svg_text(left + length + 6, y + thick - 3, "–" if value is None else form(value), class_="value")
+            )
             y += thick
         y += gap
     marks.append(line(left, 0, left, y - gap + 4, "axis"))
@@ -236,17 +238,17 @@ def bars(title: str, groups: Sequence[str], series: Sequence[Bars], form: Callab
 
 def _name(x: float, y: float, name: str) -> Html:
     cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-    return tag("text", cut, tag("title", name), x=float(x), y=y, text_anchor="end")
+    return tag("svg_text", cut, tag("title", name), x=float(x), y=y, text_anchor="end")
 
 
 def _bar(said: Html, x: float, y: float, width: float, height: float, style: int) -> Html:
     """A filled rectangle, under its pattern where the style has one."""
     box: dict[str, object] = {"x": float(x), "y": float(y), "width": float(width), "height": float(height)}
     over = [tag("rect", **box, fill=f"url(#pattern{style})")] if style in PATTERNS else []
-    return joined([tag("rect", said, **box, class_=f"bar s{style}"), *over])
+    return join_html([tag("rect", said, **box, class_=f"bar s{style}"), *over])
 
 
-def histogram(title: str, counts: Tensor, mean: float, style: int, top: float) -> Html:
+def confidence_histogram(title: str, counts: Tensor, mean: float, style: int, top: float) -> Html:
     """Share of the pixels in each bin of confidence, and the mean confidence as an upright line."""
     frame = Frame((0.0, 1.0), (0.0, top), "confidence", "share of pixels")
     shares = (counts[:, 0] / counts[:, 0].sum()).tolist()
@@ -284,7 +286,7 @@ def _sample(style: int, kind: str) -> Html:
     if kind == "bar":
         inner = _bar(Html(), 0, 2, 26, 12, style)
     else:
-        inner = joined(
+        inner = join_html(
             [
                 tag("polyline", points="0,8 26,8", class_=f"line s{style}"),
                 tag("path", d=marker_path(style, 13.0, 8.0), class_=f"marker s{style}"),
@@ -334,7 +336,7 @@ def photo(image: Bytes) -> str:
     return _data_uri("jpeg", stream.getvalue())
 
 
-def class_map(mask: Bytes, colours: Sequence[Colour]) -> str:
+def class_picture(mask: Bytes, colours: Sequence[Colour]) -> str:
     """Class ids (H,W), 255 black, in their colours; the widest place of every class carries its number."""
     ignored, white = len(colours), len(colours) + 1
     if white > IGNORE_INDEX:

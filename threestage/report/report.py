@@ -10,9 +10,9 @@ from threestage.data import storage
 from threestage.data.storage_errors import explain
 from threestage.errors import InputError, StageFailure
 from threestage.report import sections as parts
-from threestage.report.charts import Html, joined, patterns, tag
+from threestage.report.charts import Html, join_html, patterns, tag
 from threestage.report.run_reader import Run, read_run
-from threestage.report.validation_images import Measured, OnImages, Validation, choose
+from threestage.report.validation_images import OnImages, StageMeasure, Validation, choose
 from threestage.run_folder.reuse import PAGE_NAME
 
 # Even a mistake in the page could not make a browser fetch or run anything.
@@ -50,7 +50,7 @@ def page(name: str, intro: str, sections: Sequence[tuple[str, Html]]) -> str:
         patterns(),
         tag("header", tag("h1", title), tag("p", intro)),
         tag("nav", links, aria_label="Parts of this page"),
-        tag("main", joined(markup for _, markup in sections), id="content"),
+        tag("main", join_html(markup for _, markup in sections), id="content"),
         tag("footer", _made()),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
@@ -154,7 +154,7 @@ def _look(run: Run, data: str | None, images: int, measure: int | None, show: On
     examples = validation.examples(choose(measured[-1].image_iou, images), measured)
     manifest = validation.manifest
     return _Seen(
-        images=parts.images(run.stages, examples, manifest.classes, manifest.colours, said),
+        images=parts.image_section(run.stages, examples, manifest.classes, manifest.colours, said),
         uncertainty=parts.uncertainty(run, measured, said),
         label_pixels=validation.label_pixels(),
     )
@@ -177,7 +177,7 @@ def _sections(run: Run, seen: _Seen | None, missing: Sequence[str]) -> list[tupl
     return [*found, ("settings", parts.settings(run))]
 
 
-def _measured_on(run: Run, validation: Validation, measured: Sequence[Measured]) -> str:
+def _measured_on(run: Run, validation: Validation, measured: Sequence[StageMeasure]) -> str:
     """On how many images, and whether they are the run's."""
     number, wanted = len(measured[-1].image_iou), len(run.split.validation)
     text = f"Measured for this page on {'all' if number == wanted else f'{number} of the'} {wanted} validation images"

@@ -18,7 +18,7 @@ from threestage.prediction.pseudo_masks import REJECTS_NAME, SetMarker, Statisti
 from threestage.run_folder.records import Results, RunSettings, StageMarker, StageResult
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, parts_elsewhere
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
-from threestage.verdict import text
+from threestage.verdict import verdict_text
 
 Row = Mapping[str, float]
 
@@ -114,7 +114,7 @@ def read_run(uri: str) -> Run:
         rejected=tuple(_all_rejected(folders.values(), masks)),
         missing=tuple(_missing(folders, stages)),
         finished=finished,
-        verdict=text(results) if finished else None,
+        verdict=verdict_text(results) if finished else None,
     )
 
 

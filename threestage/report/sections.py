@@ -12,9 +12,9 @@ import numpy as np
 from threestage.data.classes import Colour
 from threestage.mlflow_sync.connection import redact
 from threestage.report import charts
-from threestage.report.charts import Bars, Frame, Html, Series, disclosure, figure, joined, note, section, table, tag
+from threestage.report.charts import Bars, Frame, Html, Series, disclosure, figure, join_html, note, section, table, tag
 from threestage.report.run_reader import Run, Stage, throughput
-from threestage.report.validation_images import Example, Group, Measured
+from threestage.report.validation_images import Example, ExampleGroup, StageMeasure
 from threestage.training.metrics import MEAN_IOU_RULE
 
 ABSENT = "–"
@@ -221,14 +221,14 @@ def _time_row(stage: Stage) -> list[object]:
     return [
         stage.title,
         stage.result["steps"],
-        duration(stage.result["seconds"]),
+        seconds_in_words(stage.result["seconds"]),
         *rates,
         memory or ABSENT,
         workers or ABSENT,
     ]
 
 
-def duration(seconds: float) -> str:
+def seconds_in_words(seconds: float) -> str:
     if seconds < 180:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -262,7 +262,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-GROUPS: dict[Group, tuple[str, str]] = {
+GROUPS: dict[ExampleGroup, tuple[str, str]] = {
     "worst": ("The worst images", "▼ worst"),
     "middle": ("Images from the middle", "● middle"),
     "best": ("The best images", "▲ best"),
@@ -275,7 +275,7 @@ CHANGES = (
 )
 
 
-def images(
+def image_section(
     stages: Sequence[Stage],
     examples: Iterable[Example],
     classes: Sequence[str],
@@ -284,7 +284,7 @@ def images(
 ) -> Html:
     """Every chosen image as a grid: a column for the image and its truth, then a column a stage."""
     shown = charts.class_colours(colours)
-    by_group: dict[Group, list[Html]] = {group: [] for group in GROUPS}
+    by_group: dict[ExampleGroup, list[Html]] = {group: [] for group in GROUPS}
     for example in examples:
         by_group[example.group].append(_article(example, stages, classes, shown))
     groups = [
@@ -294,7 +294,7 @@ def images(
     ]
     last = stages[-1].title
     return section(
-        "images",
+        "image_section",
         "Stages side by side",
         note(
             f"Validation images, picked by the mean IoU that {last} reaches on each of them: the worst, some around the "
@@ -364,7 +364,7 @@ def _article(example: Example, stages: Sequence[Stage], classes: Sequence[str], 
 
 
 def _truth_column(example: Example, classes: Sequence[str], colours: Sequence[Colour]) -> Html:
-    truth = charts.class_map(example.mask, colours)
+    truth = charts.class_picture(example.mask, colours)
     return tag(
         "div",
         _picture(charts.photo(example.image), f"Image {example.image_id}", "image", "image"),
@@ -385,7 +385,7 @@ def _stage_column(
     return tag(
         "div",
         _picture(
-            charts.class_map(class_ids, colours),
+            charts.class_picture(class_ids, colours),
             f"Prediction of {stage.title}: {_shares(class_ids, classes)}",
             f"{stage.title}: prediction",
             "prediction",
@@ -429,7 +429,7 @@ def pseudo_masks(run: Run, label_pixels: Sequence[int] | None) -> Html:
     above = [name for name in summaries[0] if name.startswith("share_above_")]
     header = [
         "",
-        "images",
+        "image_section",
         "mean confidence",
         "mean entropy (nats)",
         *(f"above {n.rsplit('_', 1)[1]}" for n in above),
@@ -495,17 +495,17 @@ def rejected(run: Run) -> Html:
         note(
             "Images of the pool that could not be used: the run left them out and went on. All are in the rejects.parquet there."
         ),
-        table("How many images were left out", ["where", "images"], counts),
+        table("How many images were left out", ["where", "image_section"], counts),
         table("The first of them", ["image", "reason", "where"], rows),
     )
 
 
-def uncertainty(run: Run, found: Sequence[Measured], measured: str) -> Html:
+def uncertainty(run: Run, found: Sequence[StageMeasure], measured: str) -> Html:
     """Whether confidence rises from stage to stage, and whether it is deserved."""
     top = charts.rounded_up(max(float((m.counts[:, 0] / m.pixels).max()) for m in found))
     pairs = list(zip(run.stages, found, strict=True))
     histograms = [
-        charts.histogram(
+        charts.confidence_histogram(
             f"Confidence of {stage.title}: mean {m.mean_confidence:.3f}", m.counts, m.mean_confidence, stage.number, top
         )
         for stage, m in pairs
@@ -540,7 +540,7 @@ def uncertainty(run: Run, found: Sequence[Measured], measured: str) -> Html:
     )
 
 
-def _verdict(found: Sequence[Measured]) -> str:
+def _verdict(found: Sequence[StageMeasure]) -> str:
     entropies, errors = [m.mean_entropy for m in found], [m.calibration_error for m in found]
     listed = " → ".join(f"{value:.3f}" for value in entropies)
     if len(found) == 1:
@@ -558,7 +558,7 @@ def _deserved(errors: Sequence[float]) -> str:
     return f"Calibration error: {listed}; from the first to the last stage, {meaning}."
 
 
-def _certainty_row(stage: Stage, m: Measured) -> list[object]:
+def _certainty_row(stage: Stage, m: StageMeasure) -> list[object]:
     gap = m.mean_confidence - m.accuracy
     return [stage.title, f"{m.mean_confidence:.3f}", f"{m.mean_entropy:.3f}", f"{m.accuracy:.3f}", signed(gap),
             f"{m.calibration_error:.3f}"]  # fmt: skip
@@ -566,10 +566,10 @@ def _certainty_row(stage: Stage, m: Measured) -> list[object]:
 
 def _panels(titles: Sequence[str], drawn: Sequence[Html]) -> Html:
     panels = [tag("div", tag("h3", title), plot) for title, plot in zip(titles, drawn, strict=True)]
-    return tag("div", joined(panels), class_="panels")
+    return tag("div", join_html(panels), class_="panels")
 
 
-def _bins_table(stage: Stage, m: Measured) -> Html:
+def _bins_table(stage: Stage, m: StageMeasure) -> Html:
     width = 1 / len(m.counts)
     rows = [
         [

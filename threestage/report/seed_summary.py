@@ -8,10 +8,10 @@ from threestage.data import storage
 from threestage.errors import InputError
 from threestage.models.export import BEST_MODEL
 from threestage.prediction.tta import TTASettings
-from threestage.run_folder.records import Results, Scores
+from threestage.run_folder.records import Results, SavedScores
 
 
-class Measured(NamedTuple):
+class SeedScore(NamedTuple):
     """What a mean IoU is of. `images`: "validation" (a run's own), or the split of a data set that was evaluated."""
 
     stage: str
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
 class Figure(NamedTuple):
     """`source`: the seed of a run, or the model that was evaluated. `mean_iou`: in [0,1]."""
 
-    measured: Measured
+    measured: SeedScore
     source: str
     mean_iou: float
 
@@ -31,7 +31,7 @@ class Figure(NamedTuple):
 class Row(NamedTuple):
     """`deviation`: of the sample, None of a single figure."""
 
-    measured: Measured
+    measured: SeedScore
     mean: float
     deviation: float | None
     seeds: int
@@ -44,8 +44,8 @@ def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
     Raises InputError where a seed, or a model under one protocol, is there twice.
     """
     figures = [figure for uri in runs for figure in figures_of_run(_json(uri, "results.json", Results))]
-    figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json", Scores))]
-    return markdown(rows_over_seeds(figures))
+    figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json", SavedScores))]
+    return markdown_table(rows_over_seeds(figures))
 
 
 def _json(folder: str, name: str, shape: Any) -> Any:
@@ -67,7 +67,7 @@ def figures_of_run(results: Mapping[str, Any]) -> list[Figure]:
         names["student_mean_iou"] = "student, last step"
         for key, name in names.items():
             if key in values:
-                measured = Measured(stage, name, "validation", TTASettings().describe())
+                measured = SeedScore(stage, name, "validation", TTASettings().describe())
                 figures.append(Figure(measured, f"seed {results['seed']}", values[key]))
     return figures
 
@@ -77,13 +77,13 @@ def figures_of_scores(scores: Mapping[str, Any]) -> list[Figure]:
     shipped = "network" if scores["stage"] == "stage1" else "teacher"
     best = scores["model"].rstrip("/").rsplit("/", 1)[-1] == BEST_MODEL
     name = f"{shipped}, {'best evaluation' if best else 'last step'}"
-    measured = Measured(scores["stage"], name, scores["split"], scores["protocol"])
+    measured = SeedScore(scores["stage"], name, scores["split"], scores["protocol"])
     return [] if scores["mean_iou"] is None else [Figure(measured, scores["model"], scores["mean_iou"])]
 
 
 def rows_over_seeds(figures: Iterable[Figure]) -> list[Row]:
     """One row for all that was measured alike, in order of appearance. InputError where a source comes twice in one."""
-    found: dict[Measured, dict[str, float]] = {}
+    found: dict[SeedScore, dict[str, float]] = {}
     for measured, source, mean_iou in figures:
         values = found.setdefault(measured, {})
         if source in values:
@@ -106,7 +106,7 @@ def plus_minus(mean: float, spread: float | None) -> str:
     return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def markdown_table(rows: Iterable[Row]) -> str:
     """Lines of a Markdown table."""
     lines = ["| stage | model | images | protocol | mean IoU | seeds |", "|---|---|---|---|---|---|"]
     for measured, mean, spread, seeds in rows:

@@ -36,17 +36,17 @@ from threestage.training.metrics import (
 from threestage.training.worker import default_device
 
 CPU_PIXELS = 8_000_000
-Group = Literal["worst", "middle", "best"]
+ExampleGroup = Literal["worst", "middle", "best"]
 OnImages = Callable[[int, int], None]  # (images done, of so many)
 
 
 class Chosen(NamedTuple):
     place: int  # in the validation set
-    group: Group
+    group: ExampleGroup
 
 
 @dataclass
-class Measured:
+class StageMeasure:
     """A stage's sums over the measured validation images, ignored pixels left out, and the mean IoU of each image."""
 
     confusion: Tensor  # (C,C) int64
@@ -89,7 +89,7 @@ class Example:
     """A chosen image at full size; per stage its class ids (H,W) uint8, confidence (H,W) uint8 (255 = 1) and mean IoU."""
 
     image_id: str
-    group: Group
+    group: ExampleGroup
     image: np.ndarray
     mask: np.ndarray
     class_ids: tuple[np.ndarray, ...]
@@ -131,11 +131,11 @@ class Validation:
             return len(self.samples)
         return max(least, int(CPU_PIXELS / pixels))
 
-    def measure(self, count: int, show: OnImages) -> list[Measured]:
+    def measure(self, count: int, show: OnImages) -> list[StageMeasure]:
         """Every stage on `count` images, evenly spread over the set; on all where there are no more."""
         indices = evenly(len(self.samples), count)
         classes = len(self.manifest.classes)
-        found = [Measured(torch.zeros(classes, classes, dtype=torch.int64)) for _ in self._networks]
+        found = [StageMeasure(torch.zeros(classes, classes, dtype=torch.int64)) for _ in self._networks]
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
             decoded = [self.samples.decoded(index) for index in batch]
@@ -145,7 +145,7 @@ class Validation:
             show(start + len(batch), len(indices))
         return found
 
-    def examples(self, chosen: Sequence[Chosen], measured: Sequence[Measured]) -> Iterator[Example]:
+    def examples(self, chosen: Sequence[Chosen], measured: Sequence[StageMeasure]) -> Iterator[Example]:
         """The chosen images in their order, a batch in memory at a time."""
         for start in range(0, len(chosen), BATCH):
             batch = chosen[start : start + BATCH]
@@ -193,7 +193,7 @@ def choose(scores: dict[int, float], count: int) -> list[Chosen]:
     worst, best = math.ceil(count / 3), count // 3
     middle = count - worst - best
     first = worst + (len(ranked) - count) // 2
-    groups: list[tuple[Group, list[int]]] = [
+    groups: list[tuple[ExampleGroup, list[int]]] = [
         ("worst", ranked[:worst]),
         ("middle", ranked[first : first + middle]),
         ("best", ranked[len(ranked) - best :]),

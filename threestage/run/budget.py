@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from threestage.checks.steps import Measured, Specification, measure_here
+from threestage.checks.steps import MeasuredStep, StepSpecification, measure_here
 from threestage.config import Config, StageName, changed
 from threestage.data import storage
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest, pool_files
@@ -24,7 +24,7 @@ SECONDS = {"m": 60, "h": 3600, "d": 86400, "device-hours": 3600}
 LEAST_STEPS = 20
 
 
-class Budget(NamedTuple):
+class TimeBudget(NamedTuple):
     """`seconds` of the run, or of all its devices together."""
 
     text: str
@@ -63,12 +63,12 @@ class Resolved(Settings):
         return f"budget {self.budget}: {', '.join(parts)}; a pass over the pool {duration(self.costs.pool_pass / 3600)}"
 
 
-def parse(text: str) -> Budget:
+def parse(text: str) -> TimeBudget:
     """`90m`, `4h`, `2d` or `8device-hours`. Raises InputError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(m|h|d|device-hours)\s*", text)
     if found is None or float(found[1]) == 0:
         raise InputError(f"--budget {text}: not a time; write 90m, 4h, 2d or 8device-hours", "budget/not-a-time")
-    return Budget(text.strip(), float(found[1]) * SECONDS[found[2]], found[2] == "device-hours")
+    return TimeBudget(text.strip(), float(found[1]) * SECONDS[found[2]], found[2] == "device-hours")
 
 
 def resolve(
@@ -110,7 +110,7 @@ def _refuse_steps(budget: str, overrides: Sequence[str]) -> None:
             )
 
 
-def divide(config: Config, budget: Budget, costs: Costs) -> Resolved:
+def divide(config: Config, budget: TimeBudget, costs: Costs) -> Resolved:
     """Steps in the proportion that the configuration has, as many as the budget holds beside pool passes and evaluations.
 
     Raises InputError where not even LEAST_STEPS of each stage fit.
@@ -140,7 +140,7 @@ def measure_and_divide(config: Config, budget: str, local: bool) -> Resolved:
     return bought(budget, config, manifest, list(_measured(config, manifest, local)))
 
 
-def bought(budget: str, config: Config, manifest: Manifest, measured: Sequence[Measured]) -> Resolved:
+def bought(budget: str, config: Config, manifest: Manifest, measured: Sequence[MeasuredStep]) -> Resolved:
     """What the budget buys by measured steps. Raises InputError where one could not be measured, and as `divide` does."""
     for one in measured:
         if reason := one.problem or one.warning:
@@ -148,9 +148,9 @@ def bought(budget: str, config: Config, manifest: Manifest, measured: Sequence[M
     return divide(config, parse(budget), costs_of(config, manifest, measured))
 
 
-def _measured(config: Config, manifest: Manifest, local: bool) -> Iterator[Measured]:
+def _measured(config: Config, manifest: Manifest, local: bool) -> Iterator[MeasuredStep]:
     use_gpu = default_device().type == "cuda" if local else config.cluster.gpus_per_worker > 0
-    specification = Specification(config=config, manifest=manifest, use_gpu=use_gpu)
+    specification = StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu)
     if local:
         yield from measure_here(specification)
         return
@@ -161,7 +161,7 @@ def _measured(config: Config, manifest: Manifest, local: bool) -> Iterator[Measu
         yield from measure_there(specification)
 
 
-def costs_of(config: Config, manifest: Manifest, measured: Sequence[Measured]) -> Costs:
+def costs_of(config: Config, manifest: Manifest, measured: Sequence[MeasuredStep]) -> Costs:
     image = max(one.image_seconds for one in measured)
     validated = len(make_split(config.data.root, manifest, config.data).validation)
     cluster = config.cluster

@@ -36,7 +36,7 @@ OF_STAGES = {"checkpoints": "checkpoints", "ray_train": "Ray Train's"}
 OTHER = "not the run's"
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """Files of one kind. `goes`: they are to be removed, the others stay."""
 
     name: str
@@ -49,7 +49,7 @@ class Leftover(NamedTuple):
     """What a run left. `gone`: the files and folders that are to be removed; `folder`: in which."""
 
     folder: str
-    kinds: list[Kind]
+    kinds: list[FileKind]
     deleted: list[str]
 
 
@@ -68,7 +68,7 @@ def what_is_left(run: str, everything: bool = False) -> Leftover:
         kind, working = _kind(path, done)
         found.setdefault((kind, working or (everything and kind != OTHER)), []).append(path)
     kinds = [
-        Kind(name, len(paths), sum(sizes[path] for path in paths), removed)
+        FileKind(name, len(paths), sum(sizes[path] for path in paths), removed)
         for (name, removed), paths in sorted(found.items())
     ]
     deleted = {_whole(path) for (_, removed), paths in found.items() if removed for path in paths}

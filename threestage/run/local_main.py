@@ -18,7 +18,7 @@ from threestage.plain_text import escape_control_chars, one_line
 from threestage.redaction import redact
 from threestage.run.backend import RunCallbacks
 from threestage.run.run import run
-from threestage.verdict import text
+from threestage.verdict import verdict_text
 
 EXAMPLE = "Example: python -m threestage.local demo --set data.root=runs/demo-0/data --out runs/demo"
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 1 if isinstance(error, StageFailure) else 2)
     except OSError as error:
         return _failed(explain(None, error), 2)
-    if (verdict := text(results)) is not None:
+    if (verdict := verdict_text(results)) is not None:
         _print(verdict)
     print(json.dumps(results["stages"], indent=1))
     return 0

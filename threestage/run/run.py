@@ -18,7 +18,7 @@ from threestage.errors import InputError, StageFailure, Warn, reason_of
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, Status
-from threestage.mlflow_sync.run_sync import Mirror, has_begun, keep_outcome, keep_settings
+from threestage.mlflow_sync.run_sync import RunSync, has_begun, keep_outcome, keep_settings
 from threestage.models.program import without_program
 from threestage.report.report import write_report
 from threestage.report.validation_images import write_pictures
@@ -86,7 +86,7 @@ def _sent_to_mlflow(
     if registry is not None:  # a run that is continued has been warned
         threading.Thread(target=_warn_without_program, args=(config, on.on_warning), daemon=True).start()
     settings = _settings(config, resolve_uri(config.registry.tracking_uri))
-    mirror = Mirror(out, settings, config.registry, registry, on.on_warning)
+    mirror = RunSync(out, settings, config.registry, registry, on.on_warning)
     status: Status = "FAILED"
     refused = False  # then what is in the folder may be another run's
     try:

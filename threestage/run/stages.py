@@ -113,7 +113,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     if worker.rank == 0:
         worker.checkpoints.wait()
         write_image_counts(task.folder, data.validation.ids, last[0].images)
-        publish(task, state, card, last[0].confusion, student)
+        publish_stage(task, state, card, last[0].confusion, student)
 
 
 def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
@@ -181,7 +181,9 @@ def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=config.optimiser.weight_decay)
 
 
-def publish(task: StageTask, state: TrainState, card: ModelCard, confusion: Tensor, student: Tensor | None) -> None:
+def publish_stage(
+    task: StageTask, state: TrainState, card: ModelCard, confusion: Tensor, student: Tensor | None
+) -> None:
     """Write `model/`, `best_model/` where an earlier step scored higher, and, last, result.json.
 
     confusion, student: matrices (C,C) of the shipped network and of the student at the last step.

@@ -108,7 +108,7 @@ class RunSettings(TypedDict):
 
 
 @with_config(OTHERS_TOO)
-class Scores(TypedDict):
+class SavedScores(TypedDict):
     """metrics.json of an evaluation."""
 
     stage: str

@@ -18,7 +18,7 @@ from threestage.sweeps.proposals import study_of
 from threestage.sweeps.space import best_overrides, trial_config
 
 
-def publish(requested: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
+def publish_results(requested: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     """best.yaml, plots and results.json. Raises StageFailure where no trial has finished."""
     space, config, out = requested.space, requested.config, requested.out
     rows = results.best_rows(trials)

@@ -59,7 +59,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """`trials`: still to be run. `devices`: of one trial, of the kind `unit`; where `gpus_per_worker` is set they are GPUs.
 
     `shared_hours`: stages trained once. `most_hours`: every trial to its end. `expected_hours`: with ASHA, which judges a
@@ -93,7 +93,7 @@ def make_plan(
     space: Space, config: Config, manifest: Manifest, trials_left: int, step_seconds: Mapping[StageName, float],
     pool_images: int | None, shared_done: Mapping[str, bool], pixels: int, device: str,
     kept: int = 1, device_hours_spent: float = 0.0,
-) -> Plan:  # fmt: skip
+) -> SweepPlan:  # fmt: skip
     """The plan of what is left of a sweep.
 
     step_seconds: of the stages that are to be trained, measured on `device`. pool_images: None while the pool is not listed.
@@ -115,7 +115,7 @@ def make_plan(
 
     most = hours(expected_seconds(searched, (), 1.0))
     expected = None if factor is None else hours(expected_seconds(searched, judged, factor))
-    return Plan(
+    return SweepPlan(
         trials=trials_left,
         at_once=at_once,
         stages=stages,
@@ -245,12 +245,12 @@ def _ends_with(space: Space, trials: int, wall: float, devices: float, spent: fl
     return f"{first}, after about {duration(limits[first])}"
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: SweepPlan) -> dict[str, Any]:
     """The plan as plain values: hours, seconds and bytes."""
     return asdict(plan) | {"bytes": plan.bytes}
 
 
-def rich_plan(plan: Plan) -> "Table":
+def rich_plan(plan: SweepPlan) -> "Table":
     """The plan as a table for a rich console."""
     from rich.markup import escape
     from rich.table import Table
@@ -261,7 +261,7 @@ def rich_plan(plan: Plan) -> "Table":
     return table
 
 
-def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _rows(plan: SweepPlan) -> Iterator[tuple[str, str]]:
     yield "Trials", f"{plan.trials}, {plan.at_once} at once, each on {plan.devices:g} × {plan.unit}"
     for stage in plan.stages:
         yield stage.stage, _stage_row(stage)
@@ -281,7 +281,7 @@ def _stage_row(stage: StagePlan) -> str:
     return f"{'once' if stage.shared else 'each trial'}: {stage.steps} steps{speed}{keys}"
 
 
-def _hour_rows(plan: Plan) -> Iterator[str]:
+def _hour_rows(plan: SweepPlan) -> Iterator[str]:
     if plan.shared_hours.device:
         yield f"shared stages: {_hours(plan.shared_hours)}"
     yield f"every trial to its end: {_hours(plan.most_hours)}"

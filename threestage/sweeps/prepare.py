@@ -16,7 +16,7 @@ from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
 from threestage.errors import InputError, Warn
 from threestage.sweeps.journal import Trial, shared_folder
-from threestage.sweeps.plan import Plan, make_plan, mean_pixels
+from threestage.sweeps.plan import SweepPlan, make_plan, mean_pixels
 from threestage.sweeps.proposals import number_of_trials
 from threestage.sweeps.space import Space, check_space, trial_config
 
@@ -67,7 +67,7 @@ def checked(requested: Sweep) -> Sweep:
     return replace(requested, config=config.with_absolute_paths(), out=out)
 
 
-def plan(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> Plan:
+def plan_sweep(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> SweepPlan:
     """The plan of what is left to do. Raises InputError where the cluster could never run it."""
     from threestage.ray_backend.capacity import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
 
@@ -130,7 +130,7 @@ def known(requested: Sweep) -> str | None:
     return str(saved["sweep_key"])
 
 
-def begin(requested: Sweep) -> str:
+def record_sweep(requested: Sweep) -> str:
     """Write down what the sweep is; returns its name in MLflow."""
     key = uuid.uuid4().hex
     storage.write_json(

@@ -29,7 +29,7 @@ BEST, LAST_EVALUATIONS = 5, 3
 
 
 @dataclass(frozen=True)
-class Best:
+class BestTrial:
     """A finished trial of the search. `spread`: sample standard deviation of its last three evaluations, None of fewer
     than two. `repeat_mean`, `repeat_std` (sample): over its `repeats` finished reruns with other seeds, without itself; of
     seeds with which all reruns are over."""
@@ -43,7 +43,7 @@ class Best:
     repeats: int
 
 
-def best_rows(trials: Sequence[Trial], count: int = BEST) -> list[Best]:
+def best_rows(trials: Sequence[Trial], count: int = BEST) -> list[BestTrial]:
     """The best finished trials of the search: those that were repeated first, by their repeats' mean (their own score
     is the luckiest of many); then the others by score."""
     rows = [_row(trial, trials) for trial in ranked(_searched(trials))]
@@ -55,13 +55,13 @@ def _searched(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.kind == "search"]
 
 
-def _row(trial: Trial, trials: Sequence[Trial]) -> Best:
+def _row(trial: Trial, trials: Sequence[Trial]) -> BestTrial:
     repeats = [other for other in trials if other.kind == "repeat"]
     open_seeds = {other.seed for other in repeats if not other.over}
     scores = [other.score for other in repeats if other.repeats == trial.number and other.seed not in open_seeds]
     again = [score for score in scores if score is not None]
     assert trial.score is not None
-    return Best(
+    return BestTrial(
         number=trial.number,
         params=trial.params,
         score=trial.score,
@@ -83,7 +83,7 @@ def validation_text(split: Split, data: DataSettings) -> str:
     return f"the val split of {redact(data.root)} ({images})"
 
 
-def rich_best_table(rows: Sequence[Best], keys: Sequence[str]) -> "Table":
+def rich_best_table(rows: Sequence[BestTrial], keys: Sequence[str]) -> "Table":
     """One row per trial, its settings in the order of `keys` on a line each; keys that a trial lacks are left out, and so
     is the column of repeats where there are none."""
     from rich.table import Table
@@ -101,7 +101,7 @@ def rich_best_table(rows: Sequence[Best], keys: Sequence[str]) -> "Table":
     return table
 
 
-def _repeats(row: Best) -> str:
+def _repeats(row: BestTrial) -> str:
     if row.repeat_mean is None:
         return ABSENT
     return f"{plus_minus(row.repeat_mean, row.repeat_std)} ({row.repeats})"
@@ -168,7 +168,7 @@ def _first_line(text: str | None) -> str:
     return next((line.strip() for line in (text or "").splitlines() if line.strip()), "no reason was given")
 
 
-def _best_lines(rows: Sequence[Best], keys: Sequence[str]) -> list[str]:
+def _best_lines(rows: Sequence[BestTrial], keys: Sequence[str]) -> list[str]:
     from rich.console import Console
 
     stream = io.StringIO()
@@ -204,7 +204,7 @@ def results_json(trials: Sequence[Trial], validation: str, files: Sequence[str])
 # ---- The configuration
 
 
-def best_header(sweep: str, row: Best, validation: str) -> list[str]:
+def best_header(sweep: str, row: BestTrial, validation: str) -> list[str]:
     """The lines that best.yaml opens with; `sweep` is the sweep's folder."""
     noise = "" if row.spread is None else f", spread {row.spread:.4f} over its last evaluations"
     lines = [

@@ -147,7 +147,7 @@ def _decimal(value: float) -> Decimal:
     return Decimal(str(value))
 
 
-class Budget(Settings):
+class SearchBudget(Settings):
     """Of running trials. A device is a GPU, or a worker where workers have none."""
 
     hours: float | None = Field(None, gt=0)
@@ -181,7 +181,7 @@ class Space(Settings):
     scheduler: Asha | None = Field(None, description="{asha: {grace_steps: …}} or none")
     trials: int | None = Field(None, ge=1, description="null: the whole grid")
     max_concurrent: int = Field(1, ge=1, description="trials at a time")
-    budget: Budget = Budget()
+    budget: SearchBudget = SearchBudget()
 
     @model_validator(mode="before")
     @classmethod

@@ -11,13 +11,13 @@ from threestage.errors import StageFailure
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables
 from threestage.mlflow_sync.records import Status
-from threestage.mlflow_sync.sweep_sync import Mirror
+from threestage.mlflow_sync.sweep_sync import SweepSync
 from threestage.run import pipeline
 from threestage.run.backend import RunCallbacks
 from threestage.run_folder import lease
 from threestage.sweeps import outcome, prepare
 from threestage.sweeps.journal import Trial, TrialStore, load_trials, ranked, shared_folder
-from threestage.sweeps.plan import Plan
+from threestage.sweeps.plan import SweepPlan
 from threestage.sweeps.prepare import REPEATED, Sweep
 from threestage.sweeps.proposals import number_of_trials, own_params, propose
 from threestage.sweeps.space import base_config, trial_config
@@ -30,7 +30,7 @@ MAX_CONSECUTIVE_FAILURES = (
 class Show(Protocol):
     """Where a sweep's progress goes."""
 
-    def plan(self, plan: Plan) -> None: ...
+    def plan(self, plan: SweepPlan) -> None: ...
     def phase(self, text: str) -> None: ...
     def on_metrics(self, stage: str, row: Mapping[str, float]) -> None: ...
     def on_progress(self, what: str, done: int, total: int) -> None: ...
@@ -38,14 +38,14 @@ class Show(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-def plan(requested: Sweep, warn: Callable[[str], None]) -> Plan:
+def plan(requested: Sweep, warn: Callable[[str], None]) -> SweepPlan:
     """What the sweep would do. Trains nothing, changes nothing."""
     from threestage.ray_backend.connect import connected
 
     requested = prepare.checked(requested)
     prepare.known(requested)
     with connected(requested.config.cluster, requested.space.max_concurrent):
-        return prepare.plan(requested, load_trials(requested.out), warn)
+        return prepare.plan_sweep(requested, load_trials(requested.out), warn)
 
 
 def run(requested: Sweep, show: Show) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
     with connected(requested.config.cluster, requested.space.max_concurrent):
         warn_of_traps(requested.config, requested.out, show.warn)
         if left_to_search(requested, load_trials(requested.out)):
-            show.plan(prepare.plan(requested, load_trials(requested.out), show.warn))
-        key = key or prepare.begin(requested)
+            show.plan(prepare.plan_sweep(requested, load_trials(requested.out), show.warn))
+        key = key or prepare.record_sweep(requested)
         quieten()
-        mirror = Mirror(
+        mirror = SweepSync(
             lambda: registry or open_registry(requested.config.registry),
             key,
             requested.config.name,
@@ -97,7 +97,7 @@ def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
     return found
 
 
-def _run(requested: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
+def _run(requested: Sweep, show: Show, mirror: SweepSync) -> dict[str, Any]:
     def changed(trial: Trial) -> None:
         show.trial(trial)
         mirror.update(trial, {"space": ",".join(requested.space.search)})
@@ -108,7 +108,7 @@ def _run(requested: Sweep, show: Show, mirror: Mirror) -> dict[str, Any]:
     running = _Running(requested, journal, show, time.monotonic())
     running.search()
     running.repeat()
-    found = outcome.publish(requested, journal.trials)
+    found = outcome.publish_results(requested, journal.trials)
     best = journal.trial(found["best"]["number"])
     if requested.promote:
         outcome.promote(requested, best, RunCallbacks(show.on_metrics, show.warn, show.on_progress))

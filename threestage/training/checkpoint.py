@@ -28,7 +28,7 @@ POINTER, OWNER, ROWS = "latest.json", "owner.json", "rows.json"
 Row = dict[str, float]  # "step" and the values measured there
 
 
-class Best(NamedTuple):
+class BestWeights(NamedTuple):
     """The evaluation with the highest mean IoU (in [0,1]) so far, of equals the first, and the weights that had it: of the
     shipped network without its auxiliary head, in host memory, never changed."""
 
@@ -50,7 +50,7 @@ class TrainState:
     unlabelled_images: int = 0
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
-    best: Best | None = None  # of rank 0
+    best: BestWeights | None = None  # of rank 0
 
     @property
     def shipped(self) -> nn.Module:
@@ -60,7 +60,7 @@ class TrainState:
     def keep_best(self, mean_iou: float) -> None:
         """Copy the shipped weights, which score so, where no evaluation before scored as high; NaN is no score."""
         if mean_iou > (-1.0 if self.best is None else self.best.mean_iou):
-            self.best = Best(self.step, mean_iou, _copied(without_auxiliary(self.shipped.state_dict())))
+            self.best = BestWeights(self.step, mean_iou, _copied(without_auxiliary(self.shipped.state_dict())))
 
     def snapshot(self) -> dict[str, Any]:
         """A copy in host memory that later steps do not change: plain values and tensors."""
@@ -95,7 +95,7 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         self.labelled_images, self.unlabelled_images = saved["labelled_images"], saved["unlabelled_images"]
-        self.best = Best(**saved["best"]) if saved.get("best") else None
+        self.best = BestWeights(**saved["best"]) if saved.get("best") else None
 
 
 def _copied(value: Any) -> Any:

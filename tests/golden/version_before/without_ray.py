@@ -75,7 +75,7 @@ def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials
         "threestage.ray_backend.train.on_cluster": trials.on_cluster,
         "threestage.ray_backend.sweep.run_trials": trials.run,
         "threestage.ray_backend.sweep.quieten": nothing,
-        "threestage.sweeps.prepare.plan": nothing,
+        "threestage.sweeps.prepare.plan_sweep": nothing,
         "threestage.cli.progress.SweepProgress.plan": nothing,
         "threestage.sweeps.sweep.open_registry": nothing,
         "threestage.sweeps.sweep.Mirror": NoMlflow,

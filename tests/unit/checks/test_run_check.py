@@ -15,7 +15,7 @@ from tests.refusals import refused
 from threestage.checks import data, step_time, steps
 from threestage.checks import run_check as checks
 from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
-from threestage.checks.steps import Measured, Specification, duration_line, measure, step_line
+from threestage.checks.steps import MeasuredStep, StepSpecification, duration_line, measure_steps, step_line
 from threestage.checks.store import check_store
 from threestage.config import Config
 from threestage.data import storage
@@ -40,9 +40,11 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage takes half a second a step and a GiB."""
 
-    def measured(specification: Specification) -> Iterator[Measured]:
+    def measured(specification: StepSpecification) -> Iterator[MeasuredStep]:
         for stage in specification.config.stage_names:
-            yield Measured(stage=stage, seconds=0.5, images=4, device="a CPU", memory_bytes=GIB, device_bytes=8 * GIB)
+            yield MeasuredStep(
+                stage=stage, seconds=0.5, images=4, device="a CPU", memory_bytes=GIB, device_bytes=8 * GIB
+            )
 
     monkeypatch.setattr(checks, "measure_here", measured)
 
@@ -240,9 +242,9 @@ def test_the_split_of_a_run_that_has_begun(config: Config, tmp_path: Path) -> No
 # ---- Steps
 
 
-def measured(**values: Any) -> Measured:
+def measured(**values: Any) -> MeasuredStep:
     given = {"seconds": 0.5, "images": 4, "device": "a GPU", "memory_bytes": 3 * GIB, "device_bytes": 8 * GIB}
-    return Measured.model_validate({"stage": "stage2", **given, **values})
+    return MeasuredStep.model_validate({"stage": "stage2", **given, **values})
 
 
 def test_workers_that_do_not_fit_on_a_machine_together(config: Config) -> None:
@@ -260,11 +262,11 @@ def test_workers_that_share_a_gpu(config: Config) -> None:
 
 
 def test_a_gpu_that_is_too_small(config: Config) -> None:
-    one = Measured(stage="stage1", on_gpu=True, problem="does not fit: CUDA out of memory")
+    one = MeasuredStep(stage="stage1", on_gpu=True, problem="does not fit: CUDA out of memory")
     found = str(step_line(config, one, 1, 1.0).problem)
     assert found.startswith("does not fit: CUDA out of memory; ask for less memory: ") and "unlabelled" not in found
     assert step_line(config, one, 1, 1.0).code == "check/memory"
-    other = Measured(stage="stage1", problem="no step could be computed: no kernel")
+    other = MeasuredStep(stage="stage1", problem="no step could be computed: no kernel")
     assert step_line(config, other, 1, 1.0)[3:5] == (other.problem, "check/no-step")
 
 
@@ -273,13 +275,13 @@ def test_the_duration_of_what_was_measured(config: Config) -> None:
     assert duration_line(config, stages).value.startswith(
         "stage1 6 steps 60 s + stage2 6 steps 3 s + stage3 6 steps 3 s = 66 s; besides: the pseudo-masks"
     )
-    part = duration_line(config, [*stages[:2], Measured(stage="stage3", warning="too slow")])
+    part = duration_line(config, [*stages[:2], MeasuredStep(stage="stage3", warning="too slow")])
     assert str(part.warning).endswith("stage3 could not be measured")
     assert duration_line(config, []).warning == "not estimated: no step was measured"
 
 
-def specification(config: Config, use_gpu: bool = False) -> Specification:
-    return Specification(config=config, manifest=load_manifest(config.data.root), use_gpu=use_gpu)
+def specification(config: Config, use_gpu: bool = False) -> StepSpecification:
+    return StepSpecification(config=config, manifest=load_manifest(config.data.root), use_gpu=use_gpu)
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dry_step_of_each_stage(config: Config, few_steps: None) -> None:
     threads = torch.get_num_threads()
-    found = list(measure(specification(config)))
+    found = list(measure_steps(specification(config)))
     assert [one.stage for one in found] == ["stage1", "stage2", "stage3"] and [one.images for one in found] == [2, 4, 4]
     for one in found:
         assert one.problem is None and one.seconds > 0 and 2**27 < one.memory_bytes < one.device_bytes
@@ -308,7 +310,7 @@ def test_a_step_that_fails_is_a_line_and_the_next_stage_is_tried(
         return real(config, stage, *rest)
 
     monkeypatch.setattr(steps, "measure_step", fail)
-    first, second, _ = measure(specification(config))
+    first, second, _ = measure_steps(specification(config))
     assert first.problem == "no step could be computed: RuntimeError: no kernel" and second.seconds > 0
 
 
@@ -322,7 +324,7 @@ class Process:
         return self._code
 
 
-def read(process: Any, complaints: bytes, tmp_path: Path) -> list[Measured]:
+def read(process: Any, complaints: bytes, tmp_path: Path) -> list[MeasuredStep]:
     with open(tmp_path / "complaints", "w+b") as file:
         file.write(complaints)
         return list(steps._read(process, ("stage1", "stage2"), file))

@@ -10,7 +10,7 @@ import pytest
 from tests.failing_s3 import ERRORS, NO_SUCH_KEY, Answer, failing_s3
 from tests.s3 import SECRET, free_port
 from threestage.checks import store
-from threestage.checks.store import Outcome, Probe, try_all, try_one, writable
+from threestage.checks.store import Probe, ProbeOutcome, try_all, try_one, writable
 from threestage.cli import app
 from threestage.data import storage
 from threestage.data.storage import StorageSettings
@@ -140,7 +140,7 @@ def test_nothing_there() -> None:
         assert "s3://bucket/data/manifest.json: " in problem and "data.root" in problem
         problem = problem_of(store.file("network.weights", "s3://bucket/w.pth"), "storage/not-found")
         assert "s3://bucket/w.pth: " in problem and "network.weights" in problem
-        problem = problem_of(store.images("data.unlabelled", "s3://bucket/photos"), "data/no-images")
+        problem = problem_of(store.probe_images("data.unlabelled", "s3://bucket/photos"), "data/no-images")
         assert "s3://bucket/photos: " in problem and "data.unlabelled" in problem
 
 
@@ -224,8 +224,12 @@ def test_only_what_may_pass_is_called_busy(name: str, busy: bool) -> None:
 def test_outcomes_of_one_reason_share_a_line() -> None:
     from threestage.checks.store import merged
 
-    same = [Outcome("data.root", "a", 1.0, "down"), Outcome("mlflow", "m", 0.1), Outcome("--out", "b", 2.0, "down")]
-    assert merged(same) == [Outcome("data.root, --out", "a", 2.0, "down"), Outcome("mlflow", "m", 0.1)]
+    same = [
+        ProbeOutcome("data.root", "a", 1.0, "down"),
+        ProbeOutcome("mlflow", "m", 0.1),
+        ProbeOutcome("--out", "b", 2.0, "down"),
+    ]
+    assert merged(same) == [ProbeOutcome("data.root, --out", "a", 2.0, "down"), ProbeOutcome("mlflow", "m", 0.1)]
 
 
 def test_input_errors_are_one_line() -> None:

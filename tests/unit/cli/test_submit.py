@@ -161,29 +161,29 @@ def test_variables_travel_by_name() -> None:
         "AWS_SECRET_ACCESS_KEY": "very secret",
         "AWS_ENDPOINT_URL": "http://minio:9000",
     }
-    sent = job_package.environment(job, ["CUDA_HOME"], here | {"HOME": "/root"})
+    sent = job_package.job_environment(job, ["CUDA_HOME"], here | {"HOME": "/root"})
     assert sent == {
         job_package.EXPECTED: "CUDA_HOME,MLFLOW_TRACKING_URI,AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,"
         "AWS_ACCESS_KEY_ID?,AWS_SECRET_ACCESS_KEY?"
     }
     values = ["AWS_ENDPOINT_URL=http://minio:9000", "MLFLOW_TRACKING_URI=http://mlflow:5000"]
-    sent = job_package.environment(job, values, {"AWS_ENDPOINT_URL": "http://localhost:9000"})
+    sent = job_package.job_environment(job, values, {"AWS_ENDPOINT_URL": "http://localhost:9000"})
     assert sent == {"AWS_ENDPOINT_URL": "http://minio:9000", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     own = ("--set", "registry.tracking_uri=http://m:5000", "--set", "storage.endpoint=http://minio:9000")
-    assert job_package.environment(read("run", *RUN, *own), [], here).keys() == {job_package.EXPECTED}
-    assert job_package.environment(read("predict", "/models/m", "/photos", "/out"), [], {}) == {}
+    assert job_package.job_environment(read("run", *RUN, *own), [], here).keys() == {job_package.EXPECTED}
+    assert job_package.job_environment(read("predict", "/models/m", "/photos", "/out"), [], {}) == {}
 
 
 @pytest.mark.parametrize("text", ["AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x", "MLFLOW_TRACKING_URI=http://me:pass@host"])
 def test_a_value_that_may_be_a_secret_does_not_travel(text: str) -> None:
     with refused("submit/secret-variable", f"--env {text.partition('=')[0]}") as raised:
-        job_package.environment(read("run", *RUN), [text], {})
+        job_package.job_environment(read("run", *RUN), [text], {})
     assert "pass" not in str(raised.value)
 
 
 def test_a_name_that_no_variable_has() -> None:
     with refused("config/usage", "--env A B"):
-        job_package.environment(read("run", *RUN), ["A B"], {})
+        job_package.job_environment(read("run", *RUN), ["A B"], {})
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_name_that_no_variable_has() -> None:
 )
 def test_a_secret_is_known_by_its_name_or_its_shape(text: str) -> None:
     with refused("submit/secret-variable") as raised:
-        job_package.environment(read("run", *RUN), [text], {})
+        job_package.job_environment(read("run", *RUN), [text], {})
     assert text.partition("=")[2] not in str(raised.value)
 
 
@@ -231,7 +231,7 @@ def test_a_secret_is_known_by_its_name_or_its_shape(text: str) -> None:
 def test_other_variables_travel(text: str) -> None:
     text += "0123456789abcdef0123456789abcdef01234567" if text.endswith("=") else ""
     name, _, value = text.partition("=")
-    assert job_package.environment(read("run", *RUN), [text], {})[name] == value
+    assert job_package.job_environment(read("run", *RUN), [text], {})[name] == value
 
 
 def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path) -> None:
@@ -328,14 +328,14 @@ def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("threestage/__main__.py", "")
         archive.writestr("threestage-9.dist-info/METADATA", "Requires-Dist: torch")
-    with submit.unpacked(str(wheel)) as folder:
+    with submit.unpacked_wheel(str(wheel)) as folder:
         assert Path(folder).name == "threestage" and os.listdir(Path(folder).parent) == ["threestage"]
-    with pytest.raises(ConnectionError), submit.unpacked(str(wheel)):
+    with pytest.raises(ConnectionError), submit.unpacked_wheel(str(wheel)):
         raise ConnectionError  # while it is uploaded
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other/__main__.py", "")
     for wrong in (wheel, tmp_path / "nothing.whl", ROOT / "README.md"):
-        with refused("submit/wheel", f"--wheel {wrong}"), submit.unpacked(str(wrong)):
+        with refused("submit/wheel", f"--wheel {wrong}"), submit.unpacked_wheel(str(wrong)):
             pass
 
 
@@ -346,7 +346,7 @@ def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         submitted.extend([job.arguments, *shipment])
         return "demo-123456"
 
-    monkeypatch.setattr(submit, "connect", lambda url: SimpleNamespace(get_address=lambda: url))
+    monkeypatch.setattr(submit, "job_client", lambda url: SimpleNamespace(get_address=lambda: url))
     monkeypatch.setattr(submit, "submit", note)
     options = ["--address", "http://head:8265", "--env", "MLFLOW_TRACKING_URI=http://m:1", "--no-wait"]
     options += ["--entrypoint-resources", '{"driver": 1}']
@@ -365,15 +365,15 @@ def test_an_address_that_is_no_job_api(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     for wrong in ("127.0.0.1:6379", "ray://host:1"):
         with refused("ray/address", f"--address {wrong}: "):
-            submit.connect(wrong)
+            submit.job_client(wrong)
     with refused("ray/address", "--address: "):
-        submit.connect(None)
+        submit.job_client(None)
     for name in reversed(submit.ADDRESS_VARIABLES):  # the first has the last word
         monkeypatch.setenv(name, "127.0.0.1:6379")
         with refused("ray/address", f"{name}=127.0.0.1:6379: ", "--address"):
-            submit.connect(None)
+            submit.job_client(None)
     with s3_server() as other, refused("ray/other-service", other):
-        submit.connect(other)
+        submit.job_client(other)
 
 
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
         for url in (f"http://127.0.0.1:{free_port()}", hole, silent):
             begun = time.monotonic()
             with refused("ray/no-answer", f"--address {url}"):
-                submit.connect(url)
+                submit.job_client(url)
             assert time.monotonic() - begun < 8
 
 

@@ -27,7 +27,7 @@ from threestage.data import image_validation, parallel, records
 from threestage.data.classes import ClassMap, Lookup
 from threestage.data.headers import MAX_PARTS, MAX_SCANS, MAX_TAG_VALUES, BadImage, read_layout
 from threestage.data.image_validation import BadFile, check_image, check_mask
-from threestage.data.parallel import Budget
+from threestage.data.parallel import PixelBudget
 from threestage.data.records import decode_image, open_picture
 
 GREY, RGB, PALETTE = 1, 2, 3
@@ -315,7 +315,7 @@ def test_an_unknown_colour_of_a_palette_is_named() -> None:
 
 
 def test_threads_share_a_budget_and_none_is_passed_over() -> None:
-    budget, held, most, order = Budget(10), 0, 0, list[int]()
+    budget, held, most, order = PixelBudget(10), 0, 0, list[int]()
     lock = threading.Lock()
 
     def work(amount: int) -> None:
@@ -340,7 +340,7 @@ def test_threads_share_a_budget_and_none_is_passed_over() -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what fails gives its pixels back."""
-    monkeypatch.setattr(image_validation, "PIXELS", Budget(64 * 64))
+    monkeypatch.setattr(image_validation, "PIXELS", PixelBudget(64 * 64))
     at_once = set[int]()
 
     def seen(data: bytes) -> Image.Image:
@@ -365,7 +365,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_prediction_s_threads_share_the_pixels_of_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "LARGE_PIXELS", 60 * 60)
-    monkeypatch.setattr(records, "PIXELS", Budget(64 * 64))
+    monkeypatch.setattr(records, "PIXELS", PixelBudget(64 * 64))
     free = list[int]()
 
     def seen(image: Image.Image) -> Image.Image:

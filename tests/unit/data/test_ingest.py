@@ -23,12 +23,12 @@ from threestage.data.listing import Each, list_images
 from threestage.data.outputs import DATA_SET_MARK, mark
 from threestage.data.publish import (
     ExistingRecord,
-    Job,
+    IngestJob,
     _bits,
     build_index,
     digest_of,
     few_at_once,
-    look_up,
+    look_up_ids,
     next_manifest,
 )
 from threestage.data.records import Bytes, Manifest, decode_mask, labelled_rows, load_manifest, pool_files
@@ -460,7 +460,7 @@ def test_what_is_finished_is_not_read_again(source: Path, format: str, reads: li
 def listing_of(source: Path) -> str:
     """Where an ingest lists the images, in a data set that is begun."""
     mark(f"{source}/ds", DATA_SET_MARK, "threestage ingest")
-    job = Job(f"{source}/ds", 4, None, "", None, None)
+    job = IngestJob(f"{source}/ds", 4, None, "", None, None)
     return _listing_folder(job, f"{source}/images")
 
 
@@ -550,7 +550,7 @@ def test_an_ingest_whose_index_another_deleted_says_so(source: Path) -> None:
     run(source)
     _bits.cache_clear()
     with refused("data/concurrent-ingest", f"{source}/ds/index/gone"):
-        look_up(f"{source}/ds/index/gone", ["a"])
+        look_up_ids(f"{source}/ds/index/gone", ["a"])
 
 
 def test_two_files_of_one_id_and_an_absurdly_large_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,12 +609,12 @@ def test_the_index_of_what_is_known(source: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("threestage.data.publish.PART_ENTRIES", 1)
     folder = build_index(f"{source}/ds", manifest)
     assert len(storage.list_files(folder)) == 16 + 1
-    found = look_up(folder, ["04", "nowhere", "09"])
+    found = look_up_ids(folder, ["04", "nowhere", "09"])
     assert found == {
         "04": ExistingRecord("train", digest_of((source / "images" / "04.png").read_bytes()), found["04"].mask_digest),
         "09": ExistingRecord("train", digest_of((source / "images" / "09.png").read_bytes()), None),
     }
-    assert found["04"].mask_digest is not None and look_up(None, ["04"]) == {}
+    assert found["04"].mask_digest is not None and look_up_ids(None, ["04"]) == {}
 
 
 def test_an_ingest_that_another_overtook_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -356,7 +356,7 @@ def test_an_image_that_is_replaced_in_place_is_listed_again(tmp_path: Path, smal
             file.path for file in again
         }
         assert pool.rows_of(pool.listed_pool(str(out))) == 40
-    images = {row.image_id: row for file in pool.listed_pool(str(out)) for rows in pool.read_rows(file) for row in rows
+    images = {row.image_id: row for file in pool.listed_pool(str(out)) for rows in pool.read_pool_rows(file) for row in rows
               if not row.replaced}  # fmt: skip
     assert len(images) == 40 and images["7"].image == b"same-1" and not any(row.problem for row in images.values())
 

@@ -14,7 +14,7 @@ from threestage.errors import InputError
 from threestage.mlflow_sync import sweep_sync as mirror_module
 from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.records import RegistrySettings, TrialRecord
-from threestage.mlflow_sync.sweep_sync import Mirror
+from threestage.mlflow_sync.sweep_sync import SweepSync
 from threestage.sweeps.journal import Trial
 
 KEY, TAGS = "/sweeps/it's one", {"version": "1"}
@@ -54,7 +54,7 @@ def points_of(registry: Registry, run: Any) -> list[tuple[int, float]]:
 def test_a_sweep_is_a_run_with_one_nested_in_it_per_trial(registry: Registry, tmp_path: Path) -> None:
     warnings: list[str] = []
     (tmp_path / "best.yaml").write_text("seed: 0\n")
-    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     mirror.update(trial(1, state="stopped"), TAGS)
     mirror.update(trial(2, 0, state="failed", reason="no s3://KEY:SECRET@bucket/x"), TAGS)
@@ -94,13 +94,13 @@ def test_a_killed_driver_leaves_nothing_that_the_next_one_doubles(
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "_log_metrics", log)
-        killed = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+        killed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
         killed.update(trial(0, 2, state="running"), TAGS)
         wait_for(lambda: "0" in runs_of(registry) and runs_of(registry)["0"].info.status == "RUNNING")
         wait_for(lambda: not killed._pending and 0 in killed._sent)
         assert len(logged) == 2
         for _ in range(2):
-            resumed = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+            resumed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
             resumed.update(trial(0, 3, state="finished"), TAGS)
             assert resumed.close("FINISHED", {"mean_iou": 0.32}, {})
     run = runs_of(registry)["0"]
@@ -133,7 +133,7 @@ def test_a_recording_that_was_cut_is_completed(
 
 def test_a_resumed_sweep_opens_its_runs_again(registry: Registry) -> None:
     for state, status, reason in (("stopped", "KILLED", "x"), ("running", "RUNNING", None)):
-        mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+        mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
         mirror.update(trial(0, state=state, reason=reason), TAGS)
         mirror.close("KILLED", {}, {})
         run = runs_of(registry)["0"]
@@ -149,7 +149,7 @@ def test_an_update_that_changes_nothing_is_not_sent(registry: Registry, monkeypa
         return original(self, parent_id, record)
 
     monkeypatch.setattr(Registry, "record_trial", record_trial)
-    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+    mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
     for _ in range(3):
         mirror.update(trial(0), TAGS)
         wait_for(lambda: 0 in mirror._sent)
@@ -160,7 +160,7 @@ def test_an_update_that_changes_nothing_is_not_sent(registry: Registry, monkeypa
 def test_a_store_that_is_away_costs_one_warning_and_gets_everything_later(registry: Registry) -> None:
     warnings: list[str] = []
     there, registry.uri = registry.uri, f"http://127.0.0.1:{free_port()}"
-    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     start = time.monotonic()
     mirror.update(trial(0, state="finished"), TAGS)
     mirror.update(trial(1, 1), TAGS)
@@ -179,7 +179,7 @@ def test_a_store_that_is_away_costs_one_warning_and_gets_everything_later(regist
 def test_closing_without_a_store_says_how_to_mend_it_and_a_second_sweep_does(registry: Registry) -> None:
     warnings: list[str] = []
     there, registry.uri = registry.uri, f"http://127.0.0.1:{free_port()}"
-    mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
+    mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     start = time.monotonic()
     assert not mirror.close("FINISHED", {}, {})
@@ -187,7 +187,7 @@ def test_closing_without_a_store_says_how_to_mend_it_and_a_second_sweep_does(reg
     assert "--resume" in warnings[-1]
     registry.uri = there
     assert runs_of(registry) == {}
-    again = Mirror(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+    again = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
     again.update(trial(0, state="finished"), TAGS)
     assert again.close("FINISHED", {}, {})
     assert set(runs_of(registry)) == {"parent", "0"}
@@ -203,7 +203,7 @@ def test_a_store_that_is_away_at_the_start_is_found_later(registry: Registry, mo
         return registry
 
     monkeypatch.setattr("threestage.mlflow_sync.sweep_sync.RETRY_S", 0.1)
-    mirror = Mirror(connect, KEY, "shapes", PARAMS, warnings.append)
+    mirror = SweepSync(connect, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     wait_for(lambda: warnings)
     assert "goes on without MLflow, which is tried again: no MLflow there" in warnings[0]
@@ -220,7 +220,7 @@ def test_a_fault_of_the_stores_client_ends_nothing(registry: Registry, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "record_trial", record_trial)
-        mirror = Mirror(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
+        mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, warnings.append)
         mirror.update(trial(0), TAGS)
         wait_for(lambda: warnings)
     assert "KeyError" in warnings[0]

@@ -29,7 +29,15 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
 from threestage.models.settings import NetworkSettings
-from threestage.prediction.input_parts import Part, crowded_names, kind_of, output_name, plan, read_part, safe_name
+from threestage.prediction.input_parts import (
+    Part,
+    crowded_names,
+    kind_of,
+    output_name,
+    plan_parts,
+    read_part,
+    safe_name,
+)
 from threestage.prediction.output import PredictionTask
 from threestage.prediction.predict import (
     ModelFiles,
@@ -366,7 +374,7 @@ def test_two_images_that_cannot_have_two_names_are_refused_before_anything_is_pr
     ids = ["x", "x", "x"]
     pq.write_table(pa.table({"image_id": ids, "image": [b"", b"", b""]}), tmp_path / "a.parquet", row_group_size=1)
     source = str(tmp_path / "a.parquet")
-    parts = plan(source, "parquet", "", 1, one_by_one)
+    parts = plan_parts(source, "parquet", "", 1, one_by_one)
     assert crowded_names(parts, source, "parquet") == {id_hash("x")}
     with refused("predict/same-name", source, "masks/x.png"):
         crowded_names(parts, source, "parquet", lambda: {part.name: ["x"] for part in parts[:2]})
@@ -423,7 +431,7 @@ def test_a_part_of_others_that_is_damaged_costs_itself(model: ModelFiles, tmp_pa
 
 def test_a_store_that_fails_while_a_table_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"image": [b"x"] * 4}), tmp_path / "a.parquet")
-    ((part,), source) = plan(str(tmp_path), "parquet", "", 9, one_by_one), str(tmp_path)
+    ((part,), source) = plan_parts(str(tmp_path), "parquet", "", 9, one_by_one), str(tmp_path)
 
     def fail(self: Any, size: int = -1) -> bytes:
         self.failure = OSError("the store is down")
@@ -562,7 +570,7 @@ def test_names_of_repeated_ids() -> None:
 
 def test_a_part_that_changes_is_another(tmp_path: Path) -> None:
     def digests() -> list[str]:
-        return [part.digest for part in plan(str(tmp_path), "parquet", "", 1, one_by_one)]
+        return [part.digest for part in plan_parts(str(tmp_path), "parquet", "", 1, one_by_one)]
 
     pq.write_table(pa.table({"image": [b"a", b"b"]}), tmp_path / "a.parquet", row_group_size=1)
     first = digests()

@@ -38,7 +38,7 @@ from threestage.prediction.pseudo_masks import (
     check_collapse,
     class_confidence_entropy,
     gather,
-    measure,
+    pixel_statistics,
     predict_images,
     quantise,
     set_digest,
@@ -552,9 +552,9 @@ def test_measure_of_a_batch_is_the_sum_over_its_images() -> None:
     logits = torch.randn(3, CLASSES, 8, 9, generator=torch.Generator().manual_seed(1))
     class_ids, confidence, entropy = class_confidence_entropy(logits)
     masks = [None, np.full((8, 9), 2, np.uint8), np.full((8, 9), 255, np.uint8)]
-    whole = measure(class_ids, confidence, entropy, masks, CLASSES)
+    whole = pixel_statistics(class_ids, confidence, entropy, masks, CLASSES)
     single = [
-        measure(class_ids[i : i + 1], confidence[i : i + 1], entropy[i : i + 1], masks[i : i + 1], CLASSES)
+        pixel_statistics(class_ids[i : i + 1], confidence[i : i + 1], entropy[i : i + 1], masks[i : i + 1], CLASSES)
         for i in range(3)
     ]
     assert torch.allclose(whole, torch.stack(single).sum(0))

@@ -19,9 +19,9 @@ from threestage.prediction.tta import (
     TTASettings,
     check_protocol,
     fitting_window,
-    predict,
     predict_in_windows,
     predict_probabilities,
+    predict_with_tta,
     scaled_size,
     window_logits,
     window_starts,
@@ -51,15 +51,15 @@ def test_the_default_is_what_pseudo_masks_are_made_with() -> None:
     settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2))
     network = build_network(settings, CLASSES).eval()
     expected = pseudo_masks.predict(network, images())
-    for mine, theirs in zip(predict(network, images(), TTASettings(), 8), expected, strict=True):
+    for mine, theirs in zip(predict_with_tta(network, images(), TTASettings(), 8), expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("window", [(23, 31), (64, 64), (23, 999)])
 def test_a_window_that_covers_the_image_is_the_image(window: tuple[int, int]) -> None:
-    whole = predict(Toy(), images(), TTASettings(), 1)
+    whole = predict_with_tta(Toy(), images(), TTASettings(), 1)
     network = Toy()
-    for mine, theirs in zip(predict(network, images(), TTASettings(window=window), 1), whole, strict=True):
+    for mine, theirs in zip(predict_with_tta(network, images(), TTASettings(window=window), 1), whole, strict=True):
         assert torch.equal(mine, theirs)
     assert network.sizes == [(23, 31)]
 
@@ -108,7 +108,7 @@ def test_flips_and_scales_are_a_mean_of_probabilities() -> None:
     probabilities = predict_probabilities(network, images(), protocol, 4)
     torch.testing.assert_close(probabilities.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 23, 31))
-    class_ids, confidence, entropy = predict(network, images(), protocol, 4)
+    class_ids, confidence, entropy = predict_with_tta(network, images(), protocol, 4)
     assert torch.equal(class_ids.long(), probabilities.argmax(1))
     torch.testing.assert_close(confidence, probabilities.amax(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, -(probabilities * probabilities.log()).sum(1), rtol=1e-3, atol=1e-4)
@@ -116,9 +116,9 @@ def test_flips_and_scales_are_a_mean_of_probabilities() -> None:
 
 def test_large_images_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = TTASettings(flip=True, scales=(1, 2))
-    together, network = predict(Toy(), images(3), protocol, 1), Toy()
+    together, network = predict_with_tta(Toy(), images(3), protocol, 1), Toy()
     monkeypatch.setattr("threestage.prediction.tta.VIEW_PIXELS", 4 * 23 * 31)
-    for mine, theirs in zip(predict(network, images(3), protocol, 1), together, strict=True):
+    for mine, theirs in zip(predict_with_tta(network, images(3), protocol, 1), together, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert len(network.sizes) == 12
 
@@ -134,7 +134,9 @@ def test_an_image_that_is_too_large_is_predicted_in_the_windows_of_the_protocol(
     class_ids, confidence, entropy = predict_in_windows(Toy(), picture, protocol, 1, 200)
     assert class_ids.dtype == torch.uint8 and class_ids.shape == confidence.shape == entropy.shape == (1, *sides)
     if not flip:
-        for mine, theirs in zip((class_ids, confidence, entropy), predict(Toy(), picture, protocol, 1), strict=True):
+        for mine, theirs in zip(
+            (class_ids, confidence, entropy), predict_with_tta(Toy(), picture, protocol, 1), strict=True
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
         return
     total, count = torch.zeros(1, CLASSES, *sides), torch.zeros(sides)
@@ -152,7 +154,7 @@ def test_without_windows_of_its_own_a_large_image_is_cut_into_some_that_fit() ->
     network = Toy()
     class_ids, *_ = predict_in_windows(network, images(1, 100, 60), TTASettings(), 8, 1200)
     assert len(network.sizes) > 4 and max(height * width for height, width in network.sizes) <= 1200
-    whole = predict(Toy(), images(1, 100, 60), TTASettings(), 8)[0]
+    whole = predict_with_tta(Toy(), images(1, 100, 60), TTASettings(), 8)[0]
     assert (class_ids == whole).float().mean() > 0.85, "they differ where a window ends, 2 pixels deep"
 
 
@@ -177,7 +179,7 @@ def test_a_certain_network_has_no_entropy() -> None:
         def forward(self, image: Tensor) -> tuple[Tensor, None]:
             return 1e4 * super().forward(image)[0], None
 
-    _, confidence, entropy = predict(Certain(), images(), TTASettings(flip=True), 1)
+    _, confidence, entropy = predict_with_tta(Certain(), images(), TTASettings(flip=True), 1)
     assert entropy.isfinite().all() and confidence.isfinite().all() and confidence.max() == 1
 
 

@@ -153,7 +153,7 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr("threestage.ray_backend.connect.check_connection", lambda name, address: None)
     monkeypatch.setattr(ray, "init", refuse)
     with contextlib.ExitStack() as connection, refused("ray/not-a-node", "RAY_ADDRESS=head:6379: ", "(no raylet here)"):
-        node_checks.connect("RAY_ADDRESS", "head:6379", config.cluster, connection)
+        node_checks.connect_to_check("RAY_ADDRESS", "head:6379", config.cluster, connection)
 
 
 @pytest.mark.parametrize("what", ["Ray", "Python"])
@@ -185,10 +185,10 @@ def test_a_node_with_another_folder_of_that_name(config: Config, tmp_path: Path)
 
 def test_nodes_that_lack_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in ("one", "two", "three")]
-    old = node_checks.View(
+    old = node_checks.NodeView(
         versions=node_checks.versions() | {"threestage": "0.0.1"}, problems=("data.root: not there",)
     )
-    fine = node_checks.View(versions=node_checks.versions())
+    fine = node_checks.NodeView(versions=node_checks.versions())
     monkeypatch.setattr(ray, "nodes", lambda: alive)
     monkeypatch.setattr(node_checks, "_views", lambda *given: {"one": old, "two": old, "three": fine})
     nodes = "node one and 1 more: "

@@ -8,12 +8,12 @@ import pytest
 from tests.conftest import tiny_config
 from tests.refusals import refused
 from tests.runs import run_local
-from threestage.checks.steps import Measured, Specification
+from threestage.checks.steps import MeasuredStep, StepSpecification
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import load_manifest
 from threestage.run import budget as budgets
-from threestage.run.budget import Budget, Costs, Resolved, bought, divide, parse, resolve
+from threestage.run.budget import Costs, Resolved, TimeBudget, bought, divide, parse, resolve
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A step takes 0.1 s, an image 0.01 s; counts how often that is measured."""
     times: list[int] = []
 
-    def measure(specification: Specification) -> Iterator[Measured]:
+    def measure(specification: StepSpecification) -> Iterator[MeasuredStep]:
         times.append(1)
         for stage in specification.config.stage_names:
-            yield Measured(stage=stage, seconds=0.1, image_seconds=0.01)
+            yield MeasuredStep(stage=stage, seconds=0.1, image_seconds=0.01)
 
     monkeypatch.setattr(budgets, "measure_here", measure)
     return times
@@ -32,7 +32,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_budget_is_a_time_of_the_run_or_of_its_devices(scenes: Path) -> None:
     assert (
-        parse("90m") == Budget("90m", 5400, False) and parse("1.5h").seconds == 5400 and parse("2d").seconds == 172800
+        parse("90m") == TimeBudget("90m", 5400, False)
+        and parse("1.5h").seconds == 5400
+        and parse("2d").seconds == 172800
     )
     devices = parse("8 device-hours")
     assert devices.of_devices
@@ -50,15 +52,15 @@ def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Pa
         pseudo_mask__final_stage=False,
     )  # fmt: skip
     costs = Costs(steps={"stage1": 1, "stage2": 2, "stage3": 2}, evaluation=10, pool_pass=50)
-    found = divide(config, Budget("1000 s", 1000, False), costs)
+    found = divide(config, TimeBudget("1000 s", 1000, False), costs)
     assert found.steps == {"stage1": 81, "stage2": 243, "stage3": 81}
     assert found.applied(config).stage2.steps == 243
     spent = sum(n * costs.steps[s] for s, n in found.steps.items()) + 2 * 50 + (3 + 405 / 100) * 10
     assert 880 < spent <= 900
     with refused("budget/too-small", "--budget 200 s") as error:
-        divide(config, Budget("200 s", 200, False), costs)
+        divide(config, TimeBudget("200 s", 200, False), costs)
     least = float(error.value.message.rsplit("give ")[1].split("m")[0])
-    assert min(divide(config, Budget("", 60 * (least + 1), False), costs).steps.values()) >= budgets.LEAST_STEPS
+    assert min(divide(config, TimeBudget("", 60 * (least + 1), False), costs).steps.values()) >= budgets.LEAST_STEPS
 
 
 def test_what_is_resolved_is_read_again(scenes: Path, tmp_path: Path, measured: list[int]) -> None:
@@ -86,10 +88,10 @@ def test_steps_and_budget_exclude_each_other(scenes: Path, tmp_path: Path, measu
 def test_what_was_not_measured_or_counted_is_refused(scenes: Path, tmp_path: Path) -> None:
     config, manifest = tiny_config(scenes, stages=1), load_manifest(str(scenes))
     with refused("budget/not-measured", "--budget"):
-        bought("5m", config, manifest, [Measured(stage="stage1", problem="no memory")])
+        bought("5m", config, manifest, [MeasuredStep(stage="stage1", problem="no memory")])
     (tmp_path / "photos").mkdir()
     away: Config = tiny_config(scenes, stages=1, data__unlabelled=str(tmp_path / "photos"))
-    fine = [Measured(stage="stage1", seconds=1, image_seconds=1)]
+    fine = [MeasuredStep(stage="stage1", seconds=1, image_seconds=1)]
     with refused("budget/pool-not-counted", "--budget"):
         bought("5m", away, manifest, fine)
     costs = bought("1h", config, manifest, fine).costs

@@ -109,14 +109,14 @@ def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
     monkeypatch.setattr(
         stages, "evaluate", lambda network, samples, classes, *rest: scored(next(scores), samples, classes)
     )
-    publish, tries = stages.publish, itertools.count()
+    publish, tries = stages.publish_stage, itertools.count()
 
     def dying(task: stages.StageTask, *rest: Any) -> None:
         if task.stage == "stage2" and next(tries) == 0:
             raise Killed
         publish(task, *rest)
 
-    monkeypatch.setattr(stages, "publish", dying)
+    monkeypatch.setattr(stages, "publish_stage", dying)
     config = tiny_config(scenes, stages=2, training__evaluate_every=2)
     with pytest.raises(Killed):
         run_local(config, str(tmp_path), quiet)

@@ -17,7 +17,7 @@ from threestage.data.records import load_manifest
 from threestage.models.network import build_network
 from threestage.ray_backend.capacity import Growth, refuse_impossible
 from threestage.run.stages import StageTask, build_state
-from threestage.sweeps.plan import Plan, judged_at, make_plan, mean_pixels, network_bytes, plan_json, rich_plan
+from threestage.sweeps.plan import SweepPlan, judged_at, make_plan, mean_pixels, network_bytes, plan_json, rich_plan
 from threestage.sweeps.space import Space
 from threestage.training.checkpoint import TrainState
 
@@ -30,7 +30,7 @@ def space(**changes: Any) -> Space:
     return Space.model_validate(tree | changes)
 
 
-def planned(scenes: Path, the_space: Space, config: Config | None = None, **changes: Any) -> Plan:
+def planned(scenes: Path, the_space: Space, config: Config | None = None, **changes: Any) -> SweepPlan:
     requested: dict[str, Any] = {
         "trials_left": 9,
         "step_seconds": STEP_SECONDS,
@@ -163,7 +163,7 @@ def test_a_pool_that_is_not_listed_yet_is_said_to_be(scenes: Path) -> None:
     assert "the pool is not listed yet" in shown(plan)
 
 
-def shown(plan: Plan) -> str:
+def shown(plan: SweepPlan) -> str:
     console = Console(width=200, file=io.StringIO())
     with console.capture() as captured:
         console.print(rich_plan(plan))

@@ -188,7 +188,7 @@ def resumed(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] =
 def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
     requested = a_sweep(tmp_path)
     assert prepare.known(requested) is None
-    key = prepare.begin(requested)
+    key = prepare.record_sweep(requested)
     with refused("sweep/exists", f"--out {tmp_path}", "--resume"):
         prepare.known(requested)
     assert prepare.known(Sweep(requested.space, requested.config, requested.out, resume=True)) == key
