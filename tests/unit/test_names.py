@@ -51,7 +51,7 @@ def test_definitions_are_found() -> None:
 
 SAME_NAME = {
     # a command and what it calls
-    "app", "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync",
+    "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync",
     # the start of a program
     "main",
     # one meaning for tensors and for Pillow, or for points and for levels
@@ -66,3 +66,17 @@ def test_no_two_public_classes_or_functions_share_a_name() -> None:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 where.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
     assert {name: files for name, files in where.items() if len(files) > 1 and name not in SAME_NAME} == {}
+
+
+SAME_FILE = {
+    "predict", "submit", "sweep", "worker",  # of the core, and of Ray or the command line
+    "outcome", "records", "results", "settings",  # of a run, a sweep, MLflow, a network: each in its package
+}  # fmt: skip
+
+
+def test_no_two_files_share_a_name() -> None:
+    where: dict[str, list[str]] = {}
+    for file in ROOT.rglob("*.py"):
+        where.setdefault(file.stem, []).append(str(file.relative_to(ROOT)))
+    twice = {name: files for name, files in where.items() if len(files) > 1 and name not in {*SAME_FILE, "__init__"}}
+    assert twice == {}

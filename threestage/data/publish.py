@@ -60,7 +60,7 @@ class ExistingRecord:
 
 
 @dataclass(frozen=True)
-class Row:
+class NewRow:
     """A row to write; `known` is what the data set has of the image already, whose mask is then new or mended."""
 
     record: dict[str, Any]
@@ -148,13 +148,13 @@ class Writer:
         self._split = split
         self._rows_per_file = rows_per_file
         self._files: list[DataFile] = []
-        self._waiting: dict[Kind, list[Row]] = {"images": [], "labels": []}
+        self._waiting: dict[Kind, list[NewRow]] = {"images": [], "labels": []}
         self._bytes: dict[Kind, int] = {"images": 0, "labels": 0}
         self._labels = self._newly_labelled = 0
         self._heights: list[int] = []
         self._widths: list[int] = []
 
-    def add(self, row: Row) -> None:
+    def add(self, row: NewRow) -> None:
         self._waiting[row.kind].append(row)
         self._bytes[row.kind] += row.size
         self._count(row)
@@ -178,7 +178,7 @@ class Writer:
             **others,
         )
 
-    def _count(self, row: Row) -> None:
+    def _count(self, row: NewRow) -> None:
         if row.known is None:
             self._heights.append(row.record["height"])
             self._widths.append(row.record["width"])
@@ -630,7 +630,7 @@ class Gone:
 class Checked:
     """A good image. `row`: what to write, None when the data set has it already. `pixels`: of each class in its mask."""
 
-    row: Row | None
+    row: NewRow | None
     mask_digest: str | None = None
     pixels: npt.NDArray[np.int64] | None = None
 
@@ -674,7 +674,7 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
         "width": image.width,
         "source": item.image_uri,
     }
-    return Checked(Row(record, image_digest, mask_digest, known), mask_digest, pixels)
+    return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels)
 
 
 class _Vanished(BadFile):

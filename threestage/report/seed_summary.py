@@ -28,7 +28,7 @@ class Figure(NamedTuple):
     mean_iou: float
 
 
-class Row(NamedTuple):
+class SeedRow(NamedTuple):
     """`deviation`: of the sample, None of a single figure."""
 
     measured: SeedScore
@@ -81,7 +81,7 @@ def figures_of_scores(scores: Mapping[str, Any]) -> list[Figure]:
     return [] if scores["mean_iou"] is None else [Figure(measured, scores["model"], scores["mean_iou"])]
 
 
-def rows_over_seeds(figures: Iterable[Figure]) -> list[Row]:
+def rows_over_seeds(figures: Iterable[Figure]) -> list[SeedRow]:
     """One row for all that was measured alike, in order of appearance. InputError where a source comes twice in one."""
     found: dict[SeedScore, dict[str, float]] = {}
     for measured, source, mean_iou in figures:
@@ -92,7 +92,7 @@ def rows_over_seeds(figures: Iterable[Figure]) -> list[Row]:
             )
         values[source] = mean_iou
     return [
-        Row(measured, statistics.fmean(values.values()), deviation([*values.values()]), len(values))
+        SeedRow(measured, statistics.fmean(values.values()), deviation([*values.values()]), len(values))
         for measured, values in found.items()
     ]
 
@@ -106,7 +106,7 @@ def plus_minus(mean: float, spread: float | None) -> str:
     return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
-def markdown_table(rows: Iterable[Row]) -> str:
+def markdown_table(rows: Iterable[SeedRow]) -> str:
     """Lines of a Markdown table."""
     lines = ["| stage | model | images | protocol | mean IoU | seeds |", "|---|---|---|---|---|---|"]
     for measured, mean, spread, seeds in rows:
