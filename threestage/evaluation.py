@@ -51,15 +51,21 @@ class Evaluation(NamedTuple):
     images: Tensor
 
 
+class WorkerShare(NamedTuple):
+    """Which worker of how many evaluates, and how they add up what they counted."""
+
+    rank: int = 0
+    world_size: int = 1
+    sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
     samples: SampleSet,
     num_classes: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    share: WorkerShare = WorkerShare(),
     batch_size: int = BATCH,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
@@ -75,12 +81,12 @@ def evaluate(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return (best_class(network(images.float() / 255)[0]),)
 
-    for places, images, masks in _batches(samples, batch_size, rank, world_size):
+    for places, images, masks in _batches(samples, batch_size, share.rank, share.world_size):
         (found,) = _fitting(class_ids, images.to(device))
         each = [confusion_matrix(*pair, num_classes) for pair in zip(masks.to(device), found, strict=True)]
         counts[places] = class_counts(torch.stack(each))
         confusion += torch.stack(each).sum(0)
-    return Evaluation(sum_over_workers(confusion).cpu(), sum_over_workers(counts).cpu())
+    return Evaluation(share.sum(confusion).cpu(), share.sum(counts).cpu())
 
 
 def write_image_counts(folder: str, image_ids: Sequence[str], counts: Tensor) -> None:

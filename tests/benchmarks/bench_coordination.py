@@ -61,7 +61,7 @@ def train_sleeping(arguments: dict[str, Any]) -> None:
     from threestage.ray_backend.heartbeat import Heartbeat
     from threestage.ray_backend.worker import RayWorker
     from threestage.training.checkpoint import TrainState
-    from threestage.training.loop import fit, make_scaler, resume
+    from threestage.training.loop import StageLength, fit, make_scaler, resume
     from threestage.training.schedule import EmaSettings, OptimiserSettings
 
     torch.set_num_threads(1)
@@ -73,8 +73,8 @@ def train_sleeping(arguments: dict[str, Any]) -> None:
         state = TrainState(student, None, optimiser, make_scaler("float32", worker.device))
         resume(state, worker)
         fit(
-            state, worker, Sleeping(config.optimiser.weight_decay), lambda network: {}, steps=config.stage1.steps,
-            images_per_step=(1, 0), seed_place=(0,), loop=config.training, optimiser=OptimiserSettings(), ema=EmaSettings(),
+            state, worker, Sleeping(config.optimiser.weight_decay), lambda network: {},
+            StageLength(config.stage1.steps, (1, 0), (0,)), config.training, OptimiserSettings(), EmaSettings(),
         )  # fmt: skip
         if worker.rank == 0:
             worker.checkpoints.wait()

@@ -32,7 +32,7 @@ from threestage.run.stages import StageTask, build_state, load_data, local_unlab
 from threestage.training import losses
 from threestage.training.checkpoint import TrainState
 from threestage.training.ema import update_teacher
-from threestage.training.loop import Window, autocast_dtype, fit
+from threestage.training.loop import StageLength, Window, autocast_dtype, fit
 from threestage.training.step import StepInputs, StepSource, piece_sums
 from threestage.training.worker import LocalWorker
 
@@ -175,8 +175,8 @@ def measure(task: StageTask, steps: int) -> dict[str, Any]:
     turns = InTurns(source, state, config, worker)
     loop = config.training.model_copy(update={"log_every": TURN, "checkpoint_every": NEVER, "evaluate_every": NEVER})
     fit(
-        state, worker, turns, lambda network: {}, steps=steps + 2 * TURN, images_per_step=(0, 0),
-        seed_place=(config.seed, task.stage), loop=loop, optimiser=config.optimiser, ema=config.ema,
+        state, worker, turns, lambda network: {}, StageLength(steps + 2 * TURN, (0, 0), (config.seed, task.stage)),
+        loop, config.optimiser, config.ema,
     )  # fmt: skip
     now = clock(worker.device)
     began = now()

@@ -25,7 +25,7 @@ from threestage.ray_backend.heartbeat import Heartbeat, start_monitor
 from threestage.ray_backend.worker import RayWorker
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Checkpoints, TrainState, checkpoint_folder
-from threestage.training.loop import fit, resume
+from threestage.training.loop import StageLength, fit, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.training.step import StepInputs
 from threestage.training.worker import LocalWorker, Worker
@@ -52,8 +52,8 @@ def train(worker: Worker, task: StageTask, steps: type[FixedSteps] = FixedSteps)
     resume(state, worker)
     fit(
         state, worker, steps(worker.rank, worker.world_size, torch.float64), lambda shipped: {"mean_iou": 0.5},
-        steps=20, images_per_step=(2, 4), seed_place=(0,), loop=task.settings().training,
-        optimiser=OptimiserSettings(learning_rate=1e-3, clip_norm=1.0), ema=EmaSettings(),
+        StageLength(20, (2, 4), (0,)), task.settings().training,
+        OptimiserSettings(learning_rate=1e-3, clip_norm=1.0), EmaSettings(),
     )  # fmt: skip
     if worker.rank == 0:
         worker.checkpoints.wait()

@@ -20,7 +20,7 @@ from threestage.models.network import build_network
 from threestage.prediction.pseudo_masks import predict_images
 from threestage.run.stages import StageTask, build_state
 from threestage.training.checkpoint import TrainState
-from threestage.training.loop import compiled, fit
+from threestage.training.loop import StageLength, compiled, fit
 from threestage.training.step import StepInputs, StepSource
 from threestage.training.step_inputs import BatchStream, SupervisedSteps, ThreeTaskSteps
 from threestage.training.worker import LocalWorker
@@ -92,8 +92,8 @@ def _name(device: torch.device) -> str:
 def _train(config: Config, stage: StageName, state: TrainState, worker: LocalWorker, source: StepSource) -> None:
     never = {"log_every": NEVER, "checkpoint_every": NEVER, "evaluate_every": NEVER}
     fit(
-        state, worker, source, lambda network: {}, steps=NEVER, images_per_step=(0, 0), seed_place=(config.seed, stage),
-        loop=config.training.model_copy(update=never), optimiser=config.optimiser, ema=config.ema,
+        state, worker, source, lambda network: {}, StageLength(NEVER, (0, 0), (config.seed, stage)),
+        config.training.model_copy(update=never), config.optimiser, config.ema,
     )  # fmt: skip
 
 

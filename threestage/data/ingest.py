@@ -86,50 +86,31 @@ def ingest(
 ) -> IngestReport:
     """Check the images and masks of `source` and add what is new to the data set at `root`, as a new version of it.
 
-    `progress` is called with (images done, images in all) after every shard. `each` runs the shards: a map(), parallel
-    and in any order. Raises InputError when the source is not as its format says, when its classes are not the data
-    set's, or when more than the share `max_bad_fraction` of it is bad; OSError when a store fails. The data set is then
-    as it was, and what is finished is not done again.
+    `progress` is called with (images done, images in all) after every shard; `each` runs the shards, in any order. Raises
+    InputError when the source does not fit its format or the data set's classes, or more than `max_bad_fraction` of it is bad;
+    OSError when a store fails. The data set is then as it was, and a rerun continues.
     """
     root = storage.absolute(root)
     claim(root, DATA_SET)
     current = load_manifest(root) if storage.exists(storage.join(root, MANIFEST_NAME)) else None
-    class_map, map_name = _class_map(settings)
-    _check_classes(root, current, class_map)
-    if not storage.exists(source):
-        raise missing(source, "images")
-    storage.remove_unfinished(root)
-    index = build_index(root, current) if current else None
-    job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
-    if current is None and settings.format == "images":
-        mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
-    plan = _plan(job, source, settings, each)
-    if current is None:
-        mark(root, DATA_SET_MARK, "threestage ingest")
+    job, plan = _begin(source, root, settings, current, each)
     added, rejects = Additions(), RejectList()
     for report in _reports(job, plan.shards, current, each):
         added.add(report)
         rejects.add(report.rejected)
         if progress:
             progress(added.checked, plan.images)
-    made: Manifest | None = None
+    made = None
     try:
-        if rejects.count and (
-            complaint := rejects.complaint(plan.images - added.gone, settings.max_bad_fraction, _rejects_uri(root))
-        ):
-            forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
-            raise InputError(f"{source}: {complaint}", "data/bad-images")
+        _refuse_too_many(job, source, plan.images - added.gone, rejects, settings.max_bad_fraction)
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
-        warnings += check_copies(root, index, current.files if current else (), added.files)
-        manifest = publish(root, current, next_manifest(current, class_map, settings.name, added))
+        warnings += check_copies(root, job.index, current.files if current else (), added.files)
+        manifest = publish(root, current, next_manifest(current, job.class_map, settings.name, added))
         made = None if manifest is current else manifest
     finally:
         listed = _rejects_uri(root, made)
-        if rejects.count:
-            rejects.write(listed)
-        else:
-            storage.delete(listed, root)
-    if made is not None:
+        rejects.write(listed) if rejects.count else storage.delete(listed, root)
+    if made:
         storage.delete(storage.join(root, "index"), root)
     return IngestReport(
         manifest=manifest,
@@ -141,6 +122,14 @@ def ingest(
         rejects_uri=listed if rejects.count else None,
         warnings=tuple(warnings),
     )
+
+
+def _refuse_too_many(job: IngestJob, source: str, images: int, rejects: RejectList, max_bad_fraction: float) -> None:
+    """Raise InputError when more than the share allowed of so many images is bad."""
+    complaint = rejects.count and rejects.complaint(images, max_bad_fraction, _rejects_uri(job.root))
+    if complaint:
+        forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
+        raise InputError(f"{source}: {complaint}", "data/bad-images")
 
 
 def _rejects_uri(root: str, made: Manifest | None = None) -> str:
@@ -209,6 +198,25 @@ class IngestPlan(NamedTuple):
     images: int
     items: Sequence[SourceItem] = ()
     notes: Sequence[str] = ()
+
+
+def _begin(
+    source: str, root: str, settings: IngestSettings, current: Manifest | None, each: Each
+) -> tuple[IngestJob, IngestPlan]:
+    """What all shards share, and the shards; the folder is marked as a data set of ours."""
+    class_map, map_name = _class_map(settings)
+    _check_classes(root, current, class_map)
+    if not storage.exists(source):
+        raise missing(source, "images")
+    storage.remove_unfinished(root)
+    index = build_index(root, current) if current else None
+    job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
+    if current is None and settings.format == "images":
+        mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
+    plan = _plan(job, source, settings, each)
+    if current is None:
+        mark(root, DATA_SET_MARK, "threestage ingest")
+    return job, plan
 
 
 def _plan(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:

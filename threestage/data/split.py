@@ -59,6 +59,25 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
     """
     train, validation = labelled_ids(root, manifest, "train"), labelled_ids(root, manifest, "val")
     groups = _groups(settings, [*train, *validation])
+    candidates = _candidates(root, settings, train, validation, groups)
+    if settings.labelled_list is not None:
+        chosen = _listed(root, settings.labelled_list, candidates, set(train) - set(candidates))
+    else:
+        chosen = candidates[: _count(root, settings, len(candidates), len(train))]
+    if validation:
+        return Split(
+            labelled=tuple(chosen),
+            validation=tuple(validation),
+            validation_split="val",
+            groups={image_id: groups[image_id] for image_id in validation} if groups else {},
+        )
+    return _carve(chosen, settings.validation, groups)
+
+
+def _candidates(
+    root: str, settings: DataSettings, train: Sequence[str], validation: Sequence[str], groups: Mapping[str, str]
+) -> list[str]:
+    """Train images that may be labels, in their order. InputError where all of them are of groups that the val split has."""
 
     def order(image_id: str) -> tuple[str, str]:
         group = groups.get(image_id, image_id)
@@ -72,18 +91,7 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
             "change data.group, or the val split",
             "data/group-on-both-sides",
         )
-    if settings.labelled_list is not None:
-        chosen = _listed(root, settings.labelled_list, candidates, set(train) - set(candidates))
-    else:
-        chosen = candidates[: _count(root, settings, len(candidates), len(train))]
-    if validation:
-        return Split(
-            labelled=tuple(chosen),
-            validation=tuple(validation),
-            validation_split="val",
-            groups={image_id: groups[image_id] for image_id in validation} if groups else {},
-        )
-    return _carve(chosen, settings.validation, groups)
+    return candidates
 
 
 def _groups(settings: DataSettings, ids: Sequence[str]) -> dict[str, str]:

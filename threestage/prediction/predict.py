@@ -173,7 +173,18 @@ def predict_input(
     parts = plan_parts(source, kind, listing, settings.rows_per_part, each)
     warnings = passed_over(source, suffixes_passed_over(listing)) if kind == "images" else []
     write_record()
-    task = PredictionTask(
+    task = _task(model, card, source, out, settings, kind)
+    if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
+        crowded = crowded_names(parts, source, kind, lambda: dict(_named(task, parts)))
+        task = task.model_copy(update={"crowded": crowded})
+    report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
+    return report.model_copy(update={"warnings": tuple(warnings)})
+
+
+def _task(
+    model: ModelFiles, card: ModelCard, source: str, out: str, settings: PredictSettings, kind: Kind
+) -> PredictionTask:
+    return PredictionTask(
         destination=out,
         model_digest=_digest(model),
         num_classes=len(card.classes),
@@ -185,11 +196,6 @@ def predict_input(
         overlays=settings.overlays and settings.format == "png",
         confidences=settings.confidence,
     )
-    if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
-        crowded = crowded_names(parts, source, kind, lambda: dict(_named(task, parts)))
-        task = task.model_copy(update={"crowded": crowded})
-    report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
-    return report.model_copy(update={"warnings": tuple(warnings)})
 
 
 def _place(uri: str) -> str:

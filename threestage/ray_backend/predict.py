@@ -128,11 +128,8 @@ def predict_on_ray(
     show: Callable[[int, int], None] = lambda done, total: None,
     warn: Callable[[str], None] = print,
 ) -> PredictReport:
-    """`threestage.prediction.predict.predict_input` on a cluster, which is connected to when there is work for it.
-
-    Raises InputError, OSError and StageFailure as that does, and StageFailure when an actor fails for good or the
-    cluster has no room.
-    """
+    """`predict_input` on a cluster, which is connected to when there is work for it. Raises as that does, and StageFailure when
+    an actor fails for good or the cluster has no room."""
     with contextlib.ExitStack() as stack:
 
         def connect() -> None:
@@ -142,9 +139,9 @@ def predict_on_ray(
         def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
             if len(items) < 2:
                 yield from map(function, items)
-                return
-            connect()
-            yield from in_tasks(function, items, cluster.max_failures)
+            else:
+                connect()
+                yield from in_tasks(function, items, cluster.max_failures)
 
         def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
             connect()

@@ -35,27 +35,25 @@ def run_trials(
     space: Space, config: Config, out: str, journal: TrialStore, next_trial: Next, count: int, spent: Callable[[], bool],
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Run the trials that `following` gives, at most `count` of them, `space.max_concurrent` at a time, until `spent` says that
-    the budget is. What runs then is interrupted.
+    """Run the trials that `next_trial` gives, at most `count`, until `spent` says that the budget is; then they are interrupted.
 
-    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when Ray Tune
-    itself fails.
+    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when it fails.
     """
     if len(space.stages) > 1:
         _start_actors_of_ray_data()
-    scheduler = _scheduler(space, config, journal)
     trainable = tune.with_parameters(
         _run_trial, space=space.model_dump(mode="json"), base=config.model_dump(mode="json"), out=out
+    )
+    chosen = tune.TuneConfig(
+        search_alg=_Proposals(next_trial),
+        scheduler=_scheduler(space, config, journal),
+        num_samples=count,
+        max_concurrent_trials=space.max_concurrent,
     )
     with tempfile.TemporaryDirectory() as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
-            tune_config=tune.TuneConfig(
-                search_alg=_Proposals(next_trial),
-                scheduler=scheduler,
-                num_samples=count,
-                max_concurrent_trials=space.max_concurrent,
-            ),
+            tune_config=chosen,
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
@@ -69,9 +67,8 @@ def run_trials(
             tuner.fit()
         except TuneError as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise StageFailure(
-                f"the trials were interrupted: {reason[0]}; --resume continues", "sweep/interrupted"
-            ) from error
+            text = f"the trials were interrupted: {reason[0]}; --resume continues"
+            raise StageFailure(text, "sweep/interrupted") from error
         finally:
             journal.interrupt()
 

@@ -31,14 +31,14 @@ from threestage.data.pseudo_mask_files import least_agreement, read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.split import Split
-from threestage.evaluation import Evaluation, evaluate, summarise, write_image_counts
+from threestage.evaluation import Evaluation, WorkerShare, evaluate, summarise, write_image_counts
 from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, Network, build_network
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import autocast_dtype, compiled, fit, make_scaler, resume
+from threestage.training.loop import StageLength, autocast_dtype, compiled, fit, make_scaler, resume
 from threestage.training.metrics import mean_iou
 from threestage.training.step import StepSource
 from threestage.training.step_inputs import BatchStream, SupervisedSteps, ThreeTaskSteps
@@ -88,11 +88,9 @@ def train_stage(task: StageTask, worker: Worker) -> None:
 
     def score(network: nn.Module) -> Evaluation:
         worker.set_phase(state.step, "evaluation")
-        classes = len(data.manifest.classes)
-        return evaluate(
-            network, data.validation, classes, worker.device, worker.rank, worker.world_size, worker.sum,
-            config.pseudo_mask.batch_size, autocast_dtype(config.training.precision, worker.device),
-        )  # fmt: skip
+        classes, share = len(data.manifest.classes), WorkerShare(worker.rank, worker.world_size, worker.sum)
+        dtype = autocast_dtype(config.training.precision, worker.device)
+        return evaluate(network, data.validation, classes, worker.device, share, config.pseudo_mask.batch_size, dtype)
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
@@ -102,11 +100,9 @@ def train_stage(task: StageTask, worker: Worker) -> None:
         last[:] = [score(network)]
         return {"mean_iou": mean_iou(last[0].confusion)}
 
-    fit(
-        state, worker, source, validate, steps=stage.steps,
-        images_per_step=images_per_step(config, task.stage, worker.world_size),
-        seed_place=(config.seed, task.stage), loop=config.training, optimiser=config.optimiser, ema=config.ema, at_half=at_half,
-    )  # fmt: skip
+    images = images_per_step(config, task.stage, worker.world_size)
+    length = StageLength(stage.steps, images, (config.seed, task.stage), at_half)
+    fit(state, worker, source, validate, length, config.training, config.optimiser, config.ema)
     if not last:  # the last checkpoint already held the last step
         validate(state.shipped)
     student = None if state.teacher is None else score(state.student).confusion

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -89,25 +89,36 @@ class SweepPlan:
         return None if None in parts else sum(part for part in parts if part is not None)
 
 
-def make_plan(
-    space: Space, config: Config, manifest: Manifest, trials_left: int, step_seconds: Mapping[StageName, float],
-    pool_images: int | None, shared_done: Mapping[str, bool], pixels: int, device: str,
-    kept: int = 1, device_hours_spent: float = 0.0,
-) -> SweepPlan:  # fmt: skip
-    """The plan of what is left of a sweep.
+class SweepState(NamedTuple):
+    """How far a sweep is. shared_done: by name (stage1, pseudo_masks1 …), whether that part of the shared run is finished.
+    kept: trials whose runs stay. device_hours_spent: of the budget, by trials before."""
 
-    step_seconds: of the stages that are to be trained, measured on `device`. pool_images: None while the pool is not listed.
-    shared_done: by name (stage1, pseudo_masks1 …), whether that part of the shared run is finished. pixels: of a mean image
-    of the pool. kept: trials whose runs stay. device_hours_spent: of the budget, by trials before.
-    """
-    trials_left = max(0, trials_left)
+    trials_left: int
+    shared_done: Mapping[str, bool]
+    kept: int = 1
+    device_hours_spent: float = 0.0
+
+
+class PoolSize(NamedTuple):
+    """images: None while the pool is not listed. pixels: of a mean image."""
+
+    images: int | None
+    pixels: int
+
+
+def make_plan(
+    space: Space, config: Config, manifest: Manifest, state: SweepState, step_seconds: Mapping[StageName, float],
+    device: str, pool: PoolSize,
+) -> SweepPlan:  # fmt: skip
+    """The plan of what is left of a sweep. step_seconds: of the stages that are to be trained, measured on `device`."""
+    trials_left = max(0, state.trials_left)
     trial = trial_config(space, config, {}, config.seed)
-    stages = tuple(_stage_plans(space, config, step_seconds, shared_done))
+    stages = tuple(_stage_plans(space, config, step_seconds, state.shared_done))
     searched = [stage for stage in stages if not stage.shared]
     devices = trial.cluster.devices
     at_once = max(1, min(space.max_concurrent, trials_left))
     judged = judged_at([stage.steps for stage in searched], trial.training.evaluate_every, space.scheduler)
-    factor = None if space.scheduler is None else space.scheduler.reduction_factor
+    factor = space.scheduler and space.scheduler.reduction_factor
     shared = sum(stage.seconds for stage in stages if stage.shared and not stage.finished) / 3600
 
     def hours(seconds: float) -> Hours:
@@ -119,7 +130,7 @@ def make_plan(
         trials=trials_left,
         at_once=at_once,
         stages=stages,
-        reused=tuple(_reused(space, shared_done)),
+        reused=tuple(_reused(space, state.shared_done)),
         devices=devices,
         unit="GPU" if trial.cluster.gpus_per_worker else "worker",
         measured_on=device,
@@ -128,8 +139,8 @@ def make_plan(
         shared_hours=Hours(shared * devices, shared),
         most_hours=most,
         expected_hours=expected,
-        storage=tuple(_storage(space, trial, manifest, at_once, kept, pool_images and pool_images * pixels)),
-        ends_with=_ends_with(space, trials_left, (expected or most).wall, devices * at_once, device_hours_spent),
+        storage=tuple(_storage(space, trial, manifest, at_once, state.kept, pool.images and pool.images * pool.pixels)),
+        ends_with=_ends_with(space, trials_left, (expected or most).wall, devices * at_once, state.device_hours_spent),
     )
 
 

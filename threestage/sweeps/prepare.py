@@ -16,7 +16,7 @@ from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
 from threestage.errors import InputError, Warn
 from threestage.sweeps.journal import Trial, shared_folder
-from threestage.sweeps.plan import SweepPlan, make_plan, mean_pixels
+from threestage.sweeps.plan import PoolSize, SweepPlan, SweepState, make_plan, mean_pixels
 from threestage.sweeps.proposals import number_of_trials
 from threestage.sweeps.space import Space, check_space, trial_config
 
@@ -83,18 +83,15 @@ def plan_sweep(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> SweepPl
     over = sum(trial.over for trial in trials if trial.kind == "search")
     names = [stage for stage in STAGES[: space.last_stage] if not done.get(stage)]
     measured = {stage: remote_step_time(trial, stage, manifest.version, warn) for stage in names}
+    spent = sum(one.seconds for one in trials) * trial.cluster.devices
     return make_plan(
         space,
         config,
         manifest,
-        number_of_trials(space) - over,
+        SweepState(number_of_trials(space) - over, done, REPEATED if requested.repeat else 1, spent / 3600),
         {stage: step.seconds for stage, step in measured.items()},
-        _pool_images(config, shared, manifest),
-        done,
-        mean_pixels(manifest, config.data.downscale),
         measured[names[-1]].device,
-        kept=REPEATED if requested.repeat else 1,
-        device_hours_spent=sum(trial.seconds for trial in trials) * trial.cluster.devices / 3600,
+        PoolSize(_pool_images(config, shared, manifest), mean_pixels(manifest, config.data.downscale)),
     )
 
 

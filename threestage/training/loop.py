@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -48,23 +49,23 @@ class LoopSettings(Settings):
     loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
 
 
-def fit(
-    state: TrainState,
-    worker: Worker,
-    source: StepSource,
-    evaluate: Callable[[nn.Module], Row],
-    *,
-    steps: int,
-    images_per_step: tuple[int, int],
-    seed_place: tuple[int | str, ...],
-    loop: LoopSettings,
-    optimiser: OptimiserSettings,
-    ema: EmaSettings,
-    at_half: Callable[[], None] = lambda: None,
-) -> None:
-    """Train from the state's step to `steps`. Metrics since the last checkpoint are published with the next one.
+@dataclass(frozen=True)
+class StageLength:
+    """How far a stage trains. images_per_step: labelled and unlabelled ones of all workers. seed_place: of its random draws.
+    at_half: rank 0 calls it after half of the steps."""
 
-    images_per_step: labelled and unlabelled ones of all workers. at_half: rank 0 calls it after half of the steps.
+    steps: int
+    images_per_step: tuple[int, int]
+    seed_place: tuple[int | str, ...]
+    at_half: Callable[[], None] = lambda: None
+
+
+def fit(
+    state: TrainState, worker: Worker, source: StepSource, evaluate: Callable[[nn.Module], Row], length: StageLength,
+    loop: LoopSettings, optimiser: OptimiserSettings, ema: EmaSettings,
+) -> None:  # fmt: skip
+    """Train from the state's step to the stage's last. Metrics since the last checkpoint are published with the next one.
+
     StageFailure, on all workers alike, when the loss is not finite or above the limit.
     """
     wrapped = worker.wrap(state.student).train()
@@ -73,22 +74,20 @@ def fit(
     dtype = autocast_dtype(loop.precision, worker.device)
     rate = lr_scale(loop, worker.world_size)
     checkpoint_requests = _SyncFlags(worker)
-    while state.step < steps:
-        torch.manual_seed(derive_seed(*seed_place, "torch", state.step, worker.rank))
-        _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, steps, optimiser))
+    while state.step < length.steps:
+        torch.manual_seed(derive_seed(*length.seed_place, "torch", state.step, worker.rank))
+        _set_learning_rate(state.optimiser, rate * learning_rate_factor(state.step, length.steps, optimiser))
         inputs = _draw(source, state.step, worker, dtype)
         pixels = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()}
         counts, noticed = checkpoint_requests.sync_flags({**pixels, **inputs.divisors})
         sums = _backward(wrapped, network, worker, inputs, counts, dtype, state.scaler, loop.accumulate)
         _update(state, worker, optimiser.clip_norm, ema)
-        if state.step == max(1, steps // 2) and worker.rank == 0:
-            at_half()
-        state.labelled_images += images_per_step[0]
-        state.unlabelled_images += images_per_step[1]
+        _count(state, worker, length)
         window.add(inputs, sums, pixels, counts)
 
-        evaluating = state.step % loop.evaluate_every == 0 or state.step == steps
-        saving = noticed or state.step % loop.checkpoint_every == 0 or state.step == steps
+        last = state.step == length.steps
+        evaluating = last or state.step % loop.evaluate_every == 0
+        saving = last or noticed or state.step % loop.checkpoint_every == 0
         if evaluating or saving or state.step % loop.log_every == 0:
             row = window.close(state, source.waited)
             if evaluating:
@@ -97,11 +96,17 @@ def fit(
             state.history.append(row)
             worker.log(row)
         if saving:
-            _save(state, worker)
-        if noticed:
-            _wait_for_checkpoint(state.step, worker)
+            _save(state, worker, wait=noticed)
         if evaluating or saving:
             window.restart(state)
+
+
+def _count(state: TrainState, worker: Worker, length: StageLength) -> None:
+    """What a step has used, and what half of the stage is followed by."""
+    if state.step == max(1, length.steps // 2) and worker.rank == 0:
+        length.at_half()
+    state.labelled_images += length.images_per_step[0]
+    state.unlabelled_images += length.images_per_step[1]
 
 
 def _draw(source: StepSource, step: int, worker: Worker, dtype: torch.dtype) -> StepInputs:
@@ -163,8 +168,8 @@ def _evaluated(state: TrainState, worker: Worker, evaluate: Callable[[nn.Module]
     return row
 
 
-def _save(state: TrainState, worker: Worker) -> None:
-    """A checkpoint that can be gone on from: weights that are not finite are not saved (on all workers alike)."""
+def _save(state: TrainState, worker: Worker, wait: bool) -> None:
+    """A checkpoint: weights that are not finite are not saved (on all workers alike). `wait`: until it is written."""
     worker.set_phase(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
@@ -173,6 +178,8 @@ def _save(state: TrainState, worker: Worker) -> None:
         )
     if worker.rank == 0 and (problem := worker.checkpoints.save(state.snapshot())) is not None:
         worker.warn(f"a checkpoint before step {state.step} could not be written, the next one is tried: {problem}")
+    if wait:
+        _wait_for_checkpoint(state.step, worker)
 
 
 def _wait_for_checkpoint(step: int, worker: Worker) -> None:

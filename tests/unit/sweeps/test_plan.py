@@ -17,7 +17,17 @@ from threestage.data.records import load_manifest
 from threestage.models.network import build_network
 from threestage.ray_backend.capacity import Growth, refuse_impossible
 from threestage.run.stages import StageTask, build_state
-from threestage.sweeps.plan import SweepPlan, judged_at, make_plan, mean_pixels, network_bytes, plan_json, rich_plan
+from threestage.sweeps.plan import (
+    PoolSize,
+    SweepPlan,
+    SweepState,
+    judged_at,
+    make_plan,
+    mean_pixels,
+    network_bytes,
+    plan_json,
+    rich_plan,
+)
 from threestage.sweeps.space import Space
 from threestage.training.checkpoint import TrainState
 
@@ -31,15 +41,17 @@ def space(**changes: Any) -> Space:
 
 
 def planned(scenes: Path, the_space: Space, config: Config | None = None, **changes: Any) -> SweepPlan:
-    requested: dict[str, Any] = {
+    given: dict[str, Any] = {
         "trials_left": 9,
+        "shared_done": {},
         "step_seconds": STEP_SECONDS,
         "pool_images": 100,
-        "shared_done": {},
-        "pixels": 64 * 64,
-        "device": "a CPU",
+        **changes,
     }
-    return make_plan(the_space, config or long_config(scenes), load_manifest(str(scenes)), **(requested | changes))
+    state = SweepState(**{key: given[key] for key in SweepState._fields if key in given})
+    pool = PoolSize(given["pool_images"], 64 * 64)
+    manifest = load_manifest(str(scenes))
+    return make_plan(the_space, config or long_config(scenes), manifest, state, given["step_seconds"], "a CPU", pool)
 
 
 def long_config(scenes: Path, **changes: object) -> Config:

@@ -19,7 +19,7 @@ from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import StageFailure
 from threestage.models.network import without_auxiliary
 from threestage.training.checkpoint import Row, TrainState
-from threestage.training.loop import LoopSettings, fit, lr_scale, resume
+from threestage.training.loop import LoopSettings, StageLength, fit, lr_scale, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.training.step import StepInputs
 from threestage.training.worker import LocalWorker
@@ -51,9 +51,9 @@ def train(
 ) -> TrainState:
     resume(state, where)
     fit(
-        state, where, source or FixedSteps(), evaluate, steps=steps, images_per_step=(2, 4),
-        seed_place=(0,), loop=LoopSettings(**({"log_every": 5, "checkpoint_every": 10, "evaluate_every": 10} | loop)),
-        optimiser=OptimiserSettings(learning_rate=1e-3), ema=EmaSettings(),
+        state, where, source or FixedSteps(), evaluate, StageLength(steps, (2, 4), (0,)),
+        LoopSettings(**({"log_every": 5, "checkpoint_every": 10, "evaluate_every": 10} | loop)),
+        OptimiserSettings(learning_rate=1e-3), EmaSettings(),
     )  # fmt: skip
     where.checkpoints.wait()
     return state

@@ -13,7 +13,7 @@ from threestage.data.pseudo_mask_files import pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 from threestage.data.storage import read_table
-from threestage.evaluation import CHUNK, evaluate
+from threestage.evaluation import CHUNK, WorkerShare, evaluate
 from threestage.models.network import Network, build_network
 from threestage.models.settings import NetworkSettings
 from threestage.prediction.pool_prediction import predict_files
@@ -40,7 +40,7 @@ def test_counts_are_equal(scenes: Path, network: Network, classes: int, workers:
     samples = SampleSet(samples.samples[:27], 1)
     assert 3 * CHUNK < len(samples) < 4 * CHUNK
     one = evaluate(network, samples, classes, CPU)
-    parts = [evaluate(network, samples, classes, CPU, rank, workers) for rank in range(workers)]
+    parts = [evaluate(network, samples, classes, CPU, WorkerShare(rank, workers)) for rank in range(workers)]
     assert torch.equal(torch.stack([part.confusion for part in parts]).sum(0), one.confusion)
     assert torch.equal(torch.stack([part.images for part in parts]).sum(0), one.images)
     assert one.confusion.sum() == 27 * 64 * 64 - sum(
