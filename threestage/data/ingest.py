@@ -108,8 +108,7 @@ def ingest(
         manifest = publish(root, current, next_manifest(current, job.class_map, settings.name, added))
         made = None if manifest is current else manifest
     finally:
-        listed = _rejects_uri(root, made)
-        rejects.write(listed) if rejects.count else storage.delete(listed, root)
+        listed = _write_rejects(root, rejects, made)
     if made:
         storage.delete(storage.join(root, "index"), root)
     return IngestReport(
@@ -119,7 +118,7 @@ def ingest(
         skipped=added.skipped,
         bad=rejects.count,
         rejected=tuple(rejects.first),
-        rejects_uri=listed if rejects.count else None,
+        rejects_uri=listed,
         warnings=tuple(warnings),
     )
 
@@ -130,6 +129,16 @@ def _refuse_too_many(job: IngestJob, source: str, images: int, rejects: RejectLi
     if complaint:
         forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
         raise InputError(f"{source}: {complaint}", "data/bad-images")
+
+
+def _write_rejects(root: str, rejects: RejectList, made: Manifest | None) -> str | None:
+    """Where the bad images are listed; None where there is none, and no list stays."""
+    listed = _rejects_uri(root, made)
+    if rejects.count == 0:
+        storage.delete(listed, root)
+        return None
+    rejects.write(listed)
+    return listed
 
 
 def _rejects_uri(root: str, made: Manifest | None = None) -> str:

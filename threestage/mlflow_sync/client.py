@@ -117,14 +117,86 @@ def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | No
     return str(found.experiment_id)
 
 
-class Registry:
+class _Experiment:
+    """The runs of one experiment: found or made, their params, metrics, tags, files and states. Repeating a call changes nothing."""
+
+    def __init__(self, client: Any, experiment_id: str) -> None:
+        self._client, self._experiment_id = client, experiment_id
+
+    def _find_or_create(
+        self,
+        identity: Mapping[str, str],
+        extra: Mapping[str, str],
+        run_name: str,
+        fits: Callable[[Any], bool] = lambda run: True,
+    ) -> Any:
+        """The run with these tags; of several (a create call was answered late, and repeated) the complete one."""
+        conditions = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in identity.items())
+        found = self._client.search_runs([self._experiment_id], conditions, order_by=["attributes.start_time ASC"])
+        fitting = [run for run in found if fits(run)]
+        if fitting:
+            return min(fitting, key=lambda run: COMPLETE not in run.data.tags)
+        tags = {**identity, **extra, "threestage.version": threestage.__version__}
+        return self._client.create_run(self._experiment_id, tags=tags, run_name=run_name)
+
+    def _log_params(self, run: Any, config: Mapping[str, Any]) -> None:
+        """A param cannot change: one that an earlier call logged keeps its value (config.yaml has the present one)."""
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in params_of(config).items() if key not in run.data.params]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
+
+    def _log_metrics(self, run_id: str, points: Sequence[MetricPoint], start_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, start_ms + order, step) for key, value, step, order in points]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def _log_curve(self, run: Any, curve: Sequence[tuple[int, float]]) -> None:
+        run_id = run.info.run_id
+        history = self._client.get_metric_history(run_id, MEAN_IOU) if MEAN_IOU in run.data.metrics else []
+        known = {(point.step, point.value) for point in history}
+        points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(curve)]
+        self._log_metrics(run_id, [point for point in points if (point[2], point[1]) not in known], run.info.start_time)
+
+    def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        new = [RunTag(key, value) for key, value in clean_tags(tags).items() if run.data.tags.get(key) != value]
+        if new:
+            self._client.log_batch(run.info.run_id, tags=new)
+
+    def _set_status(self, run: Any, status: TrialStatus) -> None:
+        if run.info.status == status:
+            return
+        if status in get_args(Status):
+            self._client.set_terminated(run.info.run_id, status)
+        else:
+            self._client.update_run(run.info.run_id, status)
+
+    def _log_file(self, run_id: str, name: str, data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            self._client.log_artifacts(run_id, temporary)
+
+    def _end_stages(self, parent_id: str, status: Status) -> None:
+        """Stages that still run: they ended with the run, or, in one that is finished, were given up and trained anew."""
+        nested = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`{STAGE}` LIKE 'stage%'"
+        for run in self._client.search_runs([self._experiment_id], f"{nested} and attributes.status = 'RUNNING'"):
+            self._client.set_terminated(run.info.run_id, "KILLED" if status == "FINISHED" else status)
+
+
+class Registry(_Experiment):
     """The mirror of runs in one experiment of one store. Every method may raise InputError, like open_registry."""
 
     def __init__(self, uri: str, client: Any, experiment_id: str, settings: RegistrySettings) -> None:
         self.uri = uri
         self.models = Models(uri, client, settings.experiment)
-        self._client = client
-        self._experiment_id = experiment_id
+        super().__init__(client, experiment_id)
         self._model_name = settings.model_name
 
     def record_rows(self, stage: StageRows) -> str:
@@ -216,12 +288,6 @@ class Registry:
             self._client.set_terminated(run_id, status)
         return str(run_id)
 
-    def _end_stages(self, parent_id: str, status: Status) -> None:
-        """Stages that still run: they ended with the run, or, in one that is finished, were given up and trained anew."""
-        nested = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`{STAGE}` LIKE 'stage%'"
-        for run in self._client.search_runs([self._experiment_id], f"{nested} and attributes.status = 'RUNNING'"):
-            self._client.set_terminated(run.info.run_id, "KILLED" if status == "FINISHED" else status)
-
     # ---- Runs
 
     def _parent_run(self, run_key: str, run_name: str | None) -> Any:
@@ -243,22 +309,6 @@ class Registry:
             lambda run: run.data.tags.get(DIGEST) in (None, digest),
         )
 
-    def _find_or_create(
-        self,
-        identity: Mapping[str, str],
-        extra: Mapping[str, str],
-        run_name: str,
-        fits: Callable[[Any], bool] = lambda run: True,
-    ) -> Any:
-        """The run with these tags; of several (a create call was answered late, and repeated) the complete one."""
-        conditions = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in identity.items())
-        found = self._client.search_runs([self._experiment_id], conditions, order_by=["attributes.start_time ASC"])
-        fitting = [run for run in found if fits(run)]
-        if fitting:
-            return min(fitting, key=lambda run: COMPLETE not in run.data.tags)
-        tags = {**identity, **extra, "threestage.version": threestage.__version__}
-        return self._client.create_run(self._experiment_id, tags=tags, run_name=run_name)
-
     def _describe(self, run: Any, record: StageRecord, digest: str) -> None:
         """Config, tags, data set and metrics of a stage's run.
 
@@ -276,43 +326,6 @@ class Registry:
         self._log_data_set(run_id, record)
         self._log_metrics(run_id, metric_points(record.rows, record.summary), run.info.start_time)
 
-    def _log_params(self, run: Any, config: Mapping[str, Any]) -> None:
-        """A param cannot change: one that an earlier call logged keeps its value (config.yaml has the present one)."""
-        from mlflow.entities import Param
-
-        params = [Param(key, value) for key, value in params_of(config).items() if key not in run.data.params]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            self._client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
-
-    def _log_metrics(self, run_id: str, points: Sequence[MetricPoint], start_ms: int) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [Metric(key, value, start_ms + order, step) for key, value, step, order in points]
-        for start in range(0, len(metrics), METRICS_PER_CALL):
-            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
-
-    def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        new = [RunTag(key, value) for key, value in clean_tags(tags).items() if run.data.tags.get(key) != value]
-        if new:
-            self._client.log_batch(run.info.run_id, tags=new)
-
-    def _log_curve(self, run: Any, curve: Sequence[tuple[int, float]]) -> None:
-        run_id = run.info.run_id
-        history = self._client.get_metric_history(run_id, MEAN_IOU) if MEAN_IOU in run.data.metrics else []
-        known = {(point.step, point.value) for point in history}
-        points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(curve)]
-        self._log_metrics(run_id, [point for point in points if (point[2], point[1]) not in known], run.info.start_time)
-
-    def _set_status(self, run: Any, status: TrialStatus) -> None:
-        if run.info.status == status:
-            return
-        if status in get_args(Status):
-            self._client.set_terminated(run.info.run_id, status)
-        else:
-            self._client.update_run(run.info.run_id, status)
-
     def _log_data_set(self, run_id: str, record: StageRecord) -> None:
         from mlflow.entities import Dataset, DatasetInput
 
@@ -326,13 +339,6 @@ class Registry:
                 source=json.dumps({"uri": root}),
             )
             self._client.log_inputs(run_id, [DatasetInput(data_set, [])])
-
-    def _log_file(self, run_id: str, name: str, data: bytes) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            self._client.log_artifacts(run_id, temporary)
 
     def _register(self, run: Any, name: str, record: StageRecord, digest: str, files: Mapping[str, bytes]) -> Any:
         from threestage.mlflow_sync.packing import model_card_of, pack_model

@@ -43,13 +43,98 @@ def _to_stderr(text: str) -> None:
     print(f"warning: {escape_control_chars(text)}", file=sys.stderr)
 
 
-class Models:
-    """What is registered in one store. Every method may raise InputError: a store that does not answer, or no such model."""
+class _Lookups:
+    """Versions of one store, found by name, alias, tag or lineage."""
 
     def __init__(self, uri: str, client: Any, experiment: str) -> None:
         self.uri = uri
         self._client = client
         self._experiment = experiment
+
+    def _find(self, model_uri: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        wanted = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", model_uri)
+        if wanted is None:
+            raise InputError(
+                f"{model_uri}: names no model; write models:/NAME@{CHAMPION} or models:/NAME/3", "mlflow/no-model"
+            )
+        try:
+            if wanted["alias"] is not None:
+                return self._client.get_model_version_by_alias(wanted["name"], wanted["alias"])
+            return self._client.get_model_version(wanted["name"], wanted["version"])
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            names = {model.name for model in _pages(self._client.search_registered_models)} - {wanted["name"]}
+            raise InputError(
+                f"{model_uri}: is not in {redact(self.uri)}; `threestage models list` shows what is"
+                + did_you_mean(wanted["name"], names),
+                "mlflow/no-model",
+            ) from error
+
+    def _by_alias(self, name: str, alias: str) -> Any:
+        aliases = self._client.get_registered_model(name).aliases
+        return self._client.get_model_version(name, str(aliases[alias])) if alias in aliases else None
+
+    def _tagged(self, key: str, value: str) -> list[Any]:
+        search = self._client.search_model_versions
+        return list(_pages(lambda **page: search(f"tags.`{key}` = {quoted(value)}", **page)))
+
+    def _teacher(self, version: Any) -> dict[str, Any] | None:
+        digest = version.tags.get(TEACHER)
+        if digest is None or digest == version.tags.get(DIGEST):
+            return None
+        found = self._tagged(DIGEST, digest)
+        if not found:
+            return dict(json.loads(version.tags[LINEAGE])["teacher"])
+        teacher = min(found, key=lambda other: (other.tags.get(RUN_KEY) != version.tags[RUN_KEY], int(other.version)))
+        return self._node(teacher) | {"teacher": self._teacher(teacher)}
+
+    def _descendants(self, version: Any, above: list[str]) -> list[dict[str, Any]]:
+        """Those of the version itself in any run; theirs, in their own runs."""
+        digest = version.tags.get(DIGEST)
+        if digest is None or digest in above:
+            return []
+        found = self._tagged(TEACHER, digest)
+        if above:
+            found = [pupil for pupil in found if pupil.tags.get(RUN_KEY) == version.tags.get(RUN_KEY)]
+        in_order = sorted(found, key=lambda other: (other.name, int(other.version)))
+        return [self._node(pupil) | {"pupils": self._descendants(pupil, [*above, digest])} for pupil in in_order]
+
+    def _node(self, version: Any) -> dict[str, Any]:
+        row = self._row(version, self._client.get_registered_model(version.name).aliases)
+        return row | {"lineage": json.loads(version.tags[LINEAGE]) if LINEAGE in version.tags else None}
+
+    def _row(self, version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "tracking_uri": redact(self.uri),
+            "name": version.name,
+            "version": int(version.version),
+            "aliases": sorted(alias for alias, number in aliases.items() if int(number) == int(version.version)),
+            "stage": version.tags.get(STAGE),
+            "mean_iou": _score(version),
+            "validation": version.tags.get("validation"),
+            "run": version.tags.get("run"),
+            "run_id": version.run_id,
+        }
+
+    def _locations(self) -> list[str]:
+        """Where the registry keeps files: of MLflow's default experiment, and of ours."""
+        wanted = {"Default", self._experiment}
+        found = [self._client.get_experiment_by_name(name) for name in sorted(wanted)]
+        return [experiment.artifact_location for experiment in found if experiment is not None]
+
+    def _download(self, source: str, name: str, destination: str) -> Path:
+        """One file by its name: a listing of the store's, which may name any path, is not asked for."""
+        from mlflow.artifacts import download_artifacts
+
+        file = f"{source}/{IN_PACKED}{name}"
+        return Path(download_artifacts(artifact_uri=file, dst_path=destination, tracking_uri=self.uri))
+
+
+class Models(_Lookups):
+    """What is registered in one store. Every method may raise InputError: a store that does not answer, or no such model."""
 
     def versions(self) -> list[dict[str, Any]]:
         """Every version that threestage registered in this store: by name, then newest first.
@@ -142,89 +227,6 @@ class Models:
             self._client.set_registered_model_alias(version.name, CHAMPION, version.version)
         self._client.set_model_version_tag(version.name, version.version, DECISION, decision)
         return decision
-
-    # ---- Lookups
-
-    def _find(self, model_uri: str) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        wanted = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", model_uri)
-        if wanted is None:
-            raise InputError(
-                f"{model_uri}: names no model; write models:/NAME@{CHAMPION} or models:/NAME/3", "mlflow/no-model"
-            )
-        try:
-            if wanted["alias"] is not None:
-                return self._client.get_model_version_by_alias(wanted["name"], wanted["alias"])
-            return self._client.get_model_version(wanted["name"], wanted["version"])
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            names = {model.name for model in _pages(self._client.search_registered_models)} - {wanted["name"]}
-            raise InputError(
-                f"{model_uri}: is not in {redact(self.uri)}; `threestage models list` shows what is"
-                + did_you_mean(wanted["name"], names),
-                "mlflow/no-model",
-            ) from error
-
-    def _by_alias(self, name: str, alias: str) -> Any:
-        aliases = self._client.get_registered_model(name).aliases
-        return self._client.get_model_version(name, str(aliases[alias])) if alias in aliases else None
-
-    def _tagged(self, key: str, value: str) -> list[Any]:
-        search = self._client.search_model_versions
-        return list(_pages(lambda **page: search(f"tags.`{key}` = {quoted(value)}", **page)))
-
-    def _teacher(self, version: Any) -> dict[str, Any] | None:
-        digest = version.tags.get(TEACHER)
-        if digest is None or digest == version.tags.get(DIGEST):
-            return None
-        found = self._tagged(DIGEST, digest)
-        if not found:
-            return dict(json.loads(version.tags[LINEAGE])["teacher"])
-        teacher = min(found, key=lambda other: (other.tags.get(RUN_KEY) != version.tags[RUN_KEY], int(other.version)))
-        return self._node(teacher) | {"teacher": self._teacher(teacher)}
-
-    def _descendants(self, version: Any, above: list[str]) -> list[dict[str, Any]]:
-        """Those of the version itself in any run; theirs, in their own runs."""
-        digest = version.tags.get(DIGEST)
-        if digest is None or digest in above:
-            return []
-        found = self._tagged(TEACHER, digest)
-        if above:
-            found = [pupil for pupil in found if pupil.tags.get(RUN_KEY) == version.tags.get(RUN_KEY)]
-        in_order = sorted(found, key=lambda other: (other.name, int(other.version)))
-        return [self._node(pupil) | {"pupils": self._descendants(pupil, [*above, digest])} for pupil in in_order]
-
-    def _node(self, version: Any) -> dict[str, Any]:
-        row = self._row(version, self._client.get_registered_model(version.name).aliases)
-        return row | {"lineage": json.loads(version.tags[LINEAGE]) if LINEAGE in version.tags else None}
-
-    def _row(self, version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
-        return {
-            "tracking_uri": redact(self.uri),
-            "name": version.name,
-            "version": int(version.version),
-            "aliases": sorted(alias for alias, number in aliases.items() if int(number) == int(version.version)),
-            "stage": version.tags.get(STAGE),
-            "mean_iou": _score(version),
-            "validation": version.tags.get("validation"),
-            "run": version.tags.get("run"),
-            "run_id": version.run_id,
-        }
-
-    def _locations(self) -> list[str]:
-        """Where the registry keeps files: of MLflow's default experiment, and of ours."""
-        wanted = {"Default", self._experiment}
-        found = [self._client.get_experiment_by_name(name) for name in sorted(wanted)]
-        return [experiment.artifact_location for experiment in found if experiment is not None]
-
-    def _download(self, source: str, name: str, destination: str) -> Path:
-        """One file by its name: a listing of the store's, which may name any path, is not asked for."""
-        from mlflow.artifacts import download_artifacts
-
-        file = f"{source}/{IN_PACKED}{name}"
-        return Path(download_artifacts(artifact_uri=file, dst_path=destination, tracking_uri=self.uri))
 
 
 def read_model_folder(folder: str) -> dict[str, bytes]:
