@@ -118,7 +118,7 @@ def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | No
 
 
 class _Experiment:
-    """The runs of one experiment: found or made, their params, metrics, tags, files and states. Repeating a call changes nothing."""
+    """The runs of one experiment: found or made, their params, metrics, tags, files and states."""
 
     def __init__(self, client: Any, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
@@ -182,6 +182,20 @@ class _Experiment:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             self._client.log_artifacts(run_id, temporary)
+
+    def _log_data_set(self, run_id: str, record: StageRecord) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        digest = record.tags.get("data_digest")
+        if digest:
+            root = redact(str(dict(record.config.get("data") or {}).get("root", "")))
+            data_set = Dataset(
+                name=root.rstrip("/").rpartition("/")[2] or "data",
+                digest=digest[:DATA_DIGEST_LENGTH],
+                source_type="threestage",
+                source=json.dumps({"uri": root}),
+            )
+            self._client.log_inputs(run_id, [DatasetInput(data_set, [])])
 
     def _end_stages(self, parent_id: str, status: Status) -> None:
         """Stages that still run: they ended with the run, or, in one that is finished, were given up and trained anew."""
@@ -325,20 +339,6 @@ class Registry(_Experiment):
         self._log_file(run_id, "lineage.json", json.dumps(redact_tree(record.lineage), indent=1).encode())
         self._log_data_set(run_id, record)
         self._log_metrics(run_id, metric_points(record.rows, record.summary), run.info.start_time)
-
-    def _log_data_set(self, run_id: str, record: StageRecord) -> None:
-        from mlflow.entities import Dataset, DatasetInput
-
-        digest = record.tags.get("data_digest")
-        if digest:
-            root = redact(str(dict(record.config.get("data") or {}).get("root", "")))
-            data_set = Dataset(
-                name=root.rstrip("/").rpartition("/")[2] or "data",
-                digest=digest[:DATA_DIGEST_LENGTH],
-                source_type="threestage",
-                source=json.dumps({"uri": root}),
-            )
-            self._client.log_inputs(run_id, [DatasetInput(data_set, [])])
 
     def _register(self, run: Any, name: str, record: StageRecord, digest: str, files: Mapping[str, bytes]) -> Any:
         from threestage.mlflow_sync.packing import model_card_of, pack_model
