@@ -24,7 +24,9 @@ from threestage.cli.options import (
 from threestage.cli.terminal import escape
 
 if TYPE_CHECKING:
+    from threestage.data.ingest import IngestReport
     from threestage.data.rejects import Reject
+    from threestage.prediction.predict import PredictReport
 
 
 class SplitChoice(StrEnum):
@@ -99,7 +101,11 @@ def ingest(
         warn(warning)
     if as_json:
         print_json(report.model_dump(mode="json"))
-        return
+    else:
+        _show_ingested(report, out)
+
+
+def _show_ingested(report: "IngestReport", out: str) -> None:
     _show_left_out(report.rejected)
     if report.bad:
         console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, markup=False, soft_wrap=True)
@@ -225,16 +231,17 @@ def predict(
         warn(warning)
     if as_json:
         print_json(report.model_dump(mode="json"))
-        return
+    else:
+        _show_predictions(report, out)
+
+
+def _show_predictions(report: "PredictReport", out: str) -> None:
     _show_left_out(report.rejected)
     if report.in_windows:
         console.print(f"{report.in_windows} images are too large for the memory and were predicted in windows")
     kept = f" ({report.kept} of them before)" if report.kept else ""
-    console.print(
-        f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    text = f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _show_left_out(rejected: Iterable["Reject"]) -> None:
