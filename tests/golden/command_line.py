@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from threestage.cli.app import main
 
+CPU = ("model name", "cpu family", "model", "stepping", "cache size")
 VERSIONS = ("torch", "timm", "numpy", "pillow", "simplejpeg")
 
 
@@ -44,12 +45,12 @@ def run_command(*words: object, code: int = 0) -> str:
 def this_machine() -> dict[str, str]:
     """What decides which floating-point kernels run: two machines that agree here compute the same bits."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
     return {
         **{name: version(name) for name in VERSIONS},
         "capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": " ".join(first.get(name, "") for name in CPU).strip() or platform.processor(),
     }
 
 
