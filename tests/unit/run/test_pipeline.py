@@ -1,5 +1,6 @@
 """A run that is killed anywhere and started again must end where an undisturbed one ends, and never mix two inputs."""
 
+import inspect
 import itertools
 import json
 import shutil
@@ -356,3 +357,27 @@ def test_warm_start_begins_with_the_previous_stage(scenes: Path, tmp_path: Path)
     assert head("warm", "stage2") == pytest.approx(head("warm", "stage1"), rel=1e-4, abs=1e-9)  # biases begin at 0
     assert head("cold", "stage2") != pytest.approx(head("cold", "stage1"), rel=1e-4)
     assert len(out["stages"]) == len(cold["stages"]) == 2
+
+
+def test_the_way_from_the_command_to_the_loop_is_short(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each frame is one step down: command, run, pipeline, backend, stage, loop."""
+    seen: list[str] = []
+
+    def fit(*_: object) -> NoReturn:
+        files = [frame for frame in inspect.stack() if "/threestage/" in frame.filename]
+        seen.extend(f"{Path(frame.filename).stem}.{frame.function}" for frame in reversed(files))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "fit", fit)
+    small = ["--set", "data.labelled=8", "--set", "augment.crop_size=[32, 32]"]
+    words = ["threestage", "run", "demo", "--local", "--set", f"data.root={scenes}", *small]
+    monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path / "run")])
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main()
+    way = seen[seen.index("runs.run") :]
+    assert way == [
+        "runs.run", "runs._run", "run.run_checked", "pipeline.run", "pipeline.train", "local_backend.train_stage",
+        "stages.train_stage",
+    ], "and the loop, the eighth"  # fmt: skip
