@@ -14,6 +14,7 @@ import torch
 from tests.conftest import tiny_config
 from tests.refusals import refused
 from tests.runs import run_local
+from threestage.cli.app import main
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.ingest import IngestSettings, ingest
