@@ -1,4 +1,5 @@
-"""Which samples a stage trains and validates on: rows of the data set joined with their pseudo-masks."""
+"""The image sets of a run: labelled images (with pseudo-masks in stages 2 and 3), validation images, and the whole pool with
+`--local`. Also the size of the pool's canvas, and the pixels that are void in most labels (`data.fixed_void`)."""
 
 import base64
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from threestage.errors import InputError, StageFailure
 
 ANY_SIDE = 2**31
 """Pixels, more than any image has along a side."""
+
+
+# ---- The sets
 
 
 def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
@@ -70,6 +74,9 @@ def pool_canvas(index: Sequence[IndexRow] | None, augment: AugmentSettings) -> t
     return canvas_size((max(row.max_height for row in index), max(row.max_width for row in index)), augment)
 
 
+# ---- Labelled images joined with their pseudo-masks
+
+
 def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:
     """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them."""
     found: dict[str, tuple[bytes, bytes]] = {}
@@ -95,6 +102,9 @@ def _with_pseudo_masks(table: pa.Table, rows: dict[str, tuple[bytes, bytes]]) ->
     return table
 
 
+# ---- Pixels that are void in most labels
+
+
 def static_void_mask(samples: SampleSet, share: float) -> str:
     """Base64 of a PNG (H,W) at the size of training: 1 where at least `share` of the samples' masks is void, else 0.
 
@@ -116,5 +126,5 @@ def static_void_mask(samples: SampleSet, share: float) -> str:
 
 
 def unpacked(region: str) -> Bytes:
-    """uint8 (H,W) of what `fixed_void` gave."""
+    """uint8 (H,W) of what `static_void_mask` returned."""
     return decode_mask(base64.b64decode(region))

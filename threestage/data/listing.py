@@ -1,12 +1,7 @@
-"""A bucket prefix or a folder of images, however many, as shards of LISTED_SCHEMA that a rerun extends; or one image file.
+"""List the images of a bucket prefix or a local folder into Parquet shards (LISTED_SCHEMA) that a rerun extends.
 
-The keys below a prefix are cut once into ranges that lie side by side without a gap (`partitions.json`). Each range is
-listed page by page, apart from the others, gathered to windows, mixed within a window and written as shards; then
-`ranges/<n>.json` names its shards, and at the end `files.parquet` names all. A killed listing goes on with the ranges
-that are not done. A finished one is extended: every range is listed again, and images not known yet become new shards.
-So do images that were replaced in place (other bytes, modification time or ETag): their old rows are then `replaced`.
-
-Memory of a range: one window of rows, and when it is extended 32 bytes for each of its images.
+A prefix is cut into ranges of keys, which are listed in parallel and resumed one by one; `list_images` says how.
+Also: requests to S3, and whether a folder is a data set or holds images.
 """
 
 import hashlib
@@ -63,7 +58,7 @@ Keys = Callable[[str, str | None, int], Iterator[str]]
 """(prefix, after, keys per request) → the keys with that prefix that come after `after`, in order, one request at a time."""
 
 ListedObjects = tuple[str, int, int]
-"""A file: its key, or its path below the source; bytes, or a key of folders.WHY_NOT; its stamp: the time of its last change in
+"""A file: its key, or its path below the source; bytes, or a key of safe_walk.WHY_NOT; its stamp: the time of its last change in
 ns, on S3 a hash of its ETag."""
 
 Hashes = npt.NDArray[np.uint64]
@@ -115,6 +110,9 @@ class RangeTask:
         return f"the listing of {self.source} after {self.after or 'its beginning'}"
 
 
+# ---- The listing and its files
+
+
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """map() in a few threads of this process."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -124,6 +122,13 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator
 def list_images(source: str, destination: str, rows_per_file: int, each: Each = in_threads) -> list[ListedFile]:
     """List the images below a source, or one image file, into shards of `rows_per_file` rows; the shards of this and all
     earlier runs.
+
+    The keys below a prefix are cut once into ranges without gaps (`partitions.json`). Each range is listed page by page,
+    gathered into windows, mixed within a window and written as shards; then `ranges/<n>.json` names its shards. At the
+    end `files.parquet` names all. A killed listing continues with the ranges that are not done. A finished one is
+    extended: every range is listed again, and new images become new shards. So do images that were replaced in place
+    (other bytes, modification time or ETag): their old rows are then `replaced`. Memory of a range: one window of rows,
+    and when it is extended 32 bytes for each of its images.
 
     Shards that were there stay as they are; images that were deleted from the source stay listed. Raises InputError
     when the source holds no image, or when the destination holds a listing of something else; OSError, naming the
@@ -261,7 +266,7 @@ def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
         return sorted(chain.from_iterable(parts), key=lambda file: file.path)
 
 
-# Pages → windows → shards
+# ---- Pages → windows → shards
 
 
 def _pages_of(source: str, keys: KeyRange, others: Counter[str] | None = None) -> Iterator[list[ListedObjects]]:
@@ -399,7 +404,7 @@ def rows_digest(shard: pa.Table, before: int = 0) -> str:
     return hashlib.sha256(json.dumps(columns, ensure_ascii=False).encode()).hexdigest()
 
 
-# A local folder
+# ---- A local folder
 
 
 def _local_pages(folder: str, others: Counter[str]) -> Iterator[list[ListedObjects]]:
@@ -421,7 +426,7 @@ def _image_file(source: str) -> ListedObjects:
     return name, info.size, info.mtime_ns
 
 
-# Requests to S3
+# ---- Requests to S3
 
 
 def _bucket_and_prefix(source: str) -> tuple[str, str]:
@@ -508,7 +513,7 @@ def _is_passing(error: Exception) -> bool:
     return bool(status >= 500 or status == 429)
 
 
-# Where to cut the keys
+# ---- Where to cut the keys
 
 
 @dataclass(frozen=True)
@@ -596,6 +601,9 @@ def _shared(left: str, right: str) -> str:
 
 def _first_after(keys: Keys, prefix: str, after: str) -> str | None:
     return next(keys(prefix, after, 1), None)
+
+
+# ---- A data set, or images?
 
 
 def holds_data_set(folder: str) -> bool:

@@ -1,4 +1,7 @@
-"""Write the Parquet files of a data set, add up what shards wrote, publish a new version of the manifest."""
+"""Write a data set: check the images of a shard, write its Parquet files, sum up the shards, publish the manifest.
+
+Also the index of what a data set already holds, by image id. `data/ingest.py` decides what a shard is and runs them.
+"""
 
 import hashlib
 import io
@@ -43,6 +46,9 @@ ROW_DIGESTS_KEY = b"threestage.row_digests"
 Kind = Literal["images", "labels"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 """128 bits of a SHA-256, in hexadecimal."""
+
+
+# ---- Rows, and the Parquet files and report of one shard
 
 
 def digest_of(data: bytes) -> str:
@@ -226,6 +232,9 @@ def masks_digest(masks: Sequence[tuple[str, str | None]]) -> str:
     return digest_of(json.dumps(masks).encode())
 
 
+# ---- All shards together: the next version of the manifest
+
+
 class Additions:
     """The sum of shard reports, the same in whatever order they come. Of a shard it keeps its files' entries only."""
 
@@ -344,6 +353,8 @@ def publish(root: str, current: Manifest | None, manifest: Manifest | None) -> M
 def _keep_version(root: str, manifest: Manifest) -> None:
     storage.write_json(version_uri(root, manifest.version), manifest.model_dump(mode="json"))
 
+
+# ---- The index: what a data set already holds, by image id
 
 # A hash of 64 bits: two ids in 10⁸ share one with a probability of 3·10⁻⁴, and then one of the images is refused.
 ENTRY = np.dtype([("key", "<u8"), ("split", "u1"), ("labelled", "?"), ("image", "V16"), ("mask", "V16")])
@@ -473,6 +484,8 @@ def _loaded(folder: str, number: int) -> Entries:
         raise InputError(f"{uri}: is damaged; delete {folder}, which is made again", "data/damaged-file")
     return part
 
+
+# ---- One shard from its list of images to its report
 
 SHARDS_AT_ONCE = 2
 FETCH_THREADS = 8

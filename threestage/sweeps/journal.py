@@ -1,4 +1,5 @@
-"""What a sweep has tried, tries and will try: every change is in its folder before anything follows from it."""
+"""The record of a sweep: `Trial` is one trial, a JSON file in the sweep's folder; `TrialStore` is all of them.
+Every change is written before anything follows from it, so a killed sweep continues with `--resume`."""
 
 import contextlib
 import math
@@ -16,6 +17,9 @@ from threestage.sweeps.space import with_current_keys
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 TRIALS, RUNS = "trials", "runs"
+
+
+# ---- One trial: its record, its folder, its curve
 
 
 class Trial(Settings):
@@ -92,6 +96,8 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     finished = [trial for trial in trials if trial.score is not None]
     return sorted(finished, key=lambda trial: (-(trial.score or 0.0), trial.number))
 
+
+# ---- All trials of a sweep
 
 SETTLE_SECONDS = 60.0
 

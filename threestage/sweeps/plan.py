@@ -256,6 +256,9 @@ def _ends_with(space: Space, trials: int, wall: float, devices: float, spent: fl
     return f"{first}, after about {duration(limits[first])}"
 
 
+# ---- The plan as JSON and as a table
+
+
 def plan_json(plan: SweepPlan) -> dict[str, Any]:
     """The plan as plain values: hours, seconds and bytes."""
     return asdict(plan) | {"bytes": plan.bytes}

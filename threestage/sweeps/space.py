@@ -1,7 +1,7 @@
-"""The space that a sweep searches: a YAML file whose keys are the dotted keys of the configuration.
+"""The search space of a sweep: read the YAML file, check it, and turn a trial's values into a configuration.
 
-Stages before the first searched one are computed once and shared by all trials. A key that counts for one of those too,
-such as a learning rate, is set for the searched stages and those after them alone (`stageN.overrides`).
+Its keys are the dotted keys of the configuration. Stages before the first searched one are computed once for all trials, so
+a key that also counts for one of those is set for the searched stages and later ones alone (`stageN.overrides`).
 """
 
 import json
@@ -20,6 +20,8 @@ from threestage.errors import InputError, did_you_mean
 from threestage.hosts import CODE, CONFIRMING
 from threestage.settings import Settings, current_key, warn_of_old_names, with_current_names
 from threestage.user_files import read_yaml
+
+# ---- One searched key: its range or choices
 
 Number = int | FiniteFloat
 INTERIOR = 0.3819660112501051  # of a range: a point that is whole by accident only
@@ -147,6 +149,9 @@ def _decimal(value: float) -> Decimal:
     return Decimal(str(value))
 
 
+# ---- The whole space
+
+
 class SearchBudget(Settings):
     """Of running trials. A device is a GPU, or a worker where workers have none."""
 
@@ -269,6 +274,9 @@ def _check_when(key: str, parameter: Parameter, before: Mapping[str, Parameter])
             )
 
 
+# ---- Read a space: a YAML file, or one of tune/
+
+
 def load_space(source: str) -> Space:
     """A space from the name of a shipped one or a YAML file. Raises InputError with one line on anything that does not fit."""
     shipped = _shipped()
@@ -317,6 +325,9 @@ def _shipped() -> dict[str, Path]:
     folders = (package / "_shipped" / "tune", package.parent / "tune")
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+# ---- From a space and values to a configuration
 
 
 def stage_name(number: int) -> StageName:
@@ -400,6 +411,8 @@ def with_parents(space: Space, key: str) -> dict[str, Any]:
         found |= with_parents(space, other) | {other: wanted[0]}
     return found
 
+
+# ---- Does the space fit the configuration?
 
 SET_BY_THE_SWEEP = ("name", "seed", "stages", "pseudo_mask.final_stage")
 NEVER_SEARCHED = ("name", "seed", "stages", "data", "cluster", "storage", "registry")
