@@ -47,7 +47,7 @@ def unchanged_environment() -> Iterator[None]:
     for name in set(os.environ) - set(before):
         del os.environ[name]
     changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
-    os.environ.update(changed)  # no more than that: see tracking.reserve_variables
+    os.environ.update(changed)  # no more than that: see mlflow_sync.connection.reserve_variables
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ class InputError(CodedError, ValueError):
 
 
 class StageFailure(CodedError, RuntimeError):
-    """The work could not be done: a stage diverged, a guard said stop, a process or a cluster was lost. The CLI exits with 1.
+    """The work could not be done: a stage diverged, pseudo-masks collapsed, a process or cluster was lost. The CLI exits with 1.
 
     The line says what to change, or that the same command continues.
     """

@@ -1,4 +1,5 @@
-"""Text files of users: UTF-8, with or without a byte order mark. Every such file is read by `text_of`."""
+"""Text and YAML that users write: UTF-8 with or without a byte order mark, and YAML within limits of size and depth.
+Every such file is read here; what is wrong is one line that begins with the file."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +7,8 @@ from typing import Any
 import yaml
 
 from threestage.errors import InputError
+
+# ---- Text
 
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -31,6 +34,8 @@ def lines_of(content: bytes, where: str) -> list[str]:
     lines = (line.strip() for line in text_of(content, where).replace("\r", "\n").split("\n"))
     return [line for line in lines if line]
 
+
+# ---- YAML
 
 MAX_CHARACTERS = 2**20
 MAX_VALUES = 200_000

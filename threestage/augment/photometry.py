@@ -3,7 +3,7 @@
 An image is (3,H,W) uint8 levels. Most operations give a level what it becomes whatever its place: these return a table,
 (3,256) or (256,) int64, so that any number of them in a row is one table (`compose`) and one pass over the pixels
 (`look_up`). What they have to know of the image is its `histogram`. Only colour and sharpness look at other channels or
-other pixels. What is done to pixels is done here on a device; `pictures` does it on a CPU.
+other pixels. What is done to pixels is done here on a device; `pil_warp` does it on a CPU.
 """
 
 from collections.abc import Callable, Sequence

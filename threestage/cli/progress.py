@@ -1,4 +1,5 @@
-"""Progress of the stages on a terminal (a bar with rate, loss and time left), or as plain lines where there is none."""
+"""Progress on a terminal: of a run's stages as bars with rate, loss and time left, and of a sweep's trials.
+Where there is no terminal, plain lines."""
 
 import time
 from collections import Counter
@@ -17,6 +18,9 @@ from threestage.sweeps.journal import Trial, ranked
 from threestage.sweeps.plan import SweepPlan, rich_plan
 
 LINE_SECONDS = 10.0
+
+
+# ---- A run
 
 
 class StageProgress:
@@ -79,6 +83,9 @@ def _figures(row: Mapping[str, float]) -> str:
     )
     score = f"  mean IoU {row['mean_iou']:.3f}" if "mean_iou" in row else ""
     return f"{row['steps_per_second']:.1f} steps/s  {losses}{score}"
+
+
+# ---- A sweep
 
 
 class SweepProgress:

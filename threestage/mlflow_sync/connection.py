@@ -1,4 +1,5 @@
-"""What this package needs around MLflow, without importing it: text fit to be logged, and quiet calls that fail fast."""
+"""Around MLflow, without importing it: text fit to be logged, and quiet calls to the tracking server that fail fast.
+Also the thread that sends in the background, and a time limit for a call."""
 
 import contextlib
 import http.client
@@ -232,6 +233,9 @@ def _get_health(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):
             raise
+
+
+# ---- In the background, or within a time limit
 
 
 class Background:

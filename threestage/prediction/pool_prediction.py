@@ -66,7 +66,7 @@ Encoded = tuple[bytes | str | int | None, ...]  # a row's columns after its id
 
 
 class Unwritable(Exception):
-    """Raised by `Product.encode`: what comes of one image cannot be written, and others can."""
+    """Raised by `PredictionWriter.encode`: the prediction of one image cannot be written, and others can."""
 
     def __init__(self, row: PoolRow, reason: str) -> None:
         super().__init__(reason)

@@ -145,7 +145,7 @@ def class_confidence_entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _class_confidence_entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `certainty`, of (…,C,H,W)."""
+    """As `class_confidence_entropy`, of (…,C,H,W)."""
     log_probabilities = logits.float().log_softmax(dim=-3)
     confidence, class_ids = log_probabilities.max(dim=-3)
     entropy = -(log_probabilities.exp().mul_(log_probabilities)).sum(dim=-3)

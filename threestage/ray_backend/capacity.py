@@ -1,4 +1,8 @@
-"""What a cluster's nodes have, what an autoscaler may add, and whether workers have a place there."""
+"""Does a cluster have room? What its nodes have, what an autoscaler may add, and whether workers have a place there.
+
+Asked while a stage waits for workers, before a sweep, and by `threestage check`. Also measures a step on a worker's device,
+for the plan of a sweep.
+"""
 
 import json
 import math
@@ -28,6 +32,8 @@ from threestage.ray_backend.nodes import alive_nodes
 from threestage.ray_settings import ClusterSettings
 from threestage.sweeps.space import Space
 from threestage.training.worker import default_device
+
+# ---- Do workers have a place on nodes?
 
 SPARE_CPUS = 3  # besides the workers': one reads the pool, one is the controller's, one predicts
 READER_CPUS = 1.0  # of the task that reads the pool while stage 2 or 3 trains
@@ -126,6 +132,9 @@ def resources_text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
+# ---- Why workers have not started
+
+
 def waiting_text(
     what: str,
     cluster: ClusterSettings,
@@ -160,6 +169,9 @@ def waiting_text(
             f"wait until it is free, or {MORE_ROOM}"
         )
     return f"{what}: waiting for {waited:.0f} s for {asked}; {there}: {MORE_ROOM}"
+
+
+# ---- What the cluster has, and what may be added
 
 
 def cluster_nodes() -> list[Resources]:
@@ -214,6 +226,8 @@ def _to_come(group: Any, groups: Sequence[str], at_most: int) -> Iterator[Resour
     for _ in range(number):
         yield {name: float(amount) for name, amount in group.resources.items()}
 
+
+# ---- Room for the trials of a sweep
 
 TRIAL_CPUS = 0.1  # of the process that leads a trial; Ray Tune refuses 0
 MEASURING_SECONDS = 600.0  # in which a step is measured, once there is room; torch.compile takes minutes
@@ -301,6 +315,9 @@ class _Room:
         return resources_text(total) + (f" (one node at most {resources_text(most)})" if len(self.nodes) > 1 else "")
 
 
+# ---- A step measured on the cluster, for the plan of a sweep
+
+
 def remote_step_time(config: Config, stage: StageName, manifest_version: int, warn: Warn = print) -> StepTime:
     """`measure_step` as a task that takes what one worker takes, so on a device that will train.
 
@@ -343,6 +360,8 @@ def _measure(settings: dict[str, Any], stage: StageName, manifest_version: int) 
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     return measure_step(config, stage, load_manifest(config.data.root, manifest_version), default_device())
 
+
+# ---- Room for a run: threestage check, and a run's start
 
 ASK_FOR_LESS = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker"
 

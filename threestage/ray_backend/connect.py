@@ -1,4 +1,8 @@
-"""Which Ray cluster a run connects to, and whether it lets this process in: `ray.init` tries a wrong address for minutes."""
+"""Connect this process to a Ray cluster, or start Ray on this machine, and disconnect.
+
+A cluster's address, token and versions are checked first, since `ray.init` tries a wrong address for minutes. Ray started
+here opens no port to other machines.
+"""
 
 import contextlib
 import gc
@@ -27,6 +31,8 @@ from threestage.private_folder import private_folder
 from threestage.ray_backend.capacity import SPARE_CPUS
 from threestage.ray_settings import ClusterSettings
 
+# ---- Does the cluster answer, and does it let us in?
+
 ANSWER_S = 5.0
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
 OPEN = "it asks for no token: whoever reaches it can run programs there; start it with RAY_AUTH_MODE=token"
@@ -45,7 +51,7 @@ def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
 
 
 def probe_cluster(name: str, address: str) -> CheckOutcome:
-    """What `threestage check` says of the cluster. Raises as `admitted`."""
+    """What `threestage check` reports of the cluster. Raises like `check_connection`."""
     address, there = check_connection(name, address)
     value = f"{address}: Ray {there['ray_version']} and Python {there['python_version']} there and here"
     return (
@@ -121,6 +127,8 @@ def _refuse_other_versions(name: str, address: str, there: Mapping[str, str]) ->
             )
 
 
+# ---- Connect and disconnect
+
 ABORT_SECONDS = 30.0
 STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
 
@@ -134,7 +142,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     it."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
-    _set_start_timeout(cluster)  # here and not by stage: see tracking.reserve_variables
+    _set_start_timeout(cluster)  # here, not per stage: see mlflow_sync.connection.reserve_variables
     quiet_ray_data()
     if ray.is_initialized():
         yield
@@ -201,6 +209,8 @@ def quiet_ray_data() -> None:
     for library in ("ray.data", "ray.train"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
+
+# ---- Ray started here: closed to other machines
 
 CLOSED = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}  # Ray's own way on macOS: every port on 127.0.0.1
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

@@ -1,4 +1,4 @@
-"""What went wrong in a task, an actor or a group of workers, without Ray's wrapping and trace of it."""
+"""Failures on a cluster: the cause behind Ray's wrapping as one of our errors, and how often work may lose its process."""
 
 import contextlib
 import re
@@ -12,6 +12,8 @@ import ray.exceptions
 from threestage.errors import CodedError, InputError, StageFailure, reason_of
 from threestage.ray_backend.heartbeat import driver_actor
 from threestage.ray_backend.nodes import alive_ids
+
+# ---- From an error of Ray to one of ours
 
 FAILED = "ray/task-failed"
 _CODE = re.compile(r" \[[a-z-]+/[a-z0-9-]+\]$")
@@ -71,6 +73,9 @@ def first_line(error: BaseException) -> str:
 
 def _text(cause: BaseException) -> str:
     return cause.message if isinstance(cause, CodedError) else str(cause)
+
+
+# ---- How often a piece of work lost its process
 
 
 class RetryBudget:

@@ -1,4 +1,7 @@
-"""Signs of life: what the workers of a stage tell the driver, and what a worker that stands still says of itself."""
+"""Heartbeats of a stage's workers: rows of metrics, warnings and failures for the driver, and where each worker is.
+
+A worker that stands still writes its stacks to its log. Also places actors on the driver's own node.
+"""
 
 import contextlib
 import faulthandler
@@ -22,6 +25,8 @@ if TYPE_CHECKING:  # the monitor's process needs no torch
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+# ---- What the driver learns
+
 BEAT_SECONDS = 2.0
 
 
@@ -43,6 +48,9 @@ class MonitorUpdate(NamedTuple):
     warnings: list[str]
     failure: StageFailure | None
     signs: dict[int, tuple[WorkerStatus, float]]
+
+
+# ---- Beside the driver: the monitor of a stage
 
 
 class _Monitor:
@@ -90,6 +98,9 @@ class _Monitor:
 def start_monitor() -> Any:
     """Of one stage, on the driver's own node."""
     return driver_actor(_Monitor)
+
+
+# ---- In a worker: the thread that reports to the monitor
 
 
 class Heartbeat:
@@ -167,6 +178,9 @@ class _Gauges:
                 about = f"{name} of a stage since its last row"  # without a description Ray exports nothing
                 self._gauges[name] = Gauge(f"threestage_{label}", about, tuple(self._tags))
             self._gauges[name].set(value, self._tags)
+
+
+# ---- Actors on the driver's node
 
 
 def driver_actor(kind: type) -> Any:

@@ -1,6 +1,7 @@
 """`threestage check --address URL`: the same check as a job, where `threestage submit` would run it.
 
-The job is this module, as it is here, with the environment of the cluster; it prints each line as JSON behind MARK.
+The job is job_check_main.py of the package as it is here, in the environment of the cluster. It prints each result as JSON
+behind MARK.
 """
 
 import contextlib

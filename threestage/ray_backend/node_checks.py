@@ -1,4 +1,5 @@
-"""What the nodes of a cluster say for themselves: their versions, the places that they reach, a measured step."""
+"""Checks of a cluster for `threestage check`: connect, then ask every node for its versions and the places it reaches.
+Also measures the stages' steps on a worker's device."""
 
 import contextlib
 import importlib.metadata
@@ -28,6 +29,8 @@ from threestage.ray_backend.failures import last_line
 from threestage.ray_backend.nodes import alive_nodes
 from threestage.ray_settings import ClusterSettings
 from threestage.settings import Settings
+
+# ---- What every node can use
 
 MOST_NODES = 32
 LOOK_S = 90.0  # for a new process on each node, which imports torch, and then tries the places
@@ -122,6 +125,9 @@ def _look(settings: dict[str, Any], out: str, marker: str | None) -> dict[str, A
     outcomes = merged(store.try_all(places(config, out)))
     problems = [f"{outcome.name}: {outcome.problem}" for outcome in outcomes if outcome.problem]
     return {"versions": versions(), "problems": problems}
+
+
+# ---- An MLflow store that is a file
 
 
 def own_file(config: Config) -> CheckResult | None:

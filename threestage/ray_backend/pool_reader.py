@@ -1,5 +1,7 @@
-"""The processes that read the unlabelled pool: files of images and their pseudo-masks become blocks of canvases.
-A cluster has many of them, so they import no torch."""
+"""What runs beside the training to read the unlabelled pool: a file with its pseudo-masks becomes blocks of canvases.
+
+Also the pause in Ray Data's loop. A cluster has many of these processes, so this module imports no torch.
+"""
 
 import math
 import time
@@ -16,6 +18,8 @@ from threestage.data.records import DataSettings
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.samples import Sample, crop_to_canvas, decode_sample, pool_samples
 from threestage.seeds import derive_seed
+
+# ---- From a file to blocks of canvases
 
 BLOCK_BYTES = 32 * 2**20
 
@@ -79,12 +83,14 @@ def _stacked(rows: Sequence[Arrays]) -> Arrays:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+# ---- A pause in Ray Data's loop
+
 STEP_SECONDS = 0.1
 
 
 class ThrottledExecution(ExecutionCallback):
-    """Without it the loop that runs a stream (Ray 2.60) never pauses while it has nothing to do but to wait until the training
-    has taken what is there, and keeps a core busy."""
+    """Sleeps briefly between the steps of a stream's executor: Ray 2.60's busy-waits under back-pressure and keeps a core
+    busy."""
 
     def __init__(self) -> None:
         self._last_step = time.monotonic()

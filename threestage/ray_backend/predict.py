@@ -1,5 +1,7 @@
-"""Predictions as a Ray Data job: a row is some files of images (of the pool: its pseudo-masks), predicted by one of some
-actors."""
+"""Predict files as a Ray Data job: the pool's pseudo-masks for a run, and the images of `threestage predict`.
+
+A row of the job is some files of images; one of a few actors, each with the network, predicts it.
+"""
 
 import contextlib
 import json
@@ -31,6 +33,8 @@ from threestage.ray_backend.stall_monitor import await_resources, warn_if_stalle
 from threestage.ray_backend.tasks import in_tasks
 from threestage.ray_settings import ClusterSettings
 from threestage.training.worker import default_device
+
+# ---- Predict files on the cluster; the pool of a run
 
 MAX_TASKS = 1024
 TASKS_PER_PREDICTOR = 16
@@ -115,6 +119,8 @@ def _open_pool(model: str, task: dict[str, Any]) -> Predict:
     network, settings = load_model(model)[0].to(device), PoolTask.model_validate(task)
     return lambda files: predict_files(network, settings, list(map(PoolFile.model_validate_json, files)), device)
 
+
+# ---- threestage predict
 
 MODEL_FOLDER = "model"
 

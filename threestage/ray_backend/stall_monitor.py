@@ -100,7 +100,7 @@ class Membership:
 
 def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:
     """Until the cluster has room for one predictor: asks for it meanwhile, so that an autoscaler brings a node. Reports and
-    raises like Patience."""
+    raises like StallMonitor."""
     if room_for_one(cluster):
         return
     group = ray.util.placement_group([worker_takes(cluster)])

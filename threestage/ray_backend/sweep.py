@@ -79,8 +79,8 @@ def _start_actors_of_ray_data() -> None:
 
 
 def quieten() -> None:
-    """The journal is the record: no log files, no tables of Ray Tune's own. To be called before threads begin, see
-    tracking.reserve_variables. What a driver sets, its trials inherit not."""
+    """The trial store is the record: no log files, no tables of Ray Tune's own. Call it before threads begin, see
+    mlflow_sync.connection.reserve_variables. Trials do not inherit the driver's environment."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -142,7 +142,7 @@ class _Proposals(_Unpickled, Searcher):
         pass
 
     def save(self, checkpoint_path: str) -> None:
-        """The journal has it."""
+        """The trial store has it."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError
@@ -160,7 +160,7 @@ class _Budget(_Unpickled, tune.Stopper):
 
 
 class _Listener(_Unpickled, tune.Callback):
-    """Writes what Ray Tune tells into the journal."""
+    """Writes what Ray Tune reports into the trial store."""
 
     def __init__(self, journal: TrialStore, warn: Callable[[str], None]) -> None:
         self._journal, self._warn = journal, warn

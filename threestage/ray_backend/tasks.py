@@ -1,4 +1,4 @@
-"""map() as Ray Data tasks: the parts of a listing or of an ingest on any node."""
+"""map() as Ray Data tasks on any node, with retries: the parts of a listing, and of `threestage ingest`."""
 
 import contextlib
 import itertools
@@ -18,6 +18,8 @@ from threestage.errors import StageFailure
 from threestage.ray_backend.connect import connected
 from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
 from threestage.ray_settings import ClusterSettings
+
+# ---- map() in tasks
 
 MAX_TASKS = 4096
 LONGEST_WAIT_S = 30
@@ -69,6 +71,9 @@ class _Retried:
                     raise
                 time.sleep(min(LONGEST_WAIT_S, 2**failures))
         raise AssertionError
+
+
+# ---- threestage ingest
 
 
 def ingest_on_ray(

@@ -1,5 +1,8 @@
-"""Charts as SVG. Colours come from the page's style sheet, so that they follow light and dark; every series also has its own
-dash and marker, or pattern."""
+"""What the report's page is made of: HTML elements with escaped text, charts as SVG, masks and photos as embedded pictures.
+
+Colours of charts come from style.css, so they follow light and dark; every series also has its own dash and marker, or
+pattern.
+"""
 
 import base64
 import html
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 from threestage.data.classes import Colour
+
+# ---- HTML: every string that is not Html is escaped
 
 VOID_TAGS = ("img", "input", "meta", "link", "path", "line", "rect", "circle", "polyline", "use", "stop")
 
@@ -82,6 +87,8 @@ def figure(how_to_read: str, *content: object, key: Html | None = None) -> Html:
 def note(*content: object) -> Html:
     return tag("p", *content, class_="note")
 
+
+# ---- Charts as SVG
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -303,6 +310,8 @@ def patterns() -> Html:
     ]
     return tag("svg", tag("defs", *found), width=0, height=0, class_="patterns", aria_hidden="true")
 
+
+# ---- Masks and photos as pictures in the page
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -1,4 +1,5 @@
-"""The page put together: one file that loads nothing, needs no script and can be read without colours."""
+"""`threestage report`: read a run, predict some validation images, and write one page that loads nothing and needs no script.
+Its parts are in sections.py, its charts in charts.py."""
 
 import datetime
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from threestage.report.charts import Html, join_html, patterns, tag
 from threestage.report.run_reader import Run, read_run
 from threestage.report.validation_images import OnImages, StageMeasure, Validation, choose
 from threestage.run_folder.reuse import PAGE_NAME
+
+# ---- The document around the sections
 
 # Even a mistake in the page could not make a browser fetch or run anything.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -65,6 +68,8 @@ def _made() -> str:
     made = f"Made by threestage {threestage.__version__} on {now} with `threestage report`."
     return f"{made} The page loads nothing and runs no script."
 
+
+# ---- Write the report of a run
 
 IMAGES = 9
 INTRODUCTION = "Three-stage self-training for semantic segmentation, seen through the run's validation images."

@@ -1,4 +1,7 @@
-"""The figures that a run's folder holds, finished or not. Nothing is computed here that was not measured by the run."""
+"""Read what a run's folder holds for its report, finished or not: stages, figures, settings, rejected images.
+
+Nothing is computed that the run has not measured. Also logs the page to the run in MLflow.
+"""
 
 import math
 import os
@@ -19,6 +22,8 @@ from threestage.run_folder.records import Results, RunSettings, StageMarker, Sta
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, parts_elsewhere
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 from threestage.verdict import verdict_text
+
+# ---- The run and its stages
 
 Row = Mapping[str, float]
 
@@ -163,6 +168,9 @@ def _all_rejected(stages: Any, masks: Mapping[int, str]) -> list[Rejected]:
     ]
 
 
+# ---- Speed of a stage
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Of a stage's training steps, without validation and checkpoints: exact means over its history's rows, None where the
@@ -197,6 +205,9 @@ def throughput(history: Sequence[Row]) -> Throughput:
         memory_bytes=max((row["memory_bytes"] for row in history if "memory_bytes" in row), default=None),
         workers=history[-1].get("workers"),
     )
+
+
+# ---- The page in MLflow
 
 
 def log_page(run: str, page: str, finished: bool, tracking_uri: str | None = None) -> str | None:

@@ -1,4 +1,5 @@
-"""The page's parts that need the run's folder only: scores, curves, time, settings."""
+"""The sections of the report's page: overview, classes, learning curves, time and settings, pictures of validation images,
+pseudo-masks and rejected images, uncertainty. Each takes what the run measured and returns markup."""
 
 import datetime
 import json
@@ -16,6 +17,8 @@ from threestage.report.charts import Bars, Frame, Html, Series, disclosure, figu
 from threestage.report.run_reader import Run, Stage, throughput
 from threestage.report.validation_images import Example, ExampleGroup, StageMeasure
 from threestage.training.metrics import MEAN_IOU_RULE
+
+# ---- At a glance: the overview, and how figures are written
 
 ABSENT = "–"
 TERMS = {
@@ -105,6 +108,9 @@ def share(value: float | None) -> str:
     return ABSENT if value is None or math.isnan(value) else f"{value:.1%}"
 
 
+# ---- Classes
+
+
 def classes(run: Run) -> Html:
     names = ["mean", *run.stages[0].result["per_class_iou"]]
     found = [
@@ -127,6 +133,9 @@ def classes(run: Run) -> Html:
 
 def _stage_key(run: Run, kind: str) -> Html:
     return charts.key([(stage.title, stage.number) for stage in run.stages], kind)
+
+
+# ---- Learning curves
 
 
 def curves(run: Run) -> Html:
@@ -182,6 +191,9 @@ def _loss_panel(stage: Stage, top: float) -> Html:
     frame = Frame((0.0, float(stage.result["steps"])), (0.0, top), "step", "loss (nats)")
     plot = charts.lines(f"Losses of {stage.title} over its steps", series, frame)
     return tag("div", tag("h3", stage.title), plot)
+
+
+# ---- Time, and settings
 
 
 def times(run: Run) -> Html:
@@ -260,6 +272,9 @@ def _values(run: Run, key: str) -> list[str]:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- Pictures of validation images
 
 
 GROUPS: dict[ExampleGroup, tuple[str, str]] = {
@@ -418,6 +433,8 @@ def _changed(found: np.ndarray, first: bool) -> str:
     )
 
 
+# ---- Pseudo-masks, and rejected images
+
 LABELS_STYLE = 4
 
 
@@ -498,6 +515,9 @@ def rejected(run: Run) -> Html:
         table("How many images were left out", ["where", "image_section"], counts),
         table("The first of them", ["image", "reason", "where"], rows),
     )
+
+
+# ---- Uncertainty and calibration
 
 
 def uncertainty(run: Run, found: Sequence[StageMeasure], measured: str) -> Html:

@@ -1,4 +1,4 @@
-"""A run as its user starts it: the pipeline, its mirror in MLflow, its pictures. The CLI and jobs/ call this."""
+"""A run as its user starts it: the pipeline, its copy in MLflow, its pictures and page. The commands call `run`."""
 
 import contextlib
 import threading

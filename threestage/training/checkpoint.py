@@ -172,7 +172,7 @@ class Checkpoints:
         return problem
 
     def wait(self) -> None:
-        """Until what was saved is written. OSError when it could not be, Outlived or StageFailure when another process of
+        """Until what was saved is written. OSError when it could not be, StaleWorkerError or StageFailure when another process of
         the same driver, or another driver, has taken the stage over."""
         if self._writing is not None:
             writing, self._writing = self._writing, None

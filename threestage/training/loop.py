@@ -1,4 +1,8 @@
-"""The one training loop. A stage hands it a state, a source of steps and a way to evaluate."""
+"""The one training loop: steps, evaluations, checkpoints, resuming, and the metrics between two rows.
+
+A stage hands `fit` a state, a source of steps (step_inputs.py) and a way to evaluate. After a kill, `resume` continues from
+the last checkpoint.
+"""
 
 import math
 import os
@@ -204,6 +208,9 @@ def resume(state: TrainState, worker: Worker) -> None:
         state.best = None
 
 
+# ---- Precision, compilation, memory format, learning rate
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """float32 means no autocast."""
     if precision == "auto":
@@ -242,6 +249,9 @@ def lr_scale(loop: LoopSettings, world_size: int) -> float:
 def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+# ---- What the workers agree on in every step
 
 
 class _SyncFlags:
@@ -283,6 +293,8 @@ def copy_to_host_async(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event.record()
     return host, event
 
+
+# ---- Metrics between two rows, and divergence
 
 NAMED_IMAGES = 8
 
