@@ -1,4 +1,4 @@
-"""How this process gets its memory from the system."""
+"""Faster memory for CPU tensors: keep freed memory in this process rather than return it to the system."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""How many pixels the threads of a process decode at the same time, so that memory does not grow with the threads."""
+"""Threads within bounded memory: how many pixels they may decode at the same time, and one item made ahead."""
 
 import threading
 from collections.abc import Generator, Iterator

@@ -1,4 +1,4 @@
-"""Where things are recorded, and what: plain values, without MLflow."""
+"""What is sent to MLflow as plain values, and the settings of the place (`registry`). Imports no MLflow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

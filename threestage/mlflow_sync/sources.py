@@ -1,4 +1,4 @@
-"""Where MLflow says that files lie: whoever may write to it may name any host or bucket there."""
+"""Refuse files of a model version that lie on another host or bucket: whoever may write to MLflow may name any."""
 
 from collections.abc import Callable, Iterable
 

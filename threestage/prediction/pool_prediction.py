@@ -1,4 +1,6 @@
-"""The pool through a network, file by file: reading and decoding ahead of the device, encoding and publishing behind it.
+"""Predict the pool file by file and write the pseudo-masks: `predict_files` drives it, `_Job.publish` writes a file.
+
+Reads and decodes ahead of the device, encodes and publishes behind it:
 
     one thread         reads the next rows (by reference, others fetch the images)
     some threads       decode the images of the next batches, encode the results of the last ones

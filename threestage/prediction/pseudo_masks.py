@@ -1,4 +1,6 @@
-"""Pseudo-masks: what a network says of whole images, the statistics of that, and how a set of pseudo-masks is laid out.
+"""Pseudo-masks: logits to class, confidence and entropy, statistics of a set, and the files of a set.
+
+pool_prediction.py predicts the pool with this and writes the files:
 
     folder/<name of the image file>    PSEUDO_MASK_SCHEMA, the image file's rows in their order; null: not in the pool
     folder/index.parquet               INDEX_SCHEMA, one row per file: what a stage must know before it reads any

@@ -1,5 +1,5 @@
-"""How a network is asked about an image: whole or in windows, mirrored too, at several scales. Evaluation and prediction
-share it.
+"""Test-time augmentation: predict an image whole or in windows, mirrored too, and at several scales. Evaluation and
+`threestage predict` share it.
 
 Windows: their logits are averaged where they overlap. Mirrored and scaled views: the softmax probabilities of all views
 are averaged at the image's size. Images are scaled as training scales them: bilinear, without a low-pass filter.

@@ -1,4 +1,4 @@
-"""What `evaluate_model` found, for people: tables for a console, a reliability diagram, a folder of both."""
+"""The scores of `threestage evaluate` for people: tables on a console, a reliability diagram, a folder of both."""
 
 import io
 import textwrap

@@ -1,4 +1,4 @@
-"""What a run asks of the place where it works, and whom it tells. Two backends: this process, and a Ray cluster."""
+"""The interfaces of a run: `Backend`, which trains stages and predicts the pool (this process, or Ray), and `RunCallbacks`."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,4 +40,4 @@ class Backend(Protocol):
         """Predict files of the pool with the model in a folder; a report of each as it is done."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """The function's results in the order of the items, some of them at a time."""
+        """The function's results, some items at a time; on Ray in any order."""

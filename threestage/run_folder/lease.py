@@ -1,4 +1,5 @@
-"""One driver for a run or a sweep: it holds `lease.json` below the folder's prefix, and renews it while it lives.
+"""One driver for a run or a sweep: it holds `lease.json` below the folder's prefix, and renews it while it lives. After a
+SIGKILL the lease stands still, and the next command takes it over.
 
 No clock is compared with that of another machine. Whoever finds a lease looks at it for as long as MISSED beats take: one
 that changes is alive, one that does not is dead and may be taken over. What is taken over is found out at the next beat.

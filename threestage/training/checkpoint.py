@@ -1,7 +1,7 @@
-"""A stage's state, and where it is kept: all that a killed stage needs to go on as if nothing had happened.
+"""A stage's checkpoints: all that a killed stage (SIGKILL too) needs to continue as if nothing had happened.
 
 checkpoints/step-000000500.pt    student, teacher, optimiser, history, best weights …: one file, written whole
-checkpoints/latest.json          the one to go on from; written after it
+checkpoints/latest.json          the one to continue from; written after it
 checkpoints/rows.json            the history again, for those who want no more of it
 checkpoints/owner.json           which process may write here
 """
