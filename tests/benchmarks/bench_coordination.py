@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_coordination [--steps 300] [--sleep-ms 50] [--json FILE]
 
 The network has three parameters, so the rest of a step is the loop's own: the all-reduce of the loss counts, DDP, the gathering
-of rows, the signs of life. With more workers than cores it is dear, because they take turns. docs/scaling.md reads the file.
+of rows, the heartbeats. With more workers than cores it is dear, because they take turns. docs/scaling.md reads the file.
 """
 
 import argparse

@@ -1,4 +1,5 @@
 """A dry forward and backward pass of each stage's network, in a process of its own: its memory, and how long a step takes.
+Also the lines that `threestage check` prints of it.
 
 echo SPECIFICATION | python -m threestage.checks.steps      # prints a Measured per stage, each a line of JSON
 """
@@ -171,6 +172,8 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
+
+# ---- What threestage check prints of it
 
 LESS = (
     "ask for less memory: training.accumulate=2, a smaller {stage}.labelled_batch{or_unlabelled} or augment.crop_size"

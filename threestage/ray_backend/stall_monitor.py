@@ -1,4 +1,8 @@
-"""Wait for a cluster to have room, with reports of what is asked and what there is, and a time limit."""
+"""Report instead of waiting in silence: no room for workers, no worker of a stage, a worker that stands still.
+
+It reports every `report_after_s` what is asked and what the cluster has. Waiting for workers or room ends after
+`start_timeout_s`; for predictors that are lost later, Ray waits without a limit.
+"""
 
 import contextlib
 import threading
@@ -25,6 +29,9 @@ SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is
 LOOK_SECONDS = 1.0
 
 
+# ---- How long it has waited
+
+
 class _Wait:
     """How long it has been, and whether to say so: every `report_after_s`."""
 
@@ -46,10 +53,13 @@ class _Wait:
         return due
 
 
+# ---- While a stage trains
+
+
 class StallMonitor:
     """With the workers of a stage: reports when none is there, and when one of them stands still.
 
-    The clock runs while no worker gives a sign of life: at the start, and when Ray has to start the group again.
+    The clock runs while no heartbeat of a worker arrives: at the start, and when Ray has to start the group again.
     """
 
     def __init__(self, stage: str, cluster: ClusterSettings, warn: Warn) -> None:
@@ -96,6 +106,9 @@ class Membership:
             coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
             coordinator.get_reserved_resources.remote("threestage", recompute=True)
         return not self._alive <= before
+
+
+# ---- While the pool or images are predicted
 
 
 def await_resources(what: str, cluster: ClusterSettings, warn: Warn) -> None:

@@ -106,6 +106,9 @@ def ray_reason(text: object) -> str:
     return shown(text)[:300]
 
 
+# ---- What travels with a job
+
+
 class WorkingFiles(NamedTuple):
     """What Ray would upload of a working directory: path below it → bytes; and the links in it that lead out of it, which
     are not followed."""
@@ -171,6 +174,9 @@ def _unpack(archive: zipfile.ZipFile, wheel: str, folder: str) -> None:
     if size > LIMIT_BYTES:
         raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}", "submit/too-large")
     archive.extractall(folder, members)
+
+
+# ---- Submit a job and follow it
 
 
 class JobPackage(NamedTuple):
@@ -269,7 +275,8 @@ class _Log:
         self._failures = 0
 
     async def follow(self) -> JobDetails | None:
-        """The job when it is over; None when the patience is. Raises StageFailure when the cluster does not know it."""
+        """The job when it is over; None after PATIENCE_S without an answer. Raises StageFailure when the cluster does not know
+        it."""
         while time.monotonic() - self._answered < PATIENCE_S:
             problem = await self._print()
             try:

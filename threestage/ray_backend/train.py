@@ -165,7 +165,7 @@ def _watch_fit(
 def _abort(monitor: Any) -> None:
     """End Ray Train's controller and its workers; without them `fit` returns.
 
-    One that is killed before it has let go of its resources keeps them until the driver ends, hence the patience.
+    One that is killed before it has let go of its resources keeps them until the driver ends: wait ABORT_SECONDS for it.
     """
     controller = ray.get(monitor.controller.remote())
     if controller is None:

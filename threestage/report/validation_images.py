@@ -201,6 +201,8 @@ def choose(scores: dict[int, float], count: int) -> list[Chosen]:
     return [Chosen(index, group) for group, members in groups for index in members]
 
 
+# ---- pictures.png of a run
+
 PICTURES = 6
 
 
