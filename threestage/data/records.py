@@ -3,7 +3,7 @@
 root/manifest.json                      the current version
 root/manifests/v0001.json …             every version
 root/images/<split>-<digest>.parquet    images, with their masks where there were any; one split per file
-root/labels/<split>-<digest>.parquet    images of the set whose mask came (or was mended) later
+root/labels/<split>-<digest>.parquet    images of the set whose mask came (or was corrected) later
 root/rejected/v0001.parquet             what an ingest refused (data/rejects.py)
 root/shards/, root/listing/             what an ingest has done, so that it can go on (data/publish.py, data/listing.py)
 """
