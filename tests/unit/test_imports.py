@@ -9,10 +9,12 @@ import pytest
 from ray import cloudpickle
 from ray.data import DataContext
 
+import threestage
 from tests.conftest import tiny_config, write_photos
 from threestage.data.pool import PoolFile, write_pool
 from threestage.data.pseudo_mask_files import IndexRow, write_index
 from threestage.data.split import Split
+from threestage.ray_backend import job_check
 from threestage.ray_backend.pool_stream import unlabelled_stream
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Pointer
@@ -100,3 +102,19 @@ def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(s
     assert (tmp_path / "run/config.json").is_file() and (tmp_path / "run/report.html").is_file(), (
         "as `run --local` leaves it"
     )
+
+
+RUN_BY_NAME = {"checks.steps", "models.program", "ray_backend.job_check_main"}
+
+
+def test_modules_that_are_run_as_programs_have_a_main() -> None:
+    package = Path(threestage.__file__).parent
+    texts = {file: file.read_text() for file in package.rglob("*.py")}
+    named = {
+        ".".join(file.relative_to(package).with_suffix("").parts)
+        for file, text in texts.items()
+        if '"-m", __name__' in text or "-m {__name__}" in text
+    }
+    assert named | {job_check.MAIN.removeprefix("threestage.")} == RUN_BY_NAME
+    for name in RUN_BY_NAME:
+        assert '__name__ == "__main__"' in texts[package.joinpath(*name.split(".")).with_suffix(".py")], name

@@ -67,7 +67,7 @@ class ExistingRecord:
 
 @dataclass(frozen=True)
 class NewRow:
-    """A row to write; `known` is what the data set has of the image already, whose mask is then new or mended."""
+    """A row to write; `known` is what the data set has of the image already, whose mask is then new or corrected."""
 
     record: dict[str, Any]
     image_digest: str

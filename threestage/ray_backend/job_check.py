@@ -30,6 +30,7 @@ from threestage.ray_backend.submit import NO_CONNECTION, OVER, Client, job_clien
 from threestage.settings import Settings
 
 CODE = "check/job"
+MAIN = "threestage.ray_backend.job_check_main"  # what the job runs
 MARK = "threestage-check "
 SPECIFICATION = "check.json"
 PYTHON = "python"  # the cluster's, as for what is submitted
@@ -95,7 +96,7 @@ def _run(client: Client, specification: JobSpecification) -> Iterator[CheckResul
         code = str(Path(threestage.__file__).parent)
         try:
             job = client.submit_job(
-                entrypoint=f"{PYTHON} -m {__name__} {SPECIFICATION}",
+                entrypoint=f"{PYTHON} -m {MAIN} {SPECIFICATION}",
                 runtime_env={"working_dir": folder, "py_modules": [code]},
                 metadata={"threestage.command": "check"},
             )

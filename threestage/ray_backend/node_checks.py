@@ -179,10 +179,13 @@ def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield measured.model_dump(mode="json")
 
 
+# ---- The connection, and the versions of this process
+
+
 def connect_to_check(
     name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack
 ) -> CheckOutcome:
-    """Connects this process, until `connection` is closed. Raises InputError like `lets_in` and `connected`."""
+    """Connects this process, until `connection` is closed. Raises InputError like `probe_cluster` and `connected`."""
     found = probe_cluster(name, address)
     connection.enter_context(connected(cluster))
     return found

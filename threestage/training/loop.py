@@ -53,6 +53,9 @@ class LoopSettings(Settings):
     loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
 
 
+# ---- The loop
+
+
 @dataclass(frozen=True)
 class StageLength:
     """How far a stage trains. images_per_step: labelled and unlabelled ones of all workers. seed_place: of its random draws.
