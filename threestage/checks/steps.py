@@ -169,10 +169,6 @@ def main() -> None:
         print(measured.model_dump_json(), flush=True)
 
 
-if __name__ == "__main__":
-    main()
-
-
 # ---- What threestage check prints of it
 
 LESS = (
@@ -237,3 +233,7 @@ def duration_line(config: Config, measured: Sequence[MeasuredStep]) -> CheckResu
 
 def duration_of(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds / 3600)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,15 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import ray
 import ray.exceptions
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from threestage.errors import StageFailure
 
 if TYPE_CHECKING:  # the monitor's process needs no torch
     from threestage.run.stages import StageTask
-
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 # ---- What the driver learns
 
