@@ -239,7 +239,9 @@ def test_a_job_s_own_exit_code(place: Place) -> None:
         place, "evaluate", "/nothing", "s3://bucket/data", "--wheel", str(place.wheel), "--env", "MY_VARIABLE"
     )
     assert missing.ends() == 2
-    assert any(line.startswith("error: MY_VARIABLE is not set on the cluster") for line in missing.said), missing.said
+    assert any("MY_VARIABLE" in line and line.endswith("[submit/missing-variable]") for line in missing.said), (
+        missing.said
+    )
 
 
 def test_the_cluster_shows_no_secret(place: Place) -> None:

@@ -118,7 +118,7 @@ def make_plan(
     devices = trial.cluster.devices
     at_once = max(1, min(space.max_concurrent, trials_left))
     judged = judged_at([stage.steps for stage in searched], trial.training.evaluate_every, space.scheduler)
-    factor = space.scheduler and space.scheduler.reduction_factor
+    factor = None if space.scheduler is None else space.scheduler.reduction_factor
     shared = sum(stage.seconds for stage in stages if stage.shared and not stage.finished) / 3600
 
     def hours(seconds: float) -> Hours:
