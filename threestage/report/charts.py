@@ -142,7 +142,7 @@ class Frame:
         middle = (self.height - self.bottom + self.top) / 2
         names = [
             svg_text(self.left + (self.width - self.left - self.right) / 2, self.height - 6.0, self.x_label, "middle"),
-            tag("svg_text", self.y_label, transform=f"translate(13 {middle:.0f}) rotate(-90)", text_anchor="middle"),
+            tag("text", self.y_label, transform=f"translate(13 {middle:.0f}) rotate(-90)", text_anchor="middle"),
         ]
         return drawing(self.width, self.height, title, *self._grid(), *marks, *names)
 
@@ -189,7 +189,7 @@ def rounded_up(value: float) -> float:
 
 
 def svg_text(x: float, y: float, content: str, anchor: str = "start", class_: str | None = None) -> Html:
-    return tag("svg_text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_)
+    return tag("text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
@@ -245,7 +245,7 @@ def bars(title: str, groups: Sequence[str], series: Sequence[Bars], form: Callab
 
 def _name(x: float, y: float, name: str) -> Html:
     cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-    return tag("svg_text", cut, tag("title", name), x=float(x), y=y, text_anchor="end")
+    return tag("text", cut, tag("title", name), x=float(x), y=y, text_anchor="end")
 
 
 def _bar(said: Html, x: float, y: float, width: float, height: float, style: int) -> Html:

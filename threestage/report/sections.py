@@ -309,7 +309,7 @@ def image_section(
     ]
     last = stages[-1].title
     return section(
-        "image_section",
+        "images",
         "Stages side by side",
         note(
             f"Validation images, picked by the mean IoU that {last} reaches on each of them: the worst, some around the "
@@ -446,7 +446,7 @@ def pseudo_masks(run: Run, label_pixels: Sequence[int] | None) -> Html:
     above = [name for name in summaries[0] if name.startswith("share_above_")]
     header = [
         "",
-        "image_section",
+        "images",
         "mean confidence",
         "mean entropy (nats)",
         *(f"above {n.rsplit('_', 1)[1]}" for n in above),
@@ -512,7 +512,7 @@ def rejected(run: Run) -> Html:
         note(
             "Images of the pool that could not be used: the run left them out and went on. All are in the rejects.parquet there."
         ),
-        table("How many images were left out", ["where", "image_section"], counts),
+        table("How many images were left out", ["where", "images"], counts),
         table("The first of them", ["image", "reason", "where"], rows),
     )
 

@@ -78,7 +78,7 @@ def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials
         "threestage.sweeps.prepare.plan_sweep": nothing,
         "threestage.cli.progress.SweepProgress.plan": nothing,
         "threestage.sweeps.sweep.open_registry": nothing,
-        "threestage.sweeps.sweep.Mirror": NoMlflow,
+        "threestage.sweeps.sweep.SweepSync": NoMlflow,
     }
     with contextlib.ExitStack() as patches:
         for name, stand_in in stand_ins.items():
