@@ -377,3 +377,15 @@ def test_no_store_is_made_for_a_run_that_is_in_another_one(run: Path, tmp_path: 
     assert said is not None and "--tracking-uri" in said
     assert not (tmp_path / "mlflow.db").exists()
     assert "not finished" in str(log_page(str(run), str(run / "report.html"), False))
+
+
+KNOWN = """
+html head meta title style body header nav main footer section div span p a h1 h2 h3 ul ol li dl dt dd table caption thead
+tbody tr th td figure figcaption img details summary input label br b strong em code small time
+svg g path line polyline polygon rect circle text tspan defs pattern
+"""
+
+
+def test_every_element_is_one_of_html_or_svg(finished: Path, tmp_path: Path) -> None:
+    page = page_of(finished, out=str(tmp_path / "page.html"))
+    assert {name for name, _ in page.elements} <= set(KNOWN.split())
