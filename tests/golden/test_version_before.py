@@ -152,6 +152,7 @@ def test_predictions_continue_with_what_is_new(before: Path) -> None:
     assert files.items() - {("rejects.parquet", files.get("rejects.parquet"))} <= contents(out).items()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_read_and_resumed(before: Path) -> None:
     """The driver was killed in trial 3: that one alone is run, and what is shared is not computed again."""
     sweep = before / "sweep"
@@ -180,6 +181,7 @@ def test_a_sweep_is_read_and_resumed(before: Path) -> None:
     assert settings["pseudo_mask"]["confidence_threshold"] == found_best
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_runs_nothing(before: Path) -> None:
     words = ["sweep", before / "space.yaml", before / "config.yaml", "--out", before / "sweep", "--json", "--resume"]
     with without_ray():

@@ -132,6 +132,7 @@ def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half:
         run(reliable(scenes, 0.5), tmp_path / "b", tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_weights_of_half_way_that_are_needed_are_written_or_the_stage_stops(
     scenes: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
