@@ -157,6 +157,7 @@ def test_what_only_a_stub_can_refuse(refused: Refused, name: str) -> None:
         assert refused(endpoint).endswith(f" [{codes.get(name, 'storage/busy')}]")
 
 
+@pytest.mark.slow
 def test_the_command_ends_soon_with_exit_code_2(config: Config, bucket: str, tmp_path: Path) -> None:
     """The whole process, less what Python takes to start and import here, as a refused connection beside it shows."""
     with black_hole() as unreachable, ThreadPoolExecutor(2) as pool:

@@ -463,6 +463,7 @@ def server(tmp_path: Path, empty_store: Path) -> Iterator[tuple[str, int]]:
         yield started
 
 
+@pytest.mark.slow
 def test_with_a_server_everything_works_and_its_death_is_told_at_once(
     server: tuple[str, int], record: StageRecord, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

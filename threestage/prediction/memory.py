@@ -18,6 +18,7 @@ MARGIN = 1.25
 SHARE = {"cpu": 0.6, "cuda": 0.8}
 """Of the memory that is free: decoded images and what is encoded take the rest."""
 LEAST_PIXELS = 2**16
+RESET_PEAK = "5"  # proc(5), clear_refs
 
 _bytes_per_pixel: dict[tuple[object, ...], float] = {}
 """By the modules of a network, the device, and what else decides; what weights a network has does not."""
@@ -71,19 +72,28 @@ def _probe(ask: Ask, device: torch.device, side: int) -> int:
 
 
 class _resident_peak:
-    """A context that gives by how much this process's resident memory grew at its peak, in bytes."""
+    """A context that gives by how much this process's resident memory grew at its peak, in bytes: as the kernel counts it, or,
+    where that cannot be reset, by looking every millisecond."""
 
     def __enter__(self) -> list[int]:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that is kept would be used, and not grow
-        self._before = _resident_bytes()
         self._taken = [0]
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        try:
+            Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+            self._before = _status_bytes("VmRSS")
+        except (OSError, KeyError):
+            self._before = _resident_bytes()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self._taken
 
     def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            self._taken[0] = _status_bytes("VmHWM") - self._before
+            return
         self._ended.set()
         self._thread.join()
 
@@ -92,6 +102,12 @@ class _resident_peak:
             self._taken[0] = max(self._taken[0], _resident_bytes() - self._before)
             if self._ended.wait(0.001):
                 return
+
+
+def _status_bytes(name: str) -> int:
+    """VmRSS: what is resident now; VmHWM: the most that was since the peak was reset. KeyError where the system has neither."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int({key: value for key, _, value in (line.partition(":") for line in lines)}[name].split()[0]) * 1024
 
 
 def _resident_bytes() -> int:

@@ -381,7 +381,7 @@ def test_no_store_is_made_for_a_run_that_is_in_another_one(run: Path, tmp_path: 
 
 KNOWN = """
 html head meta title style body header nav main footer section div span p a h1 h2 h3 ul ol li dl dt dd table caption thead
-tbody tr th td figure figcaption img details summary input label br b strong em code small time
+tbody tr th td figure figcaption img details summary input label fieldset legend article h4 br b strong em code small time
 svg g path line polyline polygon rect circle text tspan defs pattern
 """
 

@@ -345,6 +345,7 @@ def test_bad_input_is_refused_before_training(
     assert not (tmp_path / "stage1").exists()
 
 
+@pytest.mark.slow
 def test_warm_start_begins_with_the_previous_stage(scenes: Path, tmp_path: Path) -> None:
     """With a learning rate of almost zero, a warm-started stage 2 must ship stage 1's weights."""
     slow = {"optimiser__learning_rate": 1e-12, "optimiser__encoder_learning_rate": 1e-12, "network__batch_norm": "live"}
