@@ -455,8 +455,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(
             f"--set {override}: write it as a.b=c, e.g. --set stage1.steps=1000", "config/not-an-assignment"
         )
-    old_keys = [] if current_key(path, RENAMED_KEYS) == path else [path]
-    warn_of_old_names(old_keys, {path: current_key(path, RENAMED_KEYS)})
+    current = current_key(path, RENAMED_KEYS)
+    warn_of_old_names([path] if path != current else [], {path: current})
     _put(tree, path, read_yaml(text, f"--set {override}"))
 
 

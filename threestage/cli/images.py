@@ -1,7 +1,8 @@
 """Data sets and models on images: ingest, evaluate, predict."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,12 +98,17 @@ def ingest(
             from threestage.ray_settings import ClusterSettings
 
             report = ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
+    _end(report, as_json, partial(_show_ingested, report, out))
+
+
+def _end(report: "IngestReport | PredictReport", as_json: bool, show: Callable[[], None]) -> None:
+    """Print what the command has done: its warnings, then JSON for programs or what `show` prints."""
     for warning in report.warnings:
         warn(warning)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        _show_ingested(report, out)
+        show()
 
 
 def _show_ingested(report: "IngestReport", out: str) -> None:
@@ -227,12 +233,7 @@ def predict(
                 },
             )
             report = predict_on_ray(files, images, out, settings, cluster, show, warn)
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        _show_predictions(report, out)
+    _end(report, as_json, partial(_show_predictions, report, out))
 
 
 def _show_predictions(report: "PredictReport", out: str) -> None:

@@ -231,7 +231,7 @@ def _to_come(group: Any, groups: Sequence[str], at_most: int) -> Iterator[Resour
 
 TRIAL_CPUS = 0.1  # of the process that leads a trial; Ray Tune refuses 0
 MEASURING_SECONDS = 600.0  # in which a step is measured, once there is room; torch.compile takes minutes
-ASK_FOR_LESS_OR_ADD = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker, or add nodes"
+ASK_FOR_LESS = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker"
 
 
 def refuse_impossible(
@@ -283,7 +283,11 @@ class _Room:
         return len(self.space.stages) > 1
 
     def mend(self) -> str:
-        return f"set {' or '.join(found)}, or add nodes" if (found := list(self._mends())) else ASK_FOR_LESS_OR_ADD
+        return (
+            f"set {' or '.join(found)}, or add nodes"
+            if (found := list(self._mends()))
+            else f"{ASK_FOR_LESS}, or add nodes"
+        )
 
     def _mends(self) -> Iterator[str]:
         """The largest numbers that have room: one of them with the others as they are, else workers of a trial alone."""
@@ -362,8 +366,6 @@ def _measure(settings: dict[str, Any], stage: StageName, manifest_version: int) 
 
 
 # ---- Room for a run: threestage check, and a run's start
-
-ASK_FOR_LESS = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker"
 
 
 def room_here(config: Config) -> CheckOutcome:
