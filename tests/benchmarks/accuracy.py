@@ -40,9 +40,14 @@ MOBILENET = (
 )  # fmt: skip
 SETS: Mapping[str, tuple[str, ...]] = {
     "camvid": ("data.labelled=46", "data.downscale=4", "augment.crop_size=[96,128]", "augment.strong.cutout_size=16"),
-    "camvid_large": ("data.labelled=46", "augment.crop_size=[256,256]", "augment.strong.cutout_size=32"),
-    "neu_seg": ("data.labelled=40", "augment.crop_size=[96,96]", "augment.strong.cutout_size=16"),
-    "scenes": ("data.labelled=32", "augment.crop_size=[64,64]", "augment.strong.cutout_size=16"),
+    "camvid_large": (
+        "data.labelled=46",
+        "data.downscale=1",
+        "augment.crop_size=[256,256]",
+        "augment.strong.cutout_size=32",
+    ),
+    "neu_seg": ("data.labelled=40", "data.downscale=1", "augment.crop_size=[96,96]", "augment.strong.cutout_size=16"),
+    "scenes": ("data.labelled=32", "data.downscale=1", "augment.crop_size=[64,64]", "augment.strong.cutout_size=16"),
 }
 """What each kind of data needs, whatever the method: CamVid at 120×90 and at 480×360, NEU-Seg at 200×200, and the demo's
 scenes at 64×64 (`threestage demo` leaves them in data/), which stand in no table of docs/results.md."""

@@ -23,6 +23,9 @@ TINY = (
 def test_a_method_loads_on_every_set(name: str, method: str) -> None:
     config = configuration(METHODS[method], name, 7)
     assert config.seed == config.data.split_seed == 7 and config.network.encoder == "mobilenetv2_100"
+    assert config.data.downscale == (4 if name == "camvid" else 1), (
+        "the set, not the preset, says how large its images are"
+    )
     steps = sum(config.stage(stage).steps for stage in config.stage_names)
     assert steps == accuracy.EQUAL_STEPS, "every method has the control's steps"
 
