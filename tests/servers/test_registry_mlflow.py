@@ -1,5 +1,6 @@
 """Why: MLflow must hold each run once, however often and wherever a recording was cut, and give back the very model."""
 
+import base64
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -318,10 +320,29 @@ def test_the_packed_model_loads_without_pickle_and_says_what_predict_says(
         np.testing.assert_array_equal(both["class_ids"], expected)
         stored = predicted_by_command(folder, images, tmp_path / f"{height}", "confidence") / 255
         assert np.abs(both["confidence"] - stored).max() <= 0.51 / 255
+        np.testing.assert_array_equal(model.predict([as_base64(image) for image in images]), expected)
     for shape in ((1, 20, 30), (0, 64, 64), (2, 1, 90), (1100, 5, 4)):
         assert model.predict(np.zeros((*shape, 3), np.uint8)).shape == shape
     with pytest.raises(Exception, match="sides up to"):
         model.predict(np.zeros((1, 2, 40000, 3), np.uint8))
+
+    small, large = (as_base64(np.full((size, 48, 3), 90, np.uint8)) for size in (40, 50))
+    for served in ([{"b64": small}], {"b64": [small]}, pd.DataFrame({"image": [small]}), np.array([small])):
+        assert model.predict(served).shape == (1, 40, 48)
+    for images, reason in (
+        ([small, large], "2 sizes"),
+        ([small, small[:60]], "image 1: not a PNG"),
+        (["ü"], "image 0"),
+        ([as_base64(np.zeros((8, 8, 4), np.uint8))], "RGBA"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            model.predict(images)
+
+
+def as_base64(image: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def predicted_by_command(model: Path, images: np.ndarray, folder: Path, what: str = "masks") -> np.ndarray:

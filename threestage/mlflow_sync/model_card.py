@@ -60,7 +60,7 @@ This version has no exported program, so `mlflow.pyfunc` cannot run it: {markdow
     class_ids = model.predict(images)                              # uint8 (N,H,W,3) RGB → uint8 (N,H,W)
     both = model.predict(images, params={{"confidence": True}})      # {{"class_ids": …, "confidence": float32 (N,H,W)}}
 
-It needs mlflow, torch and numpy. `threestage models pull` fetches the weights (safetensors), and with `--program` the
+It needs mlflow, torch, numpy and pillow. `threestage models pull` fetches the weights (safetensors), and with `--program` the
 exported program."""
 
 

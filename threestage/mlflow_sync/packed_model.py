@@ -4,6 +4,7 @@ It runs wherever the model is loaded, without threestage and without pickle; tor
 """
 
 import ast
+import base64
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-PIXELS_AT_ONCE = 2**22
+PIXELS_AT_ONCE, MOST_PIXELS = 2**22, 2**26
 IMAGES_AT_ONCE, MOST_SIDE = 1024, 16384  # of the images that the program was exported for
 LONGEST_EXPRESSION, MOST_POWERS = 10_000, 4
 FUNCTIONS = re.compile(
@@ -65,9 +66,13 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         self.network, self.least_side = _load_program(folder / "program.pt2", self.device)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
-        """uint8 RGB images (N,H,W,3) → uint8 class ids (N,H,W); with params {"confidence": True} a dict of "class_ids" and
-        "confidence", float32 (N,H,W) in [0,1]. Images are looked at whole, at a single scale."""
-        images = _as_bytes(model_input)
+        """uint8 RGB images (N,H,W,3), or N PNG or JPEG files of one size in base64 → uint8 class ids (N,H,W).
+
+        With params {"confidence": True}: a dict of "class_ids" and "confidence", float32 (N,H,W) in [0,1]. Images are
+        looked at whole, at a single scale.
+        """
+        files = _encoded(model_input)
+        images = _as_bytes(model_input) if files is None else _decoded(files)
         wanted, shape = bool((params or {}).get("confidence")), images.shape[:3]
         if max(shape[1:]) > MOST_SIDE * self.downscale:
             raise ValueError(
@@ -96,6 +101,46 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
             logits = self.network(pixels)[..., :height, :width]
             confidence, class_ids = logits.float().log_softmax(dim=1).max(dim=1)
         return class_ids.to(torch.uint8).cpu().numpy(), confidence.exp().cpu().numpy()
+
+
+def _encoded(model_input: Any) -> list[str | bytes] | None:
+    """The images in base64, if they are: a list, a column "image" or "b64", or {"b64": …} for each; else None."""
+    if isinstance(model_input, str | bytes):
+        return [model_input]
+    if hasattr(model_input, "columns"):  # a DataFrame
+        model_input = {name: list(model_input[name]) for name in model_input.columns}
+    if isinstance(model_input, dict) and len(model_input) == 1 and next(iter(model_input)) in ("b64", "image"):
+        model_input = next(iter(model_input.values()))
+    items = np.ravel(np.asarray(model_input, object)) if np.ndim(model_input) <= 2 else []  # type: ignore[var-annotated]
+    texts = [item.get("b64") if isinstance(item, dict) else item for item in items]
+    return texts if texts and all(isinstance(text, str | bytes) for text in texts) else None
+
+
+def _decoded(files: list[str | bytes]) -> np.ndarray:
+    """PNG or JPEG files in base64 as uint8 (N,H,W,3). ValueError for what cannot be read exactly, and for several sizes."""
+    images = []
+    for number, text in enumerate(files):
+        try:
+            images.append(_pixels(base64.b64decode(text, validate=True)))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"image {number}: not a PNG or JPEG in base64 that can be read ({error})") from None
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"images of {len(sizes)} sizes (height, width): {sizes[:3]}; send each size by itself")
+    return np.stack(images)
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    """RGB (H,W,3), turned as EXIF says."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS}")
+        bits = data[24] if image.format == "PNG" else 8
+        if image.mode not in ("RGB", "L", "P") or "transparency" in image.info or bits > 8:
+            raise ValueError(f"mode {image.mode} of {bits} bits; give RGB or grey of 8 bits without transparency")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _as_bytes(images: Any) -> np.ndarray:

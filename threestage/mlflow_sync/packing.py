@@ -109,4 +109,7 @@ def _example() -> np.ndarray:
 
 def _requirements() -> list[str]:
     """What packed_model.py imports, at this environment's versions; given, MLflow need not run it to find out."""
-    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("mlflow", "torch", "numpy")]
+    return [
+        f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+        for name in ("mlflow", "torch", "numpy", "pillow")
+    ]
