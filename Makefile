@@ -9,8 +9,10 @@ export PYTHONDONTWRITEBYTECODE :=  # where it is set, each of a test's many proc
 NODES ?= 2
 DRAWS ?= 1 2 3 4 5 6
 JOBS ?= 2
+NEXT := .venv-next
+RAY ?= ray
 
-.PHONY: demo cluster results bench coverage guard mutants test test-slow lint types docs audit unit integration clean
+.PHONY: demo cluster results bench coverage guard mutants test test-next test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -26,6 +28,15 @@ test: .venv/installed  ## everything that CI runs
 	$(MAKE) guard
 	$(MAKE) unit
 	$(MAKE) integration
+
+test-next: .venv/installed  ## the tests of Ray with its newest release, or RAY=ray==VERSION, put before .venv's in an environment of its own
+	$(BIN)/python -m venv --clear $(NEXT)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > $$(echo $(NEXT)/lib/python*/site-packages)/beside.pth
+	$(NEXT)/bin/python -m pip install -q --ignore-installed --no-deps $(RAY)
+	$(NEXT)/bin/python -m pip install -q "ray[default,data,train,tune]"  # what that release needs and .venv lacks
+	$(NEXT)/bin/python -c "import ray; print('Ray', ray.__version__)"
+	$(NEXT)/bin/python -m pytest -q tests/unit/ray_backend tests/unit/cli/test_submit.py
+	$(NEXT)/bin/python -m pytest -q -m integration tests/integration
 
 test-slow: .venv/installed  ## faults and other long tests
 	$(BIN)/python -m pytest -q -m slow
@@ -77,4 +88,4 @@ integration: .venv/installed  ## with Ray, one after the other
 	touch $@
 
 clean:
-	rm -rf .venv runs mutants
+	rm -rf .venv $(NEXT) runs mutants

@@ -1,9 +1,12 @@
 """Everything that can be found out about a run before it is started: `threestage check`, and a run's start."""
 
 import contextlib
+import json
+import sys
 import time
 from collections.abc import Iterator, Set
 from functools import partial
+from pathlib import Path
 
 from threestage.checks import store
 from threestage.checks.data import classes_fit, input_fits, sides_differ
@@ -17,7 +20,7 @@ from threestage.checks.store import (
 from threestage.config import Config, changed, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.records import Manifest, load_manifest
-from threestage.errors import InputError
+from threestage.errors import CodedError, InputError, reason_of
 from threestage.models.program import without_program
 from threestage.run.budget import bought
 from threestage.run_folder import lease
@@ -107,9 +110,7 @@ def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: 
         yield from _check_here(config, manifest, budget, room.problem is None)
         return
     with contextlib.ExitStack() as connection:
-        entry = run_check(
-            address[0], address[1], lambda: node_checks.connect_to_check(*address, config.cluster, connection)
-        )
+        entry = run_check(*address, lambda: node_checks.connect_to_check(address[0], config.cluster, connection))
         yield entry
         if entry.problem is None:
             yield from _check_connected(config, out, manifest, budget)
@@ -161,3 +162,27 @@ def _steps(
         yield run_check(
             "budget", budget, lambda: CheckOutcome(bought(budget, config, found.manifest, measured).describe())
         )
+
+
+# ---- As a job of a cluster, see ray_backend/job_check.py
+
+
+def main(file: str) -> None:
+    """Print each result as a line of JSON."""
+    from threestage.ray_backend import job_check
+
+    def say(line: CheckResult) -> None:
+        print(job_check.MARK + json.dumps(line.as_json()), flush=True)
+
+    found = job_check.JobSpecification.model_validate_json(Path(file).read_text())
+    say(run_check("versions", "", lambda: job_check.image_code(found.versions)))
+    try:
+        for line in check(found.config, found.out, local=False):
+            say(line)
+    except Exception as error:
+        code = error.code if isinstance(error, CodedError) else job_check.CODE
+        say(CheckResult("the job", "", problem=reason_of(error), code=code))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

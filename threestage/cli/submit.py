@@ -76,16 +76,17 @@ def _submit(
     job = read_job(str(context.info_name), context.args, working_dir, commands.commands)
     variables = job_package.job_environment(job, env or [], os.environ)
     resources = job_package.resources(entrypoint_resources)
-    from threestage.ray_backend import submit
-
-    sizes, links = submit.what_travels(working_dir)
+    sizes, links = job_package.what_travels(working_dir)
     secret = job_package.check_secrecy(working_dir, sizes, links, with_secrets)
     job_package.check_package(working_dir, sizes, job.files)
     for path in secret:
         _say(f"warning: {path} looks like a credential and travels with the job")
+    from threestage.ray_backend import submit
+
     client = submit.job_client(address)
     _say(_what_travels(working_dir, sizes, wheel))
-    job_id = submit.submit(client, job, submit.JobPackage(working_dir, wheel, variables, resources), _say)
+    package = job_package.JobPackage(working_dir, wheel, variables, resources, sizes)
+    job_id = submit.submit(client, job, package, _say)
     _say(f"job {job_id} on {client.get_address()}")
     if no_wait:
         _say(f"to go on with it:\n{submit.commands(client.get_address(), job_id)}")

@@ -1,37 +1,25 @@
-"""Does a cluster have room? What its nodes have, what an autoscaler may add, and whether workers have a place there.
+"""Does a cluster have room? Its nodes, what is free on them, whether more may come, and whether workers have a place there.
 
-Asked while a stage waits for workers, before a sweep, and by `threestage check`. Also measures a step on a worker's device,
-for the plan of a sweep.
+Asked while a stage waits for workers, before a sweep, when a run starts, and by `threestage check`.
 """
 
-import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import ray
-import ray.exceptions
 import torch
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.state import state as cluster_state
-from ray.experimental.internal_kv import _internal_kv_get
 
-from threestage.allocator import disable_malloc_trim
 from threestage.checks.result import CheckOutcome
-from threestage.checks.step_time import StepTime, measure_step
 from threestage.checks.steps import machine_bytes
-from threestage.config import Config, StageName
+from threestage.config import Config
 from threestage.data import storage
-from threestage.data.records import load_manifest
-from threestage.errors import InputError, StageFailure, Warn
-from threestage.ray_backend.failures import cause_of, code_of, first_line
-from threestage.ray_backend.nodes import alive_nodes
+from threestage.errors import InputError, Warn
+from threestage.ray_backend import ray_internals
+from threestage.ray_backend.failures import alive_ids, alive_nodes
 from threestage.ray_settings import ClusterSettings
 from threestage.sweeps.space import Space
-from threestage.training.worker import default_device
 
 # ---- Do workers have a place on nodes?
 
@@ -40,17 +28,9 @@ READER_CPUS = 1.0  # of the task that reads the pool while stage 2 or 3 trains
 ACCELERATOR_SHARE = 0.001  # what Ray takes of a node's accelerator_type for each task that asks for it
 ROUNDING = 1e-6
 MORE_ROOM = "add nodes, or ask for less with cluster.workers, cluster.cpus_per_worker and cluster.gpus_per_worker"
-NODE_GROUP = "ray.io/node-group"  # label of nodes that an autoscaler or a launcher has started
+NODE_GROUP = "ray.io/node-group"  # label of nodes that KubeRay, Anyscale or `ray up` has started
 
 Resources = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What an autoscaler may add: `nodes` that it tells of; `untold`: it is there and does not tell how far it goes."""
-
-    nodes: tuple[Resources, ...] = ()
-    untold: bool = False
 
 
 def largest(too_many: int, fits: Callable[[int], bool]) -> int:
@@ -171,18 +151,31 @@ def waiting_text(
     return f"{what}: waiting for {waited:.0f} s for {asked}; {there}: {MORE_ROOM}"
 
 
-# ---- What the cluster has, and what may be added
+# ---- The nodes of the cluster
+
+
+def warn_of_folders(places: Sequence[str], warn: Warn) -> None:
+    """Of several nodes each has folders of its own: say which of the places must be shared."""
+    here, nodes = [place for place in places if not storage.is_s3(place)], len(alive_nodes())
+    if here and nodes > 1:
+        warn(f"the cluster has {nodes} nodes, which must share {' and '.join(here)}, or give s3://bucket/prefix")
 
 
 def cluster_nodes() -> list[Resources]:
-    """Total resources of each node that is alive."""
+    """Total resources of each node."""
     return [dict(node["Resources"]) for node in alive_nodes()]
 
 
 def free_nodes() -> list[Resources]:
-    """Free resources of each node that is alive."""
-    free = cluster_state.available_resources_per_node()
-    return [dict(free.get(node["NodeID"], {})) for node in alive_nodes()]
+    """Free resources of each node; of all nodes together where Ray cannot be asked for each."""
+    free = ray_internals.free_resources()
+    return [ray.available_resources()] if free is None else [free.get(node, {}) for node in alive_ids()]
+
+
+def more_may_come() -> bool:
+    """Whether an autoscaler may add nodes. Ray documents no way to ask for one, or for its limits; nodes of a group may have
+    one."""
+    return any(node.get("Labels", {}).get(NODE_GROUP) for node in alive_nodes())
 
 
 def has_place_for_one(cluster: ClusterSettings) -> bool:
@@ -198,171 +191,43 @@ def room_for_one(cluster: ClusterSettings) -> bool:
     )
 
 
-def with_accelerator(node: Resources, cluster: ClusterSettings) -> Resources:
-    """A node to come: of which type its GPUs will be is not told."""
-    return node | {f"accelerator_type:{cluster.accelerator}": 1.0} if "GPU" in node else node
-
-
-def cluster_growth(at_most: int) -> Growth:
-    """What may come beside `cluster_nodes`; of a group without a limit, `at_most` nodes.
-
-    Some autoscalers write their groups down where Ray Train and Ray Data look for them too. Ray's own does not (2.60), but
-    writes the report that `ray status` shows, in which the nodes of a cluster without autoscaler are called node_<id>;
-    its second version writes none, and its nodes carry the name of their group.
-    """
-    groups = [node.get("Labels", {}).get(NODE_GROUP, "") for node in alive_nodes()]
-    config = cluster_state.get_cluster_config()
-    if config is not None and config.node_group_configs:
-        return Growth(tuple(node for group in config.node_group_configs for node in _to_come(group, groups, at_most)))
-    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
-    if report is None:
-        return Growth(untold=any(groups))
-    return Growth(untold=any(not kind.startswith("node_") for kind in report["active_nodes"]))
-
-
-def _to_come(group: Any, groups: Sequence[str], at_most: int) -> Iterator[Resources]:
-    """group: Ray's NodeGroupConfig; its max_count is -1 where there is no limit. groups: of the nodes that are alive."""
-    number = at_most if group.max_count < 0 else min(at_most, group.max_count - groups.count(group.name))
-    for _ in range(number):
-        yield {name: float(amount) for name, amount in group.resources.items()}
-
-
-# ---- Room for the trials of a sweep
+# ---- Does what runs side by side have room?
 
 TRIAL_CPUS = 0.1  # of the process that leads a trial; Ray Tune refuses 0
-MEASURING_SECONDS = 600.0  # in which a step is measured, once there is room; torch.compile takes minutes
 ASK_FOR_LESS = "ask for less with cluster.cpus_per_worker and cluster.gpus_per_worker"
 
 
-def refuse_impossible(
-    space: Space, config: Config, nodes: Sequence[Mapping[str, float]], growth: Growth = Growth(), warn: Warn = print
-) -> None:
-    """Raises InputError, with the numbers that do fit, when the trials that run at once would never all have room.
-
-    config: of a trial. nodes: total resources of each (`cluster_nodes`). Where an autoscaler does not tell its limits, it
-    warns instead.
-    """
-    room = _Room(space, config, (*nodes, *(with_accelerator(node, config.cluster) for node in growth.nodes)))
-    if room.fits():
-        return
-    coming = f" (and {len(growth.nodes)} that may come)" if growth.nodes else ""
-    there = f"the cluster has {room.there()} on {number_of(len(nodes), 'node')}{coming}"
-    problem = f"max_concurrent={space.max_concurrent}: {room.asked()}; {there}"
-    if not growth.untold:
-        raise InputError(f"{problem}; {room.mend()}", "ray/too-small")
-    warn(
-        f"{problem} and an autoscaler whose limits are not known: trials wait for nodes; should none come, {room.mend()}"
-    )
-
-
 @dataclass(frozen=True)
-class _Room:
-    """What a sweep asks of nodes, and whether they have it. The numbers that are tried stand in for the sweep's own."""
+class _Demand:
+    """What `runs` runs with the same settings ask of nodes at once. `reads`: a task of each reads the pool while it trains;
+    `predicts`: each predicts pseudo-masks before that; `lead`: what leads each. Numbers that are tried replace its own."""
 
-    space: Space
-    config: Config
-    nodes: tuple[Mapping[str, float], ...]
+    cluster: ClusterSettings
+    nodes: Sequence[Mapping[str, float]]
+    reads: bool
+    runs: int = 1
+    predicts: bool = False
+    lead: tuple[Resources, ...] = ()
 
-    def fits(self, at_once: int | None = None, workers: int | None = None, predictors: int | None = None) -> bool:
-        """Whether all trials have room while they train, and while they predict."""
-        at_once, workers = at_once or self.space.max_concurrent, workers or self.config.cluster.least_workers
-        predictors = predictors or self.config.cluster.predictors or workers
-        worker, placement = worker_takes(self.config.cluster), self.config.cluster.placement
-        lead, reader = {"CPU": TRIAL_CPUS}, {"CPU": READER_CPUS}
-        trains = can_place(self.nodes, at_once, worker, workers, placement, [reader, lead] if self._reads else [lead])
-        predicts = not self._predicts or can_place(self.nodes, at_once, worker, predictors, "PACK", [lead])
-        return trains and predicts
+    def fits(self, runs: int | None = None, workers: int | None = None, predictors: int | None = None) -> bool:
+        """Whether all have room while they train, and while they predict."""
+        runs, workers = runs or self.runs, workers or self.cluster.least_workers
+        predictors = predictors or self.cluster.predictors or workers
+        worker, reader = worker_takes(self.cluster), [{"CPU": READER_CPUS}] if self.reads else []
+        trains = can_place(self.nodes, runs, worker, workers, self.cluster.placement, [*reader, *self.lead])
+        return trains and (not self.predicts or can_place(self.nodes, runs, worker, predictors, "PACK", [*self.lead]))
 
-    @property
-    def _reads(self) -> bool:
-        return self.space.last_stage > 1
-
-    @property
-    def _predicts(self) -> bool:
-        """Of the last stage, trials predict nothing."""
-        return len(self.space.stages) > 1
-
-    def mend(self) -> str:
-        return (
-            f"set {' or '.join(found)}, or add nodes"
-            if (found := list(self._mends()))
-            else f"{ASK_FOR_LESS}, or add nodes"
-        )
-
-    def _mends(self) -> Iterator[str]:
-        """The largest numbers that have room: one of them with the others as they are, else workers of a trial alone."""
-        cluster, predictors = self.config.cluster, self.config.cluster.predictors or 0
-        if at_once := largest(self.space.max_concurrent, lambda number: self.fits(at_once=number)):
-            yield f"max_concurrent={at_once} in the space"
-        if fewer := largest(cluster.least_workers, lambda number: self.fits(workers=number)):
-            yield f"cluster.workers={fewer}"
-        if self._predicts and (less := largest(predictors, lambda number: self.fits(predictors=number))):
-            yield f"cluster.predictors={less}"
-        if not (at_once or fewer):
-            alone = largest(cluster.least_workers, lambda number: self.fits(at_once=1, workers=number))
-            if alone:
-                yield f"max_concurrent=1 in the space with cluster.workers={alone}"
+    def most_workers(self) -> int:
+        """The largest number, of those that the settings allow, that has room."""
+        return largest(self.cluster.most_workers + 1, lambda number: self.fits(workers=number))
 
     def asked(self) -> str:
-        cluster = self.config.cluster
+        """Of one of the runs."""
+        cluster = self.cluster
+        elastic = f" to {cluster.most_workers}" if cluster.least_workers < cluster.most_workers else ""
         placed = f", placed {cluster.placement}" if cluster.placement.startswith("STRICT") else ""
-        reader = f" and CPU {READER_CPUS:g} to read the pool" if self._reads else ""
-        many = self._predicts and (cluster.predictors or 0) > cluster.least_workers
-        later = f", later {cluster.predictors} predictors" if many else ""
-        one = f"{cluster.least_workers} × ({resources_text(worker_takes(cluster))}){placed}{later}"
-        return f"each trial needs {one}{reader} and CPU {TRIAL_CPUS:g} to lead it"
-
-    def there(self) -> str:
-        names = list(worker_takes(self.config.cluster))
-        total = {name: sum(node.get(name, 0) for node in self.nodes) for name in names}
-        most = {name: max((node.get(name, 0) for node in self.nodes), default=0) for name in names}
-        return resources_text(total) + (f" (one node at most {resources_text(most)})" if len(self.nodes) > 1 else "")
-
-
-# ---- A step measured on the cluster, for the plan of a sweep
-
-
-def remote_step_time(config: Config, stage: StageName, manifest_version: int, warn: Warn = print) -> StepTime:
-    """`measure_step` as a task that takes what one worker takes, so on a device that will train.
-
-    Says after `cluster.report_after_s`, and again, that it waits. Raises InputError as `measure_step` does, StageFailure
-    when the step could not be measured (a GPU's memory is too small …) or there was no room for it for
-    `cluster.start_timeout_s`.
-    """
-    cluster, began = config.cluster, time.monotonic()
-    result = (
-        ray.remote(_measure)
-        .options(**cluster.task_options)
-        .remote(config.model_dump(mode="json"), stage, manifest_version)
-    )
-    while not ray.wait([result], timeout=cluster.report_after_s)[0]:
-        waited = time.monotonic() - began
-        device = resources_text(worker_takes(cluster))
-        what = f"{stage}: a step is to be measured on {device}; waiting for {waited:.0f} s for room or its end"
-        if waited > cluster.start_timeout_s + MEASURING_SECONDS:
-            ray.cancel(result, force=True)
-            raise StageFailure(
-                f"{what}: is the cluster busy? Try again, or ask for less with cluster.cpus_per_worker", "ray/no-room"
-            )
-        warn(what)
-    try:
-        return ray.get(result)
-    except ray.exceptions.RayError as error:
-        if isinstance(cause := cause_of(error), InputError):
-            raise cause from error
-        raise StageFailure(
-            f"{stage}: no step could be trained to measure it: {first_line(error)}",
-            code_of(error) or "stage/not-measured",
-        ) from error
-
-
-def _measure(settings: dict[str, Any], stage: StageName, manifest_version: int) -> StepTime:
-    """On a worker's process: threads and memory as worker.py has them."""
-    disable_malloc_trim()
-    config = Config.model_validate(settings)
-    storage.configure(config.storage)
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    return measure_step(config, stage, load_manifest(config.data.root, manifest_version), default_device())
+        reader = f" and CPU {READER_CPUS:g} to read the pool" if self.reads else ""
+        return f"{cluster.least_workers}{elastic} × ({resources_text(worker_takes(cluster))}){placed}{reader}"
 
 
 # ---- Room for a run: threestage check, and a run's start
@@ -372,18 +237,18 @@ def room_here(config: Config) -> CheckOutcome:
     """On this machine, where the run will start Ray. Raises InputError when the workers could never all be placed."""
     cluster, cpus, gpus = config.cluster, os.cpu_count() or 1, torch.cuda.device_count()
     there = f"no cluster is named, so Ray will be started here: {number_of(cpus, 'CPU')}, {number_of(gpus, 'GPU')}"
-    found = _room(config, [_this_machine(cluster)], Growth(), there, "name a cluster that has more (--address)")
+    found = _room(config, [_this_machine(cluster)], False, there, "name a cluster that has more (--address)")
     asked = cluster.most_workers * cluster.cpus_per_worker
     slow = f"{there}; cluster.workers={cluster.most_workers} × cluster.cpus_per_worker={cluster.cpus_per_worker:g} share them"
     return found._replace(warning=found.warning or (slow if asked > cpus else None))
 
 
 def _this_machine(cluster: ClusterSettings) -> Resources:
-    """What the Ray that a run starts here has: as many CPUs as it asks for."""
+    """What the Ray that a run starts here has: as many CPUs as it asks for; the type of its GPUs is not known yet."""
     asked = (cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker
     node = {"CPU": max(os.cpu_count() or 1, asked + SPARE_CPUS), "memory": float(machine_bytes())}
     if gpus := torch.cuda.device_count():
-        return with_accelerator({**node, "GPU": float(gpus)}, cluster)
+        node |= {"GPU": float(gpus), f"accelerator_type:{cluster.accelerator}": 1.0}
     return node
 
 
@@ -394,48 +259,77 @@ def room_there(config: Config) -> CheckOutcome:
     names = [name for name in worker_takes(config.cluster) if not name.startswith("accelerator_type")]
     has = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in names)
     there = f"the cluster has {has} on {number_of(len(nodes), 'node')}"
-    return _room(config, nodes, cluster_growth(config.cluster.most_workers + 1), there, "add nodes")
+    return _room(config, nodes, more_may_come(), there, "add nodes")
 
 
-def _room(config: Config, nodes: Sequence[Mapping[str, float]], growth: Growth, there: str, more: str) -> CheckOutcome:
+def _room(config: Config, nodes: Sequence[Mapping[str, float]], may_grow: bool, there: str, more: str) -> CheckOutcome:
     """nodes: total resources of each. more: how they could become more."""
-    cluster, worker = config.cluster, worker_takes(config.cluster)
-    all_nodes = (*nodes, *(with_accelerator(node, cluster) for node in growth.nodes))
-    others = [{"CPU": READER_CPUS}] if config.stages > 1 else []
-    asked = _asked(config, worker)
-
-    def largest_beside(others: Sequence[Resources]) -> int:
-        return largest(
-            cluster.most_workers + 1, lambda number: can_place(all_nodes, 1, worker, number, cluster.placement, others)
-        )
-
-    most = largest_beside(others)
+    cluster, demand = config.cluster, _Demand(config.cluster, nodes, reads=config.stages > 1)
+    asked, most = f"the run asks for {demand.asked()}", demand.most_workers()
     if most < cluster.least_workers:
-        mend = f"{f'set cluster.workers={most}' if most else ASK_FOR_LESS}, or {more}"
-        if not growth.untold:
-            raise InputError(f"{asked}; {there}; {mend}", "ray/too-small")
-        return CheckOutcome(
-            asked, f"{asked}; {there} and an autoscaler whose limits are not known: should no node come, {mend}"
-        )
-    coming = f" (and {number_of(len(growth.nodes), 'node')} that may come)" if growth.nodes else ""
+        fix = f"{f'set cluster.workers={most}' if most else ASK_FOR_LESS}, or {more}"
+        if not may_grow:
+            raise InputError(f"{asked}; {there}; {fix}", "ray/too-small")
+        return CheckOutcome(asked, f"{asked}; {there}, and an autoscaler may add nodes: should none come, {fix}")
     fewer = f"; it would begin with {number_of(most, 'worker')}" if most < cluster.most_workers else ""
-    value = f"{asked}; {there}{coming}{fewer}"
-    if (alone := largest_beside([])) > most:
+    value = f"{asked}; {there}{fewer}"
+    if (alone := replace(demand, reads=False).most_workers()) > most:
         workers = f"[{cluster.least_workers},{most}]"
         return CheckOutcome(
             value,
             f"{value}, but Ray begins with {alone}, which leaves no CPU to read the pool: set cluster.workers={workers}",
         )
-    if not cluster.gpus_per_worker and any(node.get("GPU") for node in all_nodes):
+    if not cluster.gpus_per_worker and any(node.get("GPU") for node in nodes):
         return CheckOutcome(value, f"{value}; it has GPUs and the run uses none: set cluster.gpus_per_worker=1")
     return CheckOutcome(value)
 
 
-def _asked(config: Config, worker: Mapping[str, float]) -> str:
-    cluster = config.cluster
-    number = str(cluster.least_workers)
-    if cluster.least_workers < cluster.most_workers:
-        number += f" to {cluster.most_workers}"
-    placed = f", placed {cluster.placement}" if cluster.placement.startswith("STRICT") else ""
-    reader = f" and CPU {READER_CPUS:g} to read the pool" if config.stages > 1 else ""
-    return f"the run asks for {number} × ({resources_text(worker)}){placed}{reader}"
+# ---- Room for the trials of a sweep
+
+
+def refuse_impossible(
+    space: Space, config: Config, nodes: Sequence[Mapping[str, float]], may_grow: bool = False, warn: Warn = print
+) -> None:
+    """Raises InputError, with the numbers that do fit, when the trials that run at once would never all have room.
+
+    config: of a trial. nodes: total resources of each (`cluster_nodes`). Warns instead where an autoscaler may add nodes.
+    """
+    demand = _Demand(
+        config.cluster, nodes, reads=space.last_stage > 1, runs=space.max_concurrent,
+        predicts=len(space.stages) > 1,  # of the last stage, trials predict nothing
+        lead=({"CPU": TRIAL_CPUS},),
+    )  # fmt: skip
+    if demand.fits():
+        return
+    many = demand.predicts and (config.cluster.predictors or 0) > config.cluster.least_workers
+    later = f", later {config.cluster.predictors} predictors" if many else ""
+    problem = (
+        f"max_concurrent={space.max_concurrent}: each trial needs {demand.asked()} and CPU {TRIAL_CPUS:g} to lead it{later}; "
+        f"the cluster has {_total_text(config.cluster, nodes)} on {number_of(len(nodes), 'node')}"
+    )
+    fitting = " or ".join(_what_fits(demand))
+    fix = f"{f'set {fitting}' if fitting else ASK_FOR_LESS}, or add nodes"
+    if not may_grow:
+        raise InputError(f"{problem}; {fix}", "ray/too-small")
+    warn(f"{problem}, and an autoscaler may add nodes: trials wait for them; should none come, {fix}")
+
+
+def _what_fits(demand: _Demand) -> Iterator[str]:
+    """The largest numbers that have room: one of them with the others as they are, else workers of a trial alone."""
+    least, predictors = demand.cluster.least_workers, demand.cluster.predictors or 0
+    if runs := largest(demand.runs, lambda number: demand.fits(runs=number)):
+        yield f"max_concurrent={runs} in the space"
+    if fewer := largest(least, lambda number: demand.fits(workers=number)):
+        yield f"cluster.workers={fewer}"
+    if demand.predicts and (less := largest(predictors, lambda number: demand.fits(predictors=number))):
+        yield f"cluster.predictors={less}"
+    alone = largest(least, lambda number: demand.fits(runs=1, workers=number))
+    if alone and not (runs or fewer):
+        yield f"max_concurrent=1 in the space with cluster.workers={alone}"
+
+
+def _total_text(cluster: ClusterSettings, nodes: Sequence[Mapping[str, float]]) -> str:
+    names = list(worker_takes(cluster))
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in names}
+    most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in names}
+    return resources_text(total) + (f" (one node at most {resources_text(most)})" if len(nodes) > 1 else "")

@@ -6,12 +6,12 @@ here opens no port to other machines.
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,21 @@ import grpc  # type: ignore[import-untyped]
 import ray
 import ray.exceptions
 import ray.train
-from ray._private import ray_constants, services
-from ray._private.gcs_utils import create_gcs_channel
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from threestage.checks.result import CheckOutcome
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
 from threestage.private_folder import private_folder
+from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import SPARE_CPUS
 from threestage.ray_settings import ClusterSettings
 
 # ---- Does the cluster answer, and does it let us in?
 
-ANSWER_S = 5.0
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
 OPEN = "it asks for no token: whoever reaches it can run programs there; start it with RAY_AUTH_MODE=token"
+AUTO = "auto"  # Ray's name for the cluster that this machine is a node of
 
 
 def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
@@ -52,65 +50,56 @@ def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
 
 def probe_cluster(name: str, address: str) -> CheckOutcome:
     """What `threestage check` reports of the cluster. Raises like `check_connection`."""
-    address, there = check_connection(name, address)
+    there = check_connection(name, address)
+    if not there:
+        return CheckOutcome(
+            f"{address}: something listens there; Ray {ray.__version__} finds out what when it connects"
+        )
     value = f"{address}: Ray {there['ray_version']} and Python {there['python_version']} there and here"
-    return (
-        CheckOutcome(f"{value}; it takes our token")
-        if _wants_token(address)
-        else CheckOutcome(value, f"{address}: {OPEN}")
-    )
+    wants_token = CheckOutcome(f"{value}; it takes our token")
+    return wants_token if _wants_token(address) else CheckOutcome(value, f"{address}: {OPEN}")
 
 
-def check_connection(name: str, address: str) -> tuple[str, dict[str, str]]:
-    """The cluster's HOST:PORT and versions. Raises InputError within seconds where `ray.init` would try for minutes: nobody
-    listens, the token is wrong, the versions differ."""
+def check_connection(name: str, address: str) -> dict[str, str]:
+    """The cluster's versions, empty where Ray cannot be asked for them. Raises InputError within seconds where `ray.init` would
+    try for minutes: nobody listens, the token is wrong, the versions differ."""
     if "://" in address:
         raise InputError(
             f"{name}={address}: a run connects to HOST:PORT of the cluster's head, from one of its nodes; from elsewhere, "
             "`threestage check --address http://…` (the dashboard) tries it there, as `threestage submit` would run it",
             "ray/address",
         )
-    if address == "auto":
-        try:
-            address = str(services.canonicalize_bootstrap_address_or_die(address))
-        except ConnectionError:
-            raise InputError(
-                f"{name}={address}: no Ray runs on this machine; start it, or give HOST:PORT", "ray/no-answer"
-            ) from None
-    there = _versions_there(name, address)
+    there = {} if address == AUTO else _versions_there(name, address)
     _refuse_other_versions(name, address, there)
-    return address, there
+    return there
 
 
 def _versions_there(name: str, address: str) -> dict[str, str]:
     try:
-        return _metadata(create_gcs_channel(address))
+        there = ray_internals.cluster_metadata(address)
+        if there is None:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ray_internals.ANSWER_S).close()
+        return there or {}
     except ray.exceptions.AuthenticationError:
         raise InputError(f"{name}={address}: wants a token, and none was found; {TOKEN}", "ray/no-token") from None
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+    except (grpc.RpcError, OSError) as error:
+        reason = error.code().name if isinstance(error, grpc.RpcError) else str(error)
+        if reason == "UNAUTHENTICATED":
             raise InputError(f"{name}={address}: refuses the token; {TOKEN}", "ray/wrong-token") from None
         raise InputError(
-            f"{name}={address}: no Ray answers there ({error.code().name}); start the cluster, or correct the address",
+            f"{name}={address}: no Ray answers there ({reason}); start the cluster, or correct the address",
             "ray/no-answer",
         ) from None
-    except (ValueError, KeyError):
+    except ValueError:
         raise InputError(
             f"{name}={address}: answers, but not as a Ray cluster; correct the address", "ray/other-service"
         ) from None
 
 
-def _metadata(channel: grpc.Channel) -> dict[str, str]:
-    """What the cluster says of itself, and `ray.init` compares with what it has here."""
-    with channel:
-        request = gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
-        stub = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
-        return dict(json.loads(stub.InternalKVGet(request, timeout=ANSWER_S).value))
-
-
 def _wants_token(address: str) -> bool:
     try:
-        return not _metadata(grpc.insecure_channel(address))
+        return not ray_internals.cluster_metadata(address, with_token=False)
     except (grpc.RpcError, ValueError):
         return True
 
@@ -118,7 +107,7 @@ def _wants_token(address: str) -> bool:
 def _refuse_other_versions(name: str, address: str, there: Mapping[str, str]) -> None:
     here = {"Ray": ray.__version__, "Python": platform.python_version()}
     for what, version in here.items():
-        other = there[f"{what.lower()}_version"]
+        other = there.get(f"{what.lower()}_version", version)
         if other != version:
             raise InputError(
                 f"{name}={address}: has {what} {other}, here is {version}, and Ray connects only equal versions; install {what} "
@@ -129,7 +118,6 @@ def _refuse_other_versions(name: str, address: str, there: Mapping[str, str]) ->
 
 # ---- Connect and disconnect
 
-ABORT_SECONDS = 30.0
 STRAY_SECONDS = 5.0  # after which an elastic group that found no room is tried again with what is there then
 
 _start_timeout = ""  # what this process has set for Ray Train
@@ -141,7 +129,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     an existing one is kept. Raises InputError when the cluster does not let this process in, or this machine is no node of
     it."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")  # a node that is lost with notice costs no failure
     _set_start_timeout(cluster)  # here, not per stage: see mlflow_sync.connection.reserve_variables
     quiet_ray_data()
     if ray.is_initialized():
@@ -157,22 +145,44 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
         options["_temp_dir"] = str(private_folder() / "ray")
-    with contextlib.nullcontext() if named else loopback_only():
+        if not any(name in os.environ for name in TOKEN_VARIABLES):
+            keep_token_private(Path.home() / ".ray" / "auth_token")
+    with contextlib.nullcontext() if named else ray_internals.loopback_only():
         try:
             ray.init(address=named[1] if named else "local", **options)
         except (RuntimeError, OSError) as error:
             if named is None:
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{named[0]}={named[1]}: this machine cannot take part in the cluster ({reason}); try it on one of its nodes, or "
-                "give --address the URL of its dashboard",
-                "ray/not-a-node",
-            ) from error
+            raise _not_connected(*named, error) from error
         try:
             yield
         finally:
             leave()
+
+
+def _not_connected(name: str, address: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    if address == AUTO and isinstance(error, ConnectionError):
+        return InputError(
+            f"{name}={address}: no Ray runs on this machine ({reason}); start it, or give HOST:PORT", "ray/no-answer"
+        )
+    return InputError(
+        f"{name}={address}: this machine cannot take part in the cluster ({reason}); try it on one of its nodes, or give "
+        "--address the URL of its dashboard",
+        "ray/not-a-node",
+    )
+
+
+@contextlib.contextmanager
+def connected_on_demand(cluster: ClusterSettings) -> Iterator[Callable[[], None]]:
+    """A function that connects like `connected` when it is first called, until the context ends."""
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> None:
+            if not ray.is_initialized():
+                stack.enter_context(connected(cluster))
+
+        yield connect
 
 
 def _set_start_timeout(cluster: ClusterSettings) -> None:
@@ -210,26 +220,9 @@ def quiet_ray_data() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-# ---- Ray started here: closed to other machines
+# ---- Ray started here: its token
 
-CLOSED = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}  # Ray's own way on macOS: every port on 127.0.0.1
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-
-
-@contextlib.contextmanager
-def loopback_only() -> Iterator[None]:
-    """What Ray starts meanwhile opens no port to other machines; it asks for a token unless RAY_AUTH_MODE says otherwise."""
-    if not any(name in os.environ for name in TOKEN_VARIABLES):
-        keep_token_private(Path.home() / ".ray" / "auth_token")
-    before = {name: os.environ.get(name) for name in CLOSED}, ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(CLOSED)
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        for name, value in before[0].items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def keep_token_private(file: Path) -> None:

@@ -1,4 +1,5 @@
-"""Failures on a cluster: the cause behind Ray's wrapping as one of our errors, and how often work may lose its process."""
+"""Failures on a cluster: the cause behind Ray's wrapping as one of our errors, the nodes that are left, and how often work may
+lose its process. Imports no torch: a small actor counts the losses."""
 
 import contextlib
 import re
@@ -11,7 +12,6 @@ import ray.exceptions
 
 from threestage.errors import CodedError, InputError, StageFailure, reason_of
 from threestage.ray_backend.heartbeat import driver_actor
-from threestage.ray_backend.nodes import alive_ids
 
 # ---- From an error of Ray to one of ours
 
@@ -73,6 +73,18 @@ def first_line(error: BaseException) -> str:
 
 def _text(cause: BaseException) -> str:
     return cause.message if isinstance(cause, CodedError) else str(cause)
+
+
+# ---- The nodes that are left
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of each node, without those that are gone."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def alive_ids() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in alive_nodes())
 
 
 # ---- How often a piece of work lost its process

@@ -1,6 +1,6 @@
 """`threestage check --address URL`: the same check as a job, where `threestage submit` would run it.
 
-The job is job_check_main.py of the package as it is here, in the environment of the cluster. It prints each result as JSON
+The job is `checks.run_check` of the package as it is here, in the environment of the cluster. It prints each result as JSON
 behind MARK.
 """
 
@@ -13,9 +13,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 import threestage
 from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
@@ -25,12 +24,12 @@ from threestage.data.storage_errors import without_secrets
 from threestage.errors import InputError
 from threestage.ray_backend.connect import OPEN
 from threestage.ray_backend.job_package import is_shared_uri
-from threestage.ray_backend.node_checks import versions
-from threestage.ray_backend.submit import NO_CONNECTION, OVER, Client, job_client, ray_reason
+from threestage.ray_backend.node_checks import JOB, versions
+from threestage.ray_backend.submit import ANSWER_S, NO_CONNECTION, OVER, UPLOAD_S, in_time, job_client, ray_reason
 from threestage.settings import Settings
 
 CODE = "check/job"
-MAIN = "threestage.ray_backend.job_check_main"  # what the job runs
+MAIN = "threestage.checks.run_check"  # what the job runs
 MARK = "threestage-check "
 SPECIFICATION = "check.json"
 PYTHON = "python"  # the cluster's, as for what is submitted
@@ -50,7 +49,7 @@ def check_by_job(config: Config, out: str, address: str) -> Iterator[CheckResult
     """First what can be seen from here, then the lines of a job, as it finds them. Nothing stays of one that ends well."""
     travels = run_check("what travels", "", lambda: _travels(config, out))
     yield travels
-    clients: list[Client] = []
+    clients: list[JobSubmissionClient] = []
     yield (entry := run_check("--address", address, lambda: _lets_in(address, clients)))
     if travels.problem is not None or entry.problem is not None:
         wrong = [line.name for line in (travels, entry) if line.problem is not None]
@@ -79,7 +78,7 @@ def _travels(config: Config, out: str) -> CheckOutcome:
     return CheckOutcome("every path is one that other machines can have; no credential is in the configuration")
 
 
-def _lets_in(address: str, clients: list[Client]) -> CheckOutcome:
+def _lets_in(address: str, clients: list[JobSubmissionClient]) -> CheckOutcome:
     clients.append(job_client(address))
     url = clients[0].get_address()
     try:
@@ -89,18 +88,18 @@ def _lets_in(address: str, clients: list[Client]) -> CheckOutcome:
     return CheckOutcome(url, f"{url}: {OPEN}")
 
 
-def _run(client: Client, specification: JobSpecification) -> Iterator[CheckResult]:
+def _run(client: JobSubmissionClient, specification: JobSpecification) -> Iterator[CheckResult]:
     """The lines of a job. It is stopped when nothing comes for SILENCE_S, and when the caller ends."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, SPECIFICATION).write_text(specification.model_dump_json())
         code = str(Path(threestage.__file__).parent)
         try:
-            job = client.submit_job(
-                entrypoint=f"{PYTHON} -m {MAIN} {SPECIFICATION}",
-                runtime_env={"working_dir": folder, "py_modules": [code]},
+            environment = {"working_dir": folder, "py_modules": [code], "env_vars": {JOB: "1"}}
+            job = in_time(
+                UPLOAD_S, client.submit_job, entrypoint=f"{PYTHON} -m {MAIN} {SPECIFICATION}", runtime_env=environment,
                 metadata={"threestage.command": "check"},
-            )
-        except (requests.RequestException, AuthenticationError, RuntimeError) as error:
+            )  # fmt: skip
+        except (AuthenticationError, *NO_CONNECTION) as error:
             yield CheckResult("the job", "", problem=f"it cannot be submitted: {ray_reason(error)}", code=CODE)
             return
     try:
@@ -110,15 +109,16 @@ def _run(client: Client, specification: JobSpecification) -> Iterator[CheckResul
         yield CheckResult("the job", job, problem=problem, code="ray/wrong-token")
     finally:
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
-            client.stop_job(job)
+            in_time(ANSWER_S, client.stop_job, job)
 
 
-def _follow(client: Client, job: str) -> Iterator[CheckResult]:
+def _follow(client: JobSubmissionClient, job: str) -> Iterator[CheckResult]:
     read, heard = 0, time.monotonic()
     mend = MEND.format(url=client.get_address(), job=job)
     while time.monotonic() - heard < SILENCE_S:
         try:
-            status, log = client.get_job_status(job), client.get_job_logs(job)
+            status = in_time(ANSWER_S, client.get_job_status, job)
+            log = in_time(ANSWER_S, client.get_job_logs, job)
         except NO_CONNECTION:
             time.sleep(POLL_S)
             continue
@@ -129,9 +129,9 @@ def _follow(client: Client, job: str) -> Iterator[CheckResult]:
         read = len(lines)
         if status in OVER:
             if status == JobStatus.SUCCEEDED:
-                client.delete_job(job)
+                in_time(ANSWER_S, client.delete_job, job)
                 return
-            last = (log.strip().splitlines() or [client.get_job_info(job).message])[-1]
+            last = (log.strip().splitlines() or [in_time(ANSWER_S, client.get_job_info, job).message])[-1]
             yield CheckResult("the job", job, problem=f"it ended too early: {last[:300]}; {mend}", code=CODE)
             return
         time.sleep(POLL_S)
@@ -142,7 +142,7 @@ def _follow(client: Client, job: str) -> Iterator[CheckResult]:
 # ---- On the cluster
 
 
-def _code(asking: dict[str, str]) -> CheckOutcome:
+def image_code(asking: dict[str, str]) -> CheckOutcome:
     """Versions here, on the head, where the job runs, and there, where it was asked for."""
     here = versions()
     value = ", ".join(f"{what} {version}" for what, version in here.items())

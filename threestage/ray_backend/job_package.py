@@ -1,24 +1,33 @@
-"""What a job is before it is submitted: its name, the variables that it expects of the cluster, the files that would travel.
+"""What a job is before it is submitted: its name, the variables that it expects of the cluster, the files that travel with it.
 Needs no Ray and no cluster.
 """
 
+import contextlib
 import json
+import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from threestage.config import Config, confirmed_hosts
 from threestage.data import storage
 from threestage.data.storage_errors import without_secrets
 from threestage.errors import InputError
 from threestage.hosts import TRUSTED
+from threestage.plain_text import one_line
 from threestage.redaction import may_be_secret
 
 LIMIT_BYTES = 100 * 2**20  # Ray's own, of an upload
 SHOWN_FILES = 5
+NEVER_TRAVEL = ".git,.venv,venv,__pycache__"  # Ray's own default
 EXPECTED = "THREESTAGE_EXPECTED_ENVIRONMENT"
 ENDPOINT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 TRACKING = "MLFLOW_TRACKING_URI"
@@ -93,71 +102,6 @@ def is_shared_uri(uri: str) -> bool:
     return storage.is_s3(uri) or uri.startswith("/")
 
 
-def _code_that_travels(folder: str, sizes: Mapping[str, int]) -> list[str]:
-    """The modules of a checkout, which replaces the image's threestage."""
-    if "threestage/__init__.py" not in sizes:
-        return []
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder, "threestage").rglob("*.py"))
-
-
-def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -> None:
-    """Raises InputError when what would travel (path below the folder → bytes) is too much for Ray, or lacks a file that
-    the job reads, or a part of the code where that travels."""
-    for file in (*files, *_code_that_travels(folder, sizes)):
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(
-                f"{file}: is not named from within the working directory {folder}, which is all that travels; copy it there "
-                "and name it relative to it, or give another --working-dir",
-                "submit/file-outside",
-            )
-        if str(Path(file)) not in sizes:
-            raise InputError(
-                f"{file}: is kept from travelling by a .gitignore or .rayignore in {folder}; take it out there (a pattern that "
-                "begins with / is of that folder alone)",
-                "submit/file-ignored",
-            )
-    total = sum(sizes.values())
-    if total > LIMIT_BYTES:
-        largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN_FILES]
-        shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
-        raise InputError(
-            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
-            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; name what the job does not need in {folder}/.rayignore, or "
-            "give a smaller --working-dir",
-            "submit/too-large",
-        )
-
-
-def check_secrecy(folder: str, paths: Collection[str], links: Collection[str], with_secrets: bool) -> list[str]:
-    """The files (paths below the folder) that look like credentials and travel all the same, `with_secrets`.
-
-    Raises InputError for links that lead out of the folder, and for such files.
-    """
-    if links:
-        raise InputError(
-            f"--working-dir {folder}: {_some(links)} would put files from outside the folder into the job's package: remove "
-            f"the link, or name it in {folder}/.rayignore",
-            "submit/link-outside",
-        )
-    found = sorted(path for path in paths if SECRET_FILES.search(path))
-    if found and not with_secrets:
-        raise InputError(
-            f"--working-dir {folder}: {_some(found)} would travel, and whoever may see the cluster's jobs can read it; name it "
-            f"in {folder}/.rayignore, or give --with-secrets",
-            "submit/secret-file",
-        )
-    return found
-
-
-def _some(paths: Collection[str]) -> str:
-    more = f" and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else ""
-    return ", ".join(sorted(paths)[:SHOWN_FILES]) + more
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
 def job_environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
     """The variables of the job: the values that `asked` (NAME or NAME=VALUE) gives, and the names that the cluster must have.
 
@@ -226,3 +170,161 @@ def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> N
             f"machine){also}",
             "submit/missing-variable",
         )
+
+
+# ---- The files that travel
+
+
+class WorkingFiles(NamedTuple):
+    """Of a working directory: path below it → bytes; and the links in it that lead out of it, which are not followed."""
+
+    sizes: dict[str, int]
+    links: list[str]
+
+
+def what_travels(folder: str) -> WorkingFiles:
+    """The files and links below the folder that no .gitignore or .rayignore names, read as Ray reads them."""
+    from pathspec import GitIgnoreSpec
+
+    root, found = Path(folder).absolute(), WorkingFiles({}, [])
+    names = [".rayignore"]
+    if os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1":
+        names.append(".gitignore")
+
+    def walk(place: Path, ignored: list[tuple[Path, GitIgnoreSpec]]) -> None:
+        files = [place / name for name in names if (place / name).is_file()]
+        ignored = [*ignored, *((place, GitIgnoreSpec.from_lines(file.read_text().splitlines())) for file in files)]
+        for path in place.iterdir():
+            if any(spec.match_file(path.relative_to(base)) for base, spec in ignored):
+                continue
+            name = str(path.relative_to(root))
+            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                found.links.append(name)
+            elif path.is_dir():
+                walk(path, ignored)
+            elif path.is_file():
+                found.sizes[name] = path.stat().st_size
+
+    always = os.environ.get("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", NEVER_TRAVEL)
+    walk(root, [(root, GitIgnoreSpec.from_lines(always.split(",")))])
+    return found
+
+
+def _code_that_travels(folder: str, sizes: Mapping[str, int]) -> list[str]:
+    """The modules of a checkout, which replaces the image's threestage."""
+    if "threestage/__init__.py" not in sizes:
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder, "threestage").rglob("*.py"))
+
+
+def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -> None:
+    """Raises InputError when what would travel (path below the folder → bytes) is too much for Ray, or lacks a file that
+    the job reads, or a part of the code where that travels."""
+    for file in (*files, *_code_that_travels(folder, sizes)):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(
+                f"{file}: is not named from within the working directory {folder}, which is all that travels; copy it there "
+                "and name it relative to it, or give another --working-dir",
+                "submit/file-outside",
+            )
+        if str(Path(file)) not in sizes:
+            raise InputError(
+                f"{file}: is kept from travelling by a .gitignore or .rayignore in {folder}; take it out there (a pattern that "
+                "begins with / is of that folder alone)",
+                "submit/file-ignored",
+            )
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN_FILES]
+        shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
+        raise InputError(
+            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
+            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; name what the job does not need in {folder}/.rayignore, or "
+            "give a smaller --working-dir",
+            "submit/too-large",
+        )
+
+
+def check_secrecy(folder: str, paths: Collection[str], links: Collection[str], with_secrets: bool) -> list[str]:
+    """The files (paths below the folder) that look like credentials and travel all the same, `with_secrets`.
+
+    Raises InputError for links that lead out of the folder, and for such files.
+    """
+    if links:
+        raise InputError(
+            f"--working-dir {folder}: {_some(links)} would put files from outside the folder into the job's package: remove "
+            f"the link, or name it in {folder}/.rayignore",
+            "submit/link-outside",
+        )
+    found = sorted(path for path in paths if SECRET_FILES.search(path))
+    if found and not with_secrets:
+        raise InputError(
+            f"--working-dir {folder}: {_some(found)} would travel, and whoever may see the cluster's jobs can read it; name it "
+            f"in {folder}/.rayignore, or give --with-secrets",
+            "submit/secret-file",
+        )
+    return found
+
+
+def _some(paths: Collection[str]) -> str:
+    more = f" and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else ""
+    return ", ".join(sorted(paths)[:SHOWN_FILES]) + more
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+# ---- What goes with a job
+
+
+class JobPackage(NamedTuple):
+    """The working directory and the files of it that travel, a wheel, variables, and the resources, in Ray's names, that the
+    job's driver takes (none: it runs on the head)."""
+
+    folder: str
+    wheel: str | None = None
+    variables: Mapping[str, str] = MappingProxyType({})
+    resources: Mapping[str, float] = MappingProxyType({})
+    files: Collection[str] = ()
+
+
+@contextlib.contextmanager
+def copied_files(folder: str, files: Collection[str]) -> Iterator[str]:
+    """A folder that holds these files of another and nothing else: what travels is what was checked."""
+    with tempfile.TemporaryDirectory() as copy:
+        for file in files:
+            target = Path(copy, file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(Path(folder, file), target)
+        yield copy
+
+
+@contextlib.contextmanager
+def unpacked_wheel(wheel: str) -> Iterator[str]:
+    """A wheel's package as a folder. Ray would install the wheel with all that it depends on, torch and Ray itself, into a
+    folder of the job's; this way these stay the image's.
+
+    Raises InputError when it is no wheel of ours, or too much for Ray.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                _unpack(archive, wheel, folder)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"--wheel {wheel}: {one_line(error)[:300]}; give a .whl file that `pip wheel` made", "submit/wheel"
+            ) from None
+        yield str(Path(folder, "threestage"))
+
+
+def _unpack(archive: zipfile.ZipFile, wheel: str, folder: str) -> None:
+    members = [info for info in archive.infolist() if info.filename.startswith("threestage/")]
+    if not any(info.filename == "threestage/__main__.py" for info in members):
+        raise InputError(
+            f"--wheel {wheel}: it holds no threestage that can be submitted; build it again", "submit/wheel"
+        )
+    size = sum(info.file_size for info in members)
+    if size > LIMIT_BYTES:
+        raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}", "submit/too-large")
+    archive.extractall(folder, members)

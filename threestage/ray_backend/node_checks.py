@@ -1,41 +1,46 @@
 """Checks of a cluster for `threestage check`: connect, then ask every node for its versions and the places it reaches.
-Also measures the stages' steps on a worker's device."""
+Also measures the stages' steps on a worker's device, for the check and for the plan of a sweep."""
 
 import contextlib
 import importlib.metadata
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from threestage import __version__
+from threestage.allocator import disable_malloc_trim
 from threestage.checks import store
 from threestage.checks.result import CheckOutcome, CheckResult
+from threestage.checks.step_time import StepTime, measure_step
 from threestage.checks.steps import STAGE_S, START_S, MeasuredStep, StepSpecification, measure_steps, too_slow
 from threestage.checks.store import PROBE_NAME, merged, places
-from threestage.config import Config
+from threestage.config import Config, StageName
 from threestage.data import storage
-from threestage.errors import InputError
+from threestage.data.records import load_manifest
+from threestage.errors import InputError, StageFailure, Warn
 from threestage.mlflow_sync.connection import resolve_uri, sqlite_path
-from threestage.ray_backend.capacity import room_for_one
+from threestage.ray_backend.capacity import resources_text, room_for_one, worker_takes
 from threestage.ray_backend.connect import connected, probe_cluster
-from threestage.ray_backend.failures import last_line
-from threestage.ray_backend.nodes import alive_nodes
+from threestage.ray_backend.failures import alive_nodes, cause_of, code_of, first_line, last_line
 from threestage.ray_settings import ClusterSettings
 from threestage.settings import Settings
+from threestage.training.worker import default_device
 
 # ---- What every node can use
 
 MOST_NODES = 32
 LOOK_S = 90.0  # for a new process on each node, which imports torch, and then tries the places
 SAME = ("threestage", "Ray", "Python")
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process that a job is
+JOB = "THREESTAGE_CHECK_JOB"  # set where job_check.py runs as a job
 
 
 class NodeView(Settings):
@@ -57,10 +62,10 @@ def nodes_reach(config: Config, out: str) -> CheckOutcome:
             problems.setdefault(problem, []).append(name)
     if problems:
         raise InputError("; ".join(f"{_names(found)}: {problem}" for problem, found in problems.items()), "check/nodes")
-    torch = sorted({view.versions["torch"] for view in views.values()} | {versions()["torch"]})
+    torches = sorted({view.versions["torch"] for view in views.values()} | {versions()["torch"]})
     number = f"{len(views)} of {len(nodes)} nodes" if len(nodes) > 1 else "its one node"
     here = ", ".join(f"{what} {version}" for what, version in versions().items())
-    warning = f"torch is not the same on all of them: {', '.join(torch)}" if len(torch) > 1 else None
+    warning = f"torch is not the same on all of them: {', '.join(torches)}" if len(torches) > 1 else None
     return CheckOutcome(f"{number} can use data.root and --out, with {here}", warning)
 
 
@@ -179,16 +184,58 @@ def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield measured.model_dump(mode="json")
 
 
+# ---- A measured step, for the plan of a sweep
+
+MEASURING_SECONDS = 600.0  # in which a step is measured, once there is room; torch.compile takes minutes
+
+
+def remote_step_time(config: Config, stage: StageName, manifest_version: int, warn: Warn = print) -> StepTime:
+    """`measure_step` as a task that takes what one worker takes, so on a device that will train.
+
+    Says after `cluster.report_after_s`, and again, that it waits. Raises InputError as `measure_step` does, StageFailure
+    when the step could not be measured (a GPU's memory is too small …) or there was no room for it for
+    `cluster.start_timeout_s`.
+    """
+    cluster, began = config.cluster, time.monotonic()
+    task = ray.remote(_measure_step).options(**cluster.task_options)
+    result = task.remote(config.model_dump(mode="json"), stage, manifest_version)
+    while not ray.wait([result], timeout=cluster.report_after_s)[0]:
+        waited = time.monotonic() - began
+        device = resources_text(worker_takes(cluster))
+        what = f"{stage}: a step is to be measured on {device}; waiting for {waited:.0f} s for room or its end"
+        if waited > cluster.start_timeout_s + MEASURING_SECONDS:
+            ray.cancel(result, force=True)
+            raise StageFailure(
+                f"{what}: is the cluster busy? Try again, or ask for less with cluster.cpus_per_worker", "ray/no-room"
+            )
+        warn(what)
+    try:
+        return ray.get(result)
+    except ray.exceptions.RayError as error:
+        if isinstance(cause := cause_of(error), InputError):
+            raise cause from error
+        raise StageFailure(
+            f"{stage}: no step could be trained to measure it: {first_line(error)}",
+            code_of(error) or "stage/not-measured",
+        ) from error
+
+
+def _measure_step(settings: dict[str, Any], stage: StageName, manifest_version: int) -> StepTime:
+    """On a worker's process: threads and memory as worker.py has them."""
+    disable_malloc_trim()
+    config = Config.model_validate(settings)
+    storage.configure(config.storage)
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    return measure_step(config, stage, load_manifest(config.data.root, manifest_version), default_device())
+
+
 # ---- The connection, and the versions of this process
 
 
-def connect_to_check(
-    name: str, address: str, cluster: ClusterSettings, connection: contextlib.ExitStack
-) -> CheckOutcome:
+def connect_to_check(name: str, cluster: ClusterSettings, connection: contextlib.ExitStack) -> CheckOutcome:
     """Connects this process, until `connection` is closed. Raises InputError like `probe_cluster` and `connected`."""
-    found = probe_cluster(name, address)
     connection.enter_context(connected(cluster))
-    return found
+    return probe_cluster(name, ray.get_runtime_context().gcs_address)
 
 
 def versions() -> dict[str, str]:

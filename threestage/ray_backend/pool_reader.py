@@ -1,15 +1,13 @@
 """What runs beside the training to read the unlabelled pool: a file with its pseudo-masks becomes blocks of canvases.
 
-Also the pause in Ray Data's loop. A cluster has many of these processes, so this module imports no torch.
+A cluster has many of these processes, so this module imports no torch.
 """
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from threestage.allocator import disable_malloc_trim
 from threestage.data import storage
@@ -18,8 +16,6 @@ from threestage.data.records import DataSettings
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.samples import Sample, crop_to_canvas, decode_sample, pool_samples
 from threestage.seeds import derive_seed
-
-# ---- From a file to blocks of canvases
 
 BLOCK_BYTES = 32 * 2**20
 
@@ -81,20 +77,3 @@ def blocks(rows: Iterable[Arrays], canvas: tuple[int, int]) -> Iterator[Arrays]:
 
 def _stacked(rows: Sequence[Arrays]) -> Arrays:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-# ---- A pause in Ray Data's loop
-
-STEP_SECONDS = 0.1
-
-
-class ThrottledExecution(ExecutionCallback):
-    """Sleeps briefly between the steps of a stream's executor: Ray 2.60's busy-waits under back-pressure and keeps a core
-    busy."""
-
-    def __init__(self) -> None:
-        self._last_step = time.monotonic()
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(max(0.0, self._last_step + STEP_SECONDS - time.monotonic()))
-        self._last_step = time.monotonic()

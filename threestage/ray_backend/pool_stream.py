@@ -16,7 +16,8 @@ from threestage.data.batches import Batch, share_of
 from threestage.data.datasets import pool_canvas
 from threestage.data.pool import load_pool
 from threestage.data.pseudo_mask_files import least_agreement, read_index
-from threestage.ray_backend.pool_reader import BLOCK_BYTES, Arrays, FileReader, ThrottledExecution
+from threestage.ray_backend import ray_internals
+from threestage.ray_backend.pool_reader import BLOCK_BYTES, Arrays, FileReader
 from threestage.run.stages import StageTask
 from threestage.seeds import derive_seed
 from threestage.training.checkpoint import Pointer
@@ -54,7 +55,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     items = [{"pass": pass_, "file": files[number].model_dump_json()} for pass_, number in order]
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
-    context.custom_execution_callback_classes = [ThrottledExecution]
+    ray_internals.throttle(context)
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
         task.pseudo_masks, storage.join(task.folder, "rejects"), (config.seed, task.stage), config.data,

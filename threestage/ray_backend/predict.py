@@ -3,7 +3,6 @@
 A row of the job is some files of images; one of a few actors, each with the network, predicts it.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -20,17 +19,18 @@ import torch
 from threestage.allocator import disable_malloc_trim
 from threestage.data import storage
 from threestage.data.pool import PoolFile
+from threestage.errors import Warn
 from threestage.models.export import load_model
 from threestage.prediction.input_parts import Part
 from threestage.prediction.output import Predictions, PredictionTask
 from threestage.prediction.pool_prediction import predict_files
 from threestage.prediction.predict import ModelFiles, PredictReport, PredictSettings, predict_input
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
-from threestage.ray_backend.connect import connected
+from threestage.ray_backend.capacity import warn_of_folders
+from threestage.ray_backend.connect import connected_on_demand
 from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
-from threestage.ray_backend.nodes import warn_of_folders
 from threestage.ray_backend.stall_monitor import await_resources, warn_if_stalled
-from threestage.ray_backend.tasks import in_tasks
+from threestage.ray_backend.tasks import map_function
 from threestage.ray_settings import ClusterSettings
 from threestage.training.worker import default_device
 
@@ -44,10 +44,22 @@ Predict = Callable[[Sequence[str]], Iterator[FileReport]]
 
 
 def predict_pool(
-    model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings
+    model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings, warn: Warn = print
 ) -> Iterator[FileReport]:
-    """Predict all files of the pool, see `reports_of`."""
-    return reports_of(files, partial(_open_pool, model, task.model_dump(mode="json")), cluster)
+    """Predict all files of the pool, see `watched_reports`."""
+    open_predictor = partial(_open_pool, model, task.model_dump(mode="json"))
+    return watched_reports("pseudo-masks", files, open_predictor, cluster, warn)
+
+
+def watched_reports(
+    what: str, files: Sequence[PoolFile], open_predictor: Callable[[], Predict], cluster: ClusterSettings, warn: Warn
+) -> Iterator[FileReport]:
+    """`reports_of`, once there is room for a predictor; what is missing is reported. Raises NoRoom."""
+    await_resources(what, cluster, warn)
+    with warn_if_stalled(what, cluster, warn) as heard:
+        for report in reports_of(files, open_predictor, cluster):
+            heard()
+            yield report
 
 
 def reports_of(
@@ -132,40 +144,25 @@ def predict_on_ray(
     settings: PredictSettings,
     cluster: ClusterSettings,
     show: Callable[[int, int], None] = lambda done, total: None,
-    warn: Callable[[str], None] = print,
+    warn: Warn = print,
 ) -> PredictReport:
     """`predict_input` on a cluster, which is connected to when there is work for it. Raises as that does, and StageFailure when
     an actor fails for good or the cluster has no room."""
-    with contextlib.ExitStack() as stack:
-
-        def connect() -> None:
-            if not ray.is_initialized():
-                stack.enter_context(connected(cluster))
-
-        def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-            if len(items) < 2:
-                yield from map(function, items)
-            else:
-                connect()
-                yield from in_tasks(function, items, cluster.max_failures)
+    with connected_on_demand(cluster) as connect:
 
         def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
             connect()
             _warn_of_traps(task, cluster, warn)
-            await_resources("predict", cluster, warn)
-            folder = _share(files, task)
-            with warn_if_stalled("predict", cluster, warn) as heard:
-                for report in reports_of(parts, partial(_open, folder, task.model_dump(mode="json")), cluster):
-                    heard()
-                    yield report
+            open_predictor = partial(_open, _share(files, task), task.model_dump(mode="json"))
+            yield from watched_reports("predict", parts, open_predictor, cluster, warn)
 
         try:
-            return predict_input(model, source, out, settings, show, run, each)
+            return predict_input(model, source, out, settings, show, run, map_function(cluster, connect))
         except ray.exceptions.RayError as error:
             raise to_user_error(error, "predict: ") from error
 
 
-def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Callable[[str], None]) -> None:
+def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Warn) -> None:
     if not cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
         warn("the cluster has GPUs and this command uses none: --gpus-per-worker 1")
     warn_of_folders([task.source, task.destination], warn)

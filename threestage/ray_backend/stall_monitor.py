@@ -13,6 +13,7 @@ import ray
 import ray.util
 
 from threestage.errors import NoRoom, Warn
+from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import (
     cluster_nodes,
     free_nodes,
@@ -21,8 +22,8 @@ from threestage.ray_backend.capacity import (
     waiting_text,
     worker_takes,
 )
+from threestage.ray_backend.failures import alive_ids
 from threestage.ray_backend.heartbeat import BEAT_SECONDS, WorkerStatus
-from threestage.ray_backend.nodes import alive_ids
 from threestage.ray_settings import ClusterSettings
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # a worker that says nothing for so long is gone
@@ -91,21 +92,23 @@ class StallMonitor:
 
 
 class Membership:
-    """Tells Ray of nodes that have come or gone: an elastic group is started by what Ray's coordinator of resources knows,
-    and that looks only every 20 s."""
+    """The nodes of the cluster while a stage trains: when one will go, or has come to an elastic group, a checkpoint is due.
 
-    def __init__(self) -> None:
-        self._alive = alive_ids()
+    An elastic group also starts again sooner when Ray is told of the change.
+    """
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        self._elastic = cluster.least_workers < cluster.most_workers
+        self._alive, self._draining = alive_ids(), ray_internals.draining_nodes() or frozenset()
 
     def look(self) -> bool:
-        """Whether a node has come."""
-        before, self._alive = self._alive, alive_ids()
-        if self._alive == before:
-            return False
-        with contextlib.suppress(ValueError):  # no coordinator yet
-            coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
-            coordinator.get_reserved_resources.remote("threestage", recompute=True)
-        return not self._alive <= before
+        """Whether the workers should save a checkpoint: Ray may soon start the group anew."""
+        alive, draining = alive_ids(), ray_internals.draining_nodes() or self._draining
+        joined, leaves = not alive <= self._alive, not draining <= self._draining
+        if alive != self._alive:
+            ray_internals.refresh_reservations()
+        self._alive, self._draining = alive, draining
+        return leaves or (joined and self._elastic)
 
 
 # ---- While the pool or images are predicted

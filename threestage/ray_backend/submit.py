@@ -5,19 +5,15 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
+import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 import requests
-from ray._private.ray_constants import get_runtime_env_default_excludes
-from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -25,34 +21,41 @@ from threestage.errors import InputError, StageFailure
 from threestage.plain_text import one_line as shown
 from threestage.plain_text import visible_log
 from threestage.ray_backend.connect import TOKEN
-from threestage.ray_backend.job_package import LIMIT_BYTES, Job, mebibytes
+from threestage.ray_backend.job_package import Job, JobPackage, copied_files, unpacked_wheel
 
-CONNECT_S, ANSWER_S = 5.0, 30.0
+ANSWER_S, UPLOAD_S = 10.0, 600.0
 SILENCE_S = 60.0  # without a word of the job: it is asked whether it lives, and its log is opened anew
 PATIENCE_S = 600.0  # without an answer of the cluster
 PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 OVER = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-STOPPED, DETACHED, LOST = (
-    143,
-    130,
-    75,
-)  # exit codes beside the job's own: as after SIGTERM, as after Ctrl-C, EX_TEMPFAIL
-NOISY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
+STOPPED, DETACHED, LOST = 143, 130, 75  # exit codes beside the job's own: of SIGTERM, of Ctrl-C, EX_TEMPFAIL
 NO_CONNECTION = (requests.RequestException, aiohttp.ClientError, OSError, RuntimeError)  # the last: an answer of 5xx
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
+Answer = TypeVar("Answer")
 Say = Callable[[str], None]
 
-
-class Client(JobSubmissionClient):
-    """Ray's, whose requests wait for an answer for ever, with deadlines."""
-
-    def _do_request(self, method: str, endpoint: str, **given: Any) -> Any:
-        return super()._do_request(method, endpoint, **{"timeout": (CONNECT_S, ANSWER_S), **given})
+# ---- The job API
 
 
-def job_client(address: str | None) -> Client:
+def in_time(seconds: float, call: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
+    """The answer of a call, or TimeoutError: Ray's client waits for ever. A call without an answer ends with the process."""
+    answer = Future[Answer]()
+
+    def run() -> None:
+        try:
+            answer.set_result(call(*given, **named))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
+
+
+def job_client(address: str | None) -> JobSubmissionClient:
     """A client of the job API at a URL; without one, at that of RAY_API_SERVER_ADDRESS, or else RAY_ADDRESS.
 
     Raises InputError within seconds when it is no URL, when nobody answers there, and when the token is missing or wrong.
@@ -66,11 +69,11 @@ def job_client(address: str | None) -> Client:
             "ray/address",
         )
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray puts it above what it is given
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray").handlers:  # it logs each step of an upload
+        handler.setLevel(logging.ERROR)
     try:
-        return Client(url)
-    except (requests.RequestException, ConnectionError) as error:
+        return in_time(ANSWER_S, JobSubmissionClient, url)
+    except (requests.RequestException, ConnectionError, TimeoutError) as error:
         raise InputError(
             f"{named}: no answer ({ray_reason(error)}); start the cluster or its port-forward, or correct the address",
             "ray/no-answer",
@@ -106,90 +109,10 @@ def ray_reason(text: object) -> str:
     return shown(text)[:300]
 
 
-# ---- What travels with a job
-
-
-class WorkingFiles(NamedTuple):
-    """What Ray would upload of a working directory: path below it → bytes; and the links in it that lead out of it, which
-    are not followed."""
-
-    sizes: dict[str, int]
-    links: list[str]
-
-
-def working_files(folder: str) -> dict[str, int]:
-    """The files below the folder, and their bytes, of `what_travels`."""
-    return what_travels(folder).sizes
-
-
-def what_travels(folder: str) -> WorkingFiles:
-    """The files and links below the folder. Ray's ignore files and defaults are honoured."""
-    root, found = Path(folder).absolute(), WorkingFiles({}, [])
-    real = root.resolve()
-
-    def note(path: Path) -> None:
-        if path.is_file():
-            found.sizes[str(path.relative_to(root))] = path.stat().st_size
-
-    def leads_out(path: Path) -> bool:
-        if path == root or not path.is_symlink() or path.resolve().is_relative_to(real):
-            return False
-        if not any(excluded(path) for excluded in excludes if excluded is not leads_out):
-            found.links.append(str(path.relative_to(root)))
-        return True
-
-    with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    quiet = logging.getLogger("threestage.quiet")
-    quiet.setLevel(logging.ERROR)
-    excludes = [_get_excludes(root, get_runtime_env_default_excludes()), leads_out]
-    _dir_travel(root, excludes, note, include_gitignore=with_gitignore, logger=quiet)
-    return found
-
-
-@contextlib.contextmanager
-def unpacked_wheel(wheel: str) -> Iterator[str]:
-    """A wheel's package as a folder. Ray would install the wheel with all that it depends on, torch and Ray itself, into a
-    folder of the job's; this way these stay the image's.
-
-    Raises InputError when it is no wheel of ours, or too much for Ray.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                _unpack(archive, wheel, folder)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"--wheel {wheel}: {ray_reason(error)}; give a .whl file that `pip wheel` made", "submit/wheel"
-            ) from None
-        yield str(Path(folder, "threestage"))
-
-
-def _unpack(archive: zipfile.ZipFile, wheel: str, folder: str) -> None:
-    members = [info for info in archive.infolist() if info.filename.startswith("threestage/")]
-    if not any(info.filename == "threestage/__main__.py" for info in members):
-        raise InputError(
-            f"--wheel {wheel}: it holds no threestage that can be submitted; build it again", "submit/wheel"
-        )
-    size = sum(info.file_size for info in members)
-    if size > LIMIT_BYTES:
-        raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}", "submit/too-large")
-    archive.extractall(folder, members)
-
-
 # ---- Submit a job and follow it
 
 
-class JobPackage(NamedTuple):
-    """What goes with a job: the working directory, a wheel, variables, and the resources, in Ray's names, that its driver
-    takes (none: it runs on the head)."""
-
-    folder: str
-    wheel: str | None = None
-    variables: Mapping[str, str] = MappingProxyType({})
-    resources: Mapping[str, float] = MappingProxyType({})
-
-
-def submit(client: Client, job: Job, shipment: JobPackage, say: Say) -> str:
+def submit(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say) -> str:
     """The id of the job: that of a new one or, where the cluster works on the same run already, of that one.
 
     Raises InputError when it works on that run with other arguments.
@@ -200,26 +123,22 @@ def submit(client: Client, job: Job, shipment: JobPackage, say: Say) -> str:
         if running is not None:
             say(f"{running} works on {job.out} already: following it, nothing was submitted")
             return running
-        environment: dict[str, Any] = {"working_dir": shipment.folder, "env_vars": dict(shipment.variables)}
         with contextlib.ExitStack() as stack:
-            if shipment.wheel is not None:
-                environment["py_modules"] = [stack.enter_context(unpacked_wheel(shipment.wheel))]
-            return str(
-                client.submit_job(
-                    entrypoint=job.entrypoint,
-                    submission_id=job.new_id(),
-                    runtime_env=environment,
-                    metadata=job.metadata,
-                    entrypoint_resources=dict(shipment.resources) or None,
-                )
-            )
-    except (requests.RequestException, AuthenticationError, RuntimeError) as error:
+            folder = stack.enter_context(copied_files(package.folder, package.files))
+            environment: dict[str, Any] = {"working_dir": folder, "env_vars": dict(package.variables)}
+            if package.wheel is not None:
+                environment["py_modules"] = [stack.enter_context(unpacked_wheel(package.wheel))]
+            return in_time(
+                UPLOAD_S, client.submit_job, entrypoint=job.entrypoint, submission_id=job.new_id(),
+                runtime_env=environment, metadata=job.metadata, entrypoint_resources=dict(package.resources) or None,
+            )  # fmt: skip
+    except (requests.RequestException, AuthenticationError, RuntimeError, TimeoutError) as error:
         raise _explained(url, error) from None
 
 
-def _running(client: Client, job: Job) -> str | None:
+def _running(client: JobSubmissionClient, job: Job) -> str | None:
     """The unfinished job that works on the same folder."""
-    for other in client.list_jobs() if job.out else ():
+    for other in in_time(ANSWER_S, client.list_jobs) if job.out else ():
         if other.status not in OVER and (other.metadata or {}).get("threestage.out") == job.out:
             if other.entrypoint != job.entrypoint:
                 raise InputError(
@@ -237,12 +156,12 @@ def commands(url: str, job_id: str) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def follow(client: Client, job_id: str, say: Say) -> int:
+def follow(client: JobSubmissionClient, job_id: str, say: Say) -> int:
     """Print the job's log until it ends; its exit code, or STOPPED, DETACHED after Ctrl-C, LOST when the cluster has not
     answered for PATIENCE_S. InputError when it does not take the token any more."""
     url = client.get_address()
     try:
-        ended = asyncio.run(_Log(client, job_id, say).follow())
+        ended = _Log(client, job_id, say).follow()
     except AuthenticationError as error:  # a cluster made anew has another token
         raise _explained(url, error) from None
     except KeyboardInterrupt:
@@ -268,71 +187,81 @@ def _exit_code(ended: JobDetails, say: Say) -> int:
 class _Log:
     """The log of a job. It is sent from its beginning whenever it is opened: `_printed` characters of it are left out."""
 
-    def __init__(self, client: Client, job_id: str, say: Say) -> None:
+    def __init__(self, client: JobSubmissionClient, job_id: str, say: Say) -> None:
         self._client, self._id, self._say = client, job_id, say
         self._printed = 0
         self._answered = time.monotonic()
         self._failures = 0
 
-    async def follow(self) -> JobDetails | None:
+    def follow(self) -> JobDetails | None:
         """The job when it is over; None after PATIENCE_S without an answer. Raises StageFailure when the cluster does not know
         it."""
         while time.monotonic() - self._answered < PATIENCE_S:
-            problem = await self._print()
+            problem = self._print()
             try:
-                details = await asyncio.to_thread(self._client.get_job_info, self._id)
+                details = in_time(ANSWER_S, self._client.get_job_info, self._id)
             except NO_CONNECTION as error:
                 _refuse_unknown(self._id, error)
-                await self._pause(error)
+                self._pause(error)
                 continue
             self._answered = time.monotonic()
             if details.status in OVER:
-                await self._print_rest()
+                self._print_rest()
                 return details
             if details.status == JobStatus.PENDING:
                 self._say(f"{self._id} waits: {ray_reason(details.message)}")
             if problem is not None:
-                await self._pause(problem)
+                self._pause(problem)
         return None
 
-    async def _print(self) -> Exception | None:
+    def _print(self) -> Exception | None:
         """Until the log ends, or nothing comes for SILENCE_S, or the connection is lost: then, why."""
         seen = 0
-        log = self._client.tail_job_logs(self._id)
         try:
-            while True:
-                text = await asyncio.wait_for(anext(log), SILENCE_S)
+            for text in _tail(self._client, self._id):
                 new = text[max(0, self._printed - seen) :]
                 seen += len(text)
                 self._printed = max(self._printed, seen)
                 self._heard()
-                sys.stdout.write(visible_log(new))
-                sys.stdout.flush()
-        except (StopAsyncIteration, TimeoutError):
+                _write(new)
+        except TimeoutError:
             return None
         except NO_CONNECTION as error:
             return error
-        finally:
-            await log.aclose()
+        return None
 
-    async def _print_rest(self) -> None:
+    def _print_rest(self) -> None:
         """What a connection that broke off has left out."""
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
-            text = await asyncio.to_thread(self._client.get_job_logs, self._id)
-            sys.stdout.write(visible_log(text[self._printed :]))
-            sys.stdout.flush()
+            _write(in_time(UPLOAD_S, self._client.get_job_logs, self._id)[self._printed :])
 
     def _heard(self) -> None:
         if self._failures:
             self._say("connected again")
         self._answered, self._failures = time.monotonic(), 0
 
-    async def _pause(self, error: Exception) -> None:
+    def _pause(self, error: Exception) -> None:
         if self._failures == 0:
             self._say(f"the connection is lost, {self._id} goes on; connecting again ({ray_reason(error)})")
         pause = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
         self._failures += 1
-        await asyncio.sleep(pause)
+        time.sleep(pause)
+
+
+def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:
+    """The log as it grows. Raises TimeoutError when nothing comes for SILENCE_S."""
+    with asyncio.Runner() as loop:
+        log = client.tail_job_logs(job_id)
+        try:
+            while (text := loop.run(asyncio.wait_for(anext(log, None), SILENCE_S))) is not None:
+                yield text
+        finally:
+            loop.run(log.aclose())
+
+
+def _write(log: str) -> None:
+    sys.stdout.write(visible_log(log))
+    sys.stdout.flush()
 
 
 def _refuse_unknown(job_id: str, error: Exception) -> None:

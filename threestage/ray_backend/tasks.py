@@ -1,6 +1,5 @@
 """map() as Ray Data tasks on any node, with retries: the parts of a listing, and of `threestage ingest`."""
 
-import contextlib
 import itertools
 import pickle
 import time
@@ -14,8 +13,9 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from threestage.data.ingest import IngestReport, IngestSettings, Progress, ingest
+from threestage.data.listing import Each
 from threestage.errors import StageFailure
-from threestage.ray_backend.connect import connected
+from threestage.ray_backend.connect import connected_on_demand
 from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
 from threestage.ray_settings import ClusterSettings
 
@@ -44,6 +44,20 @@ def in_tasks(
                 yield pickle.loads(row["result"])
         except ray.exceptions.RayError as error:
             raise to_user_error(error) from error
+
+
+def map_function(
+    cluster: ClusterSettings, connect: Callable[[], None] = lambda: None, at_once: int | None = None
+) -> Each:
+    """`in_tasks`, on the cluster that `connect` connects to; a single item is done here."""
+
+    def mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        if len(items) < 2:
+            return map(function, items)
+        connect()
+        return in_tasks(function, items, cluster.max_failures, at_once)
+
+    return mapped
 
 
 @dataclass(frozen=True)
@@ -84,17 +98,8 @@ def ingest_on_ray(
 
     Raises InputError and OSError as that does, and StageFailure when the tasks, or a store for them, fail for good.
     """
-    with contextlib.ExitStack() as stack:
-
-        def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-            if len(items) < 2:
-                yield from map(function, items)
-                return
-            if not ray.is_initialized():
-                stack.enter_context(connected(cluster))
-            yield from in_tasks(function, items, cluster.max_failures)
-
+    with connected_on_demand(cluster) as connect:
         try:
-            return ingest(source, root, settings, progress, each)
+            return ingest(source, root, settings, progress, map_function(cluster, connect))
         except StageFailure as error:
             raise StageFailure(f"ingest: {error.message}", error.code) from error

@@ -13,26 +13,21 @@ import ray.exceptions
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure, Warn
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
-from threestage.ray_backend.capacity import room_there
-from threestage.ray_backend.connect import (
-    ABORT_SECONDS,
-    address_of,
-    connected,
-)
+from threestage.ray_backend import ray_internals
+from threestage.ray_backend.capacity import room_there, warn_of_folders
+from threestage.ray_backend.connect import address_of, connected
 from threestage.ray_backend.failures import FAILED, code_of, first_line, last_line
 from threestage.ray_backend.heartbeat import MonitorUpdate, start_monitor
-from threestage.ray_backend.nodes import warn_of_folders
 from threestage.ray_backend.pool_stream import stream_options, unlabelled_stream
 from threestage.ray_backend.predict import predict_pool
-from threestage.ray_backend.stall_monitor import Membership, StallMonitor, await_resources, warn_if_stalled
-from threestage.ray_backend.tasks import in_tasks
+from threestage.ray_backend.stall_monitor import Membership, StallMonitor
+from threestage.ray_backend.tasks import map_function
 from threestage.ray_backend.worker import train_worker
 from threestage.run.backend import Item, OnMetrics, Result, RunCallbacks
 from threestage.run.stages import StageTask
@@ -53,22 +48,15 @@ class RayBackend:
         train_on_ray(task, self._on.on_metrics, self._on.on_warning)
 
     def predict_pool(self, model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
-        await_resources("pseudo-masks", self._cluster, self._on.on_warning)
         try:
-            with warn_if_stalled("pseudo-masks", self._cluster, self._on.on_warning) as heard:
-                for report in predict_pool(model, task, files, self._cluster):
-                    heard()
-                    yield report
+            yield from predict_pool(model, task, files, self._cluster, self._on.on_warning)
         except ray.exceptions.RayError as error:
             raise StageFailure(
                 f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
             ) from error
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        if len(items) < 2:
-            return map(function, items)
-        at_once = 1 + self._cluster.number_of_predictors
-        return in_tasks(function, items, self._cluster.max_failures, at_once=at_once)
+        return map_function(self._cluster, at_once=1 + self._cluster.number_of_predictors)(function, items)
 
 
 @contextlib.contextmanager
@@ -132,7 +120,7 @@ def _watch_fit(
     cluster = task.settings().cluster
     monitor = start_monitor()
     trainer = make_trainer(task, monitor, function, driver)
-    patience, membership = StallMonitor(task.stage, cluster, warn), Membership()
+    patience, membership = StallMonitor(task.stage, cluster, warn), Membership(cluster)
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -147,8 +135,8 @@ def _watch_fit(
     try:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            if membership.look() and cluster.least_workers < cluster.most_workers:
-                monitor.request_checkpoint.remote()  # Ray may start the group anew with the node that came: save before
+            if membership.look():
+                monitor.request_checkpoint.remote()
             news = ray.get(monitor.news.remote())
             _pass_on(news, task.stage, show, warn)
             if thread.is_alive():
@@ -158,21 +146,10 @@ def _watch_fit(
             raise outcome[0]
     finally:
         if thread.is_alive():
-            _abort(monitor)
+            controller = ray.get(monitor.controller.remote())
+            if controller is not None:
+                ray_internals.abort(controller)
         ray.kill(monitor)
-
-
-def _abort(monitor: Any) -> None:
-    """End Ray Train's controller and its workers; without them `fit` returns.
-
-    One that is killed before it has let go of its resources keeps them until the driver ends: wait ABORT_SECONDS for it.
-    """
-    controller = ray.get(monitor.controller.remote())
-    if controller is None:
-        return
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(controller.abort.remote(), timeout=ABORT_SECONDS)
-    ray.kill(controller)
 
 
 def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: Warn) -> None:
@@ -184,14 +161,9 @@ def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float
         raise StageFailure(f"{stage}: {news.failure.message}", news.failure.code)
 
 
-class _Introduction(ControllerCallback):
-    """Hands the controller to the monitor, so that the driver can end it."""
-
-    def __init__(self, monitor: Any) -> None:
-        self._monitor = monitor
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        ray.get(self._monitor.introduce.remote(ray.get_runtime_context().current_actor))
+def _introduce(monitor: Any, controller: Any) -> None:
+    """In the controller, so that the driver can end it."""
+    ray.get(monitor.introduce.remote(controller))
 
 
 def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: str) -> TorchTrainer:
@@ -227,7 +199,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=-1),
-            callbacks=[_Introduction(monitor)],
+            callbacks=ray_internals.controller_callbacks(partial(_introduce, monitor)),
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=stream_options(cluster.most_workers)),

@@ -107,13 +107,8 @@ class RayWorker:
             yield batch if share.count == size else batch.first(share.count)
 
     def checkpoint_requests(self) -> int:
-        """Nodes that drain, and what the driver has noticed. Ray's own get_preemption_info is a barrier of all workers; the
-        loop agrees by itself, so this only looks."""
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        context = getattr(get_train_context(), "preemption_context", None)
-        info = None if context is None else context.preemption_info
-        return self._pulse.checkpoint_requests + (0 if info is None else len(info.preempted_node_ids))
+        """What the driver has noticed: nodes that drain, and for an elastic group those that have come."""
+        return self._pulse.checkpoint_requests
 
     def noticed(self, step: int) -> None:
         """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""

@@ -69,14 +69,12 @@ def checked(requested: Sweep) -> Sweep:
 
 def plan_sweep(requested: Sweep, trials: Sequence[Trial], warn: Warn) -> SweepPlan:
     """The plan of what is left to do. Raises InputError where the cluster could never run it."""
-    from threestage.ray_backend.capacity import cluster_growth, cluster_nodes, refuse_impossible, remote_step_time
+    from threestage.ray_backend.capacity import cluster_nodes, more_may_come, refuse_impossible
+    from threestage.ray_backend.node_checks import remote_step_time
 
     space, config = requested.space, requested.config
     trial = trial_config(space, config, {}, config.seed)
-    room = cluster_growth(
-        space.max_concurrent * (trial.cluster.most_workers + 1)
-    )  # beside the workers, what reads the pool
-    refuse_impossible(space, trial, cluster_nodes(), room, warn)
+    refuse_impossible(space, trial, cluster_nodes(), more_may_come(), warn)
     manifest, shared = load_manifest(config.data.root), shared_folder(requested.out, config.seed)
     parts = [f"{part}{n}" for n in range(1, space.shared_stages + 1) for part in ("stage", "pseudo_masks")]
     done = {part: storage.exists(storage.join(shared, part, "done.json")) for part in parts}

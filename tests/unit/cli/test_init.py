@@ -13,7 +13,7 @@ from tests.refusals import refused
 from threestage.cli import app, init
 from threestage.config import load
 from threestage.data.classes import load_class_map
-from threestage.ray_backend.submit import working_files
+from threestage.ray_backend.job_package import what_travels
 from threestage.sweeps.space import check_space, load_space
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +59,7 @@ def test_what_a_job_reads_travels_and_data_does_not(tmp_path: Path) -> None:
     for path in ("data/mine/a.parquet", "images/1.png", "runs/mine/results.json", "mlflow.db", "dist/threestage.whl"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    top = {path.split("/")[0] for path in working_files(str(tmp_path))}
+    top = {path.split("/")[0] for path in what_travels(str(tmp_path)).sizes}
     assert {"config.yaml", "classes.yaml", "sweep.yaml", "jobs"} <= top
     assert top.isdisjoint({"data", "images", "runs", "mlflow.db", "dist", "cluster"})
 

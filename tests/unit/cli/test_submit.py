@@ -1,6 +1,5 @@
 """What is refused before anything is uploaded, what travels, and how a job is followed: without a cluster."""
 
-import asyncio
 import os
 import runpy
 import subprocess
@@ -108,7 +107,7 @@ def test_what_is_refused_here(command: str, arguments: Sequence[str], code: str,
 
 
 def check_files(job: job_package.Job, folder: str = ".") -> None:
-    job_package.check_package(folder, submit.working_files(folder), job.files)
+    job_package.check_package(folder, job_package.what_travels(folder).sizes, job.files)
 
 
 def test_a_configuration_must_travel(project: Path) -> None:
@@ -133,7 +132,7 @@ def test_a_checkout_travels_whole(project: Path) -> None:
         (project / module).touch()
     (project / ".rayignore").write_text("/data\n")
     check_files(read("run", *RUN))
-    assert set(submit.working_files(".")) >= {"threestage/__init__.py", "threestage/data/pool.py"}
+    assert set(job_package.what_travels(".").sizes) >= {"threestage/__init__.py", "threestage/data/pool.py"}
     (project / ".rayignore").write_text("data\n")
     with refused("submit/file-ignored", "threestage/data/pool.py", ".rayignore"):
         check_files(read("run", *RUN))
@@ -144,13 +143,13 @@ def test_what_travels_is_counted_first(project: Path, monkeypatch: pytest.Monkey
     for name, size in {"runs/old.pt": 3 * 2**20, "photos/1.jpg": 2**20, "a.py": 5, ".venv/x": 2**21}.items():
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_bytes(bytes(size))
-    assert submit.working_files(".") == submit.working_files(str(project))
+    assert job_package.what_travels(".").sizes == job_package.what_travels(str(project)).sizes
     largest = "runs/old.pt (3.0 MiB), photos/1.jpg (1.0 MiB)"
     with refused("submit/too-large", "4.0 MiB in 4 files", "1.0 MiB", "./.rayignore", largest):
         check_files(read("run", *RUN))
     (project / ".gitignore").write_text("runs/\n")
     (project / "photos" / ".rayignore").write_text("*.jpg\n")
-    assert set(submit.working_files(".")) == {"mine.yaml", "a.py", ".gitignore", "photos/.rayignore"}
+    assert set(job_package.what_travels(".").sizes) == {"mine.yaml", "a.py", ".gitignore", "photos/.rayignore"}
     check_files(read("run", *RUN))
 
 
@@ -242,16 +241,16 @@ def test_links_out_of_the_folder_are_not_followed(project: Path, tmp_path: Path)
     (project / "inside").mkdir()
     (project / "inside" / "a.py").touch()
     (project / "alias").symlink_to("inside")
-    assert submit.what_travels(".").links == []
+    assert job_package.what_travels(".").links == []
     (project / "ssh").symlink_to(outside)
     (project / "inside" / "id").symlink_to(outside / "id")
-    found = submit.what_travels(".")
+    found = job_package.what_travels(".")
     assert set(found.sizes) == {"mine.yaml", "inside/a.py", "alias/a.py"}
     assert sorted(found.links) == ["alias/id", "inside/id", "ssh"]
     with refused("submit/link-outside", "alias/id, inside/id, ssh"):
         job_package.check_secrecy(".", found.sizes, found.links, with_secrets=True)
     (project / ".rayignore").write_text("ssh\nid\n")
-    assert submit.what_travels(".").links == []
+    assert job_package.what_travels(".").links == []
 
 
 @pytest.mark.parametrize(
@@ -328,22 +327,22 @@ def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("threestage/__main__.py", "")
         archive.writestr("threestage-9.dist-info/METADATA", "Requires-Dist: torch")
-    with submit.unpacked_wheel(str(wheel)) as folder:
+    with job_package.unpacked_wheel(str(wheel)) as folder:
         assert Path(folder).name == "threestage" and os.listdir(Path(folder).parent) == ["threestage"]
-    with pytest.raises(ConnectionError), submit.unpacked_wheel(str(wheel)):
+    with pytest.raises(ConnectionError), job_package.unpacked_wheel(str(wheel)):
         raise ConnectionError  # while it is uploaded
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other/__main__.py", "")
     for wrong in (wheel, tmp_path / "nothing.whl", ROOT / "README.md"):
-        with refused("submit/wheel", f"--wheel {wrong}"), submit.unpacked_wheel(str(wrong)):
+        with refused("submit/wheel", f"--wheel {wrong}"), job_package.unpacked_wheel(str(wrong)):
             pass
 
 
 def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     submitted: list[Any] = []
 
-    def note(client: Any, job: job_package.Job, shipment: submit.JobPackage, say: Any) -> str:
-        submitted.extend([job.arguments, *shipment])
+    def note(client: Any, job: job_package.Job, package: job_package.JobPackage, say: Any) -> str:
+        submitted.extend([job.arguments, *package])
         return "demo-123456"
 
     monkeypatch.setattr(submit, "job_client", lambda url: SimpleNamespace(get_address=lambda: url))
@@ -354,7 +353,8 @@ def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with pytest.raises(SystemExit) as ended:
         app.main()
     assert not ended.value.code and submitted[:3] == [RUN, ".", None]
-    assert submitted[3:] == [{"MLFLOW_TRACKING_URI": "http://m:1"}, {"driver": 1.0}]
+    assert submitted[3:5] == [{"MLFLOW_TRACKING_URI": "http://m:1"}, {"driver": 1.0}]
+    assert list(submitted[5]) == ["mine.yaml"]
     shown = capsys.readouterr()
     assert shown.out == "demo-123456\n" and "ray job stop --address http://head:8265 demo-123456" in shown.err
     assert "1 file, 0.0 MiB; code: the image's threestage" in shown.err
@@ -377,7 +377,6 @@ def test_an_address_that_is_no_job_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "CONNECT_S", 1.0)
     monkeypatch.setattr(submit, "ANSWER_S", 1.0)
     with black_hole() as hole, silent_server() as silent:
         for url in (f"http://127.0.0.1:{free_port()}", hole, silent):
@@ -491,21 +490,22 @@ def test_a_token_that_is_no_longer_taken(follow: Callable[[Cluster], tuple[int, 
 
 
 def test_ctrl_c_detaches(follow: Callable[[Cluster], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(coroutine: Any) -> None:
-        coroutine.close()
+    def interrupted(client: Any, job_id: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asyncio, "run", interrupted)
+    monkeypatch.setattr(submit, "_tail", interrupted)
     code, _, said = follow(Cluster([], [details(JobStatus.RUNNING)]))
     assert code == submit.DETACHED and "demo-1 goes on" in said and "ray job stop" in said
 
 
-def test_the_same_run_is_followed_and_another_is_refused() -> None:
+def test_the_same_run_is_followed_and_another_is_refused(project: Path) -> None:
+    (project / "not.checked").touch()  # so it does not travel
     job = read("run", *RUN)
     submitted: list[Mapping[str, Any]] = []
 
     def note(**given: Any) -> str:
-        submitted.append(given)
+        folder = Path(given["runtime_env"]["working_dir"])
+        submitted.append(given | {"files": [str(file.relative_to(folder)) for file in folder.rglob("*.*")]})
         return str(given["submission_id"])
 
     def client(status: JobStatus, entrypoint: str = job.entrypoint, out: str = OUT) -> Any:
@@ -517,7 +517,9 @@ def test_the_same_run_is_followed_and_another_is_refused() -> None:
         )
 
     def ask(client: Any) -> str:
-        return submit.submit(client, job, submit.JobPackage(".", None, {"A": "b"}), lambda text: None)
+        return submit.submit(
+            client, job, job_package.JobPackage(".", variables={"A": "b"}, files=["mine.yaml"]), lambda text: None
+        )
 
     for status in (JobStatus.RUNNING, JobStatus.PENDING):
         assert ask(client(status)) == "demo-1"
@@ -526,7 +528,7 @@ def test_the_same_run_is_followed_and_another_is_refused() -> None:
     assert not submitted
     for new in (client(JobStatus.STOPPED), client(JobStatus.RUNNING, out="s3://bucket/other")):
         assert ask(new) == submitted[-1]["submission_id"]
-    assert submitted[0]["runtime_env"] == {"working_dir": ".", "env_vars": {"A": "b"}}
+    assert submitted[0]["files"] == ["mine.yaml"] and submitted[0]["runtime_env"]["env_vars"] == {"A": "b"}
     assert submitted[0]["entrypoint"] == job.entrypoint and submitted[0]["metadata"]["threestage.out"] == OUT
 
 

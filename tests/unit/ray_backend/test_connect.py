@@ -1,16 +1,28 @@
-"""Ray's token on this machine is for its owner's eyes."""
+"""Why: a cluster that refuses is found out in seconds; Ray's token on this machine is for its owner's eyes."""
 
-import os
+import platform
 import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import pytest
-from ray._private import ray_constants
+import ray
 
+from tests.conftest import tiny_config
 from tests.refusals import refused
 from threestage import private_folder as module
+from threestage.config import Config, changed
 from threestage.private_folder import private_folder
-from threestage.ray_backend.connect import CLOSED, keep_token_private, loopback_only
+from threestage.ray_backend import connect, ray_internals
+from threestage.ray_backend.connect import keep_token_private
+
+
+@pytest.fixture
+def config(scenes: Path) -> Config:
+    return tiny_config(scenes)
 
 
 def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
@@ -23,22 +35,21 @@ def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
     assert file.read_text() == made and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_what_is_changed_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_of_a_ray_that_is_started_here(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made before Ray starts; the user's own stays."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *CLOSED):
-        monkeypatch.delenv(name, raising=False)
-    with loopback_only():
-        assert CLOSED.items() <= os.environ.items()
-        assert not ray_constants.ENABLE_RAY_CLUSTER and (tmp_path / ".ray" / "auth_token").exists()
-    assert ray_constants.ENABLE_RAY_CLUSTER and not CLOSED.keys() & os.environ.keys()
-
-
-def test_a_token_of_the_user_s_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(connect, "leave", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    token = tmp_path / ".ray" / "auth_token"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-    with loopback_only():
-        assert os.environ["RAY_AUTH_TOKEN"] == "mine"
-    assert not (tmp_path / ".ray").exists()
+    with connect.connected(config.cluster):
+        assert not token.exists()
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with connect.connected(config.cluster):
+        assert token.exists()
 
 
 def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +63,96 @@ def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytes
     folder.symlink_to(tmp_path)
     with refused("run/private-folder", folder):
         private_folder()
+
+
+# ---- Does the cluster answer, and does it let us in?
+
+
+def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert connect.address_of(config.cluster) is None
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert connect.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
+    named = changed(config, {"cluster.address": "other:6379"}).cluster
+    assert connect.address_of(named) == ("cluster.address", "other:6379")
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
+def test_an_address_that_a_run_cannot_use(address: str) -> None:
+    with refused("ray/address", f"RAY_ADDRESS={address}: ", "HOST:PORT"):
+        connect.probe_cluster("RAY_ADDRESS", address)
+
+
+def test_nobody_listens() -> None:
+    with refused("ray/no-answer", "cluster.address=127.0.0.1:1: ", "UNAVAILABLE"):
+        connect.probe_cluster("cluster.address", "127.0.0.1:1")
+
+
+class Refusing(grpc.GenericRpcHandler):
+    """Answers every call as a cluster does whose token is another one."""
+
+    def service(self, details: Any) -> Any:
+        def refuse(request: bytes, context: Any) -> bytes:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_another_token(refusing: str) -> None:
+    with refused("ray/wrong-token", f"cluster.address={refusing}: ", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"):
+        connect.probe_cluster("cluster.address", refusing)
+
+
+def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_token(address: str) -> None:
+        raise ray.exceptions.AuthenticationError("no token was found")
+
+    monkeypatch.setattr(ray_internals, "cluster_metadata", no_token)
+    with refused("ray/no-token", "cluster.address=127.0.0.1:1: ", "RAY_AUTH_MODE=token"):
+        connect.probe_cluster("cluster.address", "127.0.0.1:1")
+
+
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, **options: Any) -> None:
+        raise RuntimeError("no raylet\nhere")
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(connect, "check_connection", lambda name, address: None)
+    monkeypatch.setattr(ray, "init", refuse)
+    with refused("ray/not-a-node", "RAY_ADDRESS=head:6379: ", "(no raylet here)"), connect.connected(config.cluster):
+        pass
+
+
+def test_no_ray_on_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(address: str, **options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", none_here)
+    with refused("ray/no-answer", "RAY_ADDRESS=auto: ", "HOST:PORT"), connect.connected(config.cluster):
+        pass
+
+
+@pytest.mark.parametrize("what", ["Ray", "Python"])
+def test_other_versions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    monkeypatch.setattr(ray_internals, "cluster_metadata", lambda address: there | {f"{what.lower()}_version": "1.2.3"})
+    with refused("ray/other-version", "cluster.address=127.0.0.1:1: ", f"{what} 1.2.3"):
+        connect.probe_cluster("cluster.address", "127.0.0.1:1")
+
+
+def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    monkeypatch.setattr(ray_internals, "cluster_metadata", lambda address, with_token=True: there)
+    assert "asks for no token" in str(connect.probe_cluster("cluster.address", "127.0.0.1:1").warning)

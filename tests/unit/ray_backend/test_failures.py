@@ -3,11 +3,13 @@
 import pickle
 
 import pytest
+import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from tests.refusals import refused
 from threestage.errors import CodedError, InputError, StageFailure
 from threestage.ray_backend.failures import (
+    alive_ids,
     cause_of,
     code_of,
     first_line,
@@ -69,3 +71,8 @@ def test_what_else_fails_in_a_task_is_a_failure_with_a_code() -> None:
     with refused("data/no-files", "photos"), translate_ray_errors():
         raise InputError("photos: no image", "data/no-files")
     assert to_user_error(WorkerCrashedError()).code == "ray/task-failed"
+
+
+def test_nodes_that_are_gone_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}])
+    assert alive_ids() == {"a"}

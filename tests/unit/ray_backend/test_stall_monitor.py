@@ -9,10 +9,10 @@ import ray.util
 from tests.refusals import refused
 from tests.waiting import wait_for
 from threestage.errors import NoRoom
-from threestage.ray_backend import stall_monitor
+from threestage.ray_backend import ray_internals, stall_monitor
 from threestage.ray_backend.capacity import waiting_text
 from threestage.ray_backend.heartbeat import WorkerStatus
-from threestage.ray_backend.stall_monitor import StallMonitor
+from threestage.ray_backend.stall_monitor import Membership, StallMonitor
 from threestage.ray_settings import ClusterSettings
 
 CLUSTER = ClusterSettings(workers=2, report_after_s=10, start_timeout_s=35, hang_after_s=100)
@@ -84,6 +84,34 @@ def test_the_worker_that_the_others_wait_for_is_named_once(clock: Clock) -> None
     assert len(said) == 1 and "rank 1 of 2" in said[0] and "step 6" in said[0]
     waiting.look({0: (sign(0, step=7, seconds=120), 1000.0), 1: (sign(1, step=8, seconds=2), 1000.0)})
     assert len(said) == 1, "one that works is not waited for"
+
+
+class Nodes:
+    """Stands in for what Ray knows of its nodes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive, self.draining, self.refreshed = {"a", "b"}, frozenset[str](), 0
+        monkeypatch.setattr(stall_monitor, "alive_ids", lambda: frozenset(self.alive))
+        monkeypatch.setattr(ray_internals, "draining_nodes", lambda: self.draining)
+        monkeypatch.setattr(ray_internals, "refresh_reservations", self.refresh)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_a_checkpoint_is_due_when_a_node_will_go_or_joins_an_elastic_group(
+    elastic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = Nodes(monkeypatch)
+    membership = Membership(ClusterSettings(workers=(1, 3) if elastic else 2))
+    assert not membership.look()
+    nodes.draining = frozenset({"a"})
+    assert membership.look() and not membership.look(), "once for each node"
+    nodes.alive.remove("a")
+    assert not membership.look() and nodes.refreshed == 1, "it is too late for a checkpoint"
+    nodes.alive.add("c")
+    assert membership.look() == elastic and nodes.refreshed == 2
 
 
 class Group:

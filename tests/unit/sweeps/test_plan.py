@@ -15,7 +15,7 @@ from threestage.checks.step_time import LEAST_STEPS, measure_step
 from threestage.config import Config
 from threestage.data.records import load_manifest
 from threestage.models.network import build_network
-from threestage.ray_backend.capacity import Growth, refuse_impossible
+from threestage.ray_backend.capacity import refuse_impossible
 from threestage.run.stages import StageTask, build_state
 from threestage.sweeps.plan import (
     PoolSize,
@@ -276,18 +276,10 @@ def test_plans_without_room_are_refused_with_what_fits(
     assert "\n" not in str(raised.value)
 
 
-def test_nodes_that_may_come_count(scenes: Path) -> None:
-    config = tiny_config(scenes, cluster={"gpus_per_worker": 1, "accelerator": "A10G"})
-    come = ({"CPU": 8.0, "GPU": 1.0},) * 2
-    refuse_impossible(space(max_concurrent=2), config, [{"CPU": 2.0}], Growth(come))
-    with refused("ray/too-small", "on 1 node (and 2 that may come)", "set max_concurrent=2"):
-        refuse_impossible(space(max_concurrent=3), config, [{"CPU": 2.0}], Growth(come))
-
-
-def test_an_autoscaler_that_does_not_tell_its_limits_is_no_reason_to_refuse(scenes: Path) -> None:
+def test_a_cluster_that_may_grow_is_no_reason_to_refuse(scenes: Path) -> None:
     warnings: list[str] = []
-    refuse_impossible(space(max_concurrent=4), tiny_config(scenes), [NODE], Growth(untold=True), warnings.append)
-    assert "trials wait for nodes; should none come, set max_concurrent=3" in warnings[0]
+    refuse_impossible(space(max_concurrent=4), tiny_config(scenes), [NODE], may_grow=True, warn=warnings.append)
+    assert "trials wait for them; should none come, set max_concurrent=3" in warnings[0]
 
 
 # ---- A measured step
