@@ -129,7 +129,9 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     an existing one is kept. Raises InputError when the cluster does not let this process in, or this machine is no node of
     it."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")  # a node that is lost with notice costs no failure
+    os.environ.setdefault(
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2"
+    )  # a node that is lost with notice costs no failure
     _set_start_timeout(cluster)  # here, not per stage: see mlflow_sync.connection.reserve_variables
     quiet_ray_data()
     if ray.is_initialized():

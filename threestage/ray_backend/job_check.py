@@ -25,7 +25,7 @@ from threestage.errors import InputError
 from threestage.ray_backend.connect import OPEN
 from threestage.ray_backend.job_package import is_shared_uri
 from threestage.ray_backend.node_checks import JOB, versions
-from threestage.ray_backend.submit import ANSWER_S, NO_CONNECTION, OVER, UPLOAD_S, in_time, job_client, ray_reason
+from threestage.ray_backend.submit import ANSWER_S, NO_CONNECTION, OVER, UPLOAD_S, answer_of, job_client, ray_reason
 from threestage.settings import Settings
 
 CODE = "check/job"
@@ -95,7 +95,7 @@ def _run(client: JobSubmissionClient, specification: JobSpecification) -> Iterat
         code = str(Path(threestage.__file__).parent)
         try:
             environment = {"working_dir": folder, "py_modules": [code], "env_vars": {JOB: "1"}}
-            job = in_time(
+            job = answer_of(
                 UPLOAD_S, client.submit_job, entrypoint=f"{PYTHON} -m {MAIN} {SPECIFICATION}", runtime_env=environment,
                 metadata={"threestage.command": "check"},
             )  # fmt: skip
@@ -109,7 +109,7 @@ def _run(client: JobSubmissionClient, specification: JobSpecification) -> Iterat
         yield CheckResult("the job", job, problem=problem, code="ray/wrong-token")
     finally:
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
-            in_time(ANSWER_S, client.stop_job, job)
+            answer_of(ANSWER_S, client.stop_job, job)
 
 
 def _follow(client: JobSubmissionClient, job: str) -> Iterator[CheckResult]:
@@ -117,8 +117,8 @@ def _follow(client: JobSubmissionClient, job: str) -> Iterator[CheckResult]:
     mend = MEND.format(url=client.get_address(), job=job)
     while time.monotonic() - heard < SILENCE_S:
         try:
-            status = in_time(ANSWER_S, client.get_job_status, job)
-            log = in_time(ANSWER_S, client.get_job_logs, job)
+            status = answer_of(ANSWER_S, client.get_job_status, job)
+            log = answer_of(ANSWER_S, client.get_job_logs, job)
         except NO_CONNECTION:
             time.sleep(POLL_S)
             continue
@@ -129,9 +129,9 @@ def _follow(client: JobSubmissionClient, job: str) -> Iterator[CheckResult]:
         read = len(lines)
         if status in OVER:
             if status == JobStatus.SUCCEEDED:
-                in_time(ANSWER_S, client.delete_job, job)
+                answer_of(ANSWER_S, client.delete_job, job)
                 return
-            last = (log.strip().splitlines() or [in_time(ANSWER_S, client.get_job_info, job).message])[-1]
+            last = (log.strip().splitlines() or [answer_of(ANSWER_S, client.get_job_info, job).message])[-1]
             yield CheckResult("the job", job, problem=f"it ended too early: {last[:300]}; {mend}", code=CODE)
             return
         time.sleep(POLL_S)

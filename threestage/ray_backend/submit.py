@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 # ---- The job API
 
 
-def in_time(seconds: float, call: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
+def answer_of(seconds: float, call: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
     """The answer of a call, or TimeoutError: Ray's client waits for ever. A call without an answer ends with the process."""
     answer = Future[Answer]()
 
@@ -72,7 +72,7 @@ def job_client(address: str | None) -> JobSubmissionClient:
     for handler in logging.getLogger("ray").handlers:  # it logs each step of an upload
         handler.setLevel(logging.ERROR)
     try:
-        return in_time(ANSWER_S, JobSubmissionClient, url)
+        return answer_of(ANSWER_S, JobSubmissionClient, url)
     except (requests.RequestException, ConnectionError, TimeoutError) as error:
         raise InputError(
             f"{named}: no answer ({ray_reason(error)}); start the cluster or its port-forward, or correct the address",
@@ -128,7 +128,7 @@ def submit(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say)
             environment: dict[str, Any] = {"working_dir": folder, "env_vars": dict(package.variables)}
             if package.wheel is not None:
                 environment["py_modules"] = [stack.enter_context(unpacked_wheel(package.wheel))]
-            return in_time(
+            return answer_of(
                 UPLOAD_S, client.submit_job, entrypoint=job.entrypoint, submission_id=job.new_id(),
                 runtime_env=environment, metadata=job.metadata, entrypoint_resources=dict(package.resources) or None,
             )  # fmt: skip
@@ -138,7 +138,7 @@ def submit(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say)
 
 def _running(client: JobSubmissionClient, job: Job) -> str | None:
     """The unfinished job that works on the same folder."""
-    for other in in_time(ANSWER_S, client.list_jobs) if job.out else ():
+    for other in answer_of(ANSWER_S, client.list_jobs) if job.out else ():
         if other.status not in OVER and (other.metadata or {}).get("threestage.out") == job.out:
             if other.entrypoint != job.entrypoint:
                 raise InputError(
@@ -199,7 +199,7 @@ class _Log:
         while time.monotonic() - self._answered < PATIENCE_S:
             problem = self._print()
             try:
-                details = in_time(ANSWER_S, self._client.get_job_info, self._id)
+                details = answer_of(ANSWER_S, self._client.get_job_info, self._id)
             except NO_CONNECTION as error:
                 _refuse_unknown(self._id, error)
                 self._pause(error)
@@ -233,7 +233,7 @@ class _Log:
     def _print_rest(self) -> None:
         """What a connection that broke off has left out."""
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
-            _write(in_time(UPLOAD_S, self._client.get_job_logs, self._id)[self._printed :])
+            _write(answer_of(UPLOAD_S, self._client.get_job_logs, self._id)[self._printed :])
 
     def _heard(self) -> None:
         if self._failures:

@@ -13,7 +13,6 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from threestage.data.ingest import IngestReport, IngestSettings, Progress, ingest
-from threestage.data.listing import Each
 from threestage.errors import StageFailure
 from threestage.ray_backend.connect import connected_on_demand
 from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
@@ -48,7 +47,7 @@ def in_tasks(
 
 def map_function(
     cluster: ClusterSettings, connect: Callable[[], None] = lambda: None, at_once: int | None = None
-) -> Each:
+) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
     """`in_tasks`, on the cluster that `connect` connects to; a single item is done here."""
 
     def mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

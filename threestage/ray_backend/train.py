@@ -146,10 +146,15 @@ def _watch_fit(
             raise outcome[0]
     finally:
         if thread.is_alive():
-            controller = ray.get(monitor.controller.remote())
-            if controller is not None:
-                ray_internals.abort(controller)
+            _abort(monitor)
         ray.kill(monitor)
+
+
+def _abort(monitor: Any) -> None:
+    """End what Ray Train has started; without it `fit` returns."""
+    controller = ray.get(monitor.controller.remote())
+    if controller is not None:
+        ray_internals.abort(controller)
 
 
 def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float]], None], warn: Warn) -> None:

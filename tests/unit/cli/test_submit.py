@@ -427,7 +427,7 @@ def follow(
 
     def run(cluster: Cluster) -> tuple[int, str, str]:
         said: list[str] = []
-        code = submit.follow(cluster, "demo-1", said.append)  # type: ignore[arg-type]
+        code = submit.follow(cluster, "demo-1", said.append)
         return code, capsys.readouterr().out, "\n".join(said)
 
     return run

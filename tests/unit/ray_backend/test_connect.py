@@ -35,6 +35,7 @@ def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
     assert file.read_text() == made and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_the_token_of_a_ray_that_is_started_here(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_machine_that_is_no_node_of_it(config: Config, monkeypatch: pytest.Mon
         pass
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_no_ray_on_this_machine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_here(address: str, **options: Any) -> None:
         raise ConnectionError("Could not find any running Ray instance.")

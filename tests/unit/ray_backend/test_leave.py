@@ -12,7 +12,7 @@ from threestage.ray_backend.connect import leave
 # References in cycles, which only the garbage collector frees, and a thread that makes it run all the time.
 COLLECTED_WHILE_LEAVING = """
 import gc, threading, time, ray
-from threestage.ray_backend.train import leave
+from threestage.ray_backend.connect import leave
 
 class Cycle:
     def __init__(self, number):

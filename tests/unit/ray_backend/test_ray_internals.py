@@ -32,7 +32,13 @@ Remove = Callable[[str], None]
 @pytest.fixture
 def remove(monkeypatch: pytest.MonkeyPatch) -> Remove:
     """Makes a module of Ray one that cannot be imported."""
-    return lambda module: monkeypatch.setitem(sys.modules, module, None)
+
+    def remove(module: str) -> None:
+        parent, _, name = module.rpartition(".")
+        monkeypatch.delattr(sys.modules[parent], name, raising=False)
+        monkeypatch.setitem(sys.modules, module, None)
+
+    return remove
 
 
 # ---- 1. The head
@@ -78,7 +84,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_the_head_is_asked(cluster: str) -> None:
     assert ray_internals.cluster_metadata(cluster) == {"ray_version": "2.60.0"}
     assert ray_internals.free_resources() == {NODE.hex(): {"CPU": 1.5}}
-    assert ray_internals.draining_nodes() == {NODE.hex()}
+    assert ray_internals.draining_nodes() == frozenset({NODE.hex()})
 
 
 @pytest.mark.parametrize("missing", ["ray.core.generated.gcs_service_pb2_grpc", "ray._private.gcs_utils"])
@@ -171,18 +177,20 @@ def test_without_the_actor_or_its_method(actor: Any, monkeypatch: pytest.MonkeyP
 # ---- 4. Ray Data's executor
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_the_executor_pauses_between_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     context, slept = DataContext(), list[float]()
     ray_internals.throttle(context)
     (kind,) = pickle.loads(cloudpickle.dumps(context)).custom_execution_callback_classes
     assert any(known.__name__ == kind.__name__ for known in context.execution_callback_classes), "Ray Data uses it"
-    monkeypatch.setattr(ray_internals.time, "sleep", slept.append)
+    monkeypatch.setattr("threestage.ray_backend.ray_internals.time.sleep", slept.append)
     pause = context.custom_execution_callback_classes[0]()
     pause.before_execution_starts(None)
     pause.on_execution_step(None)
     assert 0 < slept[0] <= ray_internals.STEP_SECONDS
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
 def test_without_the_executors_callback(remove: Remove) -> None:
     context = DataContext()
     remove("ray.data._internal.execution.execution_callback")
