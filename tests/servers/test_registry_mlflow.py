@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -326,17 +325,18 @@ def test_the_packed_model_loads_without_pickle_and_says_what_predict_says(
     with pytest.raises(Exception, match="sides up to"):
         model.predict(np.zeros((1, 2, 40000, 3), np.uint8))
 
+    pandas = pytest.importorskip("pandas")
     small, large = (as_base64(np.full((size, 48, 3), 90, np.uint8)) for size in (40, 50))
-    for served in ([{"b64": small}], {"b64": [small]}, pd.DataFrame({"image": [small]}), np.array([small])):
+    for served in ([{"b64": small}], {"b64": [small]}, pandas.DataFrame({"image": [small]}), np.array([small])):
         assert model.predict(served).shape == (1, 40, 48)
-    for images, reason in (
+    for refused_images, reason in (
         ([small, large], "2 sizes"),
         ([small, small[:60]], "image 1: not a PNG"),
         (["ü"], "image 0"),
         ([as_base64(np.zeros((8, 8, 4), np.uint8))], "RGBA"),
     ):
         with pytest.raises(Exception, match=reason):
-            model.predict(images)
+            model.predict(refused_images)
 
 
 def as_base64(image: np.ndarray) -> str:

@@ -111,9 +111,10 @@ def _encoded(model_input: Any) -> list[str | bytes] | None:
         model_input = {name: list(model_input[name]) for name in model_input.columns}
     if isinstance(model_input, dict) and len(model_input) == 1 and next(iter(model_input)) in ("b64", "image"):
         model_input = next(iter(model_input.values()))
-    items = np.ravel(np.asarray(model_input, object)) if np.ndim(model_input) <= 2 else []  # type: ignore[var-annotated]
+    items: list[Any] = np.ravel(np.asarray(model_input, object)).tolist() if np.ndim(model_input) <= 2 else []
     texts = [item.get("b64") if isinstance(item, dict) else item for item in items]
-    return texts if texts and all(isinstance(text, str | bytes) for text in texts) else None
+    files = [text for text in texts if isinstance(text, str | bytes)]
+    return files if files and len(files) == len(texts) else None
 
 
 def _decoded(files: list[str | bytes]) -> np.ndarray:
