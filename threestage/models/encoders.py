@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from threestage.errors import InputError
 
 VIT_NAME = re.compile(r"^(test_vit|vit_|flexivit_|deit|eva)")
 _PROBE = 64
+TAPS_OF_24 = (4, 11, 17, 23)
+"""Of a ViT with 24 blocks, as DPT and DINOv2 have them; other depths are cut into quarters."""
 
 
 class TrunkOutput(NamedTuple):
@@ -26,17 +29,22 @@ class TrunkOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """`last(*trunk(image).third)` is the last map, (N,`channels`,h,w)."""
+    """`last(*trunk(image).third)` is the last map, (N,`channels`,h,w), or four such maps of a ViT, the last one last."""
 
     low_channels: int | None
     channels: int
+    tapped: bool
+    """Whether there are four maps."""
     size_multiple: int
     """Height and width are padded to a multiple of this; 1 where strided convolutions round up."""
 
-    def __init__(self, trunk: nn.Module, last: nn.Module, channels: int = 0, size_multiple: int = 1) -> None:
+    def __init__(
+        self, trunk: nn.Module, last: nn.Module, channels: int = 0, size_multiple: int = 1, tapped: bool = False
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.last = last
+        self.tapped = tapped
         self.low_channels = None
         self.channels = channels
         self.size_multiple = size_multiple
@@ -61,32 +69,53 @@ class ConvTrunk(nn.Module):
 
 
 class VitTrunk(nn.Module):
-    """Patches, position embedding and all blocks but the last ones of a vision transformer."""
+    """Patches, position embedding and all blocks but the last ones of a vision transformer.
 
-    def __init__(self, vit: Any) -> None:
+    taps: the blocks whose tokens are handed on beside those of the last one here. recompute: see `_run_block`.
+    """
+
+    def __init__(self, vit: Any, taps: tuple[int, ...] = (), recompute: bool = False) -> None:
         super().__init__()
         self.vit = vit
+        self.taps = taps
+        self.recompute = recompute
 
     def forward(self, image: Tensor) -> TrunkOutput:
         patches = self.vit.patch_embed(image)
         _, height, width, _ = patches.shape
         embedded = self.vit._pos_embed(patches)
         tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
-        tokens = _run_blocks(self.vit.blocks, self.vit.norm_pre(tokens), rope)
-        return TrunkOutput(None, (tokens, height, width, rope))
+        tokens, tapped = self.vit.norm_pre(tokens), []
+        for index, block in enumerate(self.vit.blocks):
+            tokens = _run_block(block, tokens, rope, self.recompute and self.training)
+            if index in self.taps:
+                tapped.append(tokens)
+        return TrunkOutput(None, (tokens, height, width, rope, *tapped))
 
 
 class VitStage(nn.Module):
-    """A vision transformer's last blocks and final norm; prefix tokens (class, registers) are cut off its map."""
+    """A vision transformer's last blocks and final norm; prefix tokens (class, registers) are cut off its maps.
 
-    def __init__(self, blocks: nn.Sequential, norm: nn.Module, prefix: int) -> None:
+    With tokens of earlier blocks (tapped): their maps, normed as the last one's, come before it.
+    """
+
+    def __init__(self, blocks: nn.Sequential, norm: nn.Module, prefix: int, recompute: bool = False) -> None:
         super().__init__()
         self.blocks = blocks
         self.norm = norm
         self.prefix = prefix
+        self.recompute = recompute
 
-    def forward(self, tokens: Tensor, height: int, width: int, rope: Tensor | None) -> Tensor:
-        tokens = self.norm(_run_blocks(self.blocks, tokens, rope))[:, self.prefix :]
+    def forward(
+        self, tokens: Tensor, height: int, width: int, rope: Tensor | None, *tapped: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        for block in self.blocks:
+            tokens = _run_block(block, tokens, rope, self.recompute and self.training)
+        maps = tuple(self._map(each, height, width) for each in (*tapped, tokens))
+        return maps if tapped else maps[0]
+
+    def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        tokens = self.norm(tokens)[:, self.prefix :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
@@ -181,14 +210,17 @@ def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.M
         ) from error
 
 
-def split_encoder(name: str, model: nn.Module, output_stride: int) -> Encoder:
+def split_encoder(
+    name: str, model: nn.Module, output_stride: int, tapped: bool = False, recompute: bool = False
+) -> Encoder:
     """Cut timm's `model` before its last stage; the classifier and what follows the last map are dropped.
 
     The last stage is what lies after the second last entry of `model.feature_info`; of a ViT with b blocks the last
-    b/4 blocks and the final norm. Raises InputError if the model has no such maps or does not run in that order.
+    b/4 blocks and the final norm. tapped: a ViT gives four maps; recompute: its blocks run again in the backward pass;
+    other encoders know neither. Raises InputError if the model has no such maps or does not run in that order.
     """
     if VIT_NAME.match(name):
-        return _split_vit(name, model)
+        return _split_vit(name, model, tapped, recompute)
     encoder = _split_convolutional(name, model)
     key = (name, output_stride)
     measured = _measured.get(key) or _measure(name, encoder, model, output_stride)
@@ -245,20 +277,28 @@ def _takes_stride(name: str, options: dict[str, Any], stride: int) -> bool:
     return False
 
 
-def _split_vit(name: str, model: Any) -> Encoder:
+def taps_of(blocks: int) -> tuple[int, ...]:
+    """The blocks after which DPT's four maps are taken: the ends of the quarters."""
+    return TAPS_OF_24 if blocks == 24 else tuple(blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+
+
+def _split_vit(name: str, model: Any, tapped: bool, recompute: bool) -> Encoder:
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer | Eva) or getattr(model, "rope_mixed", False):
         raise _unsupported(name)
     cut = len(model.blocks) - max(1, len(model.blocks) // 4)
+    taps = taps_of(len(model.blocks))[:3] if tapped else ()
+    if tapped and len(model.blocks) < 4:
+        raise _unsupported(name)
     norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    last = VitStage(nn.Sequential(*model.blocks[cut:]), norm, model.num_prefix_tokens)
+    last = VitStage(nn.Sequential(*model.blocks[cut:]), norm, model.num_prefix_tokens, recompute)
     model.blocks = model.blocks[:cut]
     for part in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
         if getattr(model, part, None) is not None:
             setattr(model, part, nn.Identity())
-    return Encoder(VitTrunk(model), last, model.embed_dim, vit_patch(model))
+    return Encoder(VitTrunk(model, taps, recompute), last, model.embed_dim, vit_patch(model), tapped)
 
 
 def _split_convolutional(name: str, model: nn.Module) -> Encoder:
@@ -330,10 +370,12 @@ def _sequence(modules: list[tuple[str, nn.Module]]) -> nn.Sequential:
     return sequence
 
 
-def _run_blocks(blocks: nn.Sequential, tokens: Tensor, rope: Tensor | None) -> Tensor:
-    for block in blocks:
-        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
-    return tokens
+def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None, recompute: bool) -> Tensor:
+    """recompute: what the backward pass needs is computed again then, and not kept."""
+    arguments = (tokens,) if rope is None else (tokens, rope)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
 
 
 def _unsupported(name: str) -> InputError:

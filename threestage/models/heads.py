@@ -1,5 +1,6 @@
 """Segmentation heads: `head(low, deep)` gives logits at a feature map's resolution."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +18,7 @@ class Channels(Protocol):
 
     low_channels: int | None
     channels: int
+    tapped: bool
 
 
 class DeepLabV2Head(nn.Module):
@@ -90,16 +92,79 @@ class LinearHead(nn.Module):
         return logits
 
 
+class ResidualUnit(nn.Module):
+    """Two 3×3 convolutions, each after a ReLU, added to their input (N,W,h,w)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.second(F.relu(self.first(F.relu(value))))
+
+
+class DPTHead(nn.Module):
+    """DPT's decoder (Ranftl et al. 2021) in UniMatch V2's form: no batch norm, prefix tokens left out.
+
+    deep: four maps (N,D,h,w) of a ViT, first block first → logits (N,C,8h,8w). The maps become 4h, 2h, h and h/2 high
+    and are fused from the coarsest to the finest. segmentation_models_pytorch's decoder takes patches of 16 only, and
+    has batch norm.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        large = channels > 768
+        width = 256 if large else 128 if channels > 384 else 64
+        widths = (256, 512, 1024, 1024) if large else (channels // 8, channels // 4, channels // 2, channels)
+        self.project = nn.ModuleList(nn.Conv2d(channels, each, 1) for each in widths)
+        self.resize = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+                nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.narrow = nn.ModuleList(nn.Conv2d(each, width, 3, padding=1, bias=False) for each in widths)
+        self.enter = nn.ModuleList(ResidualUnit(width) for _ in range(3))
+        self.fuse = nn.ModuleList(nn.Sequential(ResidualUnit(width), nn.Conv2d(width, width, 1)) for _ in range(4))
+        self.refine = nn.Conv2d(width, width, 3, padding=1)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        _initialise_classifier(self.classifier)
+
+    def forward(self, low: Tensor | None, deep: tuple[Tensor, ...]) -> Tensor:
+        stages = zip(self.narrow, self.resize, self.project, deep, strict=True)
+        maps = [narrow(resize(project(value))) for narrow, resize, project, value in stages]
+        fused = self._fused(3, maps[3], maps[2].shape[-2:])
+        for index in (2, 1, 0):
+            fused = fused + self.enter[index](maps[index])
+            height, width = fused.shape[-2:]
+            fused = self._fused(index, fused, maps[index - 1].shape[-2:] if index else (2 * height, 2 * width))
+        return self.classifier(F.relu(self.refine(fused)))
+
+    def _fused(self, index: int, value: Tensor, size: Sequence[int]) -> Tensor:
+        """The 1×1 convolution comes before the enlargement: the same numbers, a quarter of the work."""
+        return F.interpolate(self.fuse[index](value), size=tuple(size), mode="bilinear", align_corners=True)
+
+
 def make_head(settings: "NetworkSettings", channels: Channels, num_classes: int) -> nn.Module:
     """The head that `settings.head` names; InputError if the encoder lacks the map that it takes."""
     if settings.head == "deeplabv2":
         return DeepLabV2Head(channels.channels, num_classes, settings.dilations)
     if settings.head == "linear":
         return LinearHead(channels.channels, num_classes)
+    if settings.head == "dpt":
+        if not channels.tapped:
+            raise InputError(
+                f"network.head: dpt takes four maps of a vision transformer, and network.encoder {settings.encoder!r} is none; "
+                "set network.head to deeplabv3plus or deeplabv2",
+                "network/no-transformer",
+            )
+        return DPTHead(channels.channels, num_classes)
     if channels.low_channels is None:
         raise InputError(
             f"network.head: deeplabv3plus takes a map at stride 4, which network.encoder {settings.encoder!r} lacks; "
-            "set network.head to deeplabv2 or linear",
+            "set network.head to deeplabv2, linear or, for a vision transformer, dpt",
             "network/no-map-at-stride-4",
         )
     return DeepLabV3PlusHead(channels.low_channels, channels.channels, num_classes, settings.head_width)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(settings.std).view(3, 1, 1), persistent=False)
         for layer in self._frozen_layers():
             layer.requires_grad_(False)
+        if settings.freeze_encoder:
+            self.encoder.requires_grad_(False)
+            if self.auxiliary_stage is not None:
+                self.auxiliary_stage.requires_grad_(False)
         self.train()
 
     def forward(
@@ -68,8 +72,12 @@ class Network(nn.Module):
         return main, self._upsample_and_crop(self.auxiliary_head(low, deep), padded, image)
 
     def train(self, mode: bool = True) -> "Network":
-        """As nn.Module.train, but frozen batch norm stays in eval mode."""
+        """As nn.Module.train, but frozen batch norm and a frozen encoder stay in eval mode."""
         super().train(mode)
+        if self.settings.freeze_encoder:
+            self.encoder.eval()
+            if self.auxiliary_stage is not None:
+                self.auxiliary_stage.eval()
         for layer in self._frozen_layers():
             layer.eval()
         return self
@@ -109,9 +117,12 @@ class Network(nn.Module):
         return [layer for stage in stages for layer in stage.modules() if isinstance(layer, _BatchNorm)]
 
 
-def _dropped(features: Tensor | None, images: int, probability: float, complementary: bool = False) -> Tensor | None:
+def _dropped(features: Any, images: int, probability: float, complementary: bool = False) -> Any:
+    """A map, several maps or None, each with its own draw."""
     if features is None:
         return None
+    if isinstance(features, tuple):
+        return tuple(_dropped(each, images, probability, complementary) for each in features)
     last = features[-images:]
     changed = last * _complementary(last, probability) if complementary else F.dropout2d(last, probability)
     return torch.cat([features[:-images], changed])
@@ -220,7 +231,9 @@ def _make_encoder(settings: NetworkSettings) -> Encoder:
     tensors = dict(model.state_dict(keep_vars=True))
     if state is not None:
         state = rename_weights(state, model)
-    encoder = split_encoder(settings.encoder, model, settings.output_stride)
+    encoder = split_encoder(
+        settings.encoder, model, settings.output_stride, settings.head == "dpt", settings.gradient_checkpointing
+    )
     if state is not None and settings.weights is not None:
         kept = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
         wanted = {name: tensor for name, tensor in tensors.items() if id(tensor) in kept}

@@ -11,7 +11,7 @@ Deviation = Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
 
 
 class NetworkSettings(Settings):
-    """Which network, and where its weights come from. `head: linear` and `align_corners: false` suit a ViT."""
+    """Which network, and where its weights come from. `head: linear` or `dpt` and `align_corners: false` suit a ViT."""
 
     encoder: str = "resnet101"
     """A timm name."""
@@ -21,8 +21,8 @@ class NetworkSettings(Settings):
     """Fetch timm's own weights from its hub."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
-    head: Literal["deeplabv2", "deeplabv3plus", "linear"] = "deeplabv2"
-    """Of the logits: the paper's, a newer one, or one 1×1 convolution (for a ViT)."""
+    head: Literal["deeplabv2", "deeplabv3plus", "linear", "dpt"] = "deeplabv2"
+    """Of the logits: the paper's, a newer one, one 1×1 convolution (for a ViT), or DPT on four maps of a ViT."""
     dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=64)] = (
         6,
         12,
@@ -34,6 +34,10 @@ class NetworkSettings(Settings):
     """Channels inside deeplabv3plus; a tiny encoder does with fewer."""
     batch_norm: Literal["frozen", "live"] = "frozen"
     """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
+    freeze_encoder: bool = False
+    """Train the heads only. The branch keeps its copy of the encoder's last stage as it is, too."""
+    gradient_checkpointing: bool = False
+    """Compute a ViT's blocks again in the backward pass: less memory, more time."""
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.485, 0.456, 0.406)
     """As `std`."""
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)

@@ -33,13 +33,14 @@ from threestage.data.rejects import Reject, RejectList
 from threestage.data.split import Split
 from threestage.evaluation import Evaluation, WorkerShare, evaluate, summarise, write_image_counts
 from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
-from threestage.models.network import Auxiliary, Network, build_network
+from threestage.models.network import Auxiliary, build_network
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
 from threestage.training.loop import StageLength, autocast_dtype, compiled, fit, make_scaler, resume
 from threestage.training.metrics import mean_iou
+from threestage.training.optimiser import make_optimiser
 from threestage.training.step import StepSource
 from threestage.training.step_inputs import BatchStream, SupervisedSteps, ThreeTaskSteps
 from threestage.training.worker import Worker
@@ -162,19 +163,9 @@ def build_state(task: StageTask, config: Config, num_classes: int, device: torch
     if config.training.channels_last:
         student = student.to(memory_format=torch.channels_last)
     teacher = make_teacher(student) if config.stage(task.stage).has_teacher else None
-    return TrainState(student, teacher, make_optimiser(student, config), make_scaler(config.training.precision, device))
-
-
-def make_optimiser(student: Network, config: Config) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": student.new_parameters(), "lr": config.optimiser.learning_rate},
-        {"params": student.pretrained_parameters(), "lr": config.optimiser.encoder_learning_rate},
-    ]
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    if config.optimiser.algorithm == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.optimiser.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=config.optimiser.weight_decay)
+    return TrainState(
+        student, teacher, make_optimiser(student, config.optimiser), make_scaler(config.training.precision, device)
+    )
 
 
 def publish_stage(

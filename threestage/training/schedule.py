@@ -16,6 +16,12 @@ class OptimiserSettings(Settings):
     learning_rate: float = Field(3e-5, gt=0, description="of new layers")
     encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
     weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW); 0 is faithful")
+    decay_norms: bool = Field(
+        True, description="weight decay on norms, biases, class tokens and position embeddings too"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="of a ViT: factor on the rate of each block further from the head"
+    )
     schedule: Literal["constant", "poly"] = Field(
         "constant", description="of both learning rates: constant (faithful), or poly, (1 - t)^0.9"
     )

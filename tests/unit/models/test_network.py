@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threestage.models.encoders import create_timm, replace_pooling, split_encoder
-from threestage.models.heads import DeepLabV2Head
+from threestage.models.encoders import create_timm, replace_pooling, split_encoder, taps_of
+from threestage.models.heads import DeepLabV2Head, DPTHead
 from threestage.models.network import Auxiliary, Network, build_network
 from threestage.models.settings import NetworkSettings
+from threestage.training.ema import make_teacher, update_teacher
 
 TINY = "test_resnet"
 
@@ -82,6 +83,65 @@ def test_vit_map_is_timms_own() -> None:
         assert torch.allclose(encoder.last(*third), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "taps"), [(12, (2, 5, 8, 11)), (24, (4, 11, 17, 23)), (40, (9, 19, 29, 39)), (6, (0, 2, 3, 5))]
+)
+def test_dpt_takes_the_ends_of_the_quarters(blocks: int, taps: tuple[int, ...]) -> None:
+    assert taps_of(blocks) == taps
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_the_four_maps_are_timms_own_in_their_order(name: str) -> None:
+    """Class tokens and registers are cut off, and the last norm is on each map, as DINOv2 gives them."""
+    model = create_timm(name, 16).eval()
+    image, taps = images(48, 112), list(taps_of(len(model.blocks)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = model.forward_intermediates(image, indices=taps, norm=True, intermediates_only=True)  # type: ignore[operator]
+        encoder = split_encoder(name, model, 16, tapped=True).eval()
+        maps = encoder.last(*encoder.trunk(image).third)
+    assert len(maps) == 4
+    for found, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "widths"),
+    [(384, 64, (48, 96, 192, 384)), (768, 128, (96, 192, 384, 768)), (1024, 256, (256, 512, 1024, 1024))],
+)
+def test_the_widths_of_dpt_are_unimatch_v2s(channels: int, width: int, widths: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        head = DPTHead(channels, 5)
+        maps = tuple(torch.empty(1, channels, 7, 5) for _ in range(4))
+        assert head(None, maps).shape == (1, 5, 56, 40), "eight cells for each cell of the maps"
+    assert tuple(layer.out_channels for layer in head.project) == widths
+    assert {layer.out_channels for layer in head.narrow} == {width}
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_its_teacher_does_not_drift() -> None:
+    network = build_network(settings(encoder="test_vit", head="dpt", freeze_encoder=True), 3, "branch")
+    teacher, before = make_teacher(network), copy.deepcopy(network.encoder.state_dict())
+    backward(network)
+    heads = ("main_head.", "auxiliary_head.")
+    assert all((parameter.grad is not None) == name.startswith(heads) for name, parameter in network.named_parameters())
+    torch.optim.SGD(network.new_parameters(), lr=0.1).step()
+    for _ in range(3):
+        update_teacher(teacher, network, 0.99)
+    for name, value in before.items():
+        assert torch.equal(teacher.encoder.state_dict()[name], value), name  # type: ignore[operator,union-attr]
+    assert not network.encoder.training and not same_state(teacher.main_head, network.main_head)  # type: ignore[arg-type]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        given = settings(encoder="test_vit", head="dpt", gradient_checkpointing=checkpointing)
+        network = build_network(given, 3, "branch", seed=1)
+        backward(network)
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
 @pytest.mark.parametrize("auxiliary", ["none", "branch", "shared"])
 @pytest.mark.parametrize(
     ("encoder", "head"),
@@ -91,6 +151,7 @@ def test_vit_map_is_timms_own() -> None:
         ("mobilenetv3_small_050", "deeplabv2"),
         ("test_convnext", "linear"),
         ("test_vit", "linear"),
+        ("test_vit", "dpt"),
         ("deit_tiny_distilled_patch16_224", "linear"),
     ],
 )

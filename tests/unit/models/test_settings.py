@@ -175,6 +175,7 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str, code: str) ->
             "normalisation",
             ["network.mean=[0.5, ", "resnet18", "[0.485, "],
         ),
+        ({"encoder": "test_resnet", "head": "dpt"}, "no-transformer", ["network.head", "'test_resnet'"]),
         ({"encoder": "test_vit", "head": "deeplabv3plus"}, "no-map-at-stride-4", ["network.head", "'test_vit'"]),
     ],
 )
