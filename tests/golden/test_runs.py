@@ -144,6 +144,10 @@ ONE_SWITCH: dict[str, dict[str, Any]] = {
         "network.weights": WEIGHTS, "network.batch_norm": "frozen", "network.output_stride": 16, "network.align_corners": False,
     },
     "ViT": {"network.encoder": "test_vit", "network.head": "linear"},
+    "ViT with DPT": {
+        "network.encoder": "test_vit", "network.head": "dpt", "network.align_corners": False,
+        "optimiser.layer_decay": 0.8, "optimiser.decay_norms": False, "optimiser.weight_decay": 0.05,
+    },
 }  # fmt: skip
 """Each switch alone in two stages: they show which one has changed."""
 

@@ -127,7 +127,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_its_teacher_does_not_drift() -> N
     for _ in range(3):
         update_teacher(teacher, network, 0.99)
     for name, value in before.items():
-        assert torch.equal(teacher.encoder.state_dict()[name], value), name  # type: ignore[operator,union-attr]
+        assert torch.equal(teacher.encoder.state_dict()[name], value), name  # type: ignore[union-attr]
     assert not network.encoder.training and not same_state(teacher.main_head, network.main_head)  # type: ignore[arg-type]
 
 
