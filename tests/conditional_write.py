@@ -17,21 +17,20 @@ def the_store_compares(uri: str, before: bytes | None, monkeypatch: pytest.Monke
     """Another client writes between the comparison here and the request: the store refuses every form of the condition."""
     if before is not None:
         storage.write_bytes(uri, before)
-    files, refused = storage.s3fs_filesystem(), []
+    ask_s3, refused = storage.ask_s3, []
 
-    class Overtaken:
-        def call_s3(self, method: str, **arguments: object) -> object:
-            if method != "put_object":
-                return files.call_s3(method, **arguments)
-            storage.write_bytes(uri, b"theirs")
-            with pytest.raises(OSError) as error:
-                files.call_s3(method, **arguments)
-            assert storage.read_bytes(uri) == b"theirs"
-            refused.append(error.value)
-            if before is not None:
-                storage.write_bytes(uri, before)  # the next form is tried then
-            raise error.value
+    def overtaken(operation: str, bucket: str, **arguments: object) -> object:
+        if operation != "put_object":
+            return ask_s3(operation, bucket, **arguments)
+        storage.write_bytes(uri, b"theirs")
+        with pytest.raises(OSError) as error:
+            ask_s3(operation, bucket, **arguments)
+        assert storage.read_bytes(uri) == b"theirs"
+        refused.append(error.value)
+        if before is not None:
+            storage.write_bytes(uri, before)  # the next form is tried then
+        raise error.value
 
-    monkeypatch.setattr(storage, "s3fs_filesystem", Overtaken)
+    monkeypatch.setattr(storage, "ask_s3", overtaken)
     storage.write_if_unchanged(uri, before, b"ours")
     assert len(refused) == (1 if before is None else 2)

@@ -59,7 +59,7 @@ class Bucket:
 
 
 def answer(bucket: Bucket, **arguments: Any) -> dict[str, Any]:
-    """What `s3fs.call_s3("list_objects_v2", …)` would answer; the continuation token is the last key sent."""
+    """What `storage.ask_s3("list_objects_v2", …)` would answer; the continuation token is the last key sent."""
     after = arguments.get("ContinuationToken", arguments.get("StartAfter", ""))
     keys, truncated = bucket.page(arguments.get("Prefix", ""), after, arguments.get("MaxKeys", 1000))
     found: dict[str, Any] = {"IsTruncated": truncated, "Contents": [{"Key": key, "Size": BYTES} for key in keys]}

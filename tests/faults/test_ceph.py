@@ -41,7 +41,7 @@ def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", gateway.secret)
     storage.configure(StorageSettings(endpoint=gateway.endpoint))
     name = f"bucket-{secrets.token_hex(4)}"
-    storage.s3fs_filesystem().call_s3("create_bucket", Bucket=name)
+    storage.ask_s3("create_bucket", name)
     return f"s3://{name}/some/folder"
 
 

@@ -252,7 +252,7 @@ def test_the_s3_endpoint_is_killed_for_20_s(
     with ceph_gateway() as gateway:
         for name, value in gateway.variables().items():
             monkeypatch.setenv(name, value)
-        storage.s3fs_filesystem().call_s3("create_bucket", Bucket="bucket")
+        storage.ask_s3("create_bucket", "bucket")
         with local_cluster(tmp_path / "cluster", nodes=2, cpus=8, s3=gateway.variables()) as cluster:
             case = Case(cluster, config_for(put_scenes(scenes, cluster), workers=2), "s3", tmp_path)
             case.half_way()

@@ -40,8 +40,7 @@ def config(bucket: str, scenes: Path, tmp_path: Path) -> Config:
 @pytest.fixture
 def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
     """All keys of the bucket, with those that end in a slash."""
-    store = storage.s3fs_filesystem()
-    yield lambda: [entry["Key"] for entry in store.call_s3("list_objects_v2", Bucket="bucket").get("Contents", [])]
+    yield lambda: [entry["Key"] for entry in storage.ask_s3("list_objects_v2", "bucket").get("Contents", [])]
 
 
 @pytest.fixture(autouse=True)

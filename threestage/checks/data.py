@@ -8,9 +8,15 @@ import numpy as np
 from threestage.checks.preflight import NOTHING_TO_VALIDATE, check_batches, masks_in_words, pixels_by_id
 from threestage.checks.result import CheckOutcome
 from threestage.config import Config
-from threestage.data import copies, parquet, storage
+from threestage.data import parquet, storage
 from threestage.data.batches import SampleSet
-from threestage.data.class_pixels import LEAST_CLASSES, check_class_pixels
+from threestage.data.data_set_checks import (
+    LEAST_CLASSES,
+    Gradients,
+    check_class_pixels,
+    gradients,
+    note_near_copies,
+)
 from threestage.data.records import (
     Manifest,
     SplitName,
@@ -91,7 +97,7 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     split = read_split(config, manifest, out)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
     labelled, validation = _evenly(split.labelled), _evenly(split.validation)
-    warning = copies.warning(
+    warning = note_near_copies(
         *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
     )
     sides = ((labelled, split.labelled, "labelled"), (validation, split.validation, "validation"))
@@ -105,11 +111,11 @@ def _evenly(ids: Sequence[str]) -> Sequence[str]:
 
 def _seen(
     config: Config, manifest: Manifest, split: SplitName, ids: Sequence[str]
-) -> tuple[list[str], list[copies.Gradients]]:
+) -> tuple[list[str], list[Gradients]]:
     rows = labelled_rows(config.data.root, manifest, split, ids)
     samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale)
     try:
-        return samples.ids, [copies.gradients(samples.decoded(index).image) for index in range(len(samples))]
+        return samples.ids, [gradients(samples.decoded(index).image) for index in range(len(samples))]
     except StageFailure as error:
         raise InputError(f"{error.message}; ingest it again", "data/unreadable-image") from None
 

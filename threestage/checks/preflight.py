@@ -8,9 +8,8 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.config import Config, StageName, changed
-from threestage.data import copies
 from threestage.data.batches import SampleSet, share_of
-from threestage.data.class_pixels import check_class_pixels
+from threestage.data.data_set_checks import Gradients, check_class_pixels, gradients, note_near_copies
 from threestage.data.listing import first_image, holds_data_set
 from threestage.data.records import Manifest, pool_files
 from threestage.errors import InputError
@@ -39,7 +38,7 @@ def check_run(
     validation_counts, validation_looks = _look(manifest, validation)
     if sum(validation_counts) == 0:
         raise InputError(f"{config.data.root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
-    if (warning := copies.warning(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
+    if (warning := note_near_copies(labelled.ids, labelled_looks, validation.ids, validation_looks)) is not None:
         warn(warning)
     return counts
 
@@ -227,16 +226,16 @@ def _pooled_problem(config: Config, stage: StageName, labelled_batch: int) -> st
     )
 
 
-def _look(manifest: Manifest, samples: SampleSet) -> tuple[list[int], list[copies.Gradients]]:
+def _look(manifest: Manifest, samples: SampleSet) -> tuple[list[int], list[Gradients]]:
     """Pixels per class, and the gradients of every image. InputError names the image whose mask holds an id that is neither a
     class nor 255."""
-    classes, gradients = len(manifest.classes), []
+    classes, found = len(manifest.classes), []
     counts = np.zeros(256, np.int64)
     for index, image_id in enumerate(samples.ids):
         decoded = samples.decoded(index)
         counts += pixels_by_id(image_id, decoded.maps["mask"], classes)
-        gradients.append(copies.gradients(decoded.image))
-    return counts[:classes].tolist(), gradients
+        found.append(gradients(decoded.image))
+    return counts[:classes].tolist(), found
 
 
 def pixels_by_id(image_id: str, mask: np.ndarray, classes: int) -> np.ndarray:

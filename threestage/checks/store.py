@@ -76,9 +76,7 @@ def try_one(probe: Probe) -> ProbeOutcome:
         probe.try_it()
     except InputError as error:
         problem = Complaint(" ".join(error.message.split()), error.code)
-    except Exception as error:
-        if not storage.of_the_store(error):
-            raise
+    except OSError as error:
         problem = complaint(probe.value, error)
     seconds = time.monotonic() - start
     return ProbeOutcome(probe.name, probe.value, seconds, problem.text or None, problem.code, problem.busy)
@@ -226,12 +224,12 @@ def _write(files: pafs.FileSystem, path: str) -> None:
 
 
 def _delete(place: _Place, path: str) -> None:
-    """On S3 by s3fs: pyarrow would leave an empty object in the name of the folder."""
+    """On S3 by botocore: pyarrow would leave an empty object in the name of the folder."""
     if not place.on_s3:
         place.files.delete_file(path)
         return
     bucket, _, key = path.partition("/")
-    storage.s3fs_filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+    storage.ask_s3("delete_object", bucket, Key=key)
 
 
 def _patiently(action: Callable[[], T]) -> T:

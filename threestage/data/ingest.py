@@ -29,9 +29,15 @@ from itertools import groupby
 from typing import NamedTuple
 
 from threestage.data import storage
-from threestage.data.class_pixels import FIX, LEAST_CLASSES, check_class_pixels, fix_for, sampled_pixels
 from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
-from threestage.data.copies import check_copies
+from threestage.data.data_set_checks import (
+    FIX,
+    LEAST_CLASSES,
+    check_class_pixels,
+    check_copies,
+    fix_for,
+    sampled_pixels,
+)
 from threestage.data.formats import IngestSettings, SourceItem, discover, missing, passed_over
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark

@@ -1,31 +1,32 @@
 """List the images of a bucket prefix or a local folder into Parquet shards (LISTED_SCHEMA) that a rerun extends.
 
-A prefix is cut into ranges of keys, which are listed in parallel and resumed one by one; `list_images` says how.
-Also: requests to S3, and whether a folder is a data set or holds images.
+A prefix is cut into ranges of keys, which are listed in parallel and resumed one by one; `list_images` says how. A single
+paginator over a prefix would be less code, but it is slower where it matters: a page follows from the one before, so 100 ms
+a request are 10,000 keys a second, 3 hours for 10⁸ of them, however many processes there are (docs/performance.md).
+Also: whether a folder is a data set or holds images.
 """
 
 import hashlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice, pairwise, takewhile
 from os.path import splitext
-from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from threestage.data import safe_walk, storage
 from threestage.data.outputs import LISTING, claim
 from threestage.data.pairs import IMAGE_SUFFIXES
+from threestage.data.parallel import map_ahead
 from threestage.data.records import MANIFEST_NAME, PathBelow, load_manifest
 from threestage.errors import InputError
 from threestage.settings import Settings
@@ -40,9 +41,6 @@ FILES_SCHEMA = pa.schema(
 WINDOW = 2**15
 PAGE = 1000
 THREADS = 8
-_ONE_STORE = Lock()
-PATIENCE_S = 60.0
-LONGEST_WAIT_S = 15.0
 
 FEW_KEYS = 10_000
 MIN_RANGES = 48
@@ -61,12 +59,9 @@ ListedObjects = tuple[str, int, int]
 """A file: its key, or its path below the source; bytes, or a key of safe_walk.WHY_NOT; its stamp: the time of its last change in
 ns, on S3 a hash of its ETag."""
 
-Hashes = npt.NDArray[np.uint64]
-KNOWN = np.dtype([("uri", "<u8"), ("bytes", "<i8"), ("stamp", "<i8"), ("row", "<i8")])
-"""A listed image. `uri`: a hash of it; `row`: its number in the range."""
 NO_STAMP = 0
-
-Entries = npt.NDArray[np.void]
+KNOWN_SCHEMA = pa.schema([("uri", pa.uint64()), ("bytes", pa.int64()), ("stamp", pa.int64())])
+"""A listed image. `uri`: a hash of it, null where the image was replaced since; `stamp`: null where the listing has none."""
 
 
 class ListedFile(Settings):
@@ -84,6 +79,13 @@ class KeyRange(Settings):
 
     after: str | None = None
     until: str | None = None
+
+
+class RangeRecord(Settings):
+    """`ranges/<n>.json`: the shards of a range, and how many files there are no images, by suffix."""
+
+    files: tuple[ListedFile, ...]
+    passed_over: dict[str, int] | None = None
 
 
 class Partition(Settings):
@@ -113,13 +115,7 @@ class RangeTask:
 # ---- The listing and its files
 
 
-def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """map() in a few threads of this process."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(function, items)
-
-
-def list_images(source: str, destination: str, rows_per_file: int, each: Each = in_threads) -> list[ListedFile]:
+def list_images(source: str, destination: str, rows_per_file: int, each: Each = map_ahead) -> list[ListedFile]:
     """List the images below a source, or one image file, into shards of `rows_per_file` rows; the shards of this and all
     earlier runs.
 
@@ -128,7 +124,7 @@ def list_images(source: str, destination: str, rows_per_file: int, each: Each = 
     end `files.parquet` names all. A killed listing continues with the ranges that are not done. A finished one is
     extended: every range is listed again, and new images become new shards. So do images that were replaced in place
     (other bytes, modification time or ETag): their old rows are then `replaced`. Memory of a range: one window of rows,
-    and when it is extended 32 bytes for each of its images.
+    and when it is extended another one, and 24 bytes for each of its images.
 
     Shards that were there stay as they are; images that were deleted from the source stay listed. Raises InputError
     when the source holds no image, or when the destination holds a listing of something else; OSError, naming the
@@ -145,7 +141,7 @@ def list_images(source: str, destination: str, rows_per_file: int, each: Each = 
     ]
     for _ in each(list_range, tasks):
         pass
-    files = _files_of_all(destination, len(partition.ranges))
+    files = sorted((file for record in _records(destination) for file in record.files), key=lambda file: file.path)
     if not files:
         storage.delete(destination, destination)  # another cut may fit the images that come
         expected = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -175,21 +171,20 @@ def first_image(source: str) -> str | None:
 def list_range(task: RangeTask) -> int:
     """List one range, write what is new in it as shards, then say so in `ranges/<n>.json`. Returns the new rows."""
     uri = _range_uri(task.destination, task.number)
-    started = storage.exists(uri)
-    before, others_before = (_files_of_range(uri), _others_of_range(uri)) if started else ([], Counter[str]())
-    known, replaced = _known_images(task.destination, before), list[int]()
-    folder = folder_of(task.source)
-    others = Counter[str]()
+    before = storage.read_json(uri, RangeRecord) if storage.exists(uri) else None
+    files = () if before is None else before.files
+    folder, others, replaced = folder_of(task.source), Counter[str](), list[int]()
     found = _pages_of(task.source, KeyRange(after=task.after, until=task.until), others)
     pages = (_table(folder, page) for page in found)
-    windows = _windows((_without(page, known, replaced) for page in pages), _window_rows(task.rows_per_file))
-    write = partial(_write_window, task.destination, task.rows_per_file, len(before))
+    if files:
+        known = _known_images(task.destination, files)
+        pages = (_without(window, known, replaced) for window in _windows(pages, WINDOW))
+    windows = _windows(pages, _window_rows(task.rows_per_file))
+    write = partial(_write_window, task.destination, task.rows_per_file, len(files))
     added = list(chain.from_iterable(map(write, windows)))
-    if added or others != others_before or not started:
-        files = [*_with_replaced(before, replaced), *added]
-        storage.write_json(
-            uri, {"files": [file.model_dump() for file in files], "passed_over": dict(sorted(others.items()))}
-        )
+    record = RangeRecord(files=(*_with_replaced(files, replaced), *added), passed_over=dict(sorted(others.items())))
+    if record != before:
+        storage.write_json(uri, record.model_dump(mode="json"))
     return sum(file.rows for file in added)
 
 
@@ -245,25 +240,14 @@ def _files_uri(destination: str) -> str:
     return storage.join(destination, "files.parquet")
 
 
-def _files_of_range(uri: str) -> list[ListedFile]:
-    return list(storage.read_value(uri, "files", list[ListedFile]))
-
-
-def _others_of_range(uri: str) -> Counter[str]:
-    return Counter(storage.read_value(uri, "passed_over", dict[str, int] | None))
-
-
 def suffixes_passed_over(destination: str) -> Counter[str]:
     """How many files of a finished listing's source are no images, by suffix."""
+    return sum((Counter(record.passed_over or {}) for record in _records(destination)), Counter[str]())
+
+
+def _records(destination: str) -> Iterator[RangeRecord]:
     uris = storage.list_files(storage.join(destination, "ranges"))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(_others_of_range, uris), Counter[str]())
-
-
-def _files_of_all(destination: str, ranges: int) -> list[ListedFile]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        parts = pool.map(_files_of_range, (_range_uri(destination, number) for number in range(ranges)))
-        return sorted(chain.from_iterable(parts), key=lambda file: file.path)
+    return map_ahead(lambda uri: storage.read_json(uri, RangeRecord), uris)
 
 
 # ---- Pages → windows → shards
@@ -306,55 +290,41 @@ def _table(source: str, found: list[ListedObjects]) -> pa.Table:
     return pa.table([ids, uris, sizes, stamps], schema=LISTED_SCHEMA)
 
 
-def _without(table: pa.Table, known: Entries, replaced: list[int]) -> pa.Table:
+def _without(table: pa.Table, known: pa.Table, replaced: list[int]) -> pa.Table:
     """The rows that are not known as they are; `replaced` gets the known rows in whose place they come."""
-    if not len(known) or not table.num_rows:
-        return table
-    hashes = _hashes(table.column("image_uri"))
-    entries = known[np.searchsorted(known["uri"], hashes).clip(max=len(known) - 1)]
-    is_known = entries["uri"] == hashes
-    changed = entries["bytes"] != table.column("bytes").to_numpy()
-    changed |= (entries["stamp"] != NO_STAMP) & (entries["stamp"] != table.column("stamp").to_numpy())
-    replaced += entries["row"][is_known & changed].tolist()
-    return table.filter(pa.array(~is_known | changed))
+    rows = pc.index_in(pa.array(_hashes(table.column("image_uri"))), known.column("uri"))
+    before = known.take(rows)
+    is_same = pc.equal(before.column("bytes"), table.column("bytes"))
+    is_same = pc.and_(is_same, pc.fill_null(pc.equal(before.column("stamp"), table.column("stamp")), True))
+    is_other = pc.invert(pc.fill_null(is_same, False))
+    replaced += rows.filter(is_other).drop_null().to_pylist()
+    return table.filter(is_other)
 
 
-def _known_images(destination: str, files: list[ListedFile]) -> Entries:
-    """What some shards list, sorted by the hash of the URI; of an image that was replaced the last."""
-    if not files:
-        return np.empty(0, KNOWN)
-    with ThreadPoolExecutor(THREADS) as pool:
-        entries = np.concatenate(list(pool.map(lambda file: _entries(storage.join(destination, file.path)), files)))
-    entries["row"] = np.arange(len(entries))
-    entries = entries[np.argsort(entries["uri"], kind="stable")]
-    last = np.append(entries["uri"][1:] != entries["uri"][:-1], True)
-    return entries[last]
+def _known_images(destination: str, files: Sequence[ListedFile]) -> pa.Table:
+    """What some shards list, in their order."""
+    return pa.concat_tables(map_ahead(partial(_known_in, destination), files)).combine_chunks()
 
 
-def _entries(uri: str) -> Entries:
-    table = storage.read_table(uri, ["image_uri", "bytes", "stamp"])
-    entries = np.zeros(len(table), KNOWN)
-    entries["uri"] = _hashes(table.column("image_uri"))
-    entries["bytes"] = table.column("bytes").to_numpy()
-    entries["stamp"] = table.column("stamp").to_numpy() if "stamp" in table.column_names else NO_STAMP
-    return entries
+def _known_in(destination: str, file: ListedFile) -> pa.Table:
+    table = storage.read_table(storage.join(destination, file.path), ["image_uri", "bytes", "stamp"])
+    stamps = table.column("stamp").to_numpy() if "stamp" in table.column_names else np.full(len(table), NO_STAMP)
+    uris = pa.array(_hashes(table.column("image_uri")), mask=np.isin(np.arange(len(table)), file.replaced))
+    return pa.table([uris, table.column("bytes"), pa.array(stamps, mask=stamps == NO_STAMP)], schema=KNOWN_SCHEMA)
 
 
-def _with_replaced(files: list[ListedFile], rows: list[int]) -> list[ListedFile]:
+def _with_replaced(files: Sequence[ListedFile], rows: list[int]) -> list[ListedFile]:
     """The shards of a range, with the rows (numbers in the range) that are replaced now."""
-    starts, by_file = np.cumsum([0, *(file.rows for file in files)]), dict[int, set[int]]()
-    for row in rows:
-        number = int(np.searchsorted(starts, row, side="right")) - 1
-        by_file.setdefault(number, set()).add(row - int(starts[number]))
-    return [
-        file.model_copy(update={"replaced": tuple(sorted({*file.replaced, *by_file[number]}))})
-        if number in by_file
-        else file
-        for number, file in enumerate(files)
-    ]
+    found, start, replaced = list[ListedFile](), 0, np.array(rows, np.int64)
+    for file in files:
+        inside = replaced[(start <= replaced) & (replaced < start + file.rows)] - start
+        every = tuple(sorted({*file.replaced, *inside.tolist()}))
+        found.append(file.model_copy(update={"replaced": every}))
+        start += file.rows
+    return found
 
 
-def _hashes(texts: pa.ChunkedArray) -> Hashes:
+def _hashes(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """(rows,) the first 8 bytes of each text's SHA-256, most significant first."""
     digests = (hashlib.sha256(text.encode()).digest()[:8] for text in texts.to_pylist())
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
@@ -385,8 +355,7 @@ def _write_window(destination: str, rows_per_file: int, before: int, window: pa.
     order = np.argsort(_hashes(window.column("image_id")), kind="stable")
     mixed = window.combine_chunks().take(order)
     shards = (mixed.slice(start, rows_per_file) for start in range(0, mixed.num_rows, rows_per_file))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(partial(_write_shard, destination, before), shards))
+    return list(map_ahead(partial(_write_shard, destination, before), shards))
 
 
 def _write_shard(destination: str, before: int, shard: pa.Table) -> ListedFile:
@@ -426,7 +395,7 @@ def _image_file(source: str) -> ListedObjects:
     return name, info.size, info.mtime_ns
 
 
-# ---- Requests to S3
+# ---- Pages of S3, and where to cut the keys
 
 
 def _bucket_and_prefix(source: str) -> tuple[str, str]:
@@ -434,15 +403,11 @@ def _bucket_and_prefix(source: str) -> tuple[str, str]:
     return bucket, path + "/" if path else ""
 
 
-def _keys(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[str]:
-    return (key for page in _s3_pages(bucket, prefix, after, limit) for key, *_ in page)
-
-
 def _s3_pages(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[list[ListedObjects]]:
     """Keys, bytes and stamps, `limit` or fewer a page; a store may send an empty page that is not the last."""
     place = {} if after is None else {"StartAfter": after}
     while True:
-        answer = _request(Bucket=bucket, Prefix=prefix, MaxKeys=limit, **place)
+        answer = storage.ask_s3("list_objects_v2", bucket, Prefix=prefix, MaxKeys=limit, **place)
         yield [(entry["Key"], entry["Size"], _stamp(entry.get("ETag"))) for entry in answer.get("Contents", ())]
         if not answer.get("IsTruncated"):
             return
@@ -453,77 +418,17 @@ def _stamp(tag: str | None) -> int:
     return NO_STAMP if tag is None else int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
 
 
-def _request(**arguments: Any) -> dict[str, Any]:
-    """One ListObjectsV2, repeated for a minute while the store is busy (the SDK gives up early when threads share it).
-
-    Raises OSError (also FileNotFoundError, PermissionError) that names the URI.
-    """
-    uri = f"{storage.S3_SCHEME}{arguments['Bucket']}/{arguments['Prefix']}"
-    give_up, wait = time.monotonic() + PATIENCE_S, 1.0
-    while True:
-        try:
-            answer: dict[str, Any] = _store().call_s3("list_objects_v2", **arguments)
-            return answer
-        except Exception as error:
-            if not storage.of_the_store(error):
-                raise
-            if not _is_passing(error) or time.monotonic() > give_up:
-                kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
-                raise kind(f"{uri}: {error}") from error
-        time.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT_S)
+def _keys(bucket: str, prefix: str, after: str | None, limit: int) -> Iterator[str]:
+    return (key for page in _s3_pages(bucket, prefix, after, limit) for key, *_ in page)
 
 
-def _store() -> Any:
-    with _ONE_STORE:
-        return _store_of(os.getpid(), tuple(sorted(storage.environment(storage.StorageSettings()).items())))
-
-
-@lru_cache(maxsize=1)
-def _store_of(process: int, variables: tuple[tuple[str, str], ...]) -> Any:
-    """One client for all threads of a process: each would load the SDK's description of S3 anew."""
-    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
-
-    session = AioSession()
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
-    store = storage.s3fs_filesystem()
-    store.session = session
-    store.retries = 1  # `_request` and the SDK repeat; five times both of them would be five minutes
-    return store
-
-
-def _timestamp(text: Any) -> Any:
-    """What the SDK makes of it, but not by way of dateutil, which takes two thirds of the time of a page."""
-    from botocore.utils import parse_timestamp
-
-    try:
-        return datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return parse_timestamp(text)
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed later: 5xx, 429, time-outs, broken connections."""
-    from botocore import exceptions
-
-    response = getattr(error.__cause__ or error, "response", None)
-    if response is None:
-        return isinstance(error, TimeoutError | exceptions.HTTPClientError | exceptions.ConnectionError)
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return bool(status >= 500 or status == 429)
-
-
-# ---- Where to cut the keys
-
-
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The keys with a prefix: the first, the last and the number of those on the first page; whether more follow."""
 
     prefix: str
-    seen: int
     first: str
     last: str
+    seen: int
     is_large: bool
 
 
@@ -537,24 +442,19 @@ def cut_key_space(keys: Keys, prefix: str) -> tuple[KeyRange, ...]:
     parts = [_part(keys, prefix)]
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(LEVELS):
-            if len(_starts(parts)) >= MIN_RANGES or not any(part.is_large for part in parts):
+            large = [part for part in parts if part.is_large]
+            if len(_starts(parts)) >= MIN_RANGES or not large:
                 break
-            parts = _next_level(pool, keys, parts)
+            children = pool.map(partial(_children, keys, max(2, MAX_RANGES // len(large))), large)
+            found = pool.map(partial(_part, keys), list(chain.from_iterable(children)))
+            parts = sorted([*(part for part in parts if not part.is_large), *found])
     return tuple(KeyRange(after=after, until=until) for after, until in pairwise([None, *_starts(parts)[1:], None]))
-
-
-def _next_level(pool: ThreadPoolExecutor, keys: Keys, parts: list[_Part]) -> list[_Part]:
-    large = [part for part in parts if part.is_large]
-    limit = max(2, MAX_RANGES // len(large))
-    prefixes = chain.from_iterable(list(pool.map(partial(_children, keys, limit), large)))
-    small = [part for part in parts if not part.is_large]
-    return sorted([*small, *pool.map(partial(_part, keys), prefixes)], key=lambda part: part.prefix)
 
 
 def _part(keys: Keys, prefix: str) -> _Part:
     seen = list(islice(keys(prefix, None, PAGE), PAGE)) or [prefix]
     more = len(seen) == PAGE and _first_after(keys, prefix, seen[-1]) is not None
-    return _Part(prefix, len(seen), seen[0], seen[-1], more)
+    return _Part(prefix, seen[0], seen[-1], len(seen), more)
 
 
 def _starts(parts: list[_Part]) -> list[str]:
@@ -570,29 +470,18 @@ def _starts(parts: list[_Part]) -> list[str]:
     return starts
 
 
-def _children(keys: Keys, limit: int, part: _Part) -> list[str]:
-    """What the keys of a part share, longer by one character: the first `limit` that occur, one request each."""
-    stem = _common(keys, part)
+def _children(keys: Keys, most: int, part: _Part) -> list[str]:
+    """What all keys of a part begin with, longer by one character: the first `most` that occur, one request each."""
+    stem = _shared(part.first, part.last)
+    while (beyond := _first_after(keys, part.prefix, stem + LAST_CHARACTER)) and not beyond.startswith(stem):
+        stem = _shared(stem, beyond)
     children: list[str] = []
     key = _first_after(keys, stem, stem)
-    while key is not None and len(children) < limit:
-        child = key[: len(stem) + 1]
-        if children and child <= children[-1]:
-            break  # the key goes on with U+10FFFF, so it lies beyond the jump and still in the last child
-        children.append(child)
-        key = _first_after(keys, stem, child + LAST_CHARACTER)
+    # a key that goes on with U+10FFFF lies beyond the jump and still in the last child
+    while key is not None and len(children) < most and key[: len(stem) + 1] not in children[-1:]:
+        children.append(key[: len(stem) + 1])
+        key = _first_after(keys, stem, children[-1] + LAST_CHARACTER)
     return children
-
-
-def _common(keys: Keys, part: _Part) -> str:
-    """The longest beginning that all keys of the part share."""
-    stem = _shared(part.first, part.last)
-    while len(stem) > len(part.prefix):
-        beyond = _first_after(keys, part.prefix, stem + LAST_CHARACTER)
-        if beyond is None or beyond.startswith(stem):
-            break
-        stem = _shared(stem, beyond)
-    return stem
 
 
 def _shared(left: str, right: str) -> str:

@@ -1,8 +1,9 @@
-"""Threads within bounded memory: how many pixels they may decode at the same time, and one item made ahead."""
+"""Threads within bounded memory: map() in some, items made ahead in one, and how many pixels all may decode at a time."""
 
 import threading
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
@@ -42,12 +43,36 @@ PIXELS = PixelBudget(MAX_IMAGE_PIXELS)
 
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def ahead(source: Iterator[Item]) -> Generator[Item]:
-    """The same items; the next one is made in a thread while the caller works on this one."""
+def ahead(source: Iterator[Item], depth: int = 1) -> Generator[Item]:
+    """The same items, none of them None; the next `depth` are made in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, source, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, source, None)
-            yield item
+        waiting = deque(thread.submit(next, source, None) for _ in range(depth))
+        try:
+            while (item := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, source, None))
+                yield item
+        finally:
+            _cancel(waiting)
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int = 8) -> Iterator[Result]:
+    """map() in threads, in order, with few items worked on or waiting, so that memory stays bounded."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            _cancel(waiting)
+
+
+def _cancel(waiting: Iterable[Future[Result]]) -> None:
+    for future in waiting:
+        future.cancel()

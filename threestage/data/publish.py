@@ -6,12 +6,11 @@ Also the index of what a data set already holds, by image id. `data/ingest.py` d
 import hashlib
 import io
 import json
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from functools import lru_cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from threestage.data import parquet, storage
 from threestage.data.classes import ClassMap, Lookup
 from threestage.data.formats import SPLITS, SourceItem, each_id_once
 from threestage.data.image_validation import BadFile, check_image, check_mask
+from threestage.data.parallel import Item, Result, map_ahead
 from threestage.data.records import (
     MANIFEST_NAME,
     MAX_IMAGE_BYTES,
@@ -134,37 +134,38 @@ class ShardReport(Settings):
 
     def published(self) -> "ShardReport":
         """The same once the data set holds what it wrote: nothing is new in it."""
-        nothing = {
-            "files": (),
-            "images": 0,
-            "labels": 0,
-            "newly_labelled": 0,
-            "heights": SizeRange(),
-            "widths": SizeRange(),
-        }
-        skipped = self.checked - self.gone - len(self.rejected)
-        return self.model_copy(update={**nothing, "skipped": skipped})
+        return ShardReport(
+            base=self.base,
+            split=self.split,
+            skipped=self.checked - self.gone - len(self.rejected),
+            gone=self.gone,
+            rejected=self.rejected,
+            masks=self.masks,
+            labelled=self.labelled,
+            pixels=self.pixels,
+        )
 
 
 class Writer:
     """Collects the rows of one shard into files of at most `rows_per_file` rows and MAX_FILE_BYTES, and counts them."""
 
     def __init__(self, root: str, split: SplitName, rows_per_file: int) -> None:
-        self._root = root
-        self._split = split
-        self._rows_per_file = rows_per_file
+        self._root, self._split, self._rows_per_file = root, split, rows_per_file
         self._files: list[DataFile] = []
         self._waiting: dict[Kind, list[NewRow]] = {"images": [], "labels": []}
-        self._bytes: dict[Kind, int] = {"images": 0, "labels": 0}
-        self._labels = self._newly_labelled = 0
         self._heights: list[int] = []
         self._widths: list[int] = []
+        self._newly_labelled = 0
 
     def add(self, row: NewRow) -> None:
-        self._waiting[row.kind].append(row)
-        self._bytes[row.kind] += row.size
-        self._count(row)
-        if len(self._waiting[row.kind]) >= self._rows_per_file or self._bytes[row.kind] >= MAX_FILE_BYTES:
+        waiting = self._waiting[row.kind]
+        waiting.append(row)
+        if row.known is None:
+            self._heights.append(row.record["height"])
+            self._widths.append(row.record["width"])
+        had_none = row.known is None or row.known.mask_digest is None
+        self._newly_labelled += had_none and row.mask_digest is not None
+        if len(waiting) >= self._rows_per_file or sum(one.size for one in waiting) >= MAX_FILE_BYTES:
             self._write(row.kind)
 
     def report(self, base: str | None, rejected: Sequence[Reject], **others: Any) -> ShardReport:
@@ -176,7 +177,7 @@ class Writer:
             split=self._split,
             files=tuple(self._files),
             images=len(self._heights),
-            labels=self._labels,
+            labels=sum(file.labelled_rows for file in self._files),
             newly_labelled=self._newly_labelled,
             heights=SizeRange.of(self._heights),
             widths=SizeRange.of(self._widths),
@@ -184,16 +185,8 @@ class Writer:
             **others,
         )
 
-    def _count(self, row: NewRow) -> None:
-        if row.known is None:
-            self._heights.append(row.record["height"])
-            self._widths.append(row.record["width"])
-        if row.mask_digest is not None:
-            self._labels += 1
-            self._newly_labelled += row.known is None or row.known.mask_digest is None
-
     def _write(self, kind: Kind) -> None:
-        rows, self._waiting[kind], self._bytes[kind] = self._waiting[kind], [], 0
+        rows, self._waiting[kind] = self._waiting[kind], []
         if not rows:
             return
         digests = [[row.image_digest, row.mask_digest] for row in rows]
@@ -215,10 +208,8 @@ def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     uri = storage.join(root, file.path)
     table = parquet.read_file(uri, ["image_id"])
     written = storage.parse_json((table.schema.metadata or {}).get(ROW_DIGESTS_KEY, b""), uri)
-    ids, digests = (
-        table.column("image_id").to_pylist(),
-        storage.shaped(written, list[tuple[Digest, Digest | None]], uri),
-    )
+    ids = table.column("image_id").to_pylist()
+    digests = storage.shaped(written, list[tuple[Digest, Digest | None]], uri)
     if len(ids) != len(digests):
         raise InputError(
             f"{uri}: is damaged, it has {len(ids)} rows and {len(digests)} digests; ingest its images again",
@@ -359,7 +350,6 @@ def _keep_version(root: str, manifest: Manifest) -> None:
 # A hash of 64 bits: two ids in 10⁸ share one with a probability of 3·10⁻⁴, and then one of the images is refused.
 ENTRY = np.dtype([("key", "<u8"), ("split", "u1"), ("labelled", "?"), ("image", "V16"), ("mask", "V16")])
 PART_ENTRIES = 2**18
-THREADS = 8
 
 Entries = npt.NDArray[np.void]
 
@@ -380,26 +370,18 @@ def build_index(root: str, manifest: Manifest) -> str:
 
 def look_up_ids(folder: str | None, ids: Sequence[str]) -> dict[str, ExistingRecord]:
     """What an index holds of the ids, by id; nothing where there is no index. InputError when it was deleted meanwhile."""
+    found: dict[str, ExistingRecord] = {}
     if folder is None or not ids:
-        return {}
+        return found
     try:
-        return _look_up(folder, ids)
+        bits = _bits(folder)
+        for key, image_id in sorted((id_hash(image_id), image_id) for image_id in ids):  # part by part
+            part = _part(folder, key >> (64 - bits))
+            place = bisect_left(part["key"], key)
+            if place < len(part) and part["key"][place] == key:
+                found[image_id] = _known(part[place])
     except FileNotFoundError:
         raise _overtaken(folder) from None
-
-
-def _look_up(folder: str, ids: Sequence[str]) -> dict[str, ExistingRecord]:
-    bits = _bits(folder)
-    keys = np.array([id_hash(image_id) for image_id in ids], np.uint64)
-    parts = keys >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)
-    found: dict[str, ExistingRecord] = {}
-    for number in np.unique(parts):
-        part = _part(folder, int(number))
-        members = np.flatnonzero(parts == number)
-        places = np.searchsorted(part["key"], keys[members])
-        for member, place in zip(members.tolist(), places.tolist(), strict=True):
-            if place < len(part) and part["key"][place] == keys[member]:
-                found[ids[member]] = _known(part[place])
     return found
 
 
@@ -420,19 +402,22 @@ def _overtaken(folder: str) -> InputError:
 
 def _sorted_entries(root: str, manifest: Manifest) -> Entries:
     """Sorted by key, one for each id: a mask that came later wins."""
-    files = sorted(manifest.files, key=lambda file: file.kind == "labels")
-    entries = np.empty(sum(file.rows for file in files), ENTRY)
-    ends = np.cumsum([file.rows for file in files])
-    with ThreadPoolExecutor(THREADS) as pool:
-        for file, end, rows in zip(files, ends, pool.map(lambda file: entries_of(root, file), files), strict=True):
-            entries[end - file.rows : end] = rows
+    entries = entries_of_files(root, sorted(manifest.files, key=lambda file: file.kind == "labels"))
     entries = entries[np.argsort(entries["key"], kind="stable")]
     last = np.append(entries["key"][1:] != entries["key"][:-1], True)
     return entries[last[: len(entries)]]
 
 
-def entries_of(root: str, file: DataFile) -> Entries:
-    """The entries of a file's rows, in their order; reads no image."""
+def entries_of_files(root: str, files: Sequence[DataFile]) -> Entries:
+    """The entries of all rows, in their order; reads no image."""
+    entries = np.empty(sum(file.rows for file in files), ENTRY)
+    ends = np.cumsum([file.rows for file in files])
+    for file, end, rows in zip(files, ends, map_ahead(partial(_entries_of, root), files), strict=True):
+        entries[end - file.rows : end] = rows
+    return entries
+
+
+def _entries_of(root: str, file: DataFile) -> Entries:
     split = SPLITS.index(file.split)
     nothing = bytes(16)
     return np.array(
@@ -488,11 +473,7 @@ def _loaded(folder: str, number: int) -> Entries:
 # ---- One shard from its list of images to its report
 
 SHARDS_AT_ONCE = 2
-FETCH_THREADS = 8
 REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 2
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -534,22 +515,6 @@ def shard_digest(job: IngestJob, split: SplitName, content: Sequence[SourceItem]
 def few_at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """map() over shards in this process, few at a time."""
     return map_ahead(function, items, SHARDS_AT_ONCE)
-
-
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """map() in threads, in order, with few items worked on or waiting, so that memory stays bounded."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
@@ -604,7 +569,7 @@ def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
 def _outcomes(job: IngestJob, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
     known = look_up_ids(job.index, [item.image_id for item in items])
     lookup = Lookup(job.class_map, job.map_name) if job.class_map else None
-    return map_ahead(lambda item: _check(item, known.get(item.image_id), lookup), items, FETCH_THREADS)
+    return map_ahead(lambda item: _check(item, known.get(item.image_id), lookup), items)
 
 
 def _is_held(report: ShardReport, job: IngestJob, shard: Shard) -> bool:

@@ -3,7 +3,7 @@
 A write is published whole or not at all: temporary name and rename on a local disk, one object put on S3.
 
 How s3:// is reached is said once, in the settings or in the usual AWS variables. It travels as environment variables
-(`configure`, `environment`), since pyarrow, s3fs, Ray and MLflow each want it elsewhere; credentials are never part of it.
+(`configure`, `environment`), since pyarrow, botocore, Ray and MLflow each want it elsewhere; credentials are never part of it.
 """
 
 import contextlib
@@ -14,11 +14,13 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -43,6 +45,7 @@ UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 ROW_GROUP_ROWS = 64
 MAX_JSON_BYTES = 2**28
 S3_ATTEMPTS = 12
+PATIENCE_S, LONGEST_WAIT_S = 60.0, 15.0
 DELETES_AT_ONCE = 16
 SCHEME_CODE = "storage/scheme"
 NO_BUCKET = "NO_SUCH_BUCKET"
@@ -135,14 +138,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         )
     if not path or uri.startswith(f"{S3_SCHEME}/"):
         raise InputError(f"{uri}: names no bucket; write s3://bucket/prefix", "storage/not-a-bucket")
-    variables = environment(StorageSettings())
-    chosen = _S3(
-        variables.get("AWS_ENDPOINT_URL_S3"),
-        variables.get("AWS_REGION"),
-        variables.get(STYLE_VARIABLE, "auto"),
-        ANONYMOUS_VARIABLE in variables,
-    )
-    return s3_filesystem(chosen), path
+    return s3_filesystem(_chosen()), path
 
 
 def _refuse_other_schemes(uri: str) -> None:
@@ -180,6 +176,16 @@ class _S3(NamedTuple):
     anonymous: bool
 
 
+def _chosen() -> _S3:
+    variables = environment(StorageSettings())
+    return _S3(
+        variables.get("AWS_ENDPOINT_URL_S3"),
+        variables.get("AWS_REGION"),
+        variables.get(STYLE_VARIABLE, "auto"),
+        ANONYMOUS_VARIABLE in variables,
+    )
+
+
 @lru_cache
 def s3_filesystem(
     chosen: _S3, attempts: int = S3_ATTEMPTS, connect_timeout_s: float = 10, request_timeout_s: float = 60
@@ -211,24 +217,77 @@ class _S3FileSystem(pafs.S3FileSystem):
         return s3_filesystem, (self.chosen,)
 
 
-def s3fs_filesystem() -> Any:
-    """The same store through s3fs, for listings page by page, which pyarrow does not offer."""
-    import s3fs
+_ONE_CLIENT = Lock()
 
-    variables = environment(StorageSettings())
-    style = variables.get(STYLE_VARIABLE, "path" if "AWS_ENDPOINT_URL_S3" in variables else "auto")
-    return s3fs.S3FileSystem(
-        anon=ANONYMOUS_VARIABLE in variables,
-        use_listings_cache=False,
-        endpoint_url=variables.get("AWS_ENDPOINT_URL_S3"),
-        client_kwargs={"region_name": variables["AWS_REGION"]} if "AWS_REGION" in variables else {},
-        config_kwargs={
-            "s3": {"addressing_style": style},
-            "retries": {"max_attempts": S3_ATTEMPTS, "mode": "standard"},
-            "connect_timeout": 10,
-            "read_timeout": 60,
-        },
+
+def ask_s3(operation: str, bucket: str, **arguments: Any) -> dict[str, Any]:
+    """One of botocore's requests, for what pyarrow does not offer: a page of a listing, a condition, a name that is deleted.
+
+    Repeated for a minute while the store is busy: botocore gives up early when threads share its client. Raises OSError that
+    names the URI: FileNotFoundError for what is absent, PermissionError for what is denied.
+    """
+    uri = f"{S3_SCHEME}{bucket}/{arguments.get('Key', arguments.get('Prefix', ''))}"
+    give_up, wait = time.monotonic() + PATIENCE_S, 1.0
+    while True:
+        try:
+            return dict(getattr(s3_client(), operation)(Bucket=bucket, **arguments))
+        except Exception as error:
+            if not type(error).__module__.startswith("botocore"):
+                raise
+            if not _is_passing(error) or time.monotonic() > give_up:
+                kind = {403: PermissionError, 404: FileNotFoundError}.get(_status(error) or 0, OSError)
+                reason = _answer(error).get("Error", {}).get("Message")
+                raise kind(f"{uri}: {reason or error}") from error
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed later: 5xx, 429, time-outs, broken connections."""
+    from botocore import exceptions
+
+    status = _status(error)
+    if status is None:
+        return isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError)
+    return status == 429 or (status >= 500 and status != 501)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status of an error of botocore's; None for one without an answer."""
+    status: int | None = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
+
+
+def _answer(error: BaseException | None) -> dict[str, Any]:
+    return getattr(error, "response", None) or {}
+
+
+def s3_client() -> Any:
+    """botocore's client of the same store: one for all threads of a process, for each loads the description of S3 anew."""
+    with _ONE_CLIENT:
+        return _client_of(os.getpid(), _chosen())
+
+
+@lru_cache(maxsize=1)
+def _client_of(process: int, chosen: _S3) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    endpoint, region, style, anonymous = chosen
+    if endpoint:
+        os.environ.update(_without_checksums())
+    session = botocore.session.get_session()
+    # nobody reads the times of a listing, whose parsing takes two thirds of the time of a page
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    config = Config(
+        s3={"addressing_style": "path" if endpoint and style == "auto" else style},
+        signature_version=botocore.UNSIGNED if anonymous else None,
+        retries={"total_max_attempts": 1},  # `ask_s3` repeats
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=DELETES_AT_ONCE,
     )
+    return session.create_client("s3", region, endpoint_url=endpoint, config=config)
 
 
 def join(uri: str, *names: str) -> str:
@@ -445,11 +504,6 @@ def _unfinished(info: pafs.FileInfo) -> bool:
     return bool(info.base_name.startswith(".") and info.base_name.endswith(TEMPORARY_SUFFIX))
 
 
-def of_the_store(error: Exception) -> bool:
-    """Whether s3fs had it from the store or on the way there: it hands on what has no answer as botocore's own error."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("botocore")
-
-
 def write_if_unchanged(uri: str, before: bytes | None, data: bytes) -> bool:
     """Replace a file only while it still holds `before` (None: while it is absent); whether that was done.
 
@@ -485,12 +539,12 @@ def _locked(path: str) -> Iterator[None]:
 
 
 def _write_on_s3_if_unchanged(files: pafs.FileSystem, path: str, before: bytes | None, data: bytes) -> bool:
-    store, uri = s3fs_filesystem(), S3_SCHEME + path
+    uri = S3_SCHEME + path
     bucket, _, key = path.partition("/")
     conditions, status = [{"IfNoneMatch": "*"}], None
     try:
         if before is not None:
-            etag = _ask_s3(store, uri, "head_object", Bucket=bucket, Key=key)["ETag"]
+            etag = ask_s3("head_object", bucket, Key=key)["ETag"]
             conditions = [{"IfMatch": etag}, {"IfMatch": etag.strip('"')}]  # Ceph 16 compares it without quotes
     except FileNotFoundError:
         return False
@@ -498,32 +552,15 @@ def _write_on_s3_if_unchanged(files: pafs.FileSystem, path: str, before: bytes |
         if _content(uri) != before:
             break
         try:
-            _ask_s3(store, uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            ask_s3("put_object", bucket, Key=key, Body=data, **condition)
             return True
         except OSError as error:
-            status = _status(error)
+            status = _status(error.__cause__)
             if status not in (404, 409, 412, 501):
                 raise
     if status in (412, 501) and _content(uri) == before:  # the store knows no such condition
         _write(files, path, data)
-    return _content(uri) == data  # a request that the SDK repeated may have been done before
-
-
-def _status(error: OSError) -> int | None:
-    """The HTTP status of an error that s3fs has translated; None for one without an answer."""
-    response = getattr(error.__cause__, "response", {})
-    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status
-
-
-def _ask_s3(store: Any, uri: str, operation: str, **arguments: Any) -> dict[str, Any]:
-    """One request through s3fs. Raises OSError, also where the SDK raises an error of its own for no answer."""
-    try:
-        return dict(store.call_s3(operation, **arguments))
-    except Exception as error:
-        if isinstance(error, OSError) or not of_the_store(error):
-            raise
-        raise OSError(f"{uri}: {error}") from error
+    return _content(uri) == data  # a request that was repeated may have been done before
 
 
 def delete(uri: str, within: str) -> None:
@@ -572,17 +609,16 @@ def _unless_gone(function: Any, path: str, raised: Any) -> None:
 
 
 def _delete_on_s3(path: str) -> None:
-    """One request an object: stores differ about a bulk delete (some want an MD5 that the SDK no longer sends), s3fs takes
-    names for patterns, and pyarrow leaves an empty object in a folder's place."""
+    """One request an object: stores differ about a bulk delete (some want an MD5 that the SDK no longer sends), and pyarrow
+    leaves an empty object in a folder's place."""
     bucket, _, name = path.partition("/")
-    ask = partial(_ask_s3, s3fs_filesystem(), S3_SCHEME + path)
-    ask("delete_object", Bucket=bucket, Key=name)
+    ask_s3("delete_object", bucket, Key=name)
     more = True
     with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
         while more:
-            page = ask("list_objects_v2", Bucket=bucket, Prefix=f"{name}/")
+            page = ask_s3("list_objects_v2", bucket, Prefix=f"{name}/")
             keys = [entry["Key"] for entry in page.get("Contents", ())]
-            list(threads.map(lambda key: ask("delete_object", Bucket=bucket, Key=key), keys))
+            list(threads.map(lambda key: ask_s3("delete_object", bucket, Key=key), keys))
             more = page.get("IsTruncated", False)
 
 
@@ -593,7 +629,7 @@ def first_names(uri: str, most: int = 100) -> list[str]:
     """
     path = filesystem(uri)[1]
     if is_s3(uri):
-        return sorted(_first_names_on_s3(uri, path, most))
+        return sorted(_first_names_on_s3(path, most))
     try:
         with os.scandir(path) as entries:
             return sorted(entry.name + "/" * entry.is_dir() for entry in islice(entries, most))
@@ -601,12 +637,11 @@ def first_names(uri: str, most: int = 100) -> list[str]:
         return []
 
 
-def _first_names_on_s3(uri: str, path: str, most: int) -> Iterator[str]:
+def _first_names_on_s3(path: str, most: int) -> Iterator[str]:
     bucket, _, prefix = path.partition("/")
     prefix += "/" * bool(prefix)
-    ask = partial(_ask_s3, s3fs_filesystem(), uri, "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/")
     try:
-        page = ask(MaxKeys=most)
+        page = ask_s3("list_objects_v2", bucket, Prefix=prefix, Delimiter="/", MaxKeys=most)
     except FileNotFoundError:  # no such bucket: whoever writes says so
         return
     yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()) if entry["Key"] != prefix)
@@ -638,8 +673,7 @@ def read_models(uri: str, kind: type[Model]) -> list[Model]:
 
 def read_groups(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The row groups of a Parquet file, or some of their columns, one in memory at a time."""
-    files, path = filesystem(uri)
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
+    with _open_parquet(uri, pre_buffer=True) as parquet:
         for group in range(parquet.num_row_groups):
             yield parquet.read_row_group(group, columns=None if columns is None else list(columns))
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from threestage.allocator import disable_malloc_trim
 from threestage.config import Config
-from threestage.data.listing import in_threads
+from threestage.data.parallel import map_ahead
 from threestage.data.pool import PoolFile
 from threestage.models.export import load_model
 from threestage.prediction.pool_prediction import predict_files
@@ -34,4 +34,4 @@ class LocalBackend:
         yield from predict_files(load_model(model)[0].to(device), task, files, device)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        return in_threads(function, items)
+        return map_ahead(function, items)

