@@ -57,8 +57,7 @@ def main() -> None:
 def make_pool(root: str, images: int) -> Any:
     """Shards with their pseudo-masks, written straight: every image is the same picture under an id of its own."""
     from threestage.data import storage
-    from threestage.data.pool import PoolFile, write_pool
-    from threestage.data.pseudo_mask_files import PSEUDO_MASK_SCHEMA
+    from threestage.data.pool import PSEUDO_MASK_SCHEMA, PoolFile, write_pool
     from threestage.data.records import encode_mask
     from threestage.data.split import Split
     from threestage.run.stages import StageTask

@@ -11,15 +11,14 @@ from ray.data import DataContext
 
 import threestage
 from tests.conftest import tiny_config, write_photos
-from threestage.data.pool import PoolFile, write_pool
-from threestage.data.pseudo_mask_files import IndexRow, write_index
+from threestage.data.pool import IndexRow, PoolFile, write_index, write_pool
 from threestage.data.split import Split
 from threestage.ray_backend import job_check
 from threestage.ray_backend.pool_stream import unlabelled_stream
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Pointer
 
-BLOCKED = ("ray", "mlflow", "typer", "rich", "s3fs", "optuna", "simplejpeg", "segmentation_models_pytorch")
+BLOCKED = ("ray", "mlflow", "typer", "rich", "botocore", "optuna", "simplejpeg", "segmentation_models_pytorch")
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,6 @@ stack; smaller ones are padded at the bottom and the right.
 
 import hashlib
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings, Extent
+from threestage.data.parallel import ahead
 from threestage.data.records import MAX_IMAGE_PIXELS
 from threestage.data.samples import Decoded, Sample, crop_to_canvas, decode_sample
 from threestage.errors import CodedError, StageFailure, reason_of
@@ -256,34 +255,4 @@ class TimedIterator:
 
 def prefetch(source: Iterator[Batch], device: torch.device, depth: int = 3) -> Iterator[Batch]:
     """The same batches, made ahead in a thread and on their way to the device; an error in the source is raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def hand_over(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def fill() -> None:
-        try:
-            for batch in source:
-                hand_over(batch.to(device))
-                if stop.is_set():
-                    return
-            hand_over(None)
-        except BaseException as error:
-            hand_over(error)
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    return ahead((batch.to(device) for batch in source), depth)

@@ -11,8 +11,7 @@ from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings
 from threestage.data import storage
 from threestage.data.batches import SampleSet, canvas_size
-from threestage.data.pool import PoolFile
-from threestage.data.pseudo_mask_files import IndexRow, read_index
+from threestage.data.pool import IndexRow, PoolFile, read_index
 from threestage.data.records import Bytes, DataSettings, Manifest, SplitName, decode_mask, encode_mask, labelled_rows
 from threestage.data.rejects import Reject
 from threestage.data.samples import OnReject, Sample, decode_sample, pool_samples, samples_of

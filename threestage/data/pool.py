@@ -1,10 +1,13 @@
 """The unlabelled pool: Parquet files of encoded images (a data set's), or of the URIs of image files that stay where
 they are (a listed bucket prefix). Both are read as the same rows, in the file's order; a bad row says what is wrong.
+
+Also how a set of pseudo-masks (threestage/prediction/pseudo_masks.py) is laid out: a file of them for each file of the pool.
+Without torch, for those who only read.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pyarrow.compute as pc
 
 from threestage.data import parquet, storage
 from threestage.data.listing import listed_files
+from threestage.data.parallel import ahead
 from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
 from threestage.data.safe_walk import WHY_NOT
 from threestage.errors import InputError
@@ -30,6 +34,20 @@ POOL_SCHEMA = pa.schema(
         ("replaced", pa.list_(pa.int64())),
     ]
 )
+PSEUDO_MASK_SCHEMA = pa.schema([("image_id", pa.string()), ("pseudo_mask", pa.binary()), ("confidence", pa.binary())])
+AGREEMENT = pa.field("agreement", pa.uint8())
+"""In 255ths, where a stage chooses its images by it: mean IoU of the pseudo-mask and of what half-way weights predict."""
+INDEX_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("images", pa.int64()),
+        ("max_height", pa.int32()),
+        ("max_width", pa.int32()),
+        ("labelled_ids", pa.list_(pa.string())),
+        ("agreement", pa.list_(pa.int64())),
+    ]
+)
+INDEX_NAME = "index.parquet"
 SOURCE_KEY = b"threestage.unlabelled"
 PARQUET_SUFFIX = ".parquet"
 
@@ -178,15 +196,14 @@ def lost_rows(uri: str, name: str, group: parquet.RowGroup) -> Iterator[list[Poo
 
 def _read_references(table: pa.Table, replaced: frozenset[int]) -> Iterator[list[PoolRow]]:
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        waiting: list[Future[PoolRow]] = []
-        for start, part in _chunks(table):
-            following = [
-                threads.submit(_fetch, row, number in replaced) for number, row in enumerate(part.to_pylist(), start)
-            ]
-            if waiting:
-                yield [future.result() for future in waiting]
-            waiting = following
-        yield [future.result() for future in waiting]
+        yield from ahead(
+            list(
+                threads.map(
+                    _fetch, part.to_pylist(), [number in replaced for number in range(start, start + len(part))]
+                )
+            )
+            for start, part in _chunks(table)
+        )
 
 
 def _chunks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
@@ -224,3 +241,55 @@ def _fetch(row: dict[str, Any], replaced: bool) -> PoolRow:
 def rows_of(files: Sequence[PoolFile]) -> int:
     """Images; of one that was replaced in place only the last."""
     return sum(file.rows - len(file.replaced) for file in files)
+
+
+# ---- Files of pseudo-masks
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """What a stage must know of a file of pseudo-masks before it reads it; see FileReport. `images`: predicted ones;
+    `agreement`: how many of them have each of the 256 values, empty where none was measured."""
+
+    file: str
+    images: int
+    max_height: int
+    max_width: int
+    labelled_ids: tuple[str, ...]
+    agreement: tuple[int, ...] = ()
+
+    def images_of(self, least: int) -> int:
+        """Those that agree so much at least."""
+        return sum(self.agreement[least:]) if least > 0 else self.images
+
+
+def least_agreement(index: Sequence[IndexRow], share: float) -> int:
+    """The agreement, in 255ths, that at least this share of the images have; 0 lets in all."""
+    if share == 1:
+        return 0
+    measured = (row.agreement for row in index if row.agreement)  # a file without a usable image has none
+    counts = [sum(values) for values in zip(*measured, strict=True)]
+    wanted, found, least = share * sum(counts), 0, len(counts)
+    while found < wanted:
+        least -= 1
+        found += counts[least]
+    return least
+
+
+def pseudo_mask_uri(folder: str, file: PoolFile) -> str:
+    """Where the pseudo-masks of an image file lie."""
+    return storage.join(folder, file.name)
+
+
+def write_index(folder: str, rows: Sequence[IndexRow]) -> None:
+    storage.write_table(
+        storage.join(folder, INDEX_NAME), pa.Table.from_pylist([asdict(row) for row in rows], INDEX_SCHEMA)
+    )
+
+
+def read_index(folder: str) -> list[IndexRow]:
+    """The index of a finished set, in the order of its pool's files. Raises FileNotFoundError where there is none."""
+    rows = storage.read_table(storage.join(folder, INDEX_NAME)).to_pylist()
+    return [
+        IndexRow(**row | {name: tuple(row.get(name) or ()) for name in ("labelled_ids", "agreement")}) for row in rows
+    ]

@@ -11,8 +11,7 @@ import numpy as np
 from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.headers import BadImage
-from threestage.data.pool import PoolFile, read_pool_rows
-from threestage.data.pseudo_mask_files import pseudo_mask_uri
+from threestage.data.pool import PoolFile, pseudo_mask_uri, read_pool_rows
 from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
 from threestage.data.rejects import Reject
 from threestage.errors import InputError

@@ -14,8 +14,7 @@ from threestage.augment.views import Extent
 from threestage.data import storage
 from threestage.data.batches import Batch, share_of
 from threestage.data.datasets import pool_canvas
-from threestage.data.pool import load_pool
-from threestage.data.pseudo_mask_files import least_agreement, read_index
+from threestage.data.pool import least_agreement, load_pool, read_index
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.pool_reader import BLOCK_BYTES, Arrays, FileReader
 from threestage.run.stages import StageTask

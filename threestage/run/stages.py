@@ -26,8 +26,7 @@ from threestage.data.batches import (
     share_of,
 )
 from threestage.data.datasets import labelled_set, pool_canvas, pool_set, validation_set
-from threestage.data.pool import load_pool
-from threestage.data.pseudo_mask_files import least_agreement, read_index
+from threestage.data.pool import least_agreement, load_pool, read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.split import Split

@@ -17,8 +17,7 @@ from tests.runs import run_local
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.datasets import pool_set
-from threestage.data.pool import load_pool
-from threestage.data.pseudo_mask_files import IndexRow, least_agreement, read_index
+from threestage.data.pool import IndexRow, least_agreement, load_pool, read_index
 from threestage.data.records import decode_image, decode_mask
 from threestage.models.export import HALFWAY_MODEL, load_model, save_model
 from threestage.prediction.pseudo_masks import agreement

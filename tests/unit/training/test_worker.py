@@ -8,8 +8,7 @@ import torch
 
 from threestage.config import load
 from threestage.data.batches import SampleSet
-from threestage.data.pool import PoolFile, data_set_files
-from threestage.data.pseudo_mask_files import pseudo_mask_uri
+from threestage.data.pool import PoolFile, data_set_files, pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
 from threestage.data.samples import samples_of
 from threestage.data.storage import read_table
