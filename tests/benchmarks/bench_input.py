@@ -74,7 +74,7 @@ def prepare(jpegs: Path, root: str, out: str) -> Any:
     from threestage.data.split import Split
     from threestage.models.network import build_network
     from threestage.models.settings import NetworkSettings
-    from threestage.prediction.pool_prediction import predict_file
+    from threestage.prediction.pool_prediction import predict_files
     from threestage.prediction.pseudo_masks import PoolTask, gather
     from threestage.run.stages import StageTask
 
@@ -85,7 +85,7 @@ def prepare(jpegs: Path, root: str, out: str) -> Any:
         destination=f"{out}/pseudo_masks1", model_digest="random", num_classes=11, downscale=1, batch_size=8,
         max_image_pixels=10**8, used_ids=frozenset(), excluded_ids=frozenset(),
     )  # fmt: skip
-    gather(task, files, (predict_file(network.eval(), task, file, torch.device("cpu")) for file in files), 0.0)
+    gather(task, files, predict_files(network.eval(), task, files, torch.device("cpu")), 0.0)
     write_pool(f"{out}/pool.parquet", files, None)
     config = tiny_config(
         Path(root), stage2__unlabelled_batch=BATCH, stage2__steps=10_000, augment__crop_size=[CROP] * 2

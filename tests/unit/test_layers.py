@@ -20,7 +20,7 @@ LAYERS = tuple(
         "models",
         "training prediction",
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
-        "mlflow_sync.records prediction.output report.terminal_tables",
+        "mlflow_sync.records report.terminal_tables",
         "mlflow_sync report.scores report.seed_summary prediction.predict sweeps.journal sweeps.space",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",

@@ -4,7 +4,6 @@ prefix, which are listed first; a data set of `threestage ingest`; or Parquet fi
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, chain, repeat
 from typing import Literal
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from threestage.data import safe_walk, storage
 from threestage.data.listing import Each, first_image, holds_data_set, is_image_file, list_images
 from threestage.data.pairs import IMAGE_SUFFIXES
+from threestage.data.parallel import map_ahead
 from threestage.data.parquet import Damaged, ForeignParquet, RowGroup, is_bytes, read_own_groups, shown
 from threestage.data.pool import (
     CHUNK_BYTES,
@@ -103,9 +103,8 @@ def plan_parts(source: str, kind: Kind, listing: str, rows_per_part: int, each: 
         files = [file for file in load_manifest(source).files if file.kind == "images"]
         parts = [Part(uri=storage.join(source, file.path), rows=file.rows, digest=file.digest) for file in files]
     else:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            found = pool.map(partial(_parts_of, rows_per_part), _parquet_files(source))
-            parts = [part for parts in found for part in parts]
+        found = map_ahead(partial(_parts_of, rows_per_part), _parquet_files(source), FETCH_THREADS)
+        parts = list(chain.from_iterable(found))
     if not parts:
         raise InputError(f"{source}: it holds no row; give another input", "predict/empty-input")
     if all(part.problem is not None for part in parts):
@@ -247,8 +246,7 @@ def crowded_names(
     written: Written = {}
     while True:
         hashes = partial(_name_hashes, source, kind, crowded, written)
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            found = list(pool.map(hashes, _by_file(parts)))
+        found = list(map_ahead(hashes, _by_file(parts), FETCH_THREADS))
         folders = frozenset().union(*(folders for _, folders in found))
         names, counts = np.unique(np.concatenate([names for names, _ in found]), return_counts=True)
         clash = frozenset(names[counts > 1].tolist()) | folders.intersection(names.tolist() if folders else ())

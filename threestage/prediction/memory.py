@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     share = min(1.0, torch.get_num_threads() / len(os.sched_getaffinity(0)))
-    return int(share * min(_free_of_machine(), _free_of_container(), _free_of_process()))
+    return int(share * min(_proc_bytes("meminfo", "MemAvailable"), _free_of_container(), _free_of_process()))
 
 
 def _probe(ask: Ask, device: torch.device, side: int) -> int:
@@ -66,62 +67,52 @@ def _probe(ask: Ask, device: torch.device, side: int) -> int:
         ask(image)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _resident_peak() as taken:
-        ask(image)
-    return taken[0]
+    return _resident_growth(lambda: ask(image))
 
 
-class _resident_peak:
-    """A context that gives by how much this process's resident memory grew at its peak, in bytes: as the kernel counts it, or,
-    where that cannot be reset, by looking every millisecond."""
+def _resident_growth(action: Callable[[], object]) -> int:
+    """By how much this process's resident memory grows at its peak, in bytes: as the kernel counts it, or, where that cannot be
+    reset, by looking every millisecond."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that is kept would be used, and not grow
+    try:
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+        before = _proc_bytes("self/status", "VmRSS")
+    except (OSError, KeyError):
+        return _watched_growth(action)
+    action()
+    return _proc_bytes("self/status", "VmHWM") - before
 
-    def __enter__(self) -> list[int]:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that is kept would be used, and not grow
-        self._taken = [0]
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+
+def _watched_growth(action: Callable[[], object]) -> int:
+    before, ended = _resident_bytes(), threading.Event()
+
+    def watch() -> int:
+        peak = _resident_bytes()
+        while not ended.wait(0.001):
+            peak = max(peak, _resident_bytes())
+        return peak
+
+    with ThreadPoolExecutor(1) as thread:
+        peak = thread.submit(watch)
         try:
-            Path("/proc/self/clear_refs").write_text(RESET_PEAK)
-            self._before = _status_bytes("VmRSS")
-        except (OSError, KeyError):
-            self._before = _resident_bytes()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self._taken
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is None:
-            self._taken[0] = _status_bytes("VmHWM") - self._before
-            return
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self._taken[0] = max(self._taken[0], _resident_bytes() - self._before)
-            if self._ended.wait(0.001):
-                return
+            action()
+        finally:
+            ended.set()
+    return peak.result() - before
 
 
-def _status_bytes(name: str) -> int:
-    """VmRSS: what is resident now; VmHWM: the most that was since the peak was reset. KeyError where the system has neither."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int({key: value for key, _, value in (line.partition(":") for line in lines)}[name].split()[0]) * 1024
+def _proc_bytes(file: str, name: str) -> int:
+    """A number of kB below /proc. In self/status, VmRSS: what is resident now; VmHWM: the most that was since the peak was
+    reset. KeyError where the system has none."""
+    lines = (line.partition(":") for line in Path("/proc", file).read_text().splitlines())
+    return int({key: value for key, _, value in lines}[name].split()[0]) * 1024
 
 
 def _resident_bytes() -> int:
     """Of this process, less files that are mapped, such as code."""
     _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
     return (int(resident) - int(shared)) * resource.getpagesize()
-
-
-def _free_of_machine() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _free_of_container() -> float:

@@ -11,10 +11,8 @@ What waits between them is bounded, so memory depends neither on the length of a
 are a function of a file's rows alone: a file predicted again is the same to the bit on the same machine.
 """
 
-import struct
-import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -32,9 +30,8 @@ from threestage.data import storage
 from threestage.data.datasets import unpacked
 from threestage.data.headers import BadImage
 from threestage.data.parallel import ahead
-from threestage.data.pool import PoolFile, PoolRow, read_pool_rows
-from threestage.data.pseudo_mask_files import AGREEMENT, PSEUDO_MASK_SCHEMA, pseudo_mask_uri
-from threestage.data.records import DECODER_ERRORS, decoder_complaint
+from threestage.data.pool import AGREEMENT, PSEUDO_MASK_SCHEMA, PoolFile, PoolRow, pseudo_mask_uri, read_pool_rows
+from threestage.data.records import DECODER_ERRORS, decoder_complaint, encode_mask
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.models.export import load_model
@@ -62,8 +59,6 @@ WAITING_BYTES = 256 * 2**20
 WAITING_ROWS = 256
 BATCHES_IN_FLIGHT = 2
 UNPUBLISHED_FILES = 4
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_UP_FILTER = 2
 Encoded = tuple[bytes | str | int | None, ...]  # a row's columns after its id
 
 
@@ -81,6 +76,8 @@ class PredictionWriter:
     schema = PSEUDO_MASK_SCHEMA
     protocol = TTASettings()
     precision = "auto"
+    other: nn.Module | None = None
+    """A network with whose predictions these are compared: the last column of the schema."""
     writers = 0
     """Threads that encode, where that waits for a store; 0: those that decode."""
 
@@ -96,45 +93,20 @@ class PredictionWriter:
         """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
         return predict(network, pixels)
 
-    def agreement(self, class_ids: Tensor, ask: Callable[[nn.Module], tuple[Tensor, Tensor, Tensor]]) -> Tensor | None:
-        """(N,) uint8, the last column of the schema, where there is something to compare the predictions with.
-
-        `ask`: predicts the same images with another network.
-        """
-        return None
-
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted. Raises Unwritable
         where that costs the image only."""
-        return encode_class_ids(class_ids), confidence.tobytes()
-
-
-class AgreementWriter(PredictionWriter):
-    """Pseudo-masks, and how much each agrees with that of another network."""
-
-    schema = PSEUDO_MASK_SCHEMA.append(AGREEMENT)
-
-    def __init__(self, other: nn.Module, num_classes: int) -> None:
-        self._other, self._num_classes = other, num_classes
-
-    def agreement(self, class_ids: Tensor, ask: Callable[[nn.Module], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        return agreement(class_ids, ask(self._other)[0], self._num_classes)
+        return encode_mask(class_ids, fast=True), confidence.tobytes()
 
 
 def pseudo_masks_of(task: PoolTask, device: torch.device) -> PredictionWriter:
     """What a task makes of the pool."""
-    halfway = task.halfway_model
-    product = (
-        PredictionWriter() if halfway is None else AgreementWriter(load_model(halfway)[0].to(device), task.num_classes)
-    )
+    product = PredictionWriter()
     product.precision = task.precision
+    if task.halfway_model is not None:
+        product.schema = PSEUDO_MASK_SCHEMA.append(AGREEMENT)
+        product.other = load_model(task.halfway_model)[0].to(device)
     return product
-
-
-def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:
-    """Predict one file; see `predict_files`."""
-    (report,) = predict_files(network, task, [file], device)
-    return report
 
 
 def predict_files(
@@ -380,7 +352,10 @@ class _Predictor:
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         pixels = pixels.permute(0, 3, 1, 2)
         class_ids, confidence, entropy = self._classes(pixels, most_pixels)
-        agreed = self._product.agreement(class_ids, lambda other: self._classes(pixels, most_pixels, other))
+        agreed: Tensor | None = None
+        if self._product.other is not None:
+            others = self._classes(pixels, most_pixels, self._product.other)[0]
+            agreed = agreement(class_ids, others, self._task.num_classes)
         masks = [image.mask for image in batch]
         sums = pixel_statistics(class_ids, confidence, entropy, masks, self._task.num_classes)
         if agreed is not None:
@@ -415,14 +390,23 @@ class _Job:
         self._writer = writer
         self._positions = 0
         self._settled: dict[int, tuple[str, Future[Encoded] | None]] = {}  # those that have not left
-        self._left = self._complete = 0  # the rows before have left; the rows before are settled
+        self._left = 0  # how many rows have
         self._writes: list[Future[None]] = []
-        self._predicted: list[_Summary] = []
+        self._predicted: list[tuple[int, str, int, int]] = []  # position, image id, height and width
         self._sums: list[Future[np.ndarray]] = []
         self._rejects: list[tuple[int, Reject]] = []
         self._unwritten: set[int] = set()
         self._in_windows = 0
-        self._parquet = _ParquetFile(product.schema)
+        self._sink = pa.BufferOutputStream()
+        # without its schema, whose metadata readers would see instead of what is added at the end
+        self._parquet = pq.ParquetWriter(
+            self._sink,
+            product.schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            store_schema=False,
+        )
         self.stored = stored_report(self._uri, self._digest)
 
     def next_position(self) -> int:
@@ -451,14 +435,12 @@ class _Job:
         self._in_windows += len(batch) * in_windows
         for image, result in zip(batch, encoded, strict=True):
             height, width = image.pixels.shape[:2]
-            self._predicted.append(_Summary(image.position, image.row.image_id, height, width))
+            self._predicted.append((image.position, image.row.image_id, height, width))
             self._complete_image(image, result)
 
     def _complete_image(self, image: _Image, result: Future[Encoded] | None) -> None:
         self._settled[image.position] = (image.row.image_id, result)
-        while self._complete in self._settled:
-            self._complete += 1
-        while self._complete - self._left >= storage.ROW_GROUP_ROWS:
+        while all(self._left + row in self._settled for row in range(storage.ROW_GROUP_ROWS)):
             self._send(storage.ROW_GROUP_ROWS)
 
     def _send(self, rows: int) -> None:
@@ -468,19 +450,21 @@ class _Job:
 
     def _write(self, first: int, group: list[tuple[str, Future[Encoded] | None]]) -> None:
         """Add a row group, when all of it is encoded."""
-        rows = list[tuple[str, Encoded | None]]()
+        rows = list[dict[str, object]]()
         for position, (image_id, result) in enumerate(group, first):
+            encoded: Encoded = ()
             try:
-                rows.append((image_id, None if result is None else result.result()))
+                encoded = () if result is None else result.result()
             except Unwritable as error:
-                rows.append((image_id, None))
                 self._unwritten.add(position)
                 self._rejects.append((position, error.reject))
-        self._parquet.write(rows)
+            rows.append(dict(zip(self._parquet.schema.names, (image_id, *encoded), strict=False)))
+        self._parquet.write_table(pa.Table.from_pylist(rows, self._parquet.schema))
 
     def send_rest(self) -> None:
-        if self._complete > self._left:
-            self._send(self._complete - self._left)
+        """Once all rows are settled."""
+        if self._settled:
+            self._send(len(self._settled))
 
     def publish(self) -> FileReport:
         """The report, of the file published now or found."""
@@ -489,89 +473,21 @@ class _Job:
         for write in self._writes:
             write.result()
         report = self._report()
-        metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest}
-        storage.write_bytes(self._uri, self._parquet.close(metadata))
+        self._parquet.add_key_value_metadata({REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest})
+        self._parquet.close()
+        storage.write_bytes(self._uri, self._sink.getvalue())
         return report
 
     def _report(self) -> FileReport:
-        predicted = sorted(image for image in self._predicted if image.position not in self._unwritten)
-        number = self._task.num_classes
+        predicted = sorted(image for image in self._predicted if image[0] not in self._unwritten)
+        ids = (image_id for _, image_id, *_ in predicted if self._file.own)
         sums = [part.result() for part in self._sums]
         return FileReport(
             file=self._file.name,
-            statistics=Statistics.of(len(predicted), len(self._rejects), sums, number),
+            statistics=Statistics.of(len(predicted), len(self._rejects), sums, self._task.num_classes),
             in_windows=self._in_windows,
-            max_height=max((image.height for image in predicted), default=0),
-            max_width=max((image.width for image in predicted), default=0),
-            labelled_ids=tuple(
-                image.image_id for image in predicted if self._file.own and image.image_id in self._task.used_ids
-            ),
+            max_height=max((height for *_, height, _ in predicted), default=0),
+            max_width=max((width for *_, width in predicted), default=0),
+            labelled_ids=tuple(image_id for image_id in ids if image_id in self._task.used_ids),
             rejects=tuple(reject for _, reject in sorted(self._rejects, key=itemgetter(0))),
         )
-
-
-@dataclass(frozen=True, order=True)
-class _Summary:
-    """A predicted image."""
-
-    position: int
-    image_id: str
-    height: int
-    width: int
-
-
-class _ParquetFile:
-    """A Parquet file, compressed as its row groups come."""
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._sink = pa.BufferOutputStream()
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, rows: list[tuple[str, Encoded | None]]) -> None:
-        """Add a row group of ids and what belongs to them."""
-        nothing = (None,) * (len(self._schema) - 1)
-        results = [result or nothing for _, result in rows]
-        columns = [[image_id for image_id, _ in rows], *zip(*results, strict=True)]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
-        self._open().write_table(pa.table(arrays, self._schema))
-
-    def close(self, metadata: dict[bytes, str]) -> pa.Buffer:
-        """The whole file."""
-        self._open().add_key_value_metadata(metadata)
-        self._open().close()
-        return self._sink.getvalue()
-
-    def _open(self) -> pq.ParquetWriter:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._sink,
-                self._schema,
-                compression="zstd",
-                use_dictionary=False,
-                write_statistics=False,
-                store_schema=False,  # with it, readers see its metadata instead of what is added at the end
-            )
-        return self._writer
-
-
-def encode_class_ids(class_ids: np.ndarray) -> bytes:
-    """PNG of uint8 (H,W) class ids: every row as its difference from the one above, run lengths only.
-
-    On predictions of CamVid's size 0.3 ms and 3.2 kB, where PIL takes 1.3 ms and 3.6 kB.
-    """
-    height, width = class_ids.shape
-    rows = np.empty((height, width + 1), np.uint8)
-    rows[:, 0] = PNG_UP_FILTER
-    rows[0, 1:] = class_ids[0]
-    np.subtract(class_ids[1:], class_ids[:-1], out=rows[1:, 1:])
-    compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    content = compressor.compress(rows.data) + compressor.flush()
-    return b"".join(
-        [PNG_SIGNATURE, _png_chunk(b"IHDR", header), _png_chunk(b"IDAT", content), _png_chunk(b"IEND", b"")]
-    )
-
-
-def _png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))

@@ -1,47 +1,64 @@
-"""A model over many images, from any input into one folder: what is done is kept, so the same command goes on.
+"""A model over many images, from any input into one folder: what is done is kept, so the same command continues.
 
 OUTPUT/prediction.json   the model and the settings that made it; others are refused
 OUTPUT/listing/          the listing of an input of image files
 OUTPUT/rejects.parquet   images that could not be used, and why
-OUTPUT/masks/, parts/ …  see threestage.prediction.output
+
+format png                                     format parquet
+OUTPUT/masks/NAME.png       palette, class ids
+OUTPUT/overlays/NAME.jpg    the image under the colours
+OUTPUT/confidence/NAME.png  grey, 255 = 1
+OUTPUT/parts/PART.parquet   image_id, file     OUTPUT/parts/PART.parquet   image_id, mask, confidence
+
+Masks and confidences have the size of the image as it was given. A part's Parquet file is written last: its footer holds
+the part's report and a digest of all that decides what its predictions are, so a rerun knows what is done.
 """
 
+import errno
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 from pydantic import Field
+from torch import Tensor, nn
 
 from threestage.allocator import disable_malloc_trim
 from threestage.config import STAGES
 from threestage.data import storage
 from threestage.data.formats import passed_over
-from threestage.data.listing import Each, in_threads, suffixes_passed_over
+from threestage.data.listing import Each, suffixes_passed_over
 from threestage.data.outputs import PREDICTIONS, claim
-from threestage.data.pool import rows_of
+from threestage.data.palette import palette_png
+from threestage.data.parallel import map_ahead
+from threestage.data.pool import PoolFile, PoolRow, rows_of
+from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, decode_image, encode_mask
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError, StageFailure
+from threestage.evaluation import BATCH
 from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
-from threestage.models.network import Network
-from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, plan_parts
-from threestage.prediction.output import (
-    PARTS_FOLDER,
-    Format,
-    Predictions,
-    PredictionTask,
-    names_written,
-    part_uri,
-    without_replaced,
+from threestage.models.network import Network, size_multiple
+from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, output_name, plan_parts, read_part
+from threestage.prediction.pool_prediction import Encoded, PredictionWriter, Unwritable, predict_files
+from threestage.prediction.pseudo_masks import (
+    REJECTS_NAME,
+    REPORT_KEY,
+    FileReport,
+    PoolTask,
+    file_digest,
+    stored_report,
 )
-from threestage.prediction.pool_prediction import predict_files
-from threestage.prediction.pseudo_masks import REJECTS_NAME, FileReport, file_digest, stored_report
-from threestage.prediction.tta import TTASettings, check_protocol
+from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
+from threestage.report.terminal_tables import overlay
 from threestage.run_folder.reuse import resolve_part
 from threestage.settings import Settings
 from threestage.training.worker import default_device
@@ -51,9 +68,39 @@ RECORD_NAME = "prediction.json"
 RECORD_FORMAT = 1
 WORDS_KEY = "protocol_in_words"
 READERS = 16
+PARTS_FOLDER = "parts"
+MASKS, MASK_SUFFIX = "masks/", ".png"
+FILES_SCHEMA = pa.schema([("image_id", pa.string()), ("file", pa.string())])
+ROWS_SCHEMA = pa.schema([("image_id", pa.string()), ("mask", pa.binary()), ("confidence", pa.binary())])
+JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP, errno.EILSEQ)
+"""Of one file; after others, such as ENOSPC, no file can be written."""
+WRITERS = 16  # a put takes an object store tens of milliseconds
 
+Format = Literal["png", "parquet"]
 ModelFiles = Mapping[str, bytes]
 """The files of a model's folder."""
+
+
+class PredictionTask(PoolTask):
+    """What is needed to predict any part of the input, on any machine, as plain JSON. `crowded`: see `crowded_names`."""
+
+    source: str
+    kind: Kind
+    protocol: TTASettings
+    format: Format
+    overlays: bool
+    confidences: bool
+    crowded: frozenset[int] = frozenset()
+    batch_size: int = BATCH
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    used_ids: frozenset[str] = frozenset()
+    excluded_ids: frozenset[str] = frozenset()
+
+    def digest(self) -> str:
+        decisive = self.model_dump_json(include={"protocol", "format", "overlays", "confidences"})
+        return hashlib.sha256(f"{super().digest()}/{decisive}".encode()).hexdigest()
+
 
 Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Iterator[FileReport]]
 """Predicts parts anywhere; their reports in any order."""
@@ -146,7 +193,7 @@ def predict_input(
     settings: PredictSettings,
     show: Callable[[int, int], None] = lambda done, total: None,
     run: Run = predict_here,
-    each: Each = in_threads,
+    each: Each = map_ahead,
 ) -> PredictReport:
     """Predict every image of an input into the folder `out`; parts that are done are kept.
 
@@ -175,7 +222,9 @@ def predict_input(
     write_record()
     task = _task(model, card, source, out, settings, kind)
     if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
-        crowded = crowded_names(parts, source, kind, lambda: dict(_named(task, parts)))
+        crowded = crowded_names(
+            parts, source, kind, lambda: {part.name: _names_written(task, part) for part, _ in _done(task, parts)}
+        )
         task = task.model_copy(update={"crowded": crowded})
     report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
     return report.model_copy(update={"warnings": tuple(warnings)})
@@ -251,7 +300,7 @@ def _gather(
             rejects.add(report.rejects)
             show(images + rejects.count, total)
 
-    for report in _stored(task, parts):
+    for report in map_ahead(lambda found: _without_replaced(task, *found), _done(task, parts), READERS):
         take(report)
     kept = images
     if missing:
@@ -273,27 +322,127 @@ def _gather(
     )
 
 
-def _stored(task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
-    """The reports of the parts that are done, less the images that were replaced since."""
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(lambda found: without_replaced(task, *found), _done(task, parts))
-
-
-def _named(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[str, list[str]]]:
-    for done, _ in _done(task, parts):
-        yield done.name, names_written(task, done)
-
-
 def _done(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[Part, FileReport]]:
     """The parts that are done, and the reports in the footers of their files."""
     there = set(storage.list_files(storage.join(task.destination, PARTS_FOLDER)))
     digest = task.digest()
-    done = [part for part in parts if part_uri(task, part) in there]
+    done = [part for part in parts if _part_uri(task, part) in there]
+    reports = map_ahead(lambda part: stored_report(_part_uri(task, part), file_digest(digest, part)), done, READERS)
+    return ((part, report) for part, report in zip(done, reports, strict=True) if report is not None)
 
-    def report_of(part: Part) -> FileReport | None:
-        return stored_report(part_uri(task, part), file_digest(digest, part))
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for part, report in zip(done, pool.map(report_of, done), strict=True):
-            if report is not None:
-                yield part, report
+# ---- What is written of a part
+
+
+def _part_uri(task: PoolTask, file: PoolFile) -> str:
+    """Where the Parquet file of a part lies."""
+    return storage.join(task.destination, PARTS_FOLDER, file.name)
+
+
+def _names_written(task: PredictionTask, part: Part) -> list[str]:
+    """The names of the masks of a part that is done, less those of images that were replaced since."""
+    files = storage.read_table(_part_uri(task, part), ["file"]).column("file").to_pylist()
+    replaced = frozenset(part.replaced)
+    return [
+        file.removeprefix(MASKS).removesuffix(MASK_SUFFIX)
+        for row, file in enumerate(files)
+        if file is not None and row not in replaced
+    ]
+
+
+def _without_replaced(task: PredictionTask, part: Part, report: FileReport) -> FileReport:
+    """Empty the rows of a part whose images were replaced since they were predicted: another part has them now."""
+    images = part.rows - len(part.replaced) - len(report.rejects)
+    if not part.replaced or report.statistics.images == images:
+        return report
+    uri, sources = _part_uri(task, part), storage.read_table(part.uri, ["image_uri"]).column("image_uri")
+    gone = {sources[row].as_py() for row in part.replaced}
+    rejects = tuple(reject for reject in report.rejects if reject.source not in gone)
+    counts = {"images": part.rows - len(gone) - len(rejects), "unreadable": len(rejects)}
+    statistics = report.statistics.model_copy(update=counts)
+    report = report.model_copy(update={"statistics": statistics, "rejects": rejects})
+    table = storage.read_table(uri)
+    kept = pa.array([row not in part.replaced for row in range(part.rows)])
+    for number, name in enumerate(table.column_names[1:], 1):
+        table = table.set_column(number, name, pc.if_else(kept, table.column(name), None))
+    metadata = (table.schema.metadata or {}) | {REPORT_KEY: report.model_dump_json().encode()}
+    storage.write_table(uri, table.replace_schema_metadata(metadata))
+    return report
+
+
+class Predictions(PredictionWriter):
+    """Masks of images, in the format of the task."""
+
+    precision = "float32"  # as in an evaluation
+    writers = WRITERS
+
+    def __init__(self, task: PredictionTask, card: ModelCard) -> None:
+        self._task = task
+        self.protocol = task.protocol
+        self._card = card
+        self._multiple = size_multiple(card.network)
+        self.schema = FILES_SCHEMA if task.format == "png" else ROWS_SCHEMA
+
+    def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
+        assert isinstance(file, Part)
+        return read_part(self._task.source, file)
+
+    def uri(self, task: PoolTask, file: PoolFile) -> str:
+        return _part_uri(task, file)
+
+    def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return predict_with_tta(network, pixels, self._task.protocol, self._multiple)
+
+    def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
+        """Writes the image's files in format png."""
+        if self._task.downscale > 1:
+            pixels = decode_image(row.image, self._task.max_image_pixels)
+        mask, sure = (_enlarged(values, self._task.downscale, pixels.shape) for values in (class_ids, confidence))
+        if self._task.format == "parquet":
+            return encode_mask(mask, fast=True), sure.tobytes() if self._task.confidences else None
+        return (self._write(row, pixels, mask, sure),)
+
+    def _write(self, row: PoolRow, pixels: np.ndarray, mask: np.ndarray, confidence: np.ndarray) -> str:
+        """The mask's path below the output."""
+        task, name = self._task, output_name(row, self._task.source, self._task.kind, self._task.crowded)
+        file = f"{MASKS}{name}{MASK_SUFFIX}"
+        colours = self._card.colours
+        contents: dict[str, Callable[[], bytes]] = {file: lambda: palette_png(mask, colours)}
+        if task.confidences:
+            contents[f"confidence/{name}.png"] = lambda: encode_mask(confidence)
+        if task.overlays:
+            contents[f"overlays/{name}.jpg"] = lambda: _jpeg(overlay(*_for_jpeg(pixels, mask), colours))
+        for path, encode in contents.items():
+            try:
+                content = encode()
+            except (*DECODER_ERRORS, MemoryError) as error:
+                raise Unwritable(
+                    row, f"its {path.split('/')[0]} cannot be encoded: {error} [predict/not-written]"
+                ) from None
+            try:
+                storage.write_bytes(storage.join(task.destination, path), content)
+            except OSError as error:
+                if error.errno not in NAME_ERRORS:
+                    raise
+                raise Unwritable(row, f"{path} cannot be written: {error.strerror} [predict/not-written]") from None
+        return file
+
+
+def _enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:
+    """(h,w) at the size (H,W,…): each value is its block's, the last ones also the ragged rest's (`downscale_image`)."""
+    if factor == 1:
+        return values
+    whole = values.repeat(factor, 0).repeat(factor, 1)
+    return np.pad(whole, [(0, long - short) for long, short in zip(size, whole.shape, strict=False)], mode="edge")
+
+
+def _for_jpeg(pixels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th row and column of an image whose sides are too long for a JPEG."""
+    step = -(-max(mask.shape) // JPEG_SIDE)
+    return pixels[::step, ::step], mask[::step, ::step]
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="JPEG", quality=90)
+    return stream.getvalue()

@@ -21,8 +21,7 @@ from typing_extensions import TypedDict
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.data.pool import PoolFile, rows_of
-from threestage.data.pseudo_mask_files import IndexRow, write_index
+from threestage.data.pool import IndexRow, PoolFile, rows_of, write_index
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.settings import Settings

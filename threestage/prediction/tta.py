@@ -6,7 +6,8 @@ are averaged at the image's size. Images are scaled as training scales them: bil
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from types import EllipsisType
 from typing import Annotated
@@ -125,7 +126,9 @@ def predict_in_windows(
         protocol = protocol.model_copy(update={"window": fitting_window(size, multiple, most_pixels), "stride": None})
     class_ids = image.new_empty((len(image), *size))
     confidence, entropy = (image.new_empty(class_ids.shape, dtype=torch.float32) for _ in range(2))
-    for place, scores in _bands(network, image, protocol, multiple):
+    score = partial(_window_scores, network, protocol=protocol, multiple=multiple)
+    for place, scores in _bands(score, image, protocol, 0 if size[0] >= size[1] else 1):  # bands across the longer side
+        scores = scores if protocol.single_view else scores.log()
         class_ids[place], confidence[place], entropy[place] = class_confidence_entropy(scores)
     return class_ids, confidence, entropy
 
@@ -144,19 +147,19 @@ def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tu
 
 
 def _bands(
-    network: nn.Module, image: Tensor, protocol: TTASettings, multiple: int
+    score: Callable[[Tensor], Tensor], image: Tensor, protocol: TTASettings, long: int
 ) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
-    """Logits, or of several views log-probabilities, of bands side by side: where they are, and (N,C,h,w) of them."""
+    """The mean of the scores of the windows that cover a pixel, in bands that follow each other along the side `long` (0: the
+    height): where they are, and (N,C,h,w) of them. `score`: of a window, (N,C,h,w) float32."""
     assert protocol.window is not None
     size = (image.shape[-2], image.shape[-1])
     starts = [window_starts(*sides) for sides in zip(size, protocol.window, protocol.step, strict=True)]
-    long = 0 if size[0] >= size[1] else 1  # the side along which bands follow each other
     total: Tensor | None = None
     for start, following in zip(starts[long], [*starts[long][1:], size[long]], strict=True):
         band = slice(start, min(start + protocol.window[long], size[long]))
         for other in starts[1 - long]:
             across = slice(other, min(other + protocol.window[1 - long], size[1 - long]))
-            scores = _window_scores(network, image[_at(long, band, across)], protocol, multiple)
+            scores = score(image[_at(long, band, across)])
             if total is None:
                 sides = [0, 0]
                 sides[long], sides[1 - long] = band.stop - start, size[1 - long]
@@ -166,8 +169,7 @@ def _bands(
             count[place[1:]] += 1
         assert total is not None
         done = _at(long, slice(0, following - start), slice(None))
-        averaged = total[done] / count[done[1:]]
-        yield _at(long, slice(start, following), slice(None)), averaged if protocol.single_view else averaged.log()
+        yield _at(long, slice(start, following), slice(None)), total[done] / count[done[1:]]
         kept = _at(long, slice(following - start, None), slice(None))
         total, count = _moved(total, kept, long), _moved(count, kept[1:], long)
 
@@ -230,22 +232,17 @@ def _resize(value: Tensor, size: tuple[int, int]) -> Tensor:
 def window_logits(network: nn.Module, image: Tensor, protocol: TTASettings) -> Tensor:
     """Logits (N,C,H,W) of images (N,3,H,W) float in [0,1]: of the whole, or the mean of the windows that cover a pixel.
 
-    Memory: that of one window, and the logits once more.
+    Memory: that of a band of windows, and the logits once more.
     """
     size = (image.shape[-2], image.shape[-1])
-    height, width = protocol.window or size
-    corners = list(product(*map(window_starts, size, (height, width), protocol.step)))
-    if len(corners) == 1:
+    if protocol.window is None or all(side <= window for side, window in zip(size, protocol.window, strict=True)):
         return network(image)[0]
-    total, count = None, image.new_zeros(size)
-    for top, left in corners:
-        place = (..., slice(top, top + height), slice(left, left + width))
-        logits = network(image[place])[0].float()
-        total = logits.new_zeros((*logits.shape[:2], *size)) if total is None else total
-        total[place] += logits
-        count[place] += 1
-    assert total is not None
-    return total.div_(count)
+    logits: Tensor | None = None
+    for place, scores in _bands(lambda part: network(part)[0].float(), image, protocol, 0):
+        logits = scores.new_empty((*scores.shape[:2], *size)) if logits is None else logits
+        logits[place] = scores
+    assert logits is not None
+    return logits
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:

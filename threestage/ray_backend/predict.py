@@ -22,9 +22,15 @@ from threestage.data.pool import PoolFile
 from threestage.errors import Warn
 from threestage.models.export import load_model
 from threestage.prediction.input_parts import Part
-from threestage.prediction.output import Predictions, PredictionTask
 from threestage.prediction.pool_prediction import predict_files
-from threestage.prediction.predict import ModelFiles, PredictReport, PredictSettings, predict_input
+from threestage.prediction.predict import (
+    ModelFiles,
+    Predictions,
+    PredictionTask,
+    PredictReport,
+    PredictSettings,
+    predict_input,
+)
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend.capacity import warn_of_folders
 from threestage.ray_backend.connect import connected_on_demand

@@ -38,7 +38,7 @@ class Holding(nn.Module):
 @pytest.mark.parametrize("counted_by", ["kernel", "looking"])
 def test_what_is_measured_is_within_a_factor(per_pixel: int, counted_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counted_by == "looking":  # which a short pass can escape on a busy machine
-        monkeypatch.setattr(memory, "_status_bytes", lambda name: {}[name])
+        monkeypatch.setattr(memory, "_proc_bytes", lambda file, name: {}[name])
         monkeypatch.setattr(Holding, "held_s", 0.02)
     for _ in range(2):  # also where freed memory is kept
         assert per_pixel / 1.5 <= bytes_per_pixel(Holding(per_pixel), CPU) / MARGIN <= per_pixel * 1.5
@@ -103,6 +103,6 @@ def test_what_the_device_cannot_hold_is_tried_in_smaller_windows(
     monkeypatch.setattr(pool_prediction, "LEAST_PIXELS", 16)
     file: PoolFile = by_value(tmp_path, [picture(0, (40, 50))])
     task: Any = task_for(tmp_path)
-    report = pool_prediction.predict_file(Small(), task, file, CPU)
+    (report,) = pool_prediction.predict_files(Small(), task, [file], CPU)
     assert (report.statistics.images, report.in_windows) == (1, 1)
     assert np.sum(report.statistics.class_pixels) == 2000

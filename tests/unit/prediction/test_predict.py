@@ -38,9 +38,9 @@ from threestage.prediction.input_parts import (
     read_part,
     safe_name,
 )
-from threestage.prediction.output import PredictionTask
 from threestage.prediction.predict import (
     ModelFiles,
+    PredictionTask,
     PredictReport,
     PredictSettings,
     network_of,
@@ -459,7 +459,7 @@ def test_one_image_that_cannot_be_written_costs_itself(
             raise ValueError("not today")
         return encode(mask, colours)
 
-    monkeypatch.setattr("threestage.prediction.output.palette_png", fails_at_one)
+    monkeypatch.setattr("threestage.prediction.predict.palette_png", fails_at_one)
     report = run(model, source, out, max_bad_fraction=0.5)
     assert (report.images, report.bad) == (3, 2)
     assert {Path(reject.source).name: reject.reason for reject in report.rejected} == {

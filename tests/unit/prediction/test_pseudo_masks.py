@@ -22,15 +22,13 @@ from tests.refusals import refused
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.datasets import static_void_mask, unpacked
-from threestage.data.parallel import ahead
-from threestage.data.pool import PoolFile
-from threestage.data.pseudo_mask_files import pseudo_mask_uri, read_index
+from threestage.data.pool import PoolFile, pseudo_mask_uri, read_index
 from threestage.data.records import RECORD_SCHEMA, decode_mask, encode_mask
 from threestage.data.rejects import Reject, read_rejects
 from threestage.data.samples import Sample
 from threestage.errors import StageFailure
 from threestage.prediction import pool_prediction
-from threestage.prediction.pool_prediction import encode_class_ids, predict_file, predict_files
+from threestage.prediction.pool_prediction import predict_files
 from threestage.prediction.pseudo_masks import (
     FileReport,
     PoolTask,
@@ -120,6 +118,11 @@ def task_for(folder: Path, **changes: Any) -> PoolTask:
         "excluded_ids": frozenset(),
     }
     return PoolTask(**settings | changes)
+
+
+def predict_file(network: nn.Module, task: PoolTask, file: PoolFile, device: torch.device) -> FileReport:
+    (report,) = predict_files(network, task, [file], device)
+    return report
 
 
 def written(task: PoolTask, file: PoolFile) -> list[dict[str, Any]]:
@@ -567,16 +570,4 @@ def test_measure_of_a_batch_is_the_sum_over_its_images() -> None:
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_class_ids_survive_their_png(height: int, width: int, seed: int) -> None:
     class_ids = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    assert np.array_equal(decode_mask(encode_class_ids(class_ids)), class_ids)
-
-
-def test_ahead_gives_all_and_passes_errors_on() -> None:
-    def failing() -> Iterator[int]:
-        yield from range(3)
-        raise OSError("disk gone")
-
-    items = ahead(failing())
-    assert [next(items) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="disk gone"):
-        next(items)
-    assert list(ahead(iter([]))) == []
+    assert np.array_equal(decode_mask(encode_mask(class_ids, fast=True)), class_ids)
