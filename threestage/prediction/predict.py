@@ -222,9 +222,7 @@ def predict_input(
     write_record()
     task = _task(model, card, source, out, settings, kind)
     if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
-        crowded = crowded_names(
-            parts, source, kind, lambda: {part.name: _names_written(task, part) for part, _ in _done(task, parts)}
-        )
+        crowded = crowded_names(parts, source, kind, partial(_names_kept, task, parts))
         task = task.model_copy(update={"crowded": crowded})
     report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
     return report.model_copy(update={"warnings": tuple(warnings)})
@@ -337,6 +335,10 @@ def _done(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[Part, F
 def _part_uri(task: PoolTask, file: PoolFile) -> str:
     """Where the Parquet file of a part lies."""
     return storage.join(task.destination, PARTS_FOLDER, file.name)
+
+
+def _names_kept(task: PredictionTask, parts: Sequence[Part]) -> dict[str, list[str]]:
+    return {part.name: _names_written(task, part) for part, _ in _done(task, parts)}
 
 
 def _names_written(task: PredictionTask, part: Part) -> list[str]:
