@@ -77,10 +77,11 @@ audit: .venv/installed  ## known holes in what is installed, where their databas
 	$(BIN)/python -m tests.audit
 
 unit: .venv/installed  ## without Ray, three at a time, since some wait
-	$(BIN)/python -m pytest -q -n 3 --dist loadscope -m "not integration and not slow"
+	$(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m "not integration and not slow" \
+		$(addprefix --ignore=tests/,integration faults fresh benchmarks)
 
 integration: .venv/installed  ## with Ray, one after the other
-	$(BIN)/python -m pytest -q -m "integration and not slow"
+	$(BIN)/python -m pytest -q -m "integration and not slow" tests/integration
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -49,7 +49,7 @@ def failing_s3(answers: Answer | Mapping[str, Answer]) -> Iterator[tuple[str, li
     seen: list[tuple[str, str]] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(answers, seen))
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", seen
     finally:

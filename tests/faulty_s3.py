@@ -34,7 +34,7 @@ def faulty_s3(endpoint: str) -> Iterator[tuple[str, Faults]]:
     faults = Faults()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(urlsplit(endpoint).netloc, faults))
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", faults
     finally:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tests.narrow_resnet import NAME as NARROW
 from threestage.models.network import Network, build_network
 from threestage.models.settings import NetworkSettings
 from threestage.training.checkpoint import TrainState
@@ -12,7 +13,7 @@ from threestage.training.ema import make_teacher
 from threestage.training.loop import make_scaler
 from threestage.training.step import StepInputs
 
-CLASSES, SIDE = 3, 32
+CLASSES, SIDE = 3, 16
 WEIGHTS = {"supervised_loss": 0.5, "consistency_loss": 0.25, "pseudo_mask_loss": 0.25}
 
 
@@ -42,7 +43,7 @@ class FixedSteps:
 
 def network() -> Network:
     """With frozen batch norm, whose statistics are as timm makes them."""
-    return build_network(NetworkSettings(encoder="test_resnet", dilations=(1, 2)), CLASSES, "branch", 0)
+    return build_network(NetworkSettings(encoder=NARROW, dilations=(1, 2)), CLASSES, "branch", 0)
 
 
 def new_state(student: nn.Module | None = None, precision: str = "float32") -> TrainState:

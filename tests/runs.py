@@ -1,5 +1,7 @@
 """Runs of the pipeline in this process and on Ray, without a lease, pictures or MLflow."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,3 +52,18 @@ def run_on_ray(
     on = RunCallbacks(on_metrics, warn)
     with on_cluster(config, str(out), on) as backend:
         return pipeline.run(config, str(out), backend, on, reuse)
+
+
+def copy_run(run: Path, to: Path, stages: int = 3) -> Path:
+    """A copy of a run of three stages that may be changed; with fewer `stages`, what such a run has when it is started again.
+    Weights are links."""
+    parts = {f"{part}{number}" for number in range(1, stages + 1) for part in ("stage", "pseudo_masks")}
+    kept = {"split.json", "pool.parquet", *parts}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return set(names) - kept if stages < 3 and Path(folder) == run else set()
+
+    def copy(source: str, target: str) -> None:
+        (os.link if source.endswith((".pt", ".safetensors")) else shutil.copy2)(source, target)
+
+    return Path(shutil.copytree(run, to, ignore=left_out, copy_function=copy))

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from tests.bad_inputs import BadInput, Ended, refused, threestage
-from tests.s3 import s3_server, variables
+from tests.failing_s3 import ERRORS, failing_s3
+from tests.s3 import variables
 
 CLASSES = """
 classes:
@@ -70,7 +71,7 @@ def google_cloud(folder: Path) -> str:
 
 
 def missing_bucket(folder: Path) -> str:
-    with s3_server() as endpoint, mock.patch.dict("os.environ", variables(endpoint)):
+    with failing_s3(ERRORS["bucket"]) as (endpoint, _), mock.patch.dict("os.environ", variables(endpoint)):
         ended = threestage("ingest", "s3://nobucket/photos", "data", "--format", "images", "--local")
     return f"{refused(ended)}, {'the bucket is named' if 'nobucket' in ended.err else ended.err}"
 

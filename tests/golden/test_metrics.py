@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
 from threestage.evaluation import summarise
 from threestage.training.metrics import (
@@ -19,6 +18,11 @@ from threestage.training.metrics import (
 
 
 def test_confusion_matrix_equals_torchmetrics() -> None:
+    from torchmetrics.functional.classification import (
+        multiclass_confusion_matrix,
+        multiclass_jaccard_index,
+    )  # takes 5 s
+
     random = torch.Generator().manual_seed(0)
     mask = torch.randint(0, 5, (3, 20, 30), generator=random)
     mask[torch.rand(mask.shape, generator=random) < 0.1] = 255

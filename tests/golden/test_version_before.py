@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-import tests.golden.version_before.encoder  # noqa: F401 - makes the folders' encoder known
+import tests.narrow_resnet  # noqa: F401 - makes the folders' encoder known
 from tests.golden.command_line import run_command, this_machine
 from tests.golden.version_before import PLACE, restored
 from tests.golden.version_before.without_ray import without_ray

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.s3 import variables
-from threestage.ray_backend.connect import leave
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +30,8 @@ def s3_root(s3_of_session: None, ray_cluster: None) -> str:
 @pytest.fixture(scope="session")
 def ray_cluster(s3_of_session: None) -> Iterator[None]:
     ray = pytest.importorskip("ray")
+    from threestage.ray_backend.connect import leave
+
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # so that a test need not wait for it

@@ -45,6 +45,10 @@ def test_everything_on_s3_with_two_workers(
     """Data set, unlabelled prefix, checkpoints, pseudo-masks, models and MLflow's artifacts; a local disk sees scratch only."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
+    if stages == 2:  # exports take ten seconds each: tests/servers/test_registry_mlflow.py
+        monkeypatch.setattr("threestage.run.run.without_program", lambda network: None)
+        monkeypatch.setattr("threestage.mlflow_sync.packing.write_program", lambda folder: "not tried")
+        monkeypatch.setattr("threestage.mlflow_sync.packing._failed", {})
     copy_to(f"{s3_root}/data", scenes)
     put_photos(f"{s3_root}/photos")
     registry = {"tracking_uri": tracking_uri}

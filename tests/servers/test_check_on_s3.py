@@ -17,6 +17,7 @@ from tests import refusals
 from tests.conftest import copy_to, tiny_config
 from tests.failing_s3 import ERRORS, black_hole, failing_s3, silent_server
 from tests.s3 import SECRET, free_port
+from threestage.checks import store
 from threestage.checks.run_check import check
 from threestage.checks.steps import measure_here
 from threestage.checks.store import check_store
@@ -29,12 +30,18 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def config(bucket: str, scenes: Path, tmp_path: Path) -> Config:
-    """Data set, a prefix of images and weights, all on S3; MLflow in a file that is not there yet."""
-    copy_to(f"{bucket}/data", scenes)
-    storage.write_bytes(f"{bucket}/photos/a/1.jpg", b"not looked at")
+def places(bucket: str, scenes: Path, tmp_path: Path) -> Config:
+    """Data set and a prefix of images on S3, which hold nothing yet; MLflow in a file that is not there yet."""
     data = {"root": f"{bucket}/data", "labelled": 8, "unlabelled": f"{bucket}/photos"}
     return tiny_config(scenes, data=data, registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow/mlflow.db"})
+
+
+@pytest.fixture
+def config(places: Config, bucket: str, scenes: Path) -> Config:
+    """All is there."""
+    copy_to(f"{bucket}/data", scenes)
+    storage.write_bytes(f"{bucket}/photos/a/1.jpg", b"not looked at")
+    return places
 
 
 @pytest.fixture
@@ -45,7 +52,9 @@ def keys(bucket: str) -> Iterator[Callable[[], list[str]]]:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: no cluster, and no step is measured."""
+    """In this process: no cluster, and no step is measured. A busy store is waited for during 0.2 s."""
+    monkeypatch.setattr(store, "BUSY_S", 0.2)
+    monkeypatch.setattr(store, "BUSY_PAUSE_S", 0.1)
     monkeypatch.setattr("threestage.ray_backend.connect.address_of", lambda cluster: None)
     monkeypatch.setattr("threestage.checks.run_check.measure_here", lambda specification: iter(()))
 
@@ -68,6 +77,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     config: Config, bucket: str, keys: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = keys()
+    config = changed(config, "stage1", steps=1).model_copy(update={"stages": 1})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("threestage.checks.run_check.measure_here", measure_here)
@@ -76,7 +86,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     outcomes = json.loads(done.stdout)
     assert [outcome["name"] for outcome in outcomes] == [
         "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster", "stage1",
-        "stage2", "stage3", "duration", "program",
+        "duration", "program",
     ]  # fmt: skip
     assert all(outcome["problem"] is None for outcome in outcomes)
     assert keys() == before and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -118,12 +128,12 @@ def test_mlflow_that_is_not_there(config: Config, bucket: str, tmp_path: Path) -
 
 
 @pytest.fixture
-def refused(config: Config, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(places: Config, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Refused:
     """The one line about another endpoint, which all three places share; found in less than 15 seconds."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
 
     def run(endpoint: str) -> str:
-        ((names, line),) = problems(changed(config, "storage", endpoint=endpoint), f"{bucket}/run").items()
+        ((names, line),) = problems(changed(places, "storage", endpoint=endpoint), f"{bucket}/run").items()
         assert names == "data.root, data.unlabelled, --out" and line.startswith("s3://bucket: ") and "\n" not in line
         assert SECRET not in line and KEY_ID not in line
         return line
@@ -137,13 +147,20 @@ def test_nobody_listens(refused: Refused) -> None:
     assert endpoint in line and "storage.endpoint" in line and line.endswith(" [storage/unreachable]")
 
 
-def test_an_address_that_nobody_has(refused: Refused) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead endpoint is waited for a tenth of the time; `test_the_command_ends_soon_with_exit_code_2` waits for all of it."""
+    monkeypatch.setattr(store, "CONNECT_S", store.CONNECT_S / 10)
+    monkeypatch.setattr(store, "ANSWER_S", store.ANSWER_S / 10)
+
+
+def test_an_address_that_nobody_has(refused: Refused, impatient: None) -> None:
     with black_hole() as endpoint:
         line = refused(endpoint)
     assert endpoint in line and "storage.endpoint" in line and line.endswith(" [storage/unreachable]")
 
 
-def test_a_server_that_never_answers(refused: Refused) -> None:
+def test_a_server_that_never_answers(refused: Refused, impatient: None) -> None:
     with silent_server() as endpoint:
         line = refused(endpoint)
     assert endpoint in line and line.endswith(" [storage/unreachable]")
@@ -183,6 +200,6 @@ def test_the_command_ends_soon_with_exit_code_2(config: Config, bucket: str, tmp
     assert waited - refused < 13
 
 
-def test_a_run_waits_for_a_store_that_is_busy(config: Config, bucket: str) -> None:
+def test_a_run_waits_for_a_store_that_is_busy(places: Config, bucket: str) -> None:
     with failing_s3(ERRORS["busy"]) as (endpoint, _):
-        check_store(changed(config, "storage", endpoint=endpoint), f"{bucket}/run")
+        check_store(changed(places, "storage", endpoint=endpoint), f"{bucket}/run")

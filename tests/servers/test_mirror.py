@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config, tiny_config
 from tests.mlflow_server import mlflow_server
 from tests.refusals import refused
 from tests.runs import run_local
@@ -20,6 +20,7 @@ from tests.waiting import wait_for
 from threestage.config import Config
 from threestage.data import storage
 from threestage.errors import InputError
+from threestage.mlflow_sync import packing
 from threestage.mlflow_sync import run_sync as mirror_module
 from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import in_time
@@ -214,18 +215,21 @@ def test_a_copied_run_is_sent_with_its_own_weights(scenes: Path, tmp_path: Path)
 
 
 def test_a_refused_command_changes_nothing_in_mlflow(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenes: Path, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing, "_failed", {})
+    monkeypatch.setattr(packing, "write_program", lambda folder: "not tried")
     monkeypatch.setattr(
         "threestage.ray_backend.train.on_cluster",
         lambda config, out, on: contextlib.nullcontext(LocalBackend(config, on)),
     )
-    where = RegistrySettings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    where = RegistrySettings(tracking_uri=f"sqlite:///{shutil.copy(empty_store, tmp_path)}")
+    short: dict[str, Any] = {"stages": 1, "stage1__steps": 1, "pseudo_mask__final_stage": False}
     out = str(tmp_path / "run")
 
     def again(out: str, **changes: Any) -> None:
-        settings = {"stages": 1, "registry": where.model_dump()} | changes
-        run(tiny_config(scenes, **settings), out, False, RunCallbacks())
+        settings = short | {"registry": where.model_dump()} | changes
+        run(local_config(scenes, **settings), out, False, RunCallbacks())
 
     again(out)
     registry = open_registry(where)

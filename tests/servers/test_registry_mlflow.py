@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from tests.bad_inputs import models as bad_models
 from tests.mlflow_server import mlflow_server
+from tests.narrow_resnet import NAME as NARROW
 from tests.refusals import refused
 from threestage.cli.app import app
 from threestage.cli.lineage_tree import lineage_tree
@@ -42,8 +43,8 @@ CLASSES = ("background", "disc", "square")
 
 
 def write_model(folder: Path, stage: str = "stage3", seed: int = 0, downscale: int = 1) -> str:
-    """A model folder with a tiny, untrained network."""
-    settings = NetworkSettings(encoder="test_resnet", output_stride=32, dilations=(1,))
+    """A model folder with a tiny, untrained network. Of the seeds, `exported_once` has the program of the first alone."""
+    settings = NetworkSettings(encoder=NARROW, output_stride=32, dilations=(1,))
     network = build_network(settings, len(CLASSES), seed=seed)
     colours = ((0, 0, 0), (200, 0, 0), (0, 200, 0))
     card = ModelCard(network=settings, classes=CLASSES, colours=colours, downscale=downscale, stage=stage)
@@ -86,7 +87,7 @@ def record(model_dir: str) -> StageRecord:
         rows=[{"step": step, "loss": 1 / step, "iou/disc": float("nan")} for step in range(1, 801)],
         model_dir=model_dir,
         summary={"mean_iou": 0.625, "mean_confidence": 0.9, "iou/disc": 0.625},
-        tags={"data_digest": "d" * 64, "encoder": "test_resnet"},
+        tags={"data_digest": "d" * 64, "encoder": NARROW},
         lineage=lineage_of("stage3", digest_of(model_dir), "s3://KEY:SECRET@bucket/shapes"),
     )
 

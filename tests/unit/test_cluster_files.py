@@ -69,6 +69,9 @@ def load(file: Path) -> Any:
 
 # Schemas.
 
+# Megabytes, which are else read for each manifest.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
+
 
 @cache
 def schema(kind: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.conftest import tiny_config, write_photos
+from tests.conftest import local_config, write_photos
 from tests.refusals import refused
-from tests.runs import run_local
+from tests.runs import copy_run, run_local
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.listing import list_images
@@ -39,11 +39,11 @@ class Registry:
 
 
 @pytest.fixture(scope="module")
-def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(scenes: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, an evaluation, a sweep's trial and photos."""
     folder = tmp_path_factory.mktemp("damaged")
-    config = tiny_config(scenes, stages=1)
-    out = str(folder / "run")
+    config = local_config(scenes, stages=1)
+    out = str(copy_run(finished_run, folder / "run", stages=1))
 
     def record(outcome: Any) -> None:
         run_sync.keep_outcome(out, outcome)
@@ -62,7 +62,7 @@ def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def readers(folder: Path, scenes: Path) -> dict[str, Callable[[], object]]:
-    run, config = str(folder / "run"), tiny_config(scenes, stages=1)
+    run, config = str(folder / "run"), local_config(scenes, stages=1)
     digests = json.loads((folder / "run/stage1/inputs.json").read_text())
     return {
         "budget": lambda: budget.resolve(config, run, None, True),

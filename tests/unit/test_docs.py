@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from tests.package_source import FILES, tree_of
 from tests.refusals import refused
 from threestage.checks.preflight import check_shares
 from threestage.config import load, preset_headers
@@ -229,8 +230,8 @@ def test_every_message_of_troubleshooting_is_one_of_the_code() -> None:
 def templates() -> set[str]:
     """Every text in the package, with … for what is filled in."""
     found = set()
-    for file in (ROOT / "threestage").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for file in FILES:
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.JoinedStr):
                 found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import threestage
+from tests.package_source import FILES, PACKAGE, tree_of
 
 LAYERS = tuple(
     names.split()
@@ -31,16 +31,15 @@ LAYERS = tuple(
 )
 """A module may import its own layer and those above it. A package stands for its modules that are not listed themselves."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ROOT = Path(threestage.__file__).parent
 
 
 def name_of(file: Path) -> str:
     """Without the leading `threestage.`."""
-    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
     return name or "threestage"
 
 
-MODULES = {name_of(file): file for file in ROOT.rglob("*.py")}
+MODULES = {name_of(file): file for file in FILES}
 
 
 def rank(module: str) -> int:
@@ -67,18 +66,19 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from imported(node)
 
 
-IMPORTS = {name: set(imported(ast.parse(file.read_text()))) - {name} for name, file in MODULES.items()}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return {name: set(imported(tree_of(file))) - {name} for name, file in MODULES.items()}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_nothing_from_a_later_layer(module: str) -> None:
-    later = {name for name in IMPORTS[module] if rank(name) > rank(module)}
-    assert not later, f"threestage.{module} is before {sorted(later)} in LAYERS"
+def test_a_module_imports_nothing_from_a_later_layer(imports: dict[str, set[str]]) -> None:
+    later = {module: {name for name in imports[module] if rank(name) > rank(module)} for module in MODULES}
+    assert not {module: names for module, names in later.items() if names}, "each is before these in LAYERS"
 
 
-def test_no_circle() -> None:
+def test_no_circle(imports: dict[str, set[str]]) -> None:
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(" → ".join(error.args[1]))
 

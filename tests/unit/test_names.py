@@ -2,13 +2,9 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
+from tests.package_source import FILES, PACKAGE, name_in_package, tree_of
 
-import threestage
-
-ROOT = Path(threestage.__file__).parent
 MODULES = """
 entrance pulse pace patience causes room check_room sweep_room attempts beside_driver own_cluster words lines figures of_run
 of_images of_pool of_certainty known sets fixed_void on_ray registry report_page commands inference pseudo_mask_parts tracking
@@ -37,11 +33,11 @@ def definitions(tree: ast.AST) -> Iterator[str]:
             yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_definition_has_a_private_word(file: Path) -> None:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    assert not set(parts) & set(MODULES.split())
-    assert not set(definitions(ast.parse(file.read_text()))) & set(NAMES.split())
+def test_no_definition_has_a_private_word() -> None:
+    modules = {name_in_package(file): set(file.relative_to(PACKAGE).with_suffix("").parts) for file in FILES}
+    assert {name for name, parts in modules.items() if parts & set(MODULES.split())} == set()
+    found = {name_in_package(file): set(definitions(tree_of(file))) & set(NAMES.split()) for file in FILES}
+    assert {name: words for name, words in found.items() if words} == {}
 
 
 def test_definitions_are_found() -> None:
@@ -61,10 +57,10 @@ SAME_NAME = {
 
 def test_no_two_public_classes_or_functions_share_a_name() -> None:
     where: dict[str, list[str]] = {}
-    for file in ROOT.rglob("*.py"):
-        for node in ast.parse(file.read_text()).body:
+    for file in FILES:
+        for node in tree_of(file).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                where.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+                where.setdefault(node.name, []).append(name_in_package(file))
     assert {name: files for name, files in where.items() if len(files) > 1 and name not in SAME_NAME} == {}
 
 
@@ -76,7 +72,7 @@ SAME_FILE = {
 
 def test_no_two_files_share_a_name() -> None:
     where: dict[str, list[str]] = {}
-    for file in ROOT.rglob("*.py"):
-        where.setdefault(file.stem, []).append(str(file.relative_to(ROOT)))
+    for file in FILES:
+        where.setdefault(file.stem, []).append(name_in_package(file))
     twice = {name: files for name, files in where.items() if len(files) > 1 and name not in {*SAME_FILE, "__init__"}}
     assert twice == {}

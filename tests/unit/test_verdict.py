@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config
 from tests.refusals import refused
-from tests.runs import run_local
+from tests.runs import copy_run, run_local
 from threestage.cli.app import main
 from threestage.config import StageName
 from threestage.data import storage
@@ -261,16 +261,16 @@ def test_counts_of_other_images_are_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(scenes: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two stages; do not change it."""
-    out = tmp_path_factory.mktemp("verdict") / "run"
-    run_module.run(tiny_config(scenes, stages=2), str(out), True, RunCallbacks(on_warning=lambda text: None))
+    out = copy_run(finished_run, tmp_path_factory.mktemp("verdict") / "run", stages=2)
+    run_module.run(local_config(scenes, stages=2), str(out), True, RunCallbacks(on_warning=lambda text: None))
     return out
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return copy_run(finished, tmp_path / "run")
 
 
 def results_of(out: Path) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def test_a_run_that_reuses_the_control_and_a_rerun_have_the_same_verdict(
     scenes: Path, run: Path, tmp_path: Path
 ) -> None:
     first = results_of(run)["verdict"]
-    config = tiny_config(scenes, stages=2)
+    config = local_config(scenes, stages=2)
     assert run_local(config, str(run), quiet)["verdict"] == first
     shutil.rmtree(run / "stage2")
     again = run_local(config, str(tmp_path / "other"), quiet, reuse=str(run))
@@ -303,7 +303,7 @@ def test_a_run_that_reuses_the_control_and_a_rerun_have_the_same_verdict(
 
 def test_a_stage_of_an_earlier_version_gives_no_verdict(scenes: Path, run: Path) -> None:
     (run / "stage1/image_counts.parquet").unlink()
-    results = run_local(tiny_config(scenes, stages=2), str(run), quiet)
+    results = run_local(local_config(scenes, stages=2), str(run), quiet)
     assert results["verdict"] is None and "was not measured" in (verdict_text(results) or "")
     assert open_model(str(run), RegistrySettings())[1].stage == "stage2", "as such a run always was read"
 
@@ -311,7 +311,7 @@ def test_a_stage_of_an_earlier_version_gives_no_verdict(scenes: Path, run: Path)
 def test_groups_are_resampled_and_belong_to_the_run(scenes: Path, tmp_path: Path) -> None:
     """Scenes 0 to 5 validate; by their last digit's half they are three groups."""
     (tmp_path / "scenes.csv").write_text("image_id,group\n" + "".join(f"{i},{group_of(i)}\n" for i in every_id(scenes)))
-    config = tiny_config(scenes, stages=2, data__group=str(tmp_path / "scenes.csv"))
+    config = local_config(scenes, stages=2, stage1__steps=2, stage2__steps=2, data__group=str(tmp_path / "scenes.csv"))
     results = run_local(config, str(tmp_path / "run"), quiet)
     verdict = verdict_in(results)
     assert verdict is not None and (verdict.images, verdict.groups, verdict.outcome) == (6, 3, "cannot be told")
@@ -319,7 +319,7 @@ def test_groups_are_resampled_and_belong_to_the_run(scenes: Path, tmp_path: Path
     (tmp_path / "scenes.csv").unlink()
     assert run_local(config, str(tmp_path / "run"), quiet)["verdict"] == results["verdict"], "the split is read again"
     with refused("run/other-settings", "split.json", "data.group="):
-        run_local(tiny_config(scenes, stages=2), str(tmp_path / "run"), quiet)
+        run_local(local_config(scenes, stages=2), str(tmp_path / "run"), quiet)
 
 
 def every_id(scenes: Path) -> list[str]:
@@ -338,7 +338,7 @@ def test_near_copies_are_a_warning_of_the_run(scenes: Path, tmp_path: Path) -> N
     split = {"labelled": ids, "validation": ids[:2], "validation_split": "carved"}
     settings = {"labelled": 8, "split_seed": 0, "validation": 0.2}
     storage.write_json(str(tmp_path / "run/split.json"), {"settings": settings, "split": split})
-    config = tiny_config(scenes, stages=1, pseudo_mask__final_stage=False)
+    config = local_config(scenes, stages=1, stage1__steps=1, pseudo_mask__final_stage=False)
     run_local(config, str(tmp_path / "run"), quiet, warnings.append)
     assert (
         len([text for text in warnings if text.startswith("2 of 2 validation images nearly equal a labelled one")]) == 1
@@ -348,7 +348,9 @@ def test_near_copies_are_a_warning_of_the_run(scenes: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("unlabelled", [0, 2])
 def test_one_stage_alone_has_no_verdict(scenes: Path, tmp_path: Path, unlabelled: int) -> None:
     """It is the control, unless it learns the pool too."""
-    config = tiny_config(scenes, stages=1, stage1__unlabelled_batch=unlabelled)
+    config = local_config(
+        scenes, stages=1, stage1__steps=1, stage1__unlabelled_batch=unlabelled, pseudo_mask__final_stage=False
+    )
     results = run_local(config, str(tmp_path), quiet)
     assert results["verdict"] is None
     assert (verdict_text(results) is None) == (unlabelled == 0) and ("no control" in (verdict_text(results) or "")) == (
@@ -359,7 +361,7 @@ def test_one_stage_alone_has_no_verdict(scenes: Path, tmp_path: Path, unlabelled
 @pytest.mark.parametrize("choice", ["stage1", "stage2"])
 def test_a_run_means_the_model_that_its_verdict_chose(scenes: Path, run: Path, tmp_path: Path, choice: str) -> None:
     other = tmp_path / "other"
-    run_local(tiny_config(scenes, stages=2), str(other), quiet, reuse=str(run))  # its stages lie in `run`
+    run_local(local_config(scenes, stages=2), str(other), quiet, reuse=str(run))  # its stages lie in `run`
     for folder in (run, other):
         results = results_of(folder)
         results["verdict"]["choice"] = choice

@@ -19,8 +19,8 @@ import yaml
 
 from tests.golden.command_line import run_command, this_machine
 from tests.golden.version_before import ARCHIVE, PLACE
-from tests.golden.version_before.encoder import NAME
 from tests.golden.version_before.without_ray import without_ray
+from tests.narrow_resnet import NAME
 from threestage.data.synthetic import write_scenes
 from threestage.run.local_main import main as run_here
 

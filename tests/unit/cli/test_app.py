@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import write_photos
+from tests.narrow_resnet import NAME as NARROW
 from threestage.cli.app import main
 from threestage.errors import CodedError, InputError, StageFailure
 from threestage.models.export import ModelCard, save_model
@@ -158,7 +159,8 @@ def test_own_images_from_ingest_to_prediction(threestage: Run, photos: Path) -> 
     """The README's commands on one's own images, at their smallest."""
     assert threestage(*ingest_arguments(photos))[0] == 0
     settings = {
-        "data.root": "data", "network.head": "deeplabv2", "augment.crop_size": "[40,48]", "pseudo_mask.on_collapse": "ignore",
+        "data.root": "data", "network.encoder": NARROW,
+        "network.head": "deeplabv2", "augment.crop_size": "[40,48]", "pseudo_mask.on_collapse": "ignore",
         "stage1.steps": 2, "stage2.steps": 2, "stage3.steps": 2, "stage1.labelled_batch": 2, "data.labelled": 6,
         "stage2.labelled_batch": 2, "stage3.labelled_batch": 2, "stage2.unlabelled_batch": 2, "stage3.unlabelled_batch": 2,
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import subprocess
 import sys
 import time
 import zipfile
@@ -15,10 +14,11 @@ import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
-from tests.failing_s3 import black_hole, silent_server
+from tests.failing_s3 import black_hole, failing_s3, silent_server
 from tests.parsers import PARSERS
 from tests.refusals import refused
-from tests.s3 import free_port, s3_server
+from tests.s3 import free_port
+from threestage.__main__ import main_on_cluster
 from threestage.cli import app
 from threestage.cli.job_arguments import read_job
 from threestage.errors import StageFailure
@@ -307,19 +307,20 @@ def test_resources_that_are_none(text: str) -> None:
     assert job_package.resources(None) == {}
 
 
-def test_the_job_looks_for_them(tmp_path: Path) -> None:
+def test_the_job_looks_for_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     warnings: list[str] = []
     here = {job_package.EXPECTED: "AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,AWS_SESSION_TOKEN?", "AWS_ENDPOINT_URL": "x"}
     job_package.check_environment(here, warnings.append)
     assert warnings == ["AWS_SESSION_TOKEN is set where this job was submitted, and not here"]
     with refused("submit/missing-variable", "MLFLOW_TRACKING_URI", "--env MLFLOW_TRACKING_URI=VALUE"):
         job_package.check_environment({job_package.EXPECTED: "MLFLOW_TRACKING_URI"}, warnings.append)
-    environment = os.environ | {job_package.EXPECTED: "MY_KEY"}
-    command = [sys.executable, "-m", "threestage", "config"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: MY_KEY: ") and "--env" not in done.stderr
-    assert done.stderr.endswith(" [submit/missing-variable]\n")
+    monkeypatch.setenv(job_package.EXPECTED, "MY_KEY")
+    with pytest.raises(SystemExit) as ended:
+        main_on_cluster()
+    out, line = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and line.count("\n") == 1
+    assert line.startswith("error: MY_KEY: ") and "--env" not in line
+    assert line.endswith(" [submit/missing-variable]\n")
 
 
 def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
@@ -372,12 +373,12 @@ def test_an_address_that_is_no_job_api(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1:6379")
         with refused("ray/address", f"{name}=127.0.0.1:6379: ", "--address"):
             submit.job_client(None)
-    with s3_server() as other, refused("ray/other-service", other):
+    with failing_s3({}) as (other, _), refused("ray/other-service", other):
         submit.job_client(other)
 
 
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "ANSWER_S", 1.0)
+    monkeypatch.setattr(submit, "ANSWER_S", 0.3)
     with black_hole() as hole, silent_server() as silent:
         for url in (f"http://127.0.0.1:{free_port()}", hole, silent):
             begun = time.monotonic()

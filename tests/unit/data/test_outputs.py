@@ -41,7 +41,15 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.name)
-def test_who_may_write_where(root: str, output: Output) -> None:
+def test_who_may_write_where(tmp_path: Path, output: Output) -> None:
+    assert_only_its_own(str(tmp_path / "root"), output)
+
+
+def test_who_may_write_where_on_s3(bucket: str) -> None:
+    assert_only_its_own(bucket, PREDICTIONS)
+
+
+def assert_only_its_own(root: str, output: Output) -> None:
     claim(root, output)
     storage.write_bytes(f"{root}/.manifest.json.1a2b.tmp", b"of a killed write")
     storage.write_bytes(f"{root}/lost+found/1", b"of the file system")
@@ -79,7 +87,15 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("theirs", ["index/thesis.txt", "rejected/v0001.parquet", "notes.txt"])
-def test_an_ingest_leaves_others_alone(root: str, tmp_path: Path, theirs: str) -> None:
+def test_an_ingest_leaves_others_alone(tmp_path: Path, theirs: str) -> None:
+    assert_left_alone(str(tmp_path / "root"), tmp_path, theirs)
+
+
+def test_an_ingest_leaves_others_on_s3_alone(bucket: str, tmp_path: Path) -> None:
+    assert_left_alone(bucket, tmp_path, "index/thesis.txt")
+
+
+def assert_left_alone(root: str, tmp_path: Path, theirs: str) -> None:
     write_photos(tmp_path, 3)
     storage.write_bytes(f"{root}/{theirs}", b"mine")
     assert theirs.split("/")[0] in refusal(lambda: ingest(f"{tmp_path}/images", root, IMAGES))

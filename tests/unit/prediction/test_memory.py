@@ -15,6 +15,12 @@ from threestage.prediction import memory, pool_prediction
 from threestage.prediction.memory import LEAST_PIXELS, MARGIN, bytes_per_pixel, free_bytes, most_pixels
 
 CPU = torch.device("cpu")
+PROBE_SIDES = memory.PROBE_SIDES  # tests elsewhere have smaller ones
+
+
+@pytest.fixture(autouse=True)
+def large_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROBE_SIDES", PROBE_SIDES)
 
 
 class Holding(nn.Module):

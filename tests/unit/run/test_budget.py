@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config
 from tests.refusals import refused
 from tests.runs import run_local
 from threestage.checks.steps import MeasuredStep, StepSpecification
@@ -38,7 +38,7 @@ def test_a_budget_is_a_time_of_the_run_or_of_its_devices(scenes: Path) -> None:
     )
     devices = parse("8 device-hours")
     assert devices.of_devices
-    assert devices.wall_seconds(tiny_config(scenes, cluster__workers=4)) == 2 * 3600
+    assert devices.wall_seconds(local_config(scenes, cluster__workers=4)) == 2 * 3600
     for wrong in ("60", "m", "0m", "60s", "-5m", "1h30m"):
         with refused("budget/not-a-time", "--budget"):
             parse(wrong)
@@ -47,7 +47,7 @@ def test_a_budget_is_a_time_of_the_run_or_of_its_devices(scenes: Path) -> None:
 def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Path) -> None:
     """By hand: 0.9·1000 s − 2 passes of 50 s − 3 evaluations of 10 s = 770 s for 100 : 300 : 100 steps of 1, 2, 2 s, with an
     evaluation of 10 s every 100 steps: 100 + 600 + 200 + 50 = 950 s a share."""
-    config = tiny_config(
+    config = local_config(
         scenes, stage1__steps=100, stage2__steps=300, stage3__steps=100, training__evaluate_every=100,
         pseudo_mask__final_stage=False,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def test_steps_fill_the_budget_in_the_proportion_of_the_configuration(scenes: Pa
 
 
 def test_what_is_resolved_is_read_again(scenes: Path, tmp_path: Path, measured: list[int]) -> None:
-    config = tiny_config(scenes, stages=2)
+    config = local_config(scenes, stages=2)
     out = str(tmp_path / "run")
     first = resolve(config, out, "5m", True)
     assert first is not None and resolve(config, out, "5m", True) == first == resolve(config, out, None, True)
@@ -76,7 +76,7 @@ def test_what_is_resolved_is_read_again(scenes: Path, tmp_path: Path, measured: 
 
 
 def test_steps_and_budget_exclude_each_other(scenes: Path, tmp_path: Path, measured: list[int]) -> None:
-    config = tiny_config(scenes, stages=1, stage1__steps=2, pseudo_mask__final_stage=False)
+    config = local_config(scenes, stages=1, stage1__steps=2, pseudo_mask__final_stage=False)
     with refused("budget/steps-are-set", "--budget"):
         resolve(config, str(tmp_path / "a"), "5m", True, ["stage1.steps=9"])
     run_local(config, str(tmp_path / "b"), lambda stage, row: None)
@@ -86,11 +86,11 @@ def test_steps_and_budget_exclude_each_other(scenes: Path, tmp_path: Path, measu
 
 
 def test_what_was_not_measured_or_counted_is_refused(scenes: Path, tmp_path: Path) -> None:
-    config, manifest = tiny_config(scenes, stages=1), load_manifest(str(scenes))
+    config, manifest = local_config(scenes, stages=1), load_manifest(str(scenes))
     with refused("budget/not-measured", "--budget"):
         bought("5m", config, manifest, [MeasuredStep(stage="stage1", problem="no memory")])
     (tmp_path / "photos").mkdir()
-    away: Config = tiny_config(scenes, stages=1, data__unlabelled=str(tmp_path / "photos"))
+    away: Config = local_config(scenes, stages=1, data__unlabelled=str(tmp_path / "photos"))
     fine = [MeasuredStep(stage="stage1", seconds=1, image_seconds=1)]
     with refused("budget/pool-not-counted", "--budget"):
         bought("5m", away, manifest, fine)

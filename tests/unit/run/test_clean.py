@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config
 from tests.refusals import refused
-from tests.runs import run_local
+from tests.runs import copy_run, run_local
 from threestage.cli import app
 from threestage.config import Config
 from threestage.data import storage
@@ -22,13 +22,13 @@ Run = Callable[[], list[Any]]
 
 @pytest.fixture(scope="module")
 def config(scenes: Path) -> Config:
-    return tiny_config(scenes, stage1={"steps": 2, "labelled_batch": 2}, stages=2, training__evaluate_every=2)
+    return local_config(scenes, stages=2)
 
 
 @pytest.fixture(scope="module")
-def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config: Config, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two stages, that nobody may change."""
-    out = tmp_path_factory.mktemp("finished") / "run"
+    out = copy_run(finished_run, tmp_path_factory.mktemp("finished") / "run", stages=2)
     _rerun(config, out)
     return out
 
@@ -36,10 +36,7 @@ def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of it, as Ray leaves one."""
-    files = {path.relative_to(finished): path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    for name, content in files.items():
-        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / name).write_bytes(content)
+    copy_run(finished, tmp_path / "run")
     (tmp_path / "run" / "stage1" / "ray_train" / "state").mkdir(parents=True)
     (tmp_path / "run" / "stage1" / "ray_train" / "state" / "snapshot.json").write_text("{}")
     return tmp_path / "run"
@@ -130,7 +127,7 @@ def test_it_is_refused_where_there_is_no_run_or_a_driver(run: Path, tmp_path: Pa
 
 def test_on_s3(run: Path, bucket: str) -> None:
     for name in _files(run):
-        storage.write_bytes(f"{bucket}/run/{name}", (run / name).read_bytes())
+        storage.write_bytes(f"{bucket}/run/{name}", b"" if name.endswith(".pt") else (run / name).read_bytes())
     storage.write_bytes(f"{bucket}/run-2/split.json", b"another")
     clean(f"{bucket}/run/", False, _yes, _quiet)
     left = {uri.partition("/run/")[2] for uri in storage.list_files(f"{bucket}/run")}

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config, tiny_config
 from tests.refusals import refused
-from tests.runs import run_local
+from tests.runs import copy_run, run_local
 from threestage.cli.app import main
 from threestage.data import storage
 from threestage.data.batches import SampleSet
@@ -47,10 +47,8 @@ def weights(out: Path) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    run_local(tiny_config(scenes), str(out), quiet)
-    return out
+def undisturbed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(finished_run, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 def test_the_pool_is_predicted_in_the_precision_of_training(
@@ -64,7 +62,7 @@ def test_the_pool_is_predicted_in_the_precision_of_training(
 
     monkeypatch.setattr(LocalBackend, "predict_pool", predict_pool)
     with pytest.raises(Killed):
-        run_local(tiny_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
+        run_local(local_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
     assert seen == ["bfloat16"]
 
 
@@ -119,7 +117,7 @@ def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
         publish(task, *rest)
 
     monkeypatch.setattr(stages, "publish_stage", dying)
-    config = tiny_config(scenes, stages=2, training__evaluate_every=2)
+    config = local_config(scenes, stages=2, training__evaluate_every=2)
     with pytest.raises(Killed):
         run_local(config, str(tmp_path), quiet)
     results = run_local(config, str(tmp_path), quiet)
@@ -143,58 +141,59 @@ def test_an_earlier_step_that_scored_higher_has_a_model_of_its_own(
 
 
 def test_a_run_of_an_older_version_is_read(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    out = copy_run(undisturbed, tmp_path / "run")
     for stage in ("stage1", "stage2", "stage3"):
         uri = out / stage / "result.json"
         result = json.loads(uri.read_text())
         uri.write_text(json.dumps({key: result[key] for key in result.keys() - {"last", "best", "student"}}))
     outcomes: list[StageOutcome] = []
-    results = run_local(tiny_config(scenes), str(out), quiet, record=outcomes.append)
+    results = run_local(local_config(scenes), str(out), quiet, record=outcomes.append)
     assert len(outcomes) == 3
     assert all("mean_iou" in figures and "best_mean_iou" not in figures for figures in results["stages"].values())
 
 
-def test_no_stage_reads_the_test_split(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(scenes, tmp_path / "data"))
+KILLS = [
+    [("stage1", 3), ("stage2", 2), ("stage3", 5)],
+    *(pytest.param([(stage, step)], marks=pytest.mark.slow) for stage in ("stage1", "stage2") for step in (1, 4)),
+]
+
+
+@pytest.mark.parametrize("kills", KILLS, ids=str)
+def test_killed_and_continued_without_the_test_split_it_reaches_the_same_weights_bit_for_bit(
+    scenes: Path, undisturbed: Path, tmp_path: Path, kills: list[tuple[str, int]]
+) -> None:
+    """No stage reads the test split: its files are gone."""
+    root, left = Path(shutil.copytree(scenes, tmp_path / "data")), list(kills)
     tests = [root / file.path for file in load_manifest(str(root)).files if file.split == "test"]
     assert tests
     for file in tests:
         file.unlink()
-    run_local(tiny_config(root), str(tmp_path / "run"), quiet)
-    assert weights(tmp_path / "run") == weights(undisturbed)
-
-
-@pytest.mark.parametrize(
-    "rows_until_kill", [3, 8, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_killed_and_continued_reaches_the_same_weights_bit_for_bit(
-    scenes: Path, undisturbed: Path, tmp_path: Path, rows_until_kill: int
-) -> None:
-    counter = itertools.count(1)
 
     def die(stage: str, row: Mapping[str, float]) -> None:
-        if next(counter) == rows_until_kill:
+        if (stage, row["step"]) in left:
+            left.remove((stage, int(row["step"])))
             raise Killed
 
-    config = tiny_config(scenes, training__log_every=1)
-    with pytest.raises(Killed):
-        run_local(config, str(tmp_path), die)
-    assert not (tmp_path / "results.json").exists()
-    run_local(config, str(tmp_path), quiet)
-    assert weights(tmp_path) == weights(undisturbed)
+    config, out = local_config(root, training__log_every=1), tmp_path / "run"
+    for _ in kills:
+        with pytest.raises(Killed):
+            run_local(config, str(out), die)
+        assert not (out / "results.json").exists()
+    run_local(config, str(out), die)
+    assert not left and weights(out) == weights(undisturbed)
 
 
 def test_a_rerun_trains_nothing_and_records_everything_again(scenes: Path, undisturbed: Path) -> None:
     rows: list[Any] = []
     outcomes: list[StageOutcome] = []
-    run_local(tiny_config(scenes), str(undisturbed), lambda stage, row: rows.append(row), record=outcomes.append)
+    run_local(local_config(scenes), str(undisturbed), lambda stage, row: rows.append(row), record=outcomes.append)
     assert rows == []
     assert [outcome.stage for outcome in outcomes] == ["stage1", "stage2", "stage3"]
 
 
 def test_each_stage_says_what_it_learnt_from(scenes: Path, undisturbed: Path) -> None:
     outcomes: list[StageOutcome] = []
-    run_local(tiny_config(scenes), str(undisturbed), quiet, record=outcomes.append)
+    run_local(local_config(scenes), str(undisturbed), quiet, record=outcomes.append)
     one, two, three = (outcome.lineage for outcome in outcomes)
     assert one.teacher is None and one.learnt_from is None and one.confidence_threshold is None
     for teacher, student in ((one, two), (two, three)):
@@ -211,9 +210,9 @@ def test_each_stage_says_what_it_learnt_from(scenes: Path, undisturbed: Path) ->
 
 def test_other_settings_are_refused_by_name(scenes: Path, undisturbed: Path) -> None:
     with refused("run/other-settings", "stage2/inputs.json", "consistency.weight=0.25", "0.5"):
-        run_local(tiny_config(scenes, consistency__weight=0.5), str(undisturbed), quiet)
+        run_local(local_config(scenes, consistency__weight=0.5), str(undisturbed), quiet)
     with refused("run/other-settings", "split.json", "data.labelled=8", "9"):
-        run_local(tiny_config(scenes, data__labelled=9), str(undisturbed), quiet)
+        run_local(local_config(scenes, data__labelled=9), str(undisturbed), quiet)
 
 
 def test_another_data_set_is_refused(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -221,36 +220,35 @@ def test_another_data_set_is_refused(scenes: Path, undisturbed: Path, tmp_path: 
     masks = IngestSettings(format="camvid", class_map=str(tmp_path / "more" / "class_map.yaml"))
     ingest(str(tmp_path / "more"), str(tmp_path / "data"), masks)
     with refused("run/other-data-set", tmp_path / "data", "data.root"):
-        run_local(tiny_config(tmp_path / "data"), str(undisturbed), quiet)
+        run_local(local_config(tmp_path / "data"), str(undisturbed), quiet)
 
 
 def test_new_images_need_only_their_own_pseudo_masks(scenes: Path, undisturbed: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scenes, root)
-    shutil.copytree(undisturbed, out)
+    copy_run(undisturbed, out)
     before = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("train-*.parquet")}
     more = tmp_path / "more"
     write_scenes(str(more), {"train": 5}, seed=9)
     ingest(str(more / "train" / "images"), str(root), IngestSettings(format="images"))
     assert load_manifest(str(root)).version == 2
     warnings: list[str] = []
-    assert run_local(tiny_config(root), str(out), quiet, warnings.append)["data"]["pool"] == 40
+    assert run_local(local_config(root), str(out), quiet, warnings.append)["data"]["pool"] == 40
     assert any("has new images: this run continues with the pool that stage2 began with" in text for text in warnings)
     shutil.rmtree(out / "stage2")
     with refused("run/other-inputs", "stage3", "pseudo-masks"):
-        run_local(tiny_config(root), str(out), quiet)
+        run_local(local_config(root), str(out), quiet)
     after = {file.name: file.stat().st_mtime_ns for file in (out / "pseudo_masks1").glob("train-*.parquet")}
     assert len(after) == len(before) + 1 and before.items() <= after.items()
     shutil.rmtree(out / "stage3")
-    assert run_local(tiny_config(root), str(out), quiet)["data"]["pool"] == 45
+    assert run_local(local_config(root), str(out), quiet)["data"]["pool"] == 45
 
 
 def test_a_finished_run_keeps_its_pool_and_refuses_another_source(
     scenes: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed, out)
-    config = tiny_config(scenes)
+    out = copy_run(undisturbed, tmp_path / "run")
+    config = local_config(scenes)
     elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"unlabelled": str(scenes)})})
     with refused("run/other-settings", "data.unlabelled=None", scenes, f"delete {out}/stage2"):
         run_local(elsewhere, str(out), quiet, lambda text: None)
@@ -262,12 +260,14 @@ def test_a_finished_run_keeps_its_pool_and_refuses_another_source(
 
 
 def test_sources_that_share_files_count_them_once(scenes: Path, tmp_path: Path) -> None:
-    config = tiny_config(scenes, data__unlabelled=str(scenes), stages=1)
+    config = local_config(
+        scenes, data__unlabelled=str(scenes), stages=1, stage1__steps=1, pseudo_mask__final_stage=False
+    )
     assert run_local(config, str(tmp_path), quiet)["data"]["pool"] == 40
 
 
 def test_a_pool_of_which_nothing_is_left_stops_the_run(scenes: Path, tmp_path: Path) -> None:
-    config = tiny_config(scenes, data__max_image_pixels=64 * 64 - 1, data__max_bad_fraction=1.0)
+    config = local_config(scenes, stage1__steps=1, data__max_image_pixels=64 * 64 - 1, data__max_bad_fraction=1.0)
     with refused("data/bad-images", "no image of the pool", "rejects.parquet", error=StageFailure):
         run_local(config, str(tmp_path), quiet)
 
@@ -278,7 +278,7 @@ def test_guard_stops_when_asked(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_diverging_training_stops_with_the_step(scenes: Path, tmp_path: Path) -> None:
-    config = tiny_config(scenes, optimiser__learning_rate=1e30, optimiser__encoder_learning_rate=1e30)
+    config = local_config(scenes, optimiser__learning_rate=1e30, optimiser__encoder_learning_rate=1e30)
     with refused(
         "stage/diverged", "supervised_loss", "step 2", "train/", "optimiser.learning_rate", error=StageFailure
     ):
@@ -341,7 +341,7 @@ def test_bad_input_is_refused_before_training(
     scenes: Path, tmp_path: Path, changes: dict[str, object], code: str, named: list[str]
 ) -> None:
     with refused(code, *named):
-        run_local(tiny_config(scenes, **changes), str(tmp_path), quiet)
+        run_local(local_config(scenes, **changes), str(tmp_path), quiet)
     assert not (tmp_path / "stage1").exists()
 
 
@@ -349,8 +349,8 @@ def test_bad_input_is_refused_before_training(
 def test_warm_start_begins_with_the_previous_stage(scenes: Path, tmp_path: Path) -> None:
     """With a learning rate of almost zero, a warm-started stage 2 must ship stage 1's weights."""
     slow = {"optimiser__learning_rate": 1e-12, "optimiser__encoder_learning_rate": 1e-12, "network__batch_norm": "live"}
-    out = run_local(tiny_config(scenes, stage2__warm_start=True, stages=2, **slow), str(tmp_path / "warm"), quiet)
-    cold = run_local(tiny_config(scenes, stages=2, **slow), str(tmp_path / "cold"), quiet)
+    out = run_local(local_config(scenes, stage2__warm_start=True, stages=2, **slow), str(tmp_path / "warm"), quiet)
+    cold = run_local(local_config(scenes, stages=2, **slow), str(tmp_path / "cold"), quiet)
 
     def head(folder: str, stage: str) -> list[float]:
         network, _ = load_model(str(tmp_path / folder / stage / "model"))

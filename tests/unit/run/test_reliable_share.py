@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config
 from tests.refusals import refused
 from tests.runs import run_local
 from threestage.config import Config
@@ -33,7 +33,7 @@ def quiet(stage: str, row: Mapping[str, float]) -> None:
 
 def reliable(scenes: Path, share: float, **changes: object) -> Config:
     rates = {"optimiser__learning_rate": 5e-3, "optimiser__encoder_learning_rate": 5e-3}
-    return tiny_config(scenes, stage2__reliable_share=share, stages=2, stage1__steps=40, **rates, **changes)
+    return local_config(scenes, stage2__reliable_share=share, stages=2, stage1__steps=40, **rates, **changes)
 
 
 def run(config: Config, out: Path, reuse: Path | None = None) -> None:
@@ -80,7 +80,7 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
             values[row["image_id"]] = row["agreement"]
             assert row["agreement"] == int(agreement(found, before, len(card.classes)))
     least = least_agreement(index, 0.5)
-    assert least > 0 and len({*values.values()}) > 3
+    assert least > 0 and len({*values.values()}) > 2
     reliable_ids = {image_id for image_id, value in values.items() if value >= least}
     assert len(values) / 2 <= len(reliable_ids) < len(values)
     config = reliable(half, 0.5)

@@ -1,7 +1,9 @@
 """The switches that the paper does not have: each changes what it says, trains, and can be gone on from."""
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import tiny_config
+from tests.conftest import local_config
 from tests.refusals import refused
 from tests.runs import run_local
 from threestage.augment.draws import Draws, generator
 from threestage.augment.views import Extent, View
 from threestage.checks.preflight import check_shares
-from threestage.config import ConsistencySettings, changed, stage_keys
+from threestage.config import Config, ConsistencySettings, changed, stage_keys
 from threestage.data.batches import BalancedOrder, label_weights
 from threestage.data.datasets import pool_canvas, pool_set
 from threestage.data.pool import data_set_files
@@ -67,14 +69,34 @@ class Killed(BaseException):
 
 
 SHORT = {"stage1__steps": 2, "pseudo_mask__final_stage": False}
+Trained = Callable[[str], tuple[Path, list[Mapping[str, float]]]]
 
 
 @pytest.fixture(scope="module")
 def first_stage(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished stage 1 with its pseudo-masks, for every switch that leaves it alone."""
     out = str(tmp_path_factory.mktemp("first"))
-    run_local(tiny_config(scenes, **{**SHORT, "stages": 1, "pseudo_mask__final_stage": True}), out, lambda *row: None)
+    run_local(local_config(scenes, **{**SHORT, "stages": 1, "pseudo_mask__final_stage": True}), out, lambda *row: None)
     return out
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, first_stage: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Runs of two stages by the name of the switch, each trained once: its folder, and the rows that it showed."""
+
+    @cache
+    def run(name: str) -> tuple[Path, list[Mapping[str, float]]]:
+        rows: list[Mapping[str, float]] = []
+        config, out = local_config(scenes, stages=2, **SHORT, **SWITCHES[name]), tmp_path_factory.mktemp("trained")
+        run_local(config, str(out), lambda stage, row: rows.append(row), reuse=reusable(config, scenes, first_stage))
+        return out, rows
+
+    return run
+
+
+def reusable(config: Config, scenes: Path, first_stage: str) -> str | None:
+    is_same = stage_keys(config, "stage1") == stage_keys(local_config(scenes, **SHORT), "stage1")
+    return first_stage if is_same else None
 
 
 OF_CI = ("everything of UniMatch", "dynamic thresholds", "plain self-training", "unlabelled images alone")
@@ -83,11 +105,8 @@ OF_CI = ("everything of UniMatch", "dynamic thresholds", "plain self-training", 
 @pytest.mark.parametrize(
     "name", [name if name in OF_CI else pytest.param(name, marks=pytest.mark.slow) for name in SWITCHES]
 )
-def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, first_stage: str, name: str) -> None:
-    rows: list[Mapping[str, float]] = []
-    config = tiny_config(scenes, stages=2, **SHORT, **SWITCHES[name])
-    is_same = stage_keys(config, "stage1") == stage_keys(tiny_config(scenes, **SHORT), "stage1")
-    run_local(config, str(tmp_path), lambda stage, row: rows.append(row), reuse=first_stage if is_same else None)
+def test_it_trains_on_the_terms_that_it_has(trained: Trained, name: str) -> None:
+    _, rows = trained(name)
     terms = {key for key in rows[-1] if key.endswith("_loss")}
     without = {"mean teacher": {"pseudo_mask_loss"}, "plain self-training": {"consistency_loss"}}.get(name, set())
     more = {"Dice": {"dice_loss"}, "feature view as a term": {"feature_loss"}}.get(name, set())
@@ -101,33 +120,33 @@ def test_it_trains_on_the_terms_that_it_has(scenes: Path, tmp_path: Path, first_
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("class-balanced crops", "complementary dropout")),
     ],
 )
-def test_it_goes_on_where_it_was_killed(scenes: Path, tmp_path: Path, name: str) -> None:
-    config = tiny_config(scenes, stages=2, **SHORT, **SWITCHES[name])
+def test_it_goes_on_where_it_was_killed(
+    scenes: Path, tmp_path: Path, first_stage: str, trained: Trained, name: str
+) -> None:
+    config = local_config(scenes, stages=2, **SHORT, **SWITCHES[name])
 
     def die(stage: str, row: Mapping[str, float]) -> None:
         if stage == "stage2" and row["step"] == 4:
             raise Killed
 
-    run_local(config, str(tmp_path / "whole"), lambda stage, row: None)
+    whole, killed = trained(name)[0], tmp_path / "killed"
     with pytest.raises(Killed):
-        run_local(config, str(tmp_path / "killed"), die)
-    run_local(config, str(tmp_path / "killed"), lambda stage, row: None)
-    whole, killed = (
-        (tmp_path / out / "stage2" / "model" / "model.safetensors").read_bytes() for out in ("whole", "killed")
-    )
-    assert whole == killed
+        run_local(config, str(killed), die, reuse=reusable(config, scenes, first_stage))
+    run_local(config, str(killed), lambda stage, row: None)
+    model = "stage2/model/model.safetensors"
+    assert (whole / model).read_bytes() == (killed / model).read_bytes()
 
 
 def test_a_switch_that_is_off_is_no_key_of_a_stage(scenes: Path) -> None:
     """Runs that were made before the switches came go on."""
-    keys = stage_keys(tiny_config(scenes), "stage2")
+    keys = stage_keys(local_config(scenes), "stage2")
     assert not {"consistency.cutmix", "augment.class_balance", "pseudo_mask.head"} & set(keys)
     for changes in SWITCHES.values():
-        assert stage_keys(tiny_config(scenes, **changes), "stage2") != keys
+        assert stage_keys(local_config(scenes, **changes), "stage2") != keys
 
 
 def test_one_image_cannot_be_mixed(scenes: Path) -> None:
-    config = tiny_config(scenes, consistency__cutmix=0.5, stage3__unlabelled_batch=1)
+    config = local_config(scenes, consistency__cutmix=0.5, stage3__unlabelled_batch=1)
     check_shares(config, "stage2")
     with refused("config/batch", "stage3.unlabelled_batch=1", "set cutmix to 0"):
         check_shares(config, "stage3")
@@ -135,7 +154,7 @@ def test_one_image_cannot_be_mixed(scenes: Path) -> None:
 
 def test_what_one_stage_mixes_asks_nothing_of_another(scenes: Path) -> None:
     changes = {"consistency": {"cutmix": 0.5}}
-    config = tiny_config(scenes, stage2__overrides=changes, stage3__unlabelled_batch=1)
+    config = local_config(scenes, stage2__overrides=changes, stage3__unlabelled_batch=1)
     for stage in config.stage_names:
         check_shares(config, stage)
 
@@ -144,7 +163,7 @@ def test_what_one_stage_mixes_asks_nothing_of_another(scenes: Path) -> None:
 def test_a_stage_cannot_change_what_is_the_run_s(scenes: Path, key: str) -> None:
     value = {"guard": "stop", "final_stage": False, "batch_size": 1}[key]
     with refused("config/conflict", f"stage3.overrides: pseudo_mask.{key}"):
-        changed(tiny_config(scenes), {f"stage3.overrides.pseudo_mask.{key}": value})
+        changed(local_config(scenes), {f"stage3.overrides.pseudo_mask.{key}": value})
 
 
 def whole_view(image: Tensor) -> View:
@@ -247,9 +266,11 @@ def test_plain_self_training_learns_no_pseudo_mask_of_a_labelled_image() -> None
 
 
 def test_a_head_that_learns_nothing_is_not_built(scenes: Path) -> None:
-    assert auxiliary("stage2", tiny_config(scenes)) == "branch" and auxiliary("stage3", tiny_config(scenes)) == "shared"
+    assert (
+        auxiliary("stage2", local_config(scenes)) == "branch" and auxiliary("stage3", local_config(scenes)) == "shared"
+    )
     for changes in (SWITCHES["mean teacher"], SWITCHES["plain self-training"]):
-        assert auxiliary("stage2", tiny_config(scenes, **changes)) == "none"
+        assert auxiliary("stage2", local_config(scenes, **changes)) == "none"
 
 
 ONE_STAGE: dict[str, Any] = {
@@ -258,38 +279,43 @@ ONE_STAGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_one_stage_method_learns_the_pool_and_predicts_none_of_it(scenes: Path, tmp_path: Path) -> None:
-    rows: list[Mapping[str, float]] = []
-    config = tiny_config(scenes, **ONE_STAGE)
-    results = run_local(config, str(tmp_path), lambda stage, row: rows.append(row))
+@pytest.fixture(scope="module")
+def one_stage(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one_stage")
+    run_local(local_config(scenes, **ONE_STAGE), str(out), lambda *row: None)
+    return out
+
+
+def test_a_one_stage_method_learns_the_pool_and_predicts_none_of_it(scenes: Path, one_stage: Path) -> None:
+    config, results = local_config(scenes, **ONE_STAGE), json.loads((one_stage / "results.json").read_text())
+    rows = json.loads((one_stage / "stage1/result.json").read_text())["history"]
     assert {key for key in rows[-1] if key.endswith("_loss")} == {"supervised_loss", "consistency_loss"}
     assert "student_mean_iou" in results["stages"]["stage1"], "what ships is the teacher"
-    assert not (tmp_path / "pseudo_masks1").exists() and (tmp_path / "pool.parquet").exists()
+    assert not (one_stage / "pseudo_masks1").exists() and (one_stage / "pool.parquet").exists()
     assert "consistency.weight" in stage_keys(config, "stage1") and "augment.strong.operations" in stage_keys(
         config, "stage1"
     )
 
 
-def test_a_one_stage_method_continues_where_it_was_killed(scenes: Path, tmp_path: Path) -> None:
-    config = tiny_config(scenes, **ONE_STAGE)
+def test_a_one_stage_method_continues_where_it_was_killed(scenes: Path, one_stage: Path, tmp_path: Path) -> None:
+    config = local_config(scenes, **ONE_STAGE)
 
     def die(stage: str, row: Mapping[str, float]) -> None:
         if row["step"] == 4:
             raise Killed
 
-    run_local(config, str(tmp_path / "whole"), lambda stage, row: None)
     with pytest.raises(Killed):
-        run_local(config, str(tmp_path / "killed"), die)
-    run_local(config, str(tmp_path / "killed"), lambda stage, row: None)
-    whole, killed = (tmp_path / out / "stage1" / "model" / "model.safetensors" for out in ("whole", "killed"))
-    assert whole.read_bytes() == killed.read_bytes()
+        run_local(config, str(tmp_path), die)
+    run_local(config, str(tmp_path), lambda stage, row: None)
+    model = "stage1/model/model.safetensors"
+    assert (one_stage / model).read_bytes() == (tmp_path / model).read_bytes()
 
 
 def test_stage_1_can_ship_the_average_of_its_weights(scenes: Path, tmp_path: Path) -> None:
     """With a decay of 0 the average is the last step's weights."""
     weights, results = [], []
     for name, changes in {"off": {}, "zero": {"ema__decay": [[0, 0.0]]}, "on": {"ema__decay": [[0, 0.9]]}}.items():
-        config = tiny_config(scenes, stages=1, pseudo_mask__final_stage=False, stage1__ema=name != "off", **changes)
+        config = local_config(scenes, stages=1, **SHORT, stage1__ema=name != "off", **changes)
         results.append(run_local(config, str(tmp_path / name), lambda stage, row: None))
         weights.append((tmp_path / name / "stage1" / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
@@ -298,7 +324,7 @@ def test_stage_1_can_ship_the_average_of_its_weights(scenes: Path, tmp_path: Pat
 
 
 def test_a_pool_without_pseudo_masks_leaves_out_validation_images_and_bad_ones(tmp_path: Path, scenes: Path) -> None:
-    config = tiny_config(scenes, data__max_image_pixels=64 * 64)
+    config = local_config(scenes, data__max_image_pixels=64 * 64)
     rejected: list[Reject] = []
     files = data_set_files(str(scenes), load_manifest(str(scenes)))
     every = pool_set(files, None, config.data, rejected.append)
@@ -341,6 +367,6 @@ def test_labels_that_are_rare_count_most() -> None:
 
 def test_settings_that_belong_together_are_asked_for_together(scenes: Path) -> None:
     with refused("config/conflict", "consistency.complementary_dropout=true:", "strong_views=2"):
-        changed(tiny_config(scenes), {"consistency.complementary_dropout": True})
+        changed(local_config(scenes), {"consistency.complementary_dropout": True})
     with refused("config/conflict", "consistency.feature_weight=0.5:", "set consistency.feature_dropout"):
-        changed(tiny_config(scenes), {"consistency.feature_weight": 0.5})
+        changed(local_config(scenes), {"consistency.feature_weight": 0.5})

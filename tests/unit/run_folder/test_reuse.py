@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_config, write_photos
+from tests.conftest import local_config, write_photos
 from tests.refusals import refused
-from tests.runs import run_local
+from tests.runs import copy_run, run_local
 from threestage.config import Config, changed, load, stage_keys
 
 
@@ -28,15 +28,14 @@ def stages_shown(config: Config, out: Path, reuse: Path | None = None) -> set[st
 
 
 @pytest.fixture(scope="module")
-def shared(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shared")
-    run_local(tiny_config(scenes, stages=1), str(out), lambda stage, row: None)
-    return out
+def shared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of stage 1."""
+    return copy_run(finished_run, tmp_path_factory.mktemp("shared") / "run", stages=1)
 
 
 def test_a_run_trains_only_what_another_has_not(scenes: Path, shared: Path, tmp_path: Path) -> None:
     before = modified(shared)
-    config = tiny_config(scenes, stages=2, consistency__weight=0.5, pseudo_mask__final_stage=False)
+    config = local_config(scenes, stages=2, consistency__weight=0.5, pseudo_mask__final_stage=False)
     assert stages_shown(config, tmp_path / "a", shared) == {"stage2"}
     assert modified(shared) == before
     assert not (tmp_path / "a" / "stage1").exists() and not (tmp_path / "a" / "pseudo_masks2").exists()
@@ -55,7 +54,7 @@ def test_pseudo_masks_that_are_missing_there_are_predicted_here(scenes: Path, sh
     shutil.rmtree(other / "pseudo_masks1")
     (other / "pool.parquet").unlink()
     before = modified(other)
-    config = tiny_config(scenes, stages=2, pseudo_mask__final_stage=False, pseudo_mask__confidence_threshold=1.0)
+    config = local_config(scenes, stages=2, pseudo_mask__final_stage=False, pseudo_mask__confidence_threshold=1.0)
     warnings: list[str] = []
     run_local(config, str(tmp_path / "a"), lambda stage, row: None, warnings.append, reuse=str(other))
     assert modified(other) == before
@@ -72,24 +71,24 @@ def digest_of(pseudo_masks: Path) -> str:
 
 def test_a_run_whose_first_stage_differs_can_reuse_nothing(scenes: Path, shared: Path, tmp_path: Path) -> None:
     with refused("run/nothing-to-reuse", f"--reuse {shared}", "seed=0", "1"):
-        stages_shown(tiny_config(scenes, seed=1), tmp_path / "a", shared)
+        stages_shown(local_config(scenes, seed=1), tmp_path / "a", shared)
     with refused("run/other-settings", "split.json", "data.labelled=8", "9"):
-        stages_shown(tiny_config(scenes, data__labelled=9), tmp_path / "b", shared)
+        stages_shown(local_config(scenes, data__labelled=9), tmp_path / "b", shared)
     with refused("run/reused-gone", tmp_path / "nowhere/split.json", "--reuse"):
-        stages_shown(tiny_config(scenes), tmp_path / "c", tmp_path / "nowhere")
+        stages_shown(local_config(scenes), tmp_path / "c", tmp_path / "nowhere")
 
 
 def test_a_run_that_has_begun_reuses_nothing(scenes: Path, shared: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(shared, own)
     with refused("run/reuse-too-late", f"--reuse {shared}", own, "--out"):
-        stages_shown(tiny_config(scenes, stages=1), own, shared)
+        stages_shown(local_config(scenes, stages=1), own, shared)
 
 
 def test_a_run_does_not_train_into_one_that_is_gone(scenes: Path, shared: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shared, other)
-    config = tiny_config(scenes, stages=2)
+    config = local_config(scenes, stages=2)
     stages_shown(config, tmp_path / "a", other)
     shutil.rmtree(other / "stage1")
     with refused("run/reused-gone", "reused.json", other / "stage1", "--out"):
@@ -101,12 +100,12 @@ def test_what_lies_elsewhere_is_not_written_over(scenes: Path, shared: Path, tmp
     shutil.copytree(shared, other)
     before = modified(other)
     with refused("run/reused-gone", other / "pseudo_masks1", "reused.json", "data.max_image_pixels"):
-        stages_shown(tiny_config(scenes, stages=2, data__max_image_pixels=10**6), tmp_path / "a", other)
+        stages_shown(local_config(scenes, stages=2, data__max_image_pixels=10**6), tmp_path / "a", other)
     unlabelled = tmp_path / "photos"
     unlabelled.mkdir()
     write_photos(unlabelled, 3)
     with refused("run/other-settings", other / "pool.parquet", "data.unlabelled=None"):
-        stages_shown(tiny_config(scenes, stages=2, data__unlabelled=str(unlabelled / "images")), tmp_path / "b", other)
+        stages_shown(local_config(scenes, stages=2, data__unlabelled=str(unlabelled / "images")), tmp_path / "b", other)
     assert modified(other) == before
 
 

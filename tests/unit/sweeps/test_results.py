@@ -18,7 +18,7 @@ from rich.console import Console
 from threestage.config import changed, load
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
-from threestage.sweeps import results
+from threestage.sweeps import plots, results
 from threestage.sweeps.journal import State, Trial
 from threestage.sweeps.plots import write_plots
 
@@ -253,7 +253,10 @@ def test_plots_are_pictures_and_leave_pyplot_as_it_was(tmp_path: Path, capfd: py
         ([trial(i, i / 10, params={HEAD: "deeplabv2"} if i % 2 else {CONSISTENCY: 0.5}) for i in range(6)], 2),
     ],
 )
-def test_plots_of_few_or_equal_trials(trials: list[Trial], expected: int, tmp_path: Path) -> None:
+def test_plots_of_few_or_equal_trials(
+    trials: list[Trial], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "DPI", 20)
     names = write_plots(study(trials), KEYS, str(tmp_path))
     assert len(names) == len(list(tmp_path.iterdir())) == expected
     left_out = "importances.png is left out" in results.text_summary(trials, KEYS, CARVED)

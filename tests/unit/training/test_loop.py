@@ -24,7 +24,7 @@ from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.training.step import StepInputs
 from threestage.training.worker import LocalWorker
 
-STEPS = 20
+STEPS = 8
 
 
 class Poisoned(FixedSteps):
@@ -52,7 +52,7 @@ def train(
     resume(state, where)
     fit(
         state, where, source or FixedSteps(), evaluate, StageLength(steps, (2, 4), (0,)),
-        LoopSettings(**({"log_every": 5, "checkpoint_every": 10, "evaluate_every": 10} | loop)),
+        LoopSettings(**({"log_every": 2, "checkpoint_every": 4, "evaluate_every": 4} | loop)),
         OptimiserSettings(learning_rate=1e-3), EmaSettings(),
     )  # fmt: skip
     where.checkpoints.wait()
@@ -65,13 +65,13 @@ def parameters(state: TrainState) -> Tensor:
 
 def test_a_stage_that_goes_on_ends_where_an_undisturbed_one_ends(tmp_path: Path) -> None:
     whole = train(new_state(), worker(tmp_path / "whole"))
-    train(new_state(), worker(tmp_path / "killed"), steps=13)
+    train(new_state(), worker(tmp_path / "killed"), steps=5)
     again = new_state()
     resume(again, worker(tmp_path / "killed"))
-    assert (again.step, again.labelled_images, again.unlabelled_images) == (13, 13 * 2, 13 * 4)
+    assert (again.step, again.labelled_images, again.unlabelled_images) == (5, 5 * 2, 5 * 4)
     train(again, worker(tmp_path / "killed"))
     assert torch.equal(parameters(whole), parameters(again))
-    assert [row["step"] for row in again.history] == [5, 10, 13, 15, 20]
+    assert [row["step"] for row in again.history] == [2, 4, 5, 6, 8]
 
 
 class Scores:
@@ -87,25 +87,25 @@ class Scores:
 @pytest.mark.parametrize(
     ("scores", "step"),
     [
-        ((0.2, 0.5, 0.4, 0.3), 10),
-        ((0.2, 0.3, 0.4, 0.5), 20),
-        ((0.5, 0.5, 0.2, 0.5), 5),
-        ((float("nan"), 0.0, 0, 0), 10),
+        ((0.2, 0.5, 0.4, 0.3), 4),
+        ((0.2, 0.3, 0.4, 0.5), 8),
+        ((0.5, 0.5, 0.2, 0.5), 2),
+        ((float("nan"), 0.0, 0, 0), 4),
     ],
 )
 def test_the_best_evaluation_keeps_its_weights(tmp_path: Path, scores: tuple[float, ...], step: int) -> None:
-    state = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(*scores), evaluate_every=5)
+    state = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(*scores), evaluate_every=2)
     then = train(new_state(), worker(tmp_path / "then"), steps=step, evaluate_every=100)
-    assert state.best is not None and (state.best.step, state.best.mean_iou) == (step, scores[step // 5 - 1])
+    assert state.best is not None and (state.best.step, state.best.mean_iou) == (step, scores[step // 2 - 1])
     expected = without_auxiliary(then.shipped.state_dict())
     assert state.best.weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in state.best.weights.items())
 
 
 def test_what_is_not_better_copies_nothing(tmp_path: Path) -> None:
-    state = train(new_state(), worker(tmp_path), steps=10)
+    state = train(new_state(), worker(tmp_path), steps=4)
     best = state.best
-    state.step = 15
+    state.step = 6
     for score in (0.5, 0.1, float("nan")):
         state.keep_best(score)
     assert best is not None and state.best is best
@@ -113,11 +113,11 @@ def test_what_is_not_better_copies_nothing(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_goes_on_knows_what_was_best(tmp_path: Path) -> None:
-    whole = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(0.2, 0.6, 0.4, 0.5), evaluate_every=5)
-    train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.2, 0.6, 0.1), evaluate_every=5, steps=13)
-    again = train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.4, 0.5), evaluate_every=5)
+    whole = train(new_state(), worker(tmp_path / "whole"), evaluate=Scores(0.2, 0.6, 0.4, 0.5), evaluate_every=2)
+    train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.2, 0.6, 0.1), evaluate_every=2, steps=5)
+    again = train(new_state(), worker(tmp_path / "killed"), evaluate=Scores(0.4, 0.5), evaluate_every=2)
     assert whole.best is not None and again.best is not None
-    assert (again.best.step, again.best.mean_iou) == (whole.best.step, whole.best.mean_iou) == (10, 0.6)
+    assert (again.best.step, again.best.mean_iou) == (whole.best.step, whole.best.mean_iou) == (4, 0.6)
     assert all(torch.equal(value, again.best.weights[name]) for name, value in whole.best.weights.items())
 
 
@@ -126,11 +126,11 @@ def test_only_rank_0_keeps_the_best(tmp_path: Path) -> None:
         rank = 1
 
         def gather(self, value: Any) -> list[Any]:
-            return [10 if value is None else value]  # None is where it resumes from
+            return [4 if value is None else value]  # None is where it resumes from
 
-    train(new_state(), worker(tmp_path), steps=10)
+    train(new_state(), worker(tmp_path), steps=4)
     state = train(new_state(), Second(str(tmp_path), 2, lambda share, first_image: iter(())))
-    assert state.step == 20 and state.best is None
+    assert state.step == 8 and state.best is None
 
 
 @pytest.mark.parametrize(("format", "known"), [(2, True), (1, False), (4, False)])
@@ -175,7 +175,7 @@ def test_pieces_give_the_gradients_of_the_whole_batch(tmp_path: Path, accumulate
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_learns(tmp_path: Path, precision: str) -> None:
-    state = train(new_state(precision=precision), worker(tmp_path), precision=precision)
+    state = train(new_state(precision=precision), worker(tmp_path), steps=20, precision=precision)
     assert state.history[-1]["supervised_loss"] < state.history[0]["supervised_loss"]
     again = new_state(precision=precision)
     resume(again, worker(tmp_path))
@@ -205,16 +205,16 @@ def test_an_exploding_loss_stops_the_stage(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     class Breaking(FixedSteps):
         def draw(self, step: int) -> StepInputs:
-            if step == 15:
+            if step == 5:
                 next(state.student.parameters()).data[0] = float("nan")
             inputs = super().draw(step)
             silent = {name: torch.full_like(target, 255) for name, target in inputs.targets.items()}
             return replace(inputs, targets=silent)  # no loss shows what the weights are
 
     state = new_state()
-    with refused("stage/diverged", "checkpoint is of step 10", error=StageFailure):
+    with refused("stage/diverged", "checkpoint is of step 4", error=StageFailure):
         train(state, worker(tmp_path), Breaking())
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == ["step-000000010.pt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == ["step-000000004.pt"]
 
 
 def test_a_sigterm_saves_a_checkpoint_at_once_and_stops(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_sigterm_saves_a_checkpoint_at_once_and_stops(tmp_path: Path) -> None:
 
     where = worker(tmp_path)
     with refused("stage/stopped", "SIGTERM", "step 4", error=StageFailure), where.listening():
-        train(new_state(), where, Terminated())
+        train(new_state(), where, Terminated(), log_every=5, checkpoint_every=5)
     again = new_state()
     resume(again, worker(tmp_path))
     assert again.step == 4 and [row["step"] for row in again.history] == [4]
@@ -238,21 +238,24 @@ def test_a_sigterm_that_no_step_answers_stops_the_run_too(tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_evaluation_is_no_part_of_a_step(tmp_path: Path) -> None:
+def test_evaluation_is_no_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, evaluated = time.perf_counter, list[int]()
+
     def slow(shipped: object) -> Row:
-        time.sleep(2)
+        evaluated.append(1)
         return good(shipped)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1000 * len(evaluated))
     rows: list[Row] = []
-    state = train(new_state(), worker(tmp_path, rows), steps=10, evaluate=slow, evaluate_every=5)
-    assert max(row["step_seconds"] for row in rows) < 0.4, "2 s in a row of 5 steps would be 0.4 s each"
-    assert state.seconds > 4
+    state = train(new_state(), worker(tmp_path, rows), steps=4, evaluate=slow, evaluate_every=2)
+    assert max(row["step_seconds"] for row in rows) < 100, "1000 s in a row of 2 steps would be 500 s each"
+    assert state.seconds > 2000
 
 
 def test_rows_say_what_a_step_costs(tmp_path: Path) -> None:
     rows: list[Row] = []
-    state = train(new_state(), worker(tmp_path, rows), steps=10)
-    assert rows == state.history and [row["step"] for row in rows] == [5, 10]
+    state = train(new_state(), worker(tmp_path, rows), steps=4)
+    assert rows == state.history and [row["step"] for row in rows] == [2, 4]
     last = rows[-1]
     assert last["images_per_second"] == pytest.approx(6 * last["steps_per_second"])
     assert last["data_wait_seconds"] == 0 and last["memory_bytes"] > 2**20 and last["workers"] == 1

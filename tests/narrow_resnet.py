@@ -1,4 +1,4 @@
-"""An encoder for timm that is small enough for git: importing this module makes it known under its name."""
+"""An encoder for timm of a few thousand weights: importing this module makes it known under its name, in this process alone."""
 
 from typing import Any
 
