@@ -10,10 +10,9 @@ import pytest
 from tests.benchmarks import accuracy
 from tests.benchmarks.accuracy import METHODS, SETS, Method, configuration, measure, read_record, table
 from tests.benchmarks.paired import bootstrap_interval, describe, t_interval
-from tests.narrow_resnet import NAME as NARROW
 
 TINY = (
-    "data.labelled=8", "data.downscale=1", f"network.encoder={NARROW}", "network.head=deeplabv2", "network.batch_norm=live",
+    "data.labelled=8", "data.downscale=1", "network.encoder=test_resnet", "network.head=deeplabv2", "network.batch_norm=live",
     "network.dilations=[1, 2]", "augment.crop_size=[32, 32]", "stage1.steps=2", "stage1.labelled_batch=2", "stage2.steps=2",
     "stage2.labelled_batch=2", "stage2.unlabelled_batch=2", "stages=2", "training.evaluate_every=1",
 )  # fmt: skip
@@ -35,7 +34,8 @@ def options(scenes: Path, out: Path) -> argparse.Namespace:
     return argparse.Namespace(sets={"camvid": str(scenes)}, weights=None, set=list(TINY), test=True, out=out)
 
 
-def test_the_line_of_a_run(scenes: Path, tmp_path: Path) -> None:
+def test_the_line_of_a_run(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda precision: None)  # would stay so for other tests
     methods = {
         "two": Method("own_images"),
         "other": Method("own_images", ("stage2.steps=4", "supervised.strong_view=true")),
