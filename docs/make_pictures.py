@@ -21,7 +21,7 @@ from threestage.data.pool import load_pool, read_pool_rows
 from threestage.data.records import decode_mask, load_manifest
 from threestage.data.samples import Decoded, decode_sample, pool_samples
 from threestage.data.synthetic import CLASSES, COLOURS, scene
-from threestage.report.terminal_tables import FONT_SIZE, GAP, Bytes, colourise, panel
+from threestage.report.mask_images import FONT_SIZE, GAP, Bytes, colourise, panel
 from threestage.report.validation_images import PICTURES
 from threestage.training.losses import keep_confident
 

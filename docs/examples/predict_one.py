@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from threestage.data.palette import palette_png
 from threestage.data.records import decode_image, downscale_image
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.predict import open_model
 from threestage.prediction.pseudo_masks import predict
-from threestage.report.terminal_tables import palette_png
 
 model, image, mask = sys.argv[1:]
 network, card = open_model(model, RegistrySettings())

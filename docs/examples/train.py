@@ -3,7 +3,7 @@
 import sys
 
 from threestage.config import load
-from threestage.report.terminal_tables import results_table
+from threestage.report.scores import results_table
 from threestage.run.backend import RunCallbacks
 from threestage.run.run import run as train
 

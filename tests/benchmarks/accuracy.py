@@ -31,7 +31,7 @@ from tests.runs import run_local
 from threestage.config import Config, changed, load, stage_keys
 from threestage.evaluation import evaluate_model
 from threestage.models.export import load_model
-from threestage.report.seed_summary import deviation, plus_minus
+from threestage.report.scores import deviation, plus_minus
 
 MOBILENET = (
     "network.encoder=mobilenetv2_100", "network.output_stride=16", "network.head=deeplabv3plus", "network.pretrained=false",

@@ -13,7 +13,7 @@ from threestage.data import storage
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.report import sections
-from threestage.report.report import page, write_report
+from threestage.report.report import render, write_report
 from threestage.report.run_reader import log_page, read_run
 from threestage.report.validation_images import Example, ExampleGroup
 
@@ -58,9 +58,9 @@ def examples(number: int) -> Iterator[Example]:
 @pytest.mark.slow
 def test_two_hundred_images_load_in_two_seconds(chromium: Browser, run: Path, tmp_path: Path) -> None:
     stages = read_run(str(run)).stages
-    pictures = sections.image_section(stages, examples(IMAGES), CLASSES, COLOURS, "")
+    shown = [sections.example_of(example, stages, CLASSES, COLOURS) for example in examples(IMAGES)]
     file = tmp_path / "page.html"
-    file.write_text(page("many", "", [("images", pictures)]))
+    file.write_text(render("many", "", stages, {"images": sections.images(shown, CLASSES, COLOURS, "")}))
     took = []
     for _ in range(3):
         started = time.perf_counter()
@@ -88,10 +88,27 @@ def test_the_page_is_whole_in_a_browser_light_and_dark(chromium: Browser, run: P
 
 
 def test_a_narrow_window_scrolls_in_one_direction_only(chromium: Browser, run: Path, tmp_path: Path) -> None:
+    """Every stage's pictures and charts are inside it, too."""
     file = tmp_path / "page.html"
     write_report(str(run), str(file), images=3)
-    chromium.open(file, width=400)
-    assert chromium.value("document.documentElement.scrollWidth") <= 400
+    chromium.open(file, width=390)
+    assert chromium.value("document.documentElement.scrollWidth") <= 390
+    right = "[...document.querySelectorAll('img, .plot, .bars')].map(shown => shown.getBoundingClientRect().right)"
+    assert max(chromium.value(right)) <= 390
+
+
+def test_the_menu_lands_where_it_says(chromium: Browser, run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    write_report(str(run), str(file), images=6)
+    for width in (390, 1200):
+        chromium.open(file, width=width)
+        chromium.value("document.documentElement.style.scrollBehavior = 'auto'")
+        for target in chromium.value("[...document.querySelectorAll('nav a')].map(link => link.hash)"):
+            chromium.value(f"document.querySelector('nav a[href=\"{target}\"]').click()")
+            bar = chromium.value("document.querySelector('nav').getBoundingClientRect().bottom")
+            heading = chromium.value(f"document.querySelector('{target}-title').getBoundingClientRect().top")
+            end = chromium.value("scrollY + innerHeight >= document.documentElement.scrollHeight - 1")
+            assert bar <= heading <= bar + 60 or end, (target, width, bar, heading)
 
 
 def test_everything_is_reached_and_used_by_keyboard(chromium: Browser, run: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from threestage.errors import InputError, StageFailure
 from threestage.mlflow_sync import run_sync
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction import predict
-from threestage.report import report, seed_summary
+from threestage.report import report, scores
 from threestage.run import budget, clean
 from threestage.run_folder import lease, reuse
 from threestage.sweeps.journal import Trial, curve_of, load_trials, save
@@ -75,8 +75,8 @@ def readers(folder: Path, scenes: Path) -> dict[str, Callable[[], object]]:
         "report": lambda: report.write_report(run, f"{folder}/page.html"),
         "reuse": lambda: reuse.shared_parts(config, run, {k: digests[k] for k in ("labelled", "validation")}),
         "rows": lambda: Checkpoints(f"{run}/stage1/checkpoints").rows(),
-        "scores": lambda: seed_summary.seeds_table([], [str(folder / "scores")]),
-        "seeds": lambda: seed_summary.seeds_table([run]),
+        "scores": lambda: scores.seeds_table([], [str(folder / "scores")]),
+        "seeds": lambda: scores.seeds_table([run]),
         "sync": lambda: run_sync.sync(run, None, lambda text: None),
         "trials": lambda: load_trials(str(folder)),
     }

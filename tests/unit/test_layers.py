@@ -20,8 +20,8 @@ LAYERS = tuple(
         "models",
         "training prediction",
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
-        "mlflow_sync.records report.terminal_tables",
-        "mlflow_sync report.scores report.seed_summary prediction.predict sweeps.journal sweeps.space",
+        "mlflow_sync.records report.mask_images",
+        "mlflow_sync report.scores prediction.predict sweeps.journal sweeps.space",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",

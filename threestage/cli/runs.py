@@ -92,7 +92,7 @@ def _within(budget: str | None, config: Any, out: str, local: bool, overrides: l
 
 def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
     from threestage.cli.progress import StageProgress
-    from threestage.report.terminal_tables import rich_table
+    from threestage.report.scores import rich_table
     from threestage.run.backend import RunCallbacks
     from threestage.run.run import run_checked
     from threestage.verdict import verdict_text

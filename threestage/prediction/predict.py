@@ -58,7 +58,7 @@ from threestage.prediction.pseudo_masks import (
     stored_report,
 )
 from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
-from threestage.report.terminal_tables import overlay
+from threestage.report.mask_images import overlay
 from threestage.run_folder.reuse import resolve_part
 from threestage.settings import Settings
 from threestage.training.worker import default_device

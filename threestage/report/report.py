@@ -1,78 +1,25 @@
 """`threestage report`: read a run, predict some validation images, and write one page that loads nothing and needs no script.
-Its parts are in sections.py, its charts in charts.py."""
+sections.py decides what it shows, template.html.j2 how."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import threestage
 from threestage.data import storage
 from threestage.data.storage_errors import explain
 from threestage.errors import InputError, StageFailure
-from threestage.report import sections as parts
-from threestage.report.charts import Html, join_html, patterns, tag
-from threestage.report.run_reader import Run, read_run
+from threestage.report import sections
+from threestage.report.run_reader import Run, Stage, read_run
 from threestage.report.validation_images import OnImages, StageMeasure, Validation, choose
 from threestage.run_folder.reuse import PAGE_NAME
-
-# ---- The document around the sections
-
-# Even a mistake in the page could not make a browser fetch or run anything.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-TITLE = "the stages compared"  # ends the title of every page, of earlier versions too
-NAMES = {
-    "overview": "At a glance",
-    "images": "Pictures",
-    "classes": "Classes",
-    "curves": "Learning",
-    "uncertainty": "Uncertainty",
-    "pseudo-masks": "Pseudo-masks",
-    "rejected": "Rejected",
-    "time": "Time",
-    "settings": "Settings",
-}
-
-
-def page(name: str, intro: str, sections: Sequence[tuple[str, Html]]) -> str:
-    """`sections`: (a key of NAMES, markup) in their order."""
-    title = f"{name}: {TITLE}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Html(_style())),
-    )
-    links = tag("ul", *(tag("li", tag("a", NAMES[key], href=f"#{key}")) for key, _ in sections))
-    body = tag(
-        "body",
-        tag("a", "Skip to the content", href="#content", class_="skip"),
-        patterns(),
-        tag("header", tag("h1", title), tag("p", intro)),
-        tag("nav", links, aria_label="Parts of this page"),
-        tag("main", join_html(markup for _, markup in sections), id="content"),
-        tag("footer", _made()),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
-
-
-def _style() -> str:
-    return resources.files("threestage.report").joinpath("style.css").read_text("utf-8")
-
-
-def _made() -> str:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    made = f"Made by threestage {threestage.__version__} on {now} with `threestage report`."
-    return f"{made} The page loads nothing and runs no script."
-
-
-# ---- Write the report of a run
+from threestage.training.metrics import MEAN_IOU_RULE
 
 IMAGES = 9
 INTRODUCTION = "Three-stage self-training for semantic segmentation, seen through the run's validation images."
+TITLE = "the stages compared"  # ends the title of every page, of earlier versions too
 HEAD_BYTES = 4096
 
 
@@ -84,15 +31,6 @@ class Written:
     size: int  # bytes
     finished: bool
     missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the validation images and the labels gave."""
-
-    images: Html
-    uncertainty: Html
-    label_pixels: Sequence[int]
 
 
 def write_report(
@@ -122,9 +60,9 @@ def write_report(
                 raise
             known = explain(None, error) if isinstance(error, OSError) else error
             missing.append(f"No pictures and no calibration: {known.message}.")
-    content = page(found.name, found.verdict or INTRODUCTION, _sections(found, seen, missing)).encode(
-        "utf-8", "replace"
-    )
+    parts = sections.all_sections(found, seen)
+    page = render(found.name, found.verdict or INTRODUCTION, found.stages, parts, missing)
+    content = page.encode("utf-8", "replace")
     storage.write_bytes(uri, content)
     return Written(uri, len(content), found.finished, tuple(missing))
 
@@ -141,7 +79,7 @@ def _refuse_other_file(uri: str) -> None:
             )
 
 
-def _look(run: Run, data: str | None, images: int, measure: int | None, show: OnImages) -> _Seen:
+def _look(run: Run, data: str | None, images: int, measure: int | None, show: OnImages) -> sections.Seen:
     root = data or run.data_root
     if root is None:
         raise InputError(
@@ -155,31 +93,16 @@ def _look(run: Run, data: str | None, images: int, measure: int | None, show: On
             "data set with --data",
             "report/nothing-to-measure",
         )
-    said = _measured_on(run, validation, measured)
-    examples = validation.examples(choose(measured[-1].image_iou, images), measured)
-    manifest = validation.manifest
-    return _Seen(
-        images=parts.image_section(run.stages, examples, manifest.classes, manifest.colours, said),
-        uncertainty=parts.uncertainty(run, measured, said),
+    chosen = validation.examples(choose(measured[-1].image_iou, images), measured)
+    classes, colours = validation.manifest.classes, validation.manifest.colours
+    return sections.Seen(
+        examples=[sections.example_of(example, run.stages, classes, colours) for example in chosen],
+        measures=measured,
+        measured_on=_measured_on(run, validation, measured),
+        classes=classes,
+        colours=colours,
         label_pixels=validation.label_pixels(),
     )
-
-
-def _sections(run: Run, seen: _Seen | None, missing: Sequence[str]) -> list[tuple[str, Html]]:
-    found = [("overview", parts.overview(run, missing))]
-    if seen is not None:
-        found.append(("images", seen.images))
-    if run.stages:
-        found += [("classes", parts.classes(run)), ("curves", parts.curves(run))]
-    if seen is not None:
-        found.append(("uncertainty", seen.uncertainty))
-    if run.stages:
-        found += [
-            ("pseudo-masks", parts.pseudo_masks(run, None if seen is None else seen.label_pixels)),
-            ("rejected", parts.rejected(run)),
-            ("time", parts.times(run)),
-        ]
-    return [*found, ("settings", parts.settings(run))]
 
 
 def _measured_on(run: Run, validation: Validation, measured: Sequence[StageMeasure]) -> str:
@@ -192,3 +115,31 @@ def _measured_on(run: Run, validation: Validation, measured: Sequence[StageMeasu
             " The data set's validation images have changed since the run: the run's own scores are of the former ones."
         )
     return text
+
+
+def render(
+    name: str,
+    intro: str,
+    stages: Sequence[Stage],
+    parts: Mapping[str, sections.Section | None],
+    missing: Sequence[str] = (),
+) -> str:
+    """The page. `parts`: of `all_sections`; `missing`: sentences about what it does not show."""
+    pages = Environment(
+        loader=PackageLoader("threestage.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters.update({form.__name__: form for form in sections.FORMS})
+    return pages.get_template("template.html.j2").render(
+        title=f"{name}: {TITLE}",
+        intro=intro,
+        stages=stages,
+        parts=parts,
+        missing=missing,
+        mean_iou_rule=MEAN_IOU_RULE,
+        version=threestage.__version__,
+        now=datetime.datetime.now(datetime.UTC),
+    )

@@ -5,13 +5,13 @@ Nothing is computed that the run has not measured. Also logs the page to the run
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from threestage.config import STAGES, flatten
 from threestage.data import storage
-from threestage.data.rejects import SHOWN, read_rejects
+from threestage.data.rejects import Reject, read_rejects
 from threestage.data.split import Split, saved_split
 from threestage.errors import InputError, reason_of
 from threestage.mlflow_sync.client import open_registry
@@ -61,18 +61,10 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """Images that could not be used in one place: `first` are (source, reason), at most 20."""
-
-    where: str
-    count: int
-    first: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
 class Run:
-    """`data_root` is None where neither the results nor the settings name it; `missing`: sentences for the reader; `verdict`:
-    whether the unlabelled images paid, of a finished run that used some."""
+    """`data_root` is None where neither the results nor the settings name it; `rejected`: by the part of the run that
+    could not use them; `missing`: sentences for the reader; `verdict`: whether the unlabelled images paid, of a finished run
+    that used some."""
 
     uri: str
     name: str
@@ -82,7 +74,7 @@ class Run:
     data_root: str | None
     pool_images: int | None
     settings: Mapping[str, Any]
-    rejected: tuple[Rejected, ...]
+    rejected: Mapping[str, Sequence[Reject]]
     missing: tuple[str, ...]
     finished: bool
     verdict: str | None
@@ -116,7 +108,7 @@ def read_run(uri: str) -> Run:
         data_root=data.get("root") or settings.get("data", {}).get("root"),
         pool_images=data.get("pool"),
         settings=redact_tree(flatten(settings)),
-        rejected=tuple(_all_rejected(folders.values(), masks)),
+        rejected=_rejected(folders.values(), masks),
         missing=tuple(_missing(folders, stages)),
         finished=finished,
         verdict=verdict_text(results) if finished else None,
@@ -157,15 +149,12 @@ def _missing(folders: Mapping[str, str], stages: Sequence[Stage]) -> list[str]:
     return sentences + [f"Stage {s.number} has no pseudo-masks yet." for s in needed if s.statistics is None]
 
 
-def _all_rejected(stages: Any, masks: Mapping[int, str]) -> list[Rejected]:
-    places = [(f"pseudo-masks {n}", storage.join(folder, REJECTS_NAME)) for n, folder in masks.items()]
-    places += [(f"training stage {n}", storage.join(folder, REJECTS_NAME)) for n, folder in enumerate(stages, 1)]
-    found = [(where, read_rejects(uri)) for where, uri in places if storage.exists(uri)]
-    return [
-        Rejected(where, len(rejects), tuple((redact(r.source), redact(r.reason)) for r in rejects[:SHOWN]))
-        for where, rejects in found
-        if rejects
-    ]
+def _rejected(stages: Iterable[str], masks: Mapping[int, str]) -> dict[str, Sequence[Reject]]:
+    places = {f"pseudo-masks {n}": folder for n, folder in masks.items()}
+    places |= {f"training stage {n}": folder for n, folder in enumerate(stages, 1)}
+    files = {where: storage.join(folder, REJECTS_NAME) for where, folder in places.items()}
+    found = {where: read_rejects(uri) for where, uri in files.items() if storage.exists(uri)}
+    return {where: rejects for where, rejects in found.items() if rejects}
 
 
 # ---- Speed of a stage

@@ -1,21 +1,97 @@
-"""The scores of `threestage evaluate` for people: tables on a console, a reliability diagram, a folder of both."""
+"""Scores for people: of a run's stages, of `threestage evaluate`, and over several seeds, as tables and as a diagram."""
 
 import io
+import math
+import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from threestage.data import storage
 from threestage.data.outputs import SCORES, claim
+from threestage.errors import InputError
+from threestage.models.export import BEST_MODEL
+from threestage.prediction.tta import TTASettings
+from threestage.run_folder.records import Results, SavedScores
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+ABSENT = "–"
+
+# ---- The stages of a run
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("mean IoU", "mean_iou", "{:.3f}".format),
+    ("best", "best_mean_iou", "{:.3f}".format),
+    ("student", "student_mean_iou", "{:.3f}".format),
+    ("pseudo-mask mean IoU", "pseudo_mask_mean_iou", "{:.3f}".format),
+    ("mean confidence", "mean_confidence", "{:.3f}".format),
+    ("share above 0.9", "share_above_0.9", lambda share: f"{100 * share:.0f} %"),
+    ("left out", "rejected", "{:.0f}".format),
+    ("time", "seconds", _duration),
+)
+
+
+def _cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """The header, then one row a stage; what was left out is shown if anything was: without it a terminal of 80 columns
+    holds the table."""
+    some_left_out = any(values.get("rejected") for values in results["stages"].values())
+    columns = [column for column in _COLUMNS if column[1] != "rejected" or some_left_out]
+    rows = [["stage", *(title for title, _, _ in columns)]]
+    for stage, values in results["stages"].items():
+        rows.append([stage, *(_cell(values.get(key), form) for _, key, form in columns)])
+    return rows
+
+
+def _cell(value: float | None, form: Callable[[float], str] = "{:.3f}".format) -> str:
+    return ABSENT if value is None or math.isnan(value) else form(value)
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """The figures of every stage as aligned lines of text; a missing figure prints as "–".
+
+    `results` is a run's record: {"stages": {"stage1": {"mean_iou": …, "seconds": …}, …}}; IoU and confidence in [0,1].
+    "mean IoU" is that of the last step's model, "best" that of the best evaluation, "student" the last step's student's.
+    """
+    rows = _cells(results)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(map(_aligned, row, widths, range(len(row)))) for row in rows)
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column else cell.ljust(width)
+
+
+def rich_table(results: Mapping[str, Any]) -> "Table":
+    """The same as a table for a rich console."""
+    from rich.table import Table
+
+    header, *rows = _cells(results)
+    table = Table()
+    for i, title in enumerate(header):
+        table.add_column(title.replace(" ", "\n"), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# ---- An evaluation
+
 METRICS_NAME, DIAGRAM_NAME = "metrics.json", "reliability.png"
 MOST_CLASSES = 20  # whose confusion matrix is printed
-ABSENT = "–"
 SIDE, MARGIN, HEADER, FONT_SIZE = 480, 60, 90, 15  # pixels
 LINE_WIDTH = 70  # letters
 BAR, LINE, INK = (86, 135, 190), (190, 60, 50), "black"
@@ -49,7 +125,7 @@ def reliability_diagram(scores: Mapping[str, Any]) -> Image.Image:
     for tick in range(0, 11, 2):
         draw.text(_offset(_point(tick / 10, 0), 0, 12), f"{tick / 10:g}", INK, font, anchor="mm")
         draw.text(_offset(_point(0, tick / 10), -16, 0), f"{tick / 10:g}", INK, font, anchor="mm")
-    title = f"ECE {_figure(scores['expected_calibration_error'])} over {scores['images']} images; {scores['protocol']}"
+    title = f"ECE {_cell(scores['expected_calibration_error'])} over {scores['images']} images; {scores['protocol']}"
     draw.multiline_text(
         (SIDE / 2 + MARGIN, HEADER / 2), textwrap.fill(title, LINE_WIDTH), INK, font, "mm", align="center"
     )
@@ -73,13 +149,13 @@ def score_tables(scores: Mapping[str, Any]) -> list["Table"]:
 
     table = Table("class", "IoU", "boundary F")
     for name, iou in scores["per_class_iou"].items():
-        table.add_row(escape(name), _figure(iou), _figure(scores["per_class_boundary_f"][name]))
+        table.add_row(escape(name), _cell(iou), _cell(scores["per_class_boundary_f"][name]))
     table.add_section()
-    table.add_row("mean, of classes with true pixels", _figure(scores["mean_iou"]), _figure(scores["boundary_f"]))
+    table.add_row("mean, of classes with true pixels", _cell(scores["mean_iou"]), _cell(scores["boundary_f"]))
     for name, share in scores.get("absent_classes", {}).items():
         table.add_row(f"predicted as {escape(name)}, which has no true pixel", f"{100 * share:.2g} %", "")
-    table.add_row("pixel accuracy", _figure(scores["pixel_accuracy"]), "")
-    table.add_row("calibration error (ECE)", _figure(scores["expected_calibration_error"]), "")
+    table.add_row("pixel accuracy", _cell(scores["pixel_accuracy"]), "")
+    table.add_row("calibration error (ECE)", _cell(scores["expected_calibration_error"]), "")
     return [table] if len(scores["classes"]) > MOST_CLASSES else [table, _confusion_table(scores)]
 
 
@@ -101,5 +177,107 @@ def _confusion_table(scores: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _figure(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.3f}"
+# ---- Several seeds
+
+
+class SeedScore(NamedTuple):
+    """What a mean IoU is of. `images`: "validation" (a run's own), or the split of a data set that was evaluated."""
+
+    stage: str
+    model: str
+    images: str
+    protocol: str
+
+
+class Figure(NamedTuple):
+    """`source`: the seed of a run, or the model that was evaluated. `mean_iou`: in [0,1]."""
+
+    measured: SeedScore
+    source: str
+    mean_iou: float
+
+
+class SeedRow(NamedTuple):
+    """`deviation`: of the sample, None of a single figure."""
+
+    measured: SeedScore
+    mean: float
+    deviation: float | None
+    seeds: int
+
+
+def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
+    """The Markdown table of the folders of runs (results.json), one per seed, and of `threestage evaluate --out`
+    (metrics.json). All are to be of one configuration and one data set: a table shows only what `SeedScore` says.
+
+    Raises InputError where a seed, or a model under one protocol, is there twice.
+    """
+    figures = [figure for uri in runs for figure in figures_of_run(_json(uri, "results.json", Results))]
+    figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json", SavedScores))]
+    return markdown_table(rows_over_seeds(figures))
+
+
+def _json(folder: str, name: str, shape: Any) -> Any:
+    uri = storage.join(storage.absolute(folder), name)
+    if not storage.exists(uri):
+        raise InputError(
+            f"{uri}: is missing; give the --out of a finished run, or of an evaluation", "report/no-results"
+        )
+    return storage.read_json(uri, shape)
+
+
+def figures_of_run(results: Mapping[str, Any]) -> list[Figure]:
+    """From results.json: of every stage the shipped network at the last step and at its best evaluation, and the student;
+    of an older version's run the first alone."""
+    figures = []
+    for stage, values in results["stages"].items():
+        shipped = "network" if stage == "stage1" else "teacher"
+        names = {"mean_iou": f"{shipped}, last step", "best_mean_iou": f"{shipped}, best evaluation"}
+        names["student_mean_iou"] = "student, last step"
+        for key, name in names.items():
+            if key in values:
+                measured = SeedScore(stage, name, "validation", TTASettings().describe())
+                figures.append(Figure(measured, f"seed {results['seed']}", values[key]))
+    return figures
+
+
+def figures_of_scores(scores: Mapping[str, Any]) -> list[Figure]:
+    """From what `threestage evaluate` says; none where no pixel had a class. A model that lies in `best_model` is named so."""
+    shipped = "network" if scores["stage"] == "stage1" else "teacher"
+    best = scores["model"].rstrip("/").rsplit("/", 1)[-1] == BEST_MODEL
+    name = f"{shipped}, {'best evaluation' if best else 'last step'}"
+    measured = SeedScore(scores["stage"], name, scores["split"], scores["protocol"])
+    return [] if scores["mean_iou"] is None else [Figure(measured, scores["model"], scores["mean_iou"])]
+
+
+def rows_over_seeds(figures: Iterable[Figure]) -> list[SeedRow]:
+    """One row for all that was measured alike, in order of appearance. InputError where a source comes twice in one."""
+    found: dict[SeedScore, dict[str, float]] = {}
+    for measured, source, mean_iou in figures:
+        values = found.setdefault(measured, {})
+        if source in values:
+            raise InputError(
+                f"{source}: is given twice ({', '.join(measured)}); give each seed once", "report/same-seed"
+            )
+        values[source] = mean_iou
+    return [
+        SeedRow(measured, statistics.fmean(values.values()), deviation([*values.values()]), len(values))
+        for measured, values in found.items()
+    ]
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of the sample (divided by n - 1), None of fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def plus_minus(mean: float, spread: float | None) -> str:
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def markdown_table(rows: Iterable[SeedRow]) -> str:
+    """Lines of a Markdown table."""
+    lines = ["| stage | model | images | protocol | mean IoU | seeds |", "|---|---|---|---|---|---|"]
+    for measured, mean, spread, seeds in rows:
+        lines.append(f"| {' | '.join(measured)} | {plus_minus(mean, spread)} | {seeds} |")
+    return "\n".join(lines)

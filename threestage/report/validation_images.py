@@ -22,8 +22,8 @@ from threestage.evaluation import BATCH
 from threestage.models.export import load_card, load_model
 from threestage.models.network import Network
 from threestage.prediction.pseudo_masks import predict_images, quantise
+from threestage.report.mask_images import colourise, panel
 from threestage.report.run_reader import Run
-from threestage.report.terminal_tables import colourise, panel
 from threestage.run_folder.reuse import resolve_part
 from threestage.training.metrics import (
     RELIABILITY_BINS,

@@ -17,8 +17,7 @@ from threestage.config import Config, changed, flatten
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
 from threestage.mlflow_sync.connection import redact, redact_tree
-from threestage.report.seed_summary import deviation, plus_minus
-from threestage.report.terminal_tables import ABSENT
+from threestage.report.scores import ABSENT, deviation, plus_minus
 from threestage.sweeps.journal import State, Trial, ranked
 from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
 

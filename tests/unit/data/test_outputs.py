@@ -145,7 +145,7 @@ def test_a_report_replaces_no_other_file(tmp_path: Path, monkeypatch: pytest.Mon
         uri, stages, missing, name, finished, verdict = str(tmp_path), (), (), "x", True, None
 
     monkeypatch.setattr("threestage.report.report.read_run", lambda run: Found)
-    monkeypatch.setattr("threestage.report.report._sections", lambda *arguments: [])
+    monkeypatch.setattr("threestage.report.sections.all_sections", lambda *arguments: {})
     for name in ("thesis.html", "report.html"):
         (tmp_path / name).write_text("<title>mine</title>")
     for out in (f"{tmp_path}/thesis.html", None):

@@ -50,7 +50,7 @@ from threestage.prediction.predict import (
 )
 from threestage.prediction.pseudo_masks import FileReport, predict_images
 from threestage.prediction.tta import TTASettings
-from threestage.report.terminal_tables import overlay
+from threestage.report.mask_images import overlay
 
 COLOURS = ((0, 0, 0), (200, 30, 30), (30, 200, 30))
 SIZES = [(40, 50), (40, 50), (33, 61), (50, 40)]

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,8 +17,6 @@ from tests.runs import copy_run
 from threestage.cli.app import main
 from threestage.data import storage
 from threestage.data.rejects import Reject, RejectList
-from threestage.report import charts
-from threestage.report.charts import VOID_TAGS, Html, tag
 from threestage.report.report import write_report
 from threestage.report.run_reader import log_page, read_run, throughput
 from threestage.report.validation_images import Validation, choose, evenly
@@ -53,6 +50,7 @@ class Page(HTMLParser):
         self.feed(source)
         self.close()
         assert self.open == [], f"not closed: {self.open}"
+        self.text = " ".join(self.text.split())
 
     def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
         self.elements.append((name, dict(attributes)))
@@ -60,7 +58,7 @@ class Page(HTMLParser):
             self.open.append(name)
 
     def handle_startendtag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
-        assert name in VOID_TAGS, name
+        assert name in ("path", "line", "polyline", "rect", "use"), name
         self.elements.append((name, dict(attributes)))
 
     def handle_endtag(self, name: str) -> None:
@@ -127,28 +125,6 @@ def test_images_are_chosen_from_worst_middle_and_best() -> None:
     assert evenly(10, 3) == [0, 3, 6] and evenly(2, 5) == [0, 1]
 
 
-def test_changes_tell_what_became_right_and_wrong() -> None:
-    mask = np.array([[0, 0, 1, 1, 255]], np.uint8)
-    before, after = np.array([[0, 1, 1, 0, 0]], np.uint8), np.array([[0, 0, 0, 0, 1]], np.uint8)
-    expected = [
-        charts.STILL_RIGHT,
-        charts.BECAME_RIGHT,
-        charts.BECAME_WRONG,
-        charts.STILL_WRONG,
-        charts.IGNORED,
-    ]
-    assert charts.changes(mask, before, after).tolist() == [expected]
-
-
-def test_a_class_number_stands_inside_its_class() -> None:
-    mask = np.zeros((100, 120), np.uint8)
-    mask[10:70, 50:115] = 3
-    mask[95:97] = 2  # too thin for a number
-    places = charts.label_places(mask, 4)
-    assert set(places) == {0, 3}
-    assert all(mask[place] == class_id for class_id, place in places.items())
-
-
 def test_throughput_weighs_rows_by_their_steps() -> None:
     rows = [
         {"step": 10, "step_seconds": 1.0, "images_per_second": 4.0, "data_wait_seconds": 0.5, "workers": 2.0},
@@ -160,18 +136,6 @@ def test_throughput_weighs_rows_by_their_steps() -> None:
     assert found.data_wait_share == pytest.approx(5 / 70)
     assert (found.workers, found.memory_bytes) == (2, None)
     assert throughput([{"step": 5, "mean_iou": 0.1}]).steps_per_second is None
-
-
-@pytest.mark.parametrize(
-    ("of", "expected"), [((0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((0, 0.7), [0, 0.2, 0.4, 0.6]), ((3, 3), [3])]
-)
-def test_ticks_are_round(of: tuple[float, float], expected: list[float]) -> None:
-    assert charts.ticks(of) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0.279, 0.3), (1.0, 1.0), (61.8, 80), (0, 1)])
-def test_an_axis_ends_on_a_round_value_above(value: float, expected: float) -> None:
-    assert charts.rounded_up(value) == pytest.approx(expected)
 
 
 # ---- The page
@@ -228,7 +192,17 @@ def test_the_page_can_be_used_without_a_mouse_and_without_eyes(finished: Path, t
     targets += [
         f"#{attributes['aria-labelledby']}" for _, attributes in page.elements if "aria-labelledby" in attributes
     ]
+    targets += [attributes["href"] or "" for attributes in page.all("use")]
     assert {target.removeprefix("#") for target in targets} <= set(ids)
+
+
+def test_no_picture_moves_what_follows_it_or_waits_to_be_seen(finished: Path, tmp_path: Path) -> None:
+    """Links of the menu land where they say, and a print or a screenshot of the whole page has no gap."""
+    page = page_of(finished, out=str(tmp_path / "page.html"))
+    assert all(
+        (image["width"], image["height"]) == ("64", "64") and "loading" not in image for image in page.all("img")
+    )
+    assert "content-visibility: auto" not in page.source
 
 
 def test_text_of_the_data_never_becomes_markup(run: Path) -> None:
@@ -245,6 +219,7 @@ def test_text_of_the_data_never_becomes_markup(run: Path) -> None:
     assert "<script" not in page.source and "<b>be" not in page.source and "<img src=x" not in page.source
     assert "<script>alert('1')</script>" in page.text and "cannot </td><b>be decoded" in page.text
     assert "secret" not in page.source and "ray://host:1" in page.text
+    assert "1 image was rejected." in page.text
 
 
 def test_a_page_that_fails_does_not_fail_the_run(run: Path) -> None:
@@ -252,13 +227,6 @@ def test_a_page_that_fails_does_not_fail_the_run(run: Path) -> None:
     warnings: list[str] = []
     run_module._write_page(str(run), warnings.append)
     assert len(warnings) == 1 and "threestage report" in warnings[0]
-
-
-def test_markup_escapes_text_and_attributes() -> None:
-    assert (
-        tag("p", "a<b", Html("<i/>"), title='"&', hidden=True, id=None)
-        == '<p title="&quot;&amp;" hidden>a&lt;b<i/></p>'
-    )
 
 
 def test_an_unfinished_run_shows_what_there_is_and_says_what_is_missing(run: Path, scenes: Path) -> None:
@@ -378,7 +346,7 @@ def test_no_store_is_made_for_a_run_that_is_in_another_one(run: Path, tmp_path: 
 KNOWN = """
 html head meta title style body header nav main footer section div span p a h1 h2 h3 ul ol li dl dt dd table caption thead
 tbody tr th td figure figcaption img details summary input label fieldset legend article h4 br b strong em code small time
-svg g path line polyline polygon rect circle text tspan defs pattern
+svg g path line polyline polygon rect circle text tspan defs pattern use
 """
 
 
