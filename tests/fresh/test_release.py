@@ -32,7 +32,8 @@ def test_the_demo_from_sdist_and_wheel(tmp_path: Path) -> None:
     assert {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "constraints.txt", "tests/conftest.py"} <= names
     assert not {name for name in names if name.startswith((".venv", "runs", "docs/camvid/train"))}
     with zipfile.ZipFile(wheel) as archive:
-        assert {"threestage/presets/best.yaml", "threestage/_shipped/constraints.txt"} <= set(archive.namelist())
+        shipped = {"presets/best.yaml", "_shipped/constraints.txt", "report/template.html.j2", "report/charts.svg.j2"}
+        assert {f"threestage/{name}" for name in shipped} <= set(archive.namelist())
 
     command_of(empty / "bin/pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), env={})
     elsewhere = {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}

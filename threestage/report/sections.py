@@ -12,6 +12,7 @@ import numpy as np
 
 from threestage.data.classes import Colour
 from threestage.data.rejects import SHOWN
+from threestage.format import duration
 from threestage.mlflow_sync.connection import redact
 from threestage.prediction.pseudo_masks import vanished_classes
 from threestage.report import mask_images
@@ -34,15 +35,8 @@ def share(value: float | None) -> str:
     return ABSENT if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def gibibytes(value: float | None) -> str:
+def memory(value: float | None) -> str:
     return ABSENT if value is None else f"{value / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 180:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 180 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(value: float, whole: float) -> str:
@@ -95,7 +89,7 @@ def end_of_points(series: Iterable[Series]) -> float:
     return axis_end(value for one in series for _, value in one.points)
 
 
-FORMS = (number, signed, share, gibibytes, duration, arrows, percent, tick_text, ticks)
+FORMS = (number, signed, share, memory, duration, arrows, percent, tick_text, ticks)
 """The filters of the templates."""
 
 # ---- All of the page
@@ -149,14 +143,14 @@ def overview(run: Run, label_pixels: Sequence[int] | None) -> Section:
         "last stage finished": when,
     }
     return {
-        "summary": list(summary(run, label_pixels)),
+        "summary": list(in_sentences(run, label_pixels)),
         "validation_images": len(run.split.validation),
         "carved": run.split.validation_split == "carved",
         "facts": {name: value for name, value in facts.items() if value is not None},
     }
 
 
-def summary(run: Run, label_pixels: Sequence[int] | None) -> Iterator[str]:
+def in_sentences(run: Run, label_pixels: Sequence[int] | None) -> Iterator[str]:
     """The run in a few plain sentences."""
     if not run.stages:
         return
@@ -170,12 +164,14 @@ def summary(run: Run, label_pixels: Sequence[int] | None) -> Iterator[str]:
     if known:
         weakest = min(known, key=known.__getitem__)
         yield f"Weakest class of {last.title}: {weakest}, with an IoU of {number(known[weakest])}."
+    gone = []
     for stage in run.stages if label_pixels else ():
         predicted, names = stage.statistics, list(stage.result["per_class_iou"])
-        gone = vanished_classes(predicted, label_pixels or (), names) if predicted and predicted.pixels else []
-        if gone:
-            remedy = "try more steps of stage 1, augment.class_balance or a lower threshold"
-            yield f"Vanished from the pseudo-masks of {stage.title}: {', '.join(gone)}; {remedy}."
+        lost = vanished_classes(predicted, label_pixels or (), names) if predicted and predicted.pixels else []
+        gone += [f"{', '.join(lost)} in {stage.title}"] if lost else []
+    if gone:
+        remedy = "Try more steps of stage 1, augment.class_balance or a lower threshold."
+        yield f"Classes that vanished from the pseudo-masks: {'; '.join(gone)}. {remedy}"
     if rejects := {(reject.source, reject.image_id) for found in run.rejected.values() for reject in found}:
         yield f"{len(rejects)} image{'s were' if len(rejects) > 1 else ' was'} rejected."
 

@@ -9,7 +9,7 @@ from threestage.data.rejects import Reject
 from threestage.data.split import Split
 from threestage.prediction.pseudo_masks import Statistics
 from threestage.report.run_reader import Run, Stage
-from threestage.report.sections import axis_end, summary, ticks
+from threestage.report.sections import axis_end, in_sentences, ticks
 
 
 def stage(number: int, mean_iou: float, per_class_iou: dict[str, float | None], **changes: Any) -> Stage:
@@ -40,18 +40,18 @@ CLASSES: dict[str, float | None] = {"road": 0.9, "bicyclist": 0.2, "pole": None,
 )
 def test_the_summary_compares_the_last_stage_with_the_first(scores: tuple[float, ...], expected: str) -> None:
     stages = [stage(number, score, CLASSES) for number, score in enumerate(scores, 1)]
-    assert next(summary(run_of(*stages), None)) == expected
+    assert next(in_sentences(run_of(*stages), None)) == expected
 
 
 def test_the_summary_names_the_weakest_class_and_what_was_lost() -> None:
     statistics = Statistics(images=1, pixels=1000, class_pixels=(1000, 0, 0, 0))
     only = stage(1, 0.5, CLASSES, statistics=statistics)
     rejects = [Reject(image_id=name, source="photos.parquet", reason="") for name in ("a", "b", "c")]
-    weakest, vanished, rejected = summary(run_of(only, masks=rejects, training=rejects[:1]), [10, 10, 0, 0])
+    weakest, vanished, rejected = in_sentences(run_of(only, masks=rejects, training=rejects[:1]), [10, 10, 0, 0])
     assert weakest == "Weakest class of stage 1: bicyclist, with an IoU of 0.200."
-    assert vanished.startswith("Vanished from the pseudo-masks of stage 1: bicyclist;") and "class_balance" in vanished
+    assert vanished.startswith("Classes that vanished from the pseudo-masks: bicyclist in stage 1. Try more steps")
     assert rejected == "3 images were rejected."
-    assert list(summary(run_of(), None)) == [] and list(summary(run_of(stage(1, 0.5, {})), None)) == []
+    assert list(in_sentences(run_of(), None)) == [] and list(in_sentences(run_of(stage(1, 0.5, {})), None)) == []
 
 
 @pytest.mark.parametrize(
