@@ -112,14 +112,14 @@ class Seen:
 
 def all_sections(run: Run, seen: Seen | None) -> dict[str, Section | None]:
     """By their anchors in the page; None where there is nothing to show."""
-    label_pixels = seen and seen.label_pixels
+    label_pixels = None if seen is None else seen.label_pixels
     started = bool(run.stages)
     return {
         "overview": overview(run, label_pixels),
-        "images": seen and images(seen),
+        "images": None if seen is None else images(seen),
         "classes": classes(run) if started else None,
         "curves": curves(run) if started else None,
-        "uncertainty": seen and uncertainty(run, seen),
+        "uncertainty": None if seen is None else uncertainty(run, seen),
         "pseudo-masks": pseudo_masks(run, label_pixels) if started else None,
         "rejected": rejected(run) if started else None,
         "time": times(run) if started else None,
