@@ -414,7 +414,7 @@ def split_cpus(cpus: int, nodes: int) -> tuple[int, int]:
 
 
 def s3_environment(url: str, credentials: Environment) -> dict[str, str]:
-    """What a process needs to use an endpoint: Ray, botocore and MLflow read different names."""
+    """What a process needs to use an endpoint: Ray, s3fs and MLflow read different names."""
     addresses = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"), url)
     return addresses | {"AWS_REGION": os.environ.get("AWS_REGION", "us-east-1"), **credentials}
 

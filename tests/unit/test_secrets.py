@@ -55,6 +55,11 @@ def test_a_file_system_is_pickled_without_them(endpoint: str | None) -> None:
     holds_no_secret(pickle.dumps(pickle.loads(pickle.dumps(files))))
 
 
+def test_the_file_system_of_listings_is_pickled_without_them() -> None:
+    storage.configure(StorageSettings(endpoint="http://127.0.0.1:9"))
+    holds_no_secret(pickle.dumps(storage.s3fs_filesystem()))
+
+
 def test_the_variables_that_travel_are_not_credentials() -> None:
     holds_no_secret(storage.environment(StorageSettings(endpoint="http://127.0.0.1:9")))
 

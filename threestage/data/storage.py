@@ -3,7 +3,7 @@
 A write is published whole or not at all: temporary name and rename on a local disk, one object put on S3.
 
 How s3:// is reached is said once, in the settings or in the usual AWS variables. It travels as environment variables
-(`configure`, `environment`), since pyarrow, botocore, Ray and MLflow each want it elsewhere; credentials are never part of it.
+(`configure`, `environment`), since pyarrow, s3fs, Ray and MLflow each want it elsewhere; credentials are never part of it.
 """
 
 import contextlib
@@ -217,38 +217,38 @@ class _S3FileSystem(pafs.S3FileSystem):
         return s3_filesystem, (self.chosen,)
 
 
-_ONE_CLIENT = Lock()
+_ONE_STORE = Lock()
 
 
 def ask_s3(operation: str, bucket: str, **arguments: Any) -> dict[str, Any]:
-    """One of botocore's requests, for what pyarrow does not offer: a page of a listing, a condition, a name that is deleted.
+    """One request through s3fs, for what pyarrow does not offer: a page of a listing, a condition, a name that is deleted.
 
-    Repeated for a minute while the store is busy: botocore gives up early when threads share its client. Raises OSError that
+    Repeated for a minute while the store is busy: the SDK gives up early when threads share its client. Raises OSError that
     names the URI: FileNotFoundError for what is absent, PermissionError for what is denied.
     """
     uri = f"{S3_SCHEME}{bucket}/{arguments.get('Key', arguments.get('Prefix', ''))}"
     give_up, wait = time.monotonic() + PATIENCE_S, 1.0
     while True:
         try:
-            return dict(getattr(s3_client(), operation)(Bucket=bucket, **arguments))
+            return dict(s3fs_filesystem().call_s3(operation, Bucket=bucket, **arguments))
         except Exception as error:
-            if not type(error).__module__.startswith("botocore"):
+            cause = error.__cause__ or error  # s3fs translates what the store answered, and hands on the rest
+            if not isinstance(error, OSError) and not type(cause).__module__.startswith("botocore"):
                 raise
-            if not _is_passing(error) or time.monotonic() > give_up:
-                kind = {403: PermissionError, 404: FileNotFoundError}.get(_status(error) or 0, OSError)
-                reason = _answer(error).get("Error", {}).get("Message")
-                raise kind(f"{uri}: {reason or error}") from error
+            if not _is_passing(cause) or time.monotonic() > give_up:
+                kind = {403: PermissionError, 404: FileNotFoundError}.get(_status(cause) or 0, OSError)
+                raise kind(f"{uri}: {_answer(cause).get('Error', {}).get('Message') or error}") from cause
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT_S)
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed later: 5xx, 429, time-outs, broken connections."""
     from botocore import exceptions
 
     status = _status(error)
     if status is None:
-        return isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError)
+        return isinstance(error, TimeoutError | exceptions.HTTPClientError | exceptions.ConnectionError)
     return status == 429 or (status >= 500 and status != 501)
 
 
@@ -262,32 +262,36 @@ def _answer(error: BaseException | None) -> dict[str, Any]:
     return getattr(error, "response", None) or {}
 
 
-def s3_client() -> Any:
-    """botocore's client of the same store: one for all threads of a process, for each loads the description of S3 anew."""
-    with _ONE_CLIENT:
-        return _client_of(os.getpid(), _chosen())
+def s3fs_filesystem() -> Any:
+    """The same store through s3fs: one for all threads of a process, for each loads the SDK's description of S3 anew."""
+    with _ONE_STORE:
+        return _s3fs_of(os.getpid(), _chosen())
 
 
 @lru_cache(maxsize=1)
-def _client_of(process: int, chosen: _S3) -> Any:
-    import botocore.session
-    from botocore.config import Config
+def _s3fs_of(process: int, chosen: _S3) -> Any:
+    import s3fs
+    from aiobotocore.session import AioSession
 
-    endpoint, region, style, anonymous = chosen
-    if endpoint:
-        os.environ.update(_without_checksums())
-    session = botocore.session.get_session()
+    session = AioSession()
     # nobody reads the times of a listing, whose parsing takes two thirds of the time of a page
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
-    config = Config(
-        s3={"addressing_style": "path" if endpoint and style == "auto" else style},
-        signature_version=botocore.UNSIGNED if anonymous else None,
-        retries={"total_max_attempts": 1},  # `ask_s3` repeats
-        connect_timeout=10,
-        read_timeout=60,
-        max_pool_connections=DELETES_AT_ONCE,
+    style = "path" if chosen.endpoint and chosen.style == "auto" else chosen.style
+    store = s3fs.S3FileSystem(
+        anon=chosen.anonymous,
+        use_listings_cache=False,
+        endpoint_url=chosen.endpoint,
+        client_kwargs={"region_name": chosen.region} if chosen.region else {},
+        config_kwargs={
+            "s3": {"addressing_style": style},
+            "retries": {"total_max_attempts": 1},  # `ask_s3` repeats
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "max_pool_connections": DELETES_AT_ONCE,
+        },
     )
-    return session.create_client("s3", region, endpoint_url=endpoint, config=config)
+    store.session, store.retries = session, 1
+    return store
 
 
 def join(uri: str, *names: str) -> str:

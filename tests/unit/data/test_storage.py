@@ -78,10 +78,10 @@ def test_what_is_deleted_is_a_name_not_a_pattern(bucket: str) -> None:
 
 def test_a_store_that_does_not_answer_is_an_os_error_of_deleting_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Away:
-        def delete_object(self, **arguments: object) -> object:
+        def call_s3(self, operation: str, **arguments: object) -> object:
             raise EndpointConnectionError(endpoint_url="http://s3")
 
-    monkeypatch.setattr(storage, "s3_client", Away)
+    monkeypatch.setattr(storage, "s3fs_filesystem", Away)
     monkeypatch.setattr(storage, "PATIENCE_S", 0)
     with pytest.raises(OSError, match=r"^s3://bucket/a: Could not connect"):
         storage.delete("s3://bucket/a", "s3://bucket")
@@ -248,9 +248,7 @@ def test_what_the_settings_leave_open_comes_from_the_environment(
 
 @pytest.mark.parametrize("style", ["path", "virtual", None])
 @pytest.mark.parametrize("endpoint", ["http://store.internal:9", None])
-def test_botocore_reaches_the_same_store(
-    monkeypatch: pytest.MonkeyPatch, endpoint: str | None, style: str | None
-) -> None:
+def test_s3fs_reaches_the_same_store(monkeypatch: pytest.MonkeyPatch, endpoint: str | None, style: str | None) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", storage.STYLE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     told = storage.environment(
@@ -260,13 +258,14 @@ def test_botocore_reaches_the_same_store(
     )
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
-        monkeypatch.setenv(name, value)
-    url = storage.s3_client().generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "a/b"})
-    host = "store.internal:9" if endpoint else "s3.eu-central-1.amazonaws.com"
-    is_path = style == "path" or (style is None and endpoint is not None)
-    assert f"//{host}/bucket/a/b?" in url if is_path else "//bucket." in url and "/a/b?" in url
-    assert storage.s3_client().meta.region_name == "eu-central-1" and storage.s3_client() is storage.s3_client()
+    files = storage.s3fs_filesystem()
+    assert files.endpoint_url == endpoint and files.client_kwargs == {"region_name": "eu-central-1"}
+    assert files.config_kwargs["s3"] == {"addressing_style": style or ("path" if endpoint else "auto")}
+    assert not files.dircache.use_listings_cache, "a listing of before would hide what was written since"
+    assert storage.s3fs_filesystem() is files, "one for all threads"
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert storage.s3fs_filesystem().client_kwargs == {}
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
@@ -467,7 +466,7 @@ def test_json_of_strangers_is_refused_in_one_line(tmp_path: Path) -> None:
         assert len(str(error.value)) < 400
 
 
-# Requests of botocore's
+# Requests through s3fs
 
 
 def waits_of_a_request(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[float]:
@@ -475,12 +474,12 @@ def waits_of_a_request(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> l
     waits, left = list[float](), list(errors)
 
     class Client:
-        def list_objects_v2(self, **arguments: object) -> dict[str, object]:
+        def call_s3(self, operation: str, **arguments: object) -> dict[str, object]:
             if left:
                 raise left.pop(0)
             return arguments
 
-    monkeypatch.setattr(storage, "s3_client", Client)
+    monkeypatch.setattr(storage, "s3fs_filesystem", Client)
     monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits)))
     assert storage.ask_s3("list_objects_v2", "bucket", Prefix="pool/") == {"Bucket": "bucket", "Prefix": "pool/"}
     return waits
