@@ -224,7 +224,7 @@ def _write(files: pafs.FileSystem, path: str) -> None:
 
 
 def _delete(place: _Place, path: str) -> None:
-    """On S3 by botocore: pyarrow would leave an empty object in the name of the folder."""
+    """On S3 by s3fs: pyarrow would leave an empty object in the name of the folder."""
     if not place.on_s3:
         place.files.delete_file(path)
         return

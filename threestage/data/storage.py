@@ -271,7 +271,7 @@ def s3fs_filesystem() -> Any:
 @lru_cache(maxsize=1)
 def _s3fs_of(process: int, chosen: _S3) -> Any:
     import s3fs
-    from aiobotocore.session import AioSession
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
     session = AioSession()
     # nobody reads the times of a listing, whose parsing takes two thirds of the time of a page
