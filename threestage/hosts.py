@@ -1,11 +1,12 @@
 """Hosts that get the user's credentials: only those that the user has named, on the command line or in the environment.
 
-A configuration or a run's folder may be somebody else's. A host that only such a file names gets no credential.
+A configuration or a run's folder may be somebody else's. A host that only such a file names gets no credential. Whoever
+may write to MLflow may name any place as that of a model's files: only the store's own are read.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -15,6 +16,7 @@ from threestage.redaction import redact
 TRUSTED = "THREESTAGE_TRUSTED_HOSTS"
 CODE = "hosts/not-confirmed"
 OF_THIS_MACHINE = ("", "file", "sqlite")  # schemes that name no host
+OVER_HTTP = ("http", "https", "mlflow-artifacts")
 MLFLOW_CREDENTIALS = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
@@ -53,6 +55,31 @@ def refuse_unconfirmed(key: str, uri: str | None, file: str | None, on_cluster: 
         f"{TRUSTED}={host.rpartition('//')[2]}, or set {variables[-1]}={redact(uri)}",
         CODE,
     )
+
+
+def refuse_foreign_source(what: str, source: str, tracking_uri: str, locations: Callable[[], Iterable[str]]) -> None:
+    """Raise InputError for a source outside the registry: another host, which MLflow would send the user's credentials to,
+    or another bucket than those of `locations`.
+
+    `what` names the source in the message; `locations` returns where the registry's experiments keep their files.
+    """
+    scheme, place, _, _, _ = parts_of(source)
+    if "\\" not in source and scheme in OF_THIS_MACHINE:
+        return
+    if scheme in OVER_HTTP:
+        own = parts_of(tracking_uri)
+        proxied = scheme == "mlflow-artifacts"
+        same = place.rpartition("@")[2] == own.netloc.rpartition("@")[2] and (proxied or scheme == own.scheme)
+        inside = same or (proxied and not place)
+    else:
+        inside = place != "" and (scheme, place) in {parts_of(location)[:2] for location in locations()}
+    host = f"{scheme}://{place}"
+    if "\\" in source or not (inside or is_trusted(host)):
+        raise InputError(
+            f"{what}: its files are at {redact(source)}, which is not a place of {redact(tracking_uri)}; if you trust it, "
+            f"set {TRUSTED}={redact(host)}",
+            "hosts/foreign-source",
+        )
 
 
 def host_of(key: str, uri: str) -> str | None:

@@ -15,10 +15,10 @@ from threestage.checks.run_check import check
 from threestage.cli.job_arguments import read_job
 from threestage.config import changed, confirmed_hosts, load, refuse_unconfirmed_hosts
 from threestage.data import storage
+from threestage.hosts import refuse_foreign_source
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.mlflow_sync.run_sync import registry_of, sync
-from threestage.mlflow_sync.sources import refuse_foreign_source
 from threestage.ray_backend import job_package
 from threestage.ray_backend.connect import address_of
 from threestage.report.run_reader import log_page

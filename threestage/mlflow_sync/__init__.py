@@ -5,7 +5,6 @@ client.py           a run's stages and a sweep's trials as runs of MLflow
 records.py          the settings, and what is recorded
 model_registry.py   registered versions: listing, pulling, aliases, champion, lineage
 packing.py          a model as MLflow keeps it; packed_model.py travels in it, model_card.py writes its README
-sources.py          refuses files that lie on another host or bucket
 run_sync.py         sends what a run's folder holds; sweep_sync.py a sweep's
 
 The run's storage is the record; MLflow is a copy that can be filled again. So every call here finds what an earlier one

@@ -13,6 +13,7 @@ import yaml
 
 import threestage
 from threestage.errors import InputError
+from threestage.hosts import refuse_foreign_source
 from threestage.mlflow_sync.connection import (
     CONNECT_S,
     TRANSFER_S,
@@ -54,7 +55,6 @@ from threestage.mlflow_sync.records import (
     TrialRecord,
     TrialStatus,
 )
-from threestage.mlflow_sync.sources import refuse_foreign_source
 
 ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"

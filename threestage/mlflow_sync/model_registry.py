@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from threestage.errors import InputError, Warn, did_you_mean
+from threestage.hosts import refuse_foreign_source
 from threestage.mlflow_sync.connection import (
     MAX_TAG,
     TRANSFER_S,
@@ -22,7 +23,6 @@ from threestage.mlflow_sync.connection import (
     shortened,
 )
 from threestage.mlflow_sync.records import StageRecord
-from threestage.mlflow_sync.sources import refuse_foreign_source
 from threestage.plain_text import escape_control_chars
 from threestage.run_folder.lineage import AT_SIZE, Lineage
 
