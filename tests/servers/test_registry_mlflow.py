@@ -31,8 +31,7 @@ from threestage.config import load
 from threestage.mlflow_sync import packing
 from threestage.mlflow_sync.client import MAX_DESCRIPTION, Registry, open_models, open_registry
 from threestage.mlflow_sync.connection import shortened
-from threestage.mlflow_sync.model_card import write_card
-from threestage.mlflow_sync.packing import pack_model
+from threestage.mlflow_sync.packing import pack_model, write_card
 from threestage.mlflow_sync.records import RegistrySettings, StageRecord
 from threestage.models.export import ModelCard, load_card, save_model
 from threestage.models.network import build_network

@@ -12,7 +12,7 @@ import pytest
 from threestage.cli.progress import StageProgress
 from threestage.cli.terminal import Terminal
 from threestage.config import load
-from threestage.mlflow_sync.model_card import write_card
+from threestage.mlflow_sync.packing import write_card
 from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import ModelCard
 from threestage.models.settings import NetworkSettings

@@ -4,7 +4,7 @@ connection.py       the address, quiet calls that fail fast, text fit to be logg
 client.py           a run's stages and a sweep's trials as runs of MLflow
 records.py          the settings, and what is recorded
 model_registry.py   registered versions: listing, pulling, aliases, champion, lineage
-packing.py          a model as MLflow keeps it; packed_model.py travels in it, model_card.py writes its README
+packing.py          a model as MLflow keeps it; packed_model.py travels in it, model_card.md.j2 is its README
 run_sync.py         sends what a run's folder holds; sweep_sync.py a sweep's
 
 The run's storage is the record; MLflow is a copy that can be filled again. So every call here finds what an earlier one

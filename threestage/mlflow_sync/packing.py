@@ -5,26 +5,30 @@ model/artifacts/model/
     program.pt2                      the network as a torch.export program: RGB in [0,1] (N,3,H,W) → logits (N,C,H,W);
                                      left out where torch.export cannot take the network
     lineage.json                     where it comes from (threestage.run_folder.lineage)
-    README.md                        the model card
+    README.md                        the model card, from model_card.md.j2
 """
 
 import hashlib
 import importlib.metadata
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
-from threestage.mlflow_sync.connection import redact_tree
-from threestage.mlflow_sync.model_card import write_card
-from threestage.mlflow_sync.model_registry import CARD, PACKED_FOLDER
+from threestage.mlflow_sync.connection import redact, redact_tree
+from threestage.mlflow_sync.model_registry import CARD, CHAMPION, PACKED_FOLDER
 from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import PROGRAM, ModelCard
 from threestage.models.program import least_side, write_program
 from threestage.models.settings import NetworkSettings
+from threestage.plain_text import markdown, one_line
+from threestage.run_folder.lineage import Lineage, short_digest
+from threestage.training.metrics import MEAN_IOU_RULE
 
 LINEAGE_NAME, CARD_NAME = "lineage.json", "README.md"
 EXAMPLE_SIZE = (64, 96)
@@ -113,3 +117,46 @@ def _requirements() -> list[str]:
         f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
         for name in ("mlflow", "torch", "numpy", "pillow")
     ]
+
+
+# ---- The model card
+
+
+def write_card(
+    name: str, card: ModelCard, record: StageRecord, least_side: int | None = None, no_program: str | None = None
+) -> str:
+    """The model card: what a person must know who finds a model in the registry and nobody to ask. Every value is one line
+    of text, in which nothing is markup.
+
+    `least_side`: the shortest side that the exported program takes; `no_program`: why there is none.
+    """
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_as_text)
+    environment.filters |= {"short": short_digest, "code": _Code, "quoted": _quoted}
+    template = environment.from_string(Path(__file__).with_name("model_card.md.j2").read_text())
+    text = template.render(
+        name=name,
+        card=card,
+        record=record,
+        lineage=Lineage.model_validate(record.lineage),
+        config=record.config,
+        stage=record.config[record.stage],
+        summary=record.summary,
+        champion=one_line(f"models:/{name}@{CHAMPION}"),
+        mean_iou_rule=MEAN_IOU_RULE,
+        least_side=least_side,
+        no_program=no_program,
+        nan=math.nan,
+    )
+    return redact(text)
+
+
+class _Code(str):
+    """Text of an indented block, in which Markdown has no markup."""
+
+
+def _quoted(text: str) -> _Code:
+    return _Code(json.dumps(text, ensure_ascii=False))
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, _Code) else markdown(value)
