@@ -23,7 +23,7 @@ from threestage.errors import InputError
 from threestage.mlflow_sync import packing
 from threestage.mlflow_sync import run_sync as mirror_module
 from threestage.mlflow_sync.client import Registry, open_registry
-from threestage.mlflow_sync.connection import in_time
+from threestage.mlflow_sync.connection import Background
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings
 from threestage.mlflow_sync.run_sync import RunSync, keep_outcome, keep_settings, sync
 from threestage.run.backend import RunCallbacks
@@ -251,12 +251,15 @@ def everything(registry: Registry) -> list[str]:
 
 
 def test_what_does_not_end_is_not_waited_for() -> None:
+    def closed(last: Callable[[], None], within_s: float) -> None:
+        Background("test", lambda: None, lambda error: None, 0, 0).close(last, within_s)
+
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match="no end within"):
-        in_time(lambda: time.sleep(30), 0.2)
+        closed(lambda: time.sleep(30), 0.2)
     assert time.monotonic() - begun < 5
     with pytest.raises(InputError, match="told"):
-        in_time(lambda: _refuse("told"), 5)
+        closed(lambda: _refuse("told"), 5)
 
 
 def _refuse(text: str) -> None:

@@ -1,5 +1,5 @@
 """Around MLflow, without importing it: text fit to be logged, and quiet calls to the tracking server that fail fast.
-Also the thread that sends in the background, and a time limit for a call."""
+Also the thread that sends in the background."""
 
 import contextlib
 import http.client
@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import socket
 import sqlite3
 import ssl
 import threading
@@ -15,6 +14,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,21 @@ from threestage.redaction import redact as redact
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 500, 5000, 250
 PROBE_S, CONNECT_S, CALL_S, TRANSFER_S = 5, 10, 30, 600
-SQL_PORTS = {"postgresql": 5432, "mysql": 3306}
+END_S = 300.0  # a run or a sweep that ends waits so long for a slow store
 NOISY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 PROBE_ERRORS = (OSError, sqlite3.Error, http.client.HTTPException)
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-QUIET = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_UV_AUTO_DETECT": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
+VARIABLES = {
+    TIMEOUT: (str(CALL_S), "120"),
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": ("2", "7"),
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": ("1", "2"),
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": ("false", "true"),
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": ("true", "false"),
+    "MLFLOW_UV_AUTO_DETECT": ("false", "true"),
+    "MLFLOW_DISABLE_TELEMETRY": ("true", "false"),
 }
-MLFLOWS_OWN = {
-    TIMEOUT: "120",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "false",
-    "MLFLOW_UV_AUTO_DETECT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "false",
-}
-"""What MLflow takes where nothing is set; a variable with that value counts as not set."""
+"""MLflow's variables: our value during a call, and what MLflow takes where nothing is set. A variable with the latter counts as
+not set."""
 FOREIGN_ERRORS = ("mlflow", "sqlalchemy", "requests", "urllib3", "botocore", "boto3")
 
 MetricPoint = tuple[str, float, int, int]  # key, value, step, milliseconds after the run's start
@@ -158,10 +151,21 @@ def mlflow_session(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
 @contextlib.contextmanager
 def quietly(timeout_s: int = CALL_S) -> Iterator[None]:
     """MLflow without progress bars, warnings, telemetry and long retries, unless the environment wants them."""
-    with _quiet_variables(QUIET | {TIMEOUT: str(timeout_s)}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _quiet_loggers():
+    reserve_variables()
+    quiet = {name: ours for name, (ours, own) in VARIABLES.items() if os.environ[name] == own}
+    os.environ.update(quiet | ({TIMEOUT: str(timeout_s)} if TIMEOUT in quiet else {}))
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        os.environ.update({name: VARIABLES[name][1] for name in quiet})
 
 
 def reserve_variables() -> None:
@@ -171,57 +175,24 @@ def reserve_variables() -> None:
     then (glibc before 2.41), as every request to S3 does: the process ends with a segmentation fault. Another value for one
     that is there moves nothing.
     """
-    for name, value in MLFLOWS_OWN.items():
-        os.environ.setdefault(name, value)
-
-
-@contextlib.contextmanager
-def _quiet_variables(quiet: Mapping[str, str]) -> Iterator[None]:
-    reserve_variables()
-    ours = [name for name, value in MLFLOWS_OWN.items() if os.environ[name] == value]
-    os.environ.update({name: quiet[name] for name in ours})
-    try:
-        yield
-    finally:
-        os.environ.update({name: MLFLOWS_OWN[name] for name in ours})
-
-
-@contextlib.contextmanager
-def _quiet_loggers() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    for name, (_, own) in VARIABLES.items():
+        os.environ.setdefault(name, own)
 
 
 def _probe(uri: str) -> None:
     """Fail now, with one of PROBE_ERRORS, where MLflow would retry for minutes."""
-    parts, path = parts_of(redact(uri)), sqlite_path(uri)
-    port = SQL_PORTS.get(parts.scheme.partition("+")[0])
+    scheme, path = parts_of(redact(uri)).scheme, sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA schema_version")
-    elif parts.scheme in ("http", "https"):
+    elif scheme in ("http", "https"):
         _get_health(redact(uri))
-    elif port and parts.hostname:
-        socket.create_connection((parts.hostname, parts.port or port), timeout=PROBE_S).close()
-        _log_in(uri)
+    elif scheme.partition("+")[0] in ("postgresql", "mysql"):  # once: MLflow tries it ten times with doubling pauses
+        import sqlalchemy
 
-
-def _log_in(uri: str) -> None:
-    """To a database, once: MLflow tries it ten times with doubling pauses."""
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(
-        uri, connect_args={"connect_timeout": PROBE_S}, poolclass=sqlalchemy.pool.NullPool
-    )
-    engine.connect().close()
+        log_in = {"connect_timeout": PROBE_S}
+        sqlalchemy.create_engine(uri, connect_args=log_in, poolclass=sqlalchemy.pool.NullPool).connect().close()
 
 
 def _get_health(uri: str) -> None:
@@ -235,7 +206,7 @@ def _get_health(uri: str) -> None:
             raise
 
 
-# ---- In the background, or within a time limit
+# ---- In the background
 
 
 class Background:
@@ -251,28 +222,31 @@ class Background:
         retry_s: float,
     ) -> None:
         self._work, self._failed, self._between_s, self._retry_s = work, failed, between_s, retry_s
-        self._told = False
-        self._closing = False
+        self._has_work = False
+        self._last: Callable[[], None] | None = None
+        self._ended: Future[None] = Future()
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def notify(self) -> None:
         """There is something to do; returns at once."""
         with self._changed:
-            self._told = True
+            self._has_work = True
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """End the thread, once the call that it is in has returned."""
+    def close(self, last: Callable[[], None], within_s: float = END_S) -> None:
+        """Do `last` in the thread, once the call that it is in has returned, and end it. What `last` raises is raised;
+        TimeoutError where all this takes longer than `within_s`: nobody waits for it then."""
         with self._changed:
-            self._closing = True
+            self._last = last
             self._changed.notify_all()
-        self._thread.join()
+        if not wait([self._ended], within_s).done:
+            raise TimeoutError(f"no end within {within_s:.0f} s")
+        self._ended.result()
 
     def _run(self) -> None:
         lost = False
-        while self._wait_for_work():
+        while (last := self._wait_for_work()) is None:
             pause = self._between_s
             try:
                 self._work()
@@ -284,30 +258,15 @@ class Background:
                 lost = True
                 self.notify()
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, timeout=pause)
-
-    def _wait_for_work(self) -> bool:
-        """False when it is being closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._told or self._closing)
-            self._told = False
-            return not self._closing
-
-
-def in_time(work: Callable[[], None], seconds: float) -> None:
-    """Do it, or stop waiting for it: TimeoutError. What it raises is raised."""
-    raised: list[Exception] = []
-
-    def run() -> None:
+                self._changed.wait_for(lambda: self._last is not None, timeout=pause)
         try:
-            work()
-        except Exception as error:
-            raised.append(error)
+            self._ended.set_result(last())
+        except BaseException as error:
+            self._ended.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no end within {seconds:.0f} s")
-    if raised:
-        raise raised[0]
+    def _wait_for_work(self) -> Callable[[], None] | None:
+        """What to do last, when it is being closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_work or self._last is not None)
+            self._has_work = False
+            return self._last

@@ -62,10 +62,13 @@ class SweepSync:
 
         False, with a warning, where the store could not be reached.
         """
-        self._background.close()
-        try:
+
+        def finish() -> None:
             self._send()
             self._registry.close_run(self._key, status, summary, artifacts)
+
+        try:
+            self._background.close(finish)
         except Exception as error:
             self._warn(
                 f"the sweep is not all in MLflow: {reason_of(error)}; the same command with --resume sends the rest"

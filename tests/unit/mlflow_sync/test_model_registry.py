@@ -15,9 +15,8 @@ from threestage.config import validated
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import (
     MAX_PARAM,
-    MLFLOWS_OWN,
-    QUIET,
     TIMEOUT,
+    VARIABLES,
     clean_tags,
     metric_points,
     mlflow_session,
@@ -128,19 +127,20 @@ def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:
 def test_what_mlflow_takes_where_nothing_is_set() -> None:
     from mlflow import environment_variables
 
-    assert {
-        name: str(getattr(environment_variables, name).default).lower() for name in QUIET | {TIMEOUT: ""}
-    } == MLFLOWS_OWN
+    defaults = {name: str(getattr(environment_variables, name).default).lower() for name in VARIABLES}
+    assert defaults == {name: own for name, (_, own) in VARIABLES.items()}
 
 
 def test_quiet_calls_put_values_back_and_keep_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in MLFLOWS_OWN:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
     users = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9"}
     with quietly(17):
-        assert {name: os.environ[name] for name in MLFLOWS_OWN} == QUIET | {TIMEOUT: "17"} | users
-    assert {name: os.environ[name] for name in MLFLOWS_OWN} == MLFLOWS_OWN | users
+        ours = {name: ours for name, (ours, _) in VARIABLES.items()}
+        assert {name: os.environ[name] for name in VARIABLES} == ours | {TIMEOUT: "17"} | users
+    own = {name: own for name, (_, own) in VARIABLES.items()}
+    assert {name: os.environ[name] for name in VARIABLES} == own | users
 
 
 def test_no_variable_comes_or_goes_while_other_threads_may_read_the_environment() -> None:
@@ -165,10 +165,10 @@ def test_variables_have_their_places_before_a_lease_beats(
         pass
 
     def held(*_: object) -> None:
-        assert MLFLOWS_OWN.items() <= os.environ.items()
+        assert {name: own for name, (_, own) in VARIABLES.items()}.items() <= os.environ.items()
         raise Begun
 
-    for name in MLFLOWS_OWN:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("threestage.run_folder.lease.held", held)
     (tmp_path / "config.json").write_text("{}")
