@@ -1,4 +1,4 @@
-"""A real `mlflow server` that proxies artifacts, for tests."""
+"""A real `mlflow server` that proxies artifacts, and a client that dies, for tests."""
 
 import contextlib
 import os
@@ -9,6 +9,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.s3 import free_port
 
@@ -42,3 +45,18 @@ def _wait_for(url: str, log: Path, limit_s: float = 60) -> None:
         except OSError:
             time.sleep(0.2)
     raise TimeoutError(f"{url} does not answer: {log.read_text()[-2000:]}")
+
+
+def die_after(patch: pytest.MonkeyPatch, method: str, number: int) -> None:
+    """This process is killed, so to speak, behind the numberth call of a method of MLflow's client."""
+    from mlflow import MlflowClient
+
+    original, calls = getattr(MlflowClient, method), []
+
+    def call_then_die(*arguments: Any, **options: Any) -> Any:
+        calls.append(original(*arguments, **options))
+        if len(calls) == number:
+            raise KeyboardInterrupt  # nothing in the program catches it
+        return calls[-1]
+
+    patch.setattr(MlflowClient, method, call_then_die)

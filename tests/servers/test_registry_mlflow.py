@@ -22,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.bad_inputs import models as bad_models
-from tests.mlflow_server import mlflow_server
+from tests.mlflow_server import die_after, mlflow_server
 from tests.narrow_resnet import NAME as NARROW
 from tests.refusals import refused
 from threestage.cli.app import app
@@ -131,18 +131,15 @@ def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     assert not new and {name: os.environ[name] for name in before} == before
 
 
-@pytest.mark.parametrize("killed_in", ["_describe", "_log_data_set", "_register"])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("log_batch", 2), ("log_inputs", 1), ("log_artifacts", 1), ("create_model_version", 1)],
+)
 def test_a_killed_recording_is_completed_by_the_next(
-    registry: Registry, record: StageRecord, monkeypatch: pytest.MonkeyPatch, killed_in: str
+    registry: Registry, record: StageRecord, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    original = getattr(Registry, killed_in)
-
-    def work_then_die(*arguments: Any) -> None:
-        original(*arguments)
-        raise KeyboardInterrupt  # nothing in the program catches it
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Registry, killed_in, work_then_die)
+        die_after(patch, call, number)
         registry.record_stage(record)
     version = registry.record_stage(replace(record, config={**record.config, "seed": 1}))
     assert version.version == 1

@@ -1,4 +1,8 @@
-"""Runs in MLflow: the stages of a run and the trials of a sweep, each nested in a parent, found again by their tags."""
+"""Runs in MLflow: the stages of a run and the trials of a sweep, each nested in a parent, found again by their tags.
+
+MLflow's asynchronous logging is not used: it drops a batch that a server did not take (3.17), and after an outage all must be
+there once. So whatever is not known to be there is sent again, and the store drops a point that it has.
+"""
 
 import hashlib
 import json
@@ -58,7 +62,8 @@ from threestage.mlflow_sync.records import (
 
 ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"
-METRICS_PER_CALL, PARAMS_PER_CALL, DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 1000, 100, 36, 5000
+PER_CALL = {"params": 100, "tags": 100, "metrics": 1000}  # what MLflow takes in one call
+DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 36, 5000
 
 
 def open_registry(settings: RegistrySettings) -> "Registry":
@@ -118,7 +123,7 @@ def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | No
 
 
 class _Experiment:
-    """The runs of one experiment: found or made, their params, metrics, tags, files and states."""
+    """The runs of one experiment: found or made, and what is logged in them."""
 
     def __init__(self, client: Any, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
@@ -126,7 +131,7 @@ class _Experiment:
     def _find_or_create(
         self,
         identity: Mapping[str, str],
-        extra: Mapping[str, str],
+        parent: str | None,
         run_name: str,
         fits: Callable[[Any], bool] = lambda run: True,
     ) -> Any:
@@ -136,37 +141,30 @@ class _Experiment:
         fitting = [run for run in found if fits(run)]
         if fitting:
             return min(fitting, key=lambda run: COMPLETE not in run.data.tags)
-        tags = {**identity, **extra, "threestage.version": threestage.__version__}
+        nested = {} if parent is None else {"mlflow.parentRunId": parent}
+        tags = {**identity, **nested, "threestage.version": threestage.__version__}
         return self._client.create_run(self._experiment_id, tags=tags, run_name=run_name)
 
-    def _log_params(self, run: Any, config: Mapping[str, Any]) -> None:
-        """A param cannot change: one that an earlier call logged keeps its value (config.yaml has the present one)."""
-        from mlflow.entities import Param
+    def _log(
+        self,
+        run: Any,
+        config: Mapping[str, Any] = {},
+        tags: Mapping[str, Any] = {},
+        points: Sequence[MetricPoint] = (),
+    ) -> None:
+        """Params, tags and metrics that the run has not. A param cannot change: one that an earlier call logged keeps its value
+        (config.yaml has the present one). A point's time is the run's start plus its milliseconds, whenever it is sent."""
+        from mlflow.entities import Metric, Param, RunTag
 
-        params = [Param(key, value) for key, value in params_of(config).items() if key not in run.data.params]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            self._client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
-
-    def _log_metrics(self, run_id: str, points: Sequence[MetricPoint], start_ms: int) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [Metric(key, value, start_ms + order, step) for key, value, step, order in points]
-        for start in range(0, len(metrics), METRICS_PER_CALL):
-            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
-
-    def _log_curve(self, run: Any, curve: Sequence[tuple[int, float]]) -> None:
-        run_id = run.info.run_id
-        history = self._client.get_metric_history(run_id, MEAN_IOU) if MEAN_IOU in run.data.metrics else []
-        known = {(point.step, point.value) for point in history}
-        points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(curve)]
-        self._log_metrics(run_id, [point for point in points if (point[2], point[1]) not in known], run.info.start_time)
-
-    def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        new = [RunTag(key, value) for key, value in clean_tags(tags).items() if run.data.tags.get(key) != value]
-        if new:
-            self._client.log_batch(run.info.run_id, tags=new)
+        there, start = run.data, run.info.start_time
+        entities: dict[str, list[Any]] = {
+            "params": [Param(key, value) for key, value in params_of(config).items() if key not in there.params],
+            "tags": [RunTag(key, value) for key, value in clean_tags(tags).items() if there.tags.get(key) != value],
+            "metrics": [Metric(key, value, start + order, step) for key, value, step, order in points],
+        }
+        for kind, found in entities.items():
+            for first in range(0, len(found), PER_CALL[kind]):
+                self._client.log_batch(run.info.run_id, **{kind: found[first : first + PER_CALL[kind]]})
 
     def _set_status(self, run: Any, status: TrialStatus) -> None:
         if run.info.status == status:
@@ -175,27 +173,6 @@ class _Experiment:
             self._client.set_terminated(run.info.run_id, status)
         else:
             self._client.update_run(run.info.run_id, status)
-
-    def _log_file(self, run_id: str, name: str, data: bytes) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            self._client.log_artifacts(run_id, temporary)
-
-    def _log_data_set(self, run_id: str, record: StageRecord) -> None:
-        from mlflow.entities import Dataset, DatasetInput
-
-        digest = record.tags.get("data_digest")
-        if digest:
-            root = redact(str(dict(record.config.get("data") or {}).get("root", "")))
-            data_set = Dataset(
-                name=root.rstrip("/").rpartition("/")[2] or "data",
-                digest=digest[:DATA_DIGEST_LENGTH],
-                source_type="threestage",
-                source=json.dumps({"uri": root}),
-            )
-            self._client.log_inputs(run_id, [DatasetInput(data_set, [])])
 
     def _end_stages(self, parent_id: str, status: Status) -> None:
         """Stages that still run: they ended with the run, or, in one that is finished, were given up and trained anew."""
@@ -224,8 +201,7 @@ class Registry(_Experiment):
             self._set_status(parent, "RUNNING")
             run = self._stage_run(parent, stage, None)
             self._set_status(run, "RUNNING")
-            self._log_params(run, stage.config)
-            self._log_metrics(run.info.run_id, metric_points(stage.rows, {}), run.info.start_time)
+            self._log(run, stage.config, points=metric_points(stage.rows, {}))
         return str(run.info.run_id)
 
     def record_stage(self, record: StageRecord) -> RegisteredVersion:
@@ -262,19 +238,17 @@ class Registry(_Experiment):
         """Begin a sweep's parent run, or go on with it; close_run ends it. Returns its id. Idempotent."""
         with mlflow_session(self.uri):
             run = self._parent_run(redact(sweep_key), sweep_name)
-            self._log_params(run, params)
+            self._log(run, params)
             self._set_status(run, "RUNNING")
         return str(run.info.run_id)
 
     def record_trial(self, parent_id: str, record: TrialRecord) -> str:
-        """Bring a trial's run, nested in its sweep's, up to the record; sends what is new only. Returns its id."""
+        """Bring a trial's run, nested in its sweep's, up to the record. Returns its id."""
         identity = {RUN_KEY: redact(record.sweep_key), STAGE: ONE_TRIAL, TRIAL: str(record.number)}
         with mlflow_session(self.uri):
-            extra = {"mlflow.parentRunId": parent_id}
-            run = self._find_or_create(identity, extra, f"{record.sweep_name}-trial-{record.number}")
-            self._log_params(run, record.params)
-            self._set_tags(run, record.tags)
-            self._log_curve(run, record.curve)
+            run = self._find_or_create(identity, parent_id, f"{record.sweep_name}-trial-{record.number}")
+            points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(record.curve)]
+            self._log(run, record.params, record.tags, points)
             self._set_status(run, record.status)
         return str(run.info.run_id)
 
@@ -289,56 +263,52 @@ class Registry(_Experiment):
         """End the parent run: its final values, and files (name in the run → URI). Returns its id. Idempotent."""
         from threestage.data import storage
 
-        contents = {name: storage.read_bytes(uri) for name, uri in (artifacts or {}).items()}
-        with mlflow_session(self.uri, TRANSFER_S):
-            run = self._parent_run(redact(run_key), run_name)
-            run_id = run.info.run_id
-            finals = {key_of(key): float(value) for key, value in summary.items()}
-            changed = {key: value for key, value in finals.items() if repr(run.data.metrics.get(key)) != repr(value)}
-            self._log_metrics(run_id, [(key, value, 0, 0) for key, value in changed.items()], _now_ms())
-            for name, data in contents.items():
-                self._log_file(run_id, name, data)
-            self._end_stages(run_id, status)
-            self._client.set_terminated(run_id, status)
-        return str(run_id)
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, uri in (artifacts or {}).items():
+                path = Path(temporary, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(storage.read_bytes(uri))
+            with mlflow_session(self.uri, TRANSFER_S):
+                run = self._parent_run(redact(run_key), run_name)
+                finals = {key_of(key): float(value) for key, value in summary.items()}
+                changed = [key for key, value in finals.items() if repr(run.data.metrics.get(key)) != repr(value)]
+                now = int(time.time() * 1000) - run.info.start_time
+                self._log(run, points=[(key, finals[key], 0, now) for key in changed])
+                if artifacts:
+                    self._client.log_artifacts(run.info.run_id, temporary)
+                self._end_stages(run.info.run_id, status)
+                self._client.set_terminated(run.info.run_id, status)
+        return str(run.info.run_id)
 
     # ---- Runs
 
     def _parent_run(self, run_key: str, run_name: str | None) -> Any:
-        return self._find_or_create({RUN_KEY: run_key, STAGE: WHOLE_RUN}, {}, run_name or run_key)
+        return self._find_or_create({RUN_KEY: run_key, STAGE: WHOLE_RUN}, None, run_name or run_key)
 
     def _open_parent(self, stage: StageRows) -> Any:
         parent = self._parent_run(stage.run_key, stage.run_name)
-        self._log_params(parent, stage.config)
+        self._log(parent, stage.config)
         return parent
 
     def _stage_run(self, parent: Any, stage: StageRows, digest: str | None) -> Any:
         """The run of one training of a stage: `digest` of its weights, None as long as it has none."""
         identity = {RUN_KEY: stage.run_key, STAGE: stage.stage, ATTEMPT: stage.attempt}
-        extra = {"mlflow.parentRunId": parent.info.run_id}
         return self._find_or_create(
             identity,
-            extra,
+            parent.info.run_id,
             f"{stage.run_name}-{stage.stage}",
             lambda run: run.data.tags.get(DIGEST) in (None, digest),
         )
 
     def _describe(self, run: Any, record: StageRecord, digest: str) -> None:
-        """Config, tags, data set and metrics of a stage's run.
-
-        A point's timestamp is the run's start plus its step in milliseconds: the store drops a point that an earlier
-        call has logged.
-        """
-        from mlflow.entities import RunTag
-
-        run_id = run.info.run_id
+        """Config, tags, data set and metrics of a stage's run."""
+        run_id, config = run.info.run_id, redact_tree(record.config)
         self._client.set_tag(run_id, DIGEST, digest)
-        self._log_params(run, record.config)
-        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in clean_tags(record.tags).items()])
-        self._log_file(run_id, "config.yaml", _yaml(record.config))
-        self._log_file(run_id, "lineage.json", json.dumps(redact_tree(record.lineage), indent=1).encode())
-        self._log_data_set(run_id, record)
-        self._log_metrics(run_id, metric_points(record.rows, record.summary), run.info.start_time)
+        self._log(run, record.config, record.tags, metric_points(record.rows, record.summary))
+        self._client.log_text(run_id, yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "config.yaml")
+        self._client.log_text(run_id, json.dumps(redact_tree(record.lineage), indent=1), "lineage.json")
+        if data_set := _data_set(config, record.tags.get("data_digest")):
+            self._client.log_inputs(run_id, [data_set])
 
     def _register(self, run: Any, name: str, record: StageRecord, digest: str, files: Mapping[str, bytes]) -> Any:
         from threestage.mlflow_sync.packing import model_card_of, pack_model
@@ -360,9 +330,12 @@ def _registered(version: Any, alias: str, decision: str) -> RegisteredVersion:
     return RegisteredVersion(version.name, int(version.version), version.run_id, alias, decision, no_program)
 
 
-def _yaml(config: Mapping[str, Any]) -> bytes:
-    return yaml.safe_dump(redact_tree(config), sort_keys=False, allow_unicode=True).encode()
+def _data_set(config: Mapping[str, Any], digest: str | None) -> Any:
+    """As an input of a run; None without its digest."""
+    from mlflow.entities import Dataset, DatasetInput
 
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
+    if not digest:
+        return None
+    root = str(dict(config.get("data") or {}).get("root", ""))
+    name, source = root.rstrip("/").rpartition("/")[2] or "data", json.dumps({"uri": root})
+    return DatasetInput(Dataset(name, digest[:DATA_DIGEST_LENGTH], "threestage", source), [])

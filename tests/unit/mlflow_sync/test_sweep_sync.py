@@ -2,12 +2,12 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.mlflow_server import die_after
 from tests.s3 import free_port
 from tests.waiting import wait_for
 from threestage.errors import InputError
@@ -82,48 +82,31 @@ def test_a_sweep_is_a_run_with_one_nested_in_it_per_trial(registry: Registry, tm
     assert warnings == []
 
 
-def test_a_killed_driver_leaves_nothing_that_the_next_one_doubles(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logged: list[Any] = []
-    original = Registry._log_metrics
-
-    def log(self: Registry, run_id: str, points: Sequence[Any], start_ms: int) -> None:
-        logged.extend(points)
-        original(self, run_id, points, start_ms)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "_log_metrics", log)
-        killed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
-        killed.update(trial(0, 2, state="running"), TAGS)
-        wait_for(lambda: "0" in runs_of(registry) and runs_of(registry)["0"].info.status == "RUNNING")
-        wait_for(lambda: not killed._pending and 0 in killed._sent)
-        assert len(logged) == 2
-        for _ in range(2):
-            resumed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
-            resumed.update(trial(0, 3, state="finished"), TAGS)
-            assert resumed.close("FINISHED", {"mean_iou": 0.32}, {})
-    run = runs_of(registry)["0"]
-    assert len(logged) == 3 + 1, "three points and the sweep's own value"
-    assert points_of(registry, run) == [(10, 0.3), (20, 0.31), (30, 0.32)]
-    assert (run.info.status, run.data.tags["state"]) == ("FINISHED", "finished")
+def test_a_killed_driver_leaves_nothing_that_the_next_one_doubles(registry: Registry) -> None:
+    killed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+    killed.update(trial(0, 2, state="running"), TAGS)
+    wait_for(lambda: "0" in runs_of(registry) and runs_of(registry)["0"].info.status == "RUNNING")
+    for _ in range(2):
+        resumed = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
+        resumed.update(trial(0, 3, state="finished"), TAGS)
+        assert resumed.close("FINISHED", {"mean_iou": 0.32}, {})
+    runs = runs_of(registry)
+    assert points_of(registry, runs["0"]) == [(10, 0.3), (20, 0.31), (30, 0.32)]
+    assert points_of(registry, runs["parent"]) == [(0, 0.32)]
+    assert (runs["0"].info.status, runs["0"].data.tags["state"]) == ("FINISHED", "finished")
     killed.close("KILLED", {}, {})
 
 
-@pytest.mark.parametrize("killed_in", ["_log_params", "_set_tags", "_log_curve", "_set_status"])
+@pytest.mark.parametrize(
+    ("call", "number"), [("create_run", 1), *(("log_batch", n) for n in (1, 2, 3)), ("set_terminated", 1)]
+)
 def test_a_recording_that_was_cut_is_completed(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch, killed_in: str
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    original = getattr(Registry, killed_in)
     record = TrialRecord(KEY, "shapes", 0, {"a.b": 1}, [(10, 0.3), (20, 0.3)], {"state": "finished"}, "FINISHED")
     parent = registry.open_sweep(KEY, "shapes", PARAMS)
-
-    def work_then_die(*arguments: Any) -> None:
-        original(*arguments)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Registry, killed_in, work_then_die)
+        die_after(patch, call, number)
         registry.record_trial(parent, record)
     registry.record_trial(parent, record)
     run = runs_of(registry)["0"]
