@@ -19,7 +19,7 @@ from tests.failing_s3 import ERRORS, black_hole, failing_s3, silent_server
 from tests.s3 import SECRET, free_port
 from threestage.checks import store
 from threestage.checks.run_check import check
-from threestage.checks.steps import measure_here
+from threestage.checks.step_time import measure_here
 from threestage.checks.store import check_store
 from threestage.cli.app import app
 from threestage.config import Config

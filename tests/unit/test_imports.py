@@ -99,7 +99,7 @@ def test_training_and_prediction_run_with_torch_timm_pyarrow_and_pydantic_only(s
     )
 
 
-RUN_BY_NAME = {"checks.steps", "models.program", "checks.run_check"}
+RUN_BY_NAME = {"checks.step_time", "models.program", "checks.run_check"}
 
 
 def test_modules_that_are_run_as_programs_have_a_main() -> None:

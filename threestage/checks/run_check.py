@@ -4,23 +4,19 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from threestage.checks import store
-from threestage.checks.data import classes_fit, input_fits, sides_differ
-from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
-from threestage.checks.steps import MeasuredStep, StepSpecification, duration_line, measure_here, step_line
-from threestage.checks.store import (
-    _tracking,
-    merged,
-    places,
-)
+from threestage.checks.preflight import classes_fit, input_fits, sides_differ
+from threestage.checks.result import CheckOutcome, CheckResult, merged, not_tried, run_check, try_all
+from threestage.checks.step_time import MeasuredStep, StepSpecification, measure_here
+from threestage.checks.store import places, tracking
 from threestage.config import Config, changed, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.records import Manifest, load_manifest
 from threestage.errors import CodedError, InputError, reason_of
+from threestage.format import duration, gibibytes
 from threestage.models.program import without_program
 from threestage.run.budget import bought
 from threestage.run_folder import lease
@@ -53,9 +49,9 @@ def check(
         config = changed(config, {"cluster.address": address})
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    outcomes = store.try_all([*places(config, out), *([] if local else [_tracking(config)])])
-    yield from (CheckResult(*outcome) for outcome in merged(outcomes))
-    wrong = {outcome.name for outcome in outcomes if outcome.problem}
+    results = try_all([*places(config, out), *([] if local else [tracking(config)])])
+    yield from merged(results)
+    wrong = {result.name for result in results if result.problem}
     if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
         yield run_check("driver", out, lambda: CheckOutcome(lease.refuse_driven(out)))
     yield from _check_input(config, out, wrong)
@@ -162,6 +158,72 @@ def _steps(
         yield run_check(
             "budget", budget, lambda: CheckOutcome(bought(budget, config, found.manifest, measured).describe())
         )
+
+
+# ---- The lines of the steps
+
+LESS = (
+    "ask for less memory: training.accumulate=2, a smaller {stage}.labelled_batch{or_unlabelled} or augment.crop_size"
+)
+LEFT_OUT = "besides: the pseudo-masks, waiting for data, evaluation, averaging gradients over workers, start-up"
+
+
+def step_line(config: Config, measured: MeasuredStep, workers: int, seconds: float) -> CheckResult:
+    """`workers`: those that share the machine on which it was measured."""
+    line = CheckResult(measured.stage, "", seconds, warning=measured.warning)
+    if measured.problem is not None:
+        if measured.on_gpu or "memory" in measured.problem:
+            return line._replace(problem=f"{measured.problem}; {_less(measured)}", code="check/memory")
+        return line._replace(problem=measured.problem, code="check/no-step")
+    if measured.warning is not None:
+        return line
+    what = "torch's tensors" if measured.on_gpu else "the process's resident memory, libraries included"
+    value = (
+        f"{measured.images} images a step: {duration_of(measured.seconds)} on {measured.device}, at most "
+        f"{gibibytes(measured.memory_bytes)} of {gibibytes(measured.device_bytes)} ({what})"
+    )
+    too_much = _too_much(config, measured, workers)
+    return line._replace(value=value, problem=too_much, code=too_much and "check/memory")
+
+
+def _too_much(config: Config, measured: MeasuredStep, workers: int) -> str | None:
+    """Of several workers on one device."""
+    sharing = max(1, int(1 / config.cluster.gpus_per_worker)) if 0 < config.cluster.gpus_per_worker < 1 else 1
+    together = measured.memory_bytes * (sharing if measured.on_gpu else workers)
+    if together <= measured.device_bytes:
+        return None
+    many = sharing if measured.on_gpu else workers
+    whose = f"a GPU (cluster.gpus_per_worker={config.cluster.gpus_per_worker:g})" if measured.on_gpu else "this machine"
+    return (
+        f"{many} workers on {whose} need {gibibytes(together)} and there are {gibibytes(measured.device_bytes)}: "
+        f"fewer cluster.workers, or {_less(measured)}"
+    )
+
+
+def _less(measured: MeasuredStep) -> str:
+    unlabelled = "" if measured.stage == "stage1" else f" or {measured.stage}.unlabelled_batch"
+    return LESS.format(stage=measured.stage, or_unlabelled=unlabelled)
+
+
+def duration_line(config: Config, measured: Sequence[MeasuredStep]) -> CheckResult:
+    """Of all stages whose step was measured, one after the other."""
+    known = {one.stage: one.seconds for one in measured if one.seconds}
+    missing = [stage for stage in config.stage_names if stage not in known]
+    if not known:
+        return CheckResult("duration", "", warning="not estimated: no step was measured")
+    each = {stage: config.stage(stage).steps * seconds for stage, seconds in known.items()}
+    parts = " + ".join(
+        f"{stage} {config.stage(stage).steps:,} steps {duration_of(seconds)}" for stage, seconds in each.items()
+    )
+    total = f" = {duration_of(sum(each.values()))}" if len(each) > 1 else ""
+    value = f"{parts}{total}; {LEFT_OUT}"
+    if missing:
+        return CheckResult("duration", value, warning=f"{value}; {' and '.join(missing)} could not be measured")
+    return CheckResult("duration", value)
+
+
+def duration_of(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds / 3600)
 
 
 # ---- As a job of a cluster, see ray_backend/job_check.py

@@ -1,24 +1,39 @@
-"""How long one training step of a stage takes on a device: the stage's own networks, optimiser and loop, on random images."""
+"""How long one training step of a stage takes on a device, and in what memory: the stage's own networks, optimiser and loop,
+on random images. In this process, or in one of its own:
+
+echo SPECIFICATION | python -m threestage.checks.step_time      # prints a MeasuredStep per stage, each a line of JSON
+"""
 
 import contextlib
 import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from threestage.allocator import disable_malloc_trim
 from threestage.augment.draws import Draws
 from threestage.augment.views import AugmentSettings, Extent
 from threestage.config import Config, StageName
 from threestage.data.batches import Batch, BatchSlice, TimedIterator, canvas_size, share_of
 from threestage.data.records import Manifest
 from threestage.data.split import Split
+from threestage.errors import reason_of
 from threestage.models.network import build_network
 from threestage.prediction.pseudo_masks import predict_images
 from threestage.run.stages import StageTask, build_state
+from threestage.settings import Settings
 from threestage.training.checkpoint import TrainState
 from threestage.training.loop import StageLength, compiled, fit
 from threestage.training.step import StepInputs, StepSource
@@ -30,6 +45,8 @@ LEAST_STEPS, MOST_STEPS = 3, 30
 LIMIT_SECONDS = 20.0
 IMAGE_TURNS = 5
 NEVER = 10**9  # a step that is not reached
+
+START_S, STAGE_S = 60.0, 60.0  # of the process, and of each stage
 
 Mark = float | torch.cuda.Event
 
@@ -207,3 +224,149 @@ def _random_batch(share: BatchSlice, canvas: tuple[int, int], classes: int, maps
         {name: draw(ends[name], share.count, *canvas) for name in maps},
         tuple(f"random{number}" for number in range(share.count)),
     )
+
+
+# ---- All stages, in this process or in one of its own
+
+
+class MeasuredStep(Settings):
+    """Of one stage. `image_seconds`: of predicting one image. `memory_bytes`: on a GPU the most that torch held of it, else the
+    most that the process was resident in, libraries included; `device_bytes`: what the GPU, or the machine, has. `problem`:
+    why no step could be computed; `doubt`: why none was."""
+
+    stage: StageName
+    seconds: float = 0.0
+    images: int = 0
+    image_seconds: float = 0.0
+    device: str = ""
+    on_gpu: bool = False
+    memory_bytes: int = 0
+    device_bytes: int = 0
+    problem: str | None = None
+    warning: str | None = None
+
+
+class StepSpecification(Settings):
+    """`use_gpu`: the workers have one."""
+
+    config: Config
+    manifest: Manifest
+    use_gpu: bool
+
+
+def measure_steps(specification: StepSpecification) -> Iterator[MeasuredStep]:
+    """In this process, whose memory is kept and whose threads are those of a worker."""
+    disable_malloc_trim()
+    torch.set_num_threads(max(1, int(specification.config.cluster.cpus_per_worker)))
+    device = torch.device("cuda" if specification.use_gpu else "cpu")
+    for stage in specification.config.stage_names:
+        yield _measured(specification, stage, device)
+
+
+def _measured(specification: StepSpecification, stage: StageName, device: torch.device) -> MeasuredStep:
+    capacity = torch.cuda.get_device_properties(device).total_memory if specification.use_gpu else machine_bytes()
+    try:
+        step = measure_step(specification.config, stage, specification.manifest, device)
+        image_seconds = measure_image(specification.config, specification.manifest, device)
+    except torch.OutOfMemoryError as error:
+        return MeasuredStep(
+            stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}"
+        )
+    except Exception as error:  # whatever a step of the run would end with
+        return MeasuredStep(stage=stage, problem=f"no step could be computed: {_first_line(error)}")
+    return MeasuredStep(
+        stage=stage,
+        seconds=step.seconds,
+        images=step.images,
+        image_seconds=image_seconds,
+        device=step.device,
+        on_gpu=specification.use_gpu,
+        memory_bytes=step.memory_bytes or _peak_resident_bytes(),
+        device_bytes=capacity,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return reason_of(error).strip().partition("\n")[0][:300]
+
+
+def _peak_resident_bytes() -> int:
+    """The most that this process was resident in; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return physical
+
+
+def measure_here(specification: StepSpecification) -> Iterator[MeasuredStep]:
+    """In a new process, which is ended when a stage takes longer than STAGE_S."""
+    hidden = {} if specification.use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as complaints,
+    ):
+        given.write(specification.model_dump_json().encode())
+        given.seek(0)
+        command, environment = [sys.executable, "-m", __name__], {**os.environ, **hidden}
+        with subprocess.Popen(
+            command, stdin=given, stdout=subprocess.PIPE, stderr=complaints, env=environment
+        ) as process:
+            try:
+                yield from _read(process, specification.config.stage_names, complaints)
+            finally:
+                process.kill()
+
+
+def _read(
+    process: "subprocess.Popen[bytes]", stages: tuple[StageName, ...], complaints: IO[bytes]
+) -> Iterator[MeasuredStep]:
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
+    limit = START_S + STAGE_S
+    for stage in stages:
+        try:
+            line = lines.get(timeout=limit)
+        except queue.Empty:
+            yield too_slow(stage)
+            return
+        if line is None:
+            yield MeasuredStep(stage=stage, problem=_why_it_ended(process.wait(), complaints))
+            return
+        yield MeasuredStep.model_validate_json(line)
+        limit = STAGE_S
+
+
+def too_slow(stage: StageName) -> MeasuredStep:
+    return MeasuredStep(stage=stage, warning=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
+
+
+def _pass_on(stream: Any, lines: "queue.SimpleQueue[bytes | None]") -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _why_it_ended(code: int, complaints: IO[bytes]) -> str:
+    if code == -signal.SIGKILL:
+        return "the process was killed, most likely for want of memory"
+    complaints.seek(0)
+    said = complaints.read().decode(errors="replace").strip().splitlines()
+    return f"no step could be computed: {said[-1] if said else f'exit code {code}'}"
+
+
+def main() -> None:
+    for measured in measure_steps(StepSpecification.model_validate_json(sys.stdin.read())):
+        print(measured.model_dump_json(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,79 +7,35 @@ import contextlib
 import os
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotDone
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pyarrow.fs as pafs
 
-from threestage.checks import store
+from threestage.checks.result import Probe, merged, try_all
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.listing import first_image
 from threestage.data.outputs import RUN, Output, claim
 from threestage.data.records import MANIFEST_NAME
-from threestage.data.storage_errors import Complaint, complaint
+from threestage.data.storage_errors import complaint
 from threestage.errors import InputError, joined
 from threestage.mlflow_sync.connection import confirmed_uri, mlflow_session, redact, resolve_uri, sqlite_path
 from threestage.mlflow_sync.records import RegistrySettings
 
 T = TypeVar("T")
-DEADLINE_S = 9.0
 RETRIES, CONNECT_S, ANSWER_S = 1, 2.0, 3.0
 BUSY_S, BUSY_PAUSE_S = 5.0, 0.5
 PROBE_NAME = ".threestage-check-"
 PROBE = b"written by threestage check"
 
 
-class Probe(NamedTuple):
-    """Something to try. `name`: of the setting; `try_it` raises InputError or OSError when it does not work."""
-
-    name: str
-    value: str
-    try_it: Callable[[], None]
-
-
-class ProbeOutcome(NamedTuple):
-    """`problem`: one line, None when all is well; `code`: its code; `busy`: it may pass by itself."""
-
-    name: str
-    value: str
-    seconds: float
-    problem: str | None = None
-    code: str | None = None
-    busy: bool = False
-
-
 class _Place(NamedTuple):
     files: pafs.FileSystem
     path: str
     on_s3: bool
-
-
-def try_all(probes: Sequence[Probe], deadline_s: float = DEADLINE_S) -> list[ProbeOutcome]:
-    """Try them at the same time. One that is not done when the time is over has failed, and is left behind."""
-    start = time.monotonic()
-    futures = [_in_background(probe) for probe in probes]
-    return [_wait(probe, future, start, deadline_s) for probe, future in zip(probes, futures, strict=True)]
-
-
-def try_one(probe: Probe) -> ProbeOutcome:
-    """Try it here, however long it takes."""
-    start = time.monotonic()
-    problem = Complaint("", None)
-    try:
-        probe.try_it()
-    except InputError as error:
-        problem = Complaint(" ".join(error.message.split()), error.code)
-    except OSError as error:
-        problem = complaint(probe.value, error)
-    seconds = time.monotonic() - start
-    return ProbeOutcome(probe.name, probe.value, seconds, problem.text or None, problem.code, problem.busy)
 
 
 def data_set(name: str, uri: str) -> Probe:
@@ -104,30 +60,6 @@ def writable(name: str, uri: str) -> Probe:
     """A small file can be written below the place, read back and deleted; nothing of it stays."""
     place = _place(uri)
     return Probe(name, uri, lambda: _write_read_delete(name, uri, place))
-
-
-# ---- In the background
-
-
-def _in_background(probe: Probe) -> "Future[ProbeOutcome]":
-    future: Future[ProbeOutcome] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(try_one(probe))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def _wait(probe: Probe, future: "Future[ProbeOutcome]", start: float, deadline_s: float) -> ProbeOutcome:
-    try:
-        return future.result(max(0.0, start + deadline_s - time.monotonic()))
-    except NotDone:
-        problem = f"{probe.value}: no answer within {deadline_s:g} s; start it, or correct {probe.name}"
-        return ProbeOutcome(probe.name, probe.value, time.monotonic() - start, problem, "storage/unreachable")
 
 
 # ---- What is tried
@@ -258,50 +190,35 @@ def check_store(config: Config, out: str, output: Output = RUN) -> None:
 def check_writable(config: Config, out: str) -> None:
     """The same for `out` alone, before the data set of the configuration is made."""
     storage.configure(config.storage)
-    _refuse_unusable([store.writable("--out", storage.absolute(out))])
+    _refuse_unusable([writable("--out", storage.absolute(out))])
 
 
 def _refuse_unusable(probes: Sequence[Probe]) -> None:
-    wrong = [outcome for outcome in store.try_all(probes) if outcome.problem and not outcome.busy]
+    wrong = [result for result in try_all(probes) if result.problem and not result.busy]
     if wrong:
         raise joined([InputError(f"{one.name}: {one.problem}", one.code) for one in merged(wrong)], "check/places")
 
 
 def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     """Every place that the configuration names, and what the run does there."""
-    probes = [store.data_set("data.root", config.data.root)]
-    if config.data.unlabelled is not None:
-        probes.append(store.probe_images("data.unlabelled", config.data.unlabelled))
-    if config.data.labelled_list is not None:
-        probes.append(store.file("data.labelled", config.data.labelled_list))
-    if config.data.group_list is not None:
-        probes.append(store.file("data.group", config.data.group_list))
-    if config.network.weights is not None:
-        probes.append(store.file("network.weights", config.network.weights))
-    writable = store.writable("--out", out)
+    optional: tuple[tuple[Callable[[str, str], Probe], str, str | None], ...] = (
+        (probe_images, "data.unlabelled", config.data.unlabelled),
+        (file, "data.labelled", config.data.labelled_list),
+        (file, "data.group", config.data.group_list),
+        (file, "network.weights", config.network.weights),
+    )
+    given = [probe(name, place) for probe, name, place in optional if place is not None]
+    folder = writable("--out", out)
 
     def try_out() -> None:
-        writable.try_it()  # first: a store that is away is found out sooner
+        folder.try_it()  # first: a store that is away is found out sooner
         claim(out, output)
 
-    return [*probes, writable._replace(try_it=try_out)]
+    return [data_set("data.root", config.data.root), *given, folder._replace(try_it=try_out)]
 
 
-def merged(outcomes: Sequence[ProbeOutcome]) -> list[ProbeOutcome]:
-    """One line for places that fail for the same reason."""
-    lines: dict[str, ProbeOutcome] = {}
-    for outcome in outcomes:
-        key = outcome.problem or outcome.name
-        before = lines.get(key)
-        if before is not None:
-            outcome = before._replace(
-                name=f"{before.name}, {outcome.name}", seconds=max(before.seconds, outcome.seconds)
-            )
-        lines[key] = outcome
-    return list(lines.values())
-
-
-def _tracking(config: Config) -> Probe:
+def tracking(config: Config) -> Probe:
+    """MLflow's store."""
     settings = config.registry
     return Probe("registry.tracking_uri", redact(resolve_uri(settings.tracking_uri)), lambda: _reach_tracking(settings))
 
@@ -316,7 +233,7 @@ def _reach_tracking(settings: RegistrySettings) -> None:
         if path is not None:
             _refuse_read_only(path)
         return
-    store.writable("registry.tracking_uri", str(path.parent)).try_it()
+    writable("registry.tracking_uri", str(path.parent)).try_it()
 
 
 def _refuse_read_only(path: Path) -> None:

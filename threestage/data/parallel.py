@@ -1,11 +1,12 @@
-"""Threads within bounded memory: map() in some, items made ahead in one, and how many pixels all may decode at a time."""
+"""Threads within bounded memory: map() in some, items made ahead in one, how many pixels all may decode at a time, and work
+that nobody waits for when the process ends."""
 
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 MAX_IMAGE_PIXELS = 64_000_000
 LARGE_PIXELS = MAX_IMAGE_PIXELS // 4
@@ -44,6 +45,7 @@ PIXELS = PixelBudget(MAX_IMAGE_PIXELS)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 def ahead(source: Iterator[Item], depth: int = 1) -> Generator[Item]:
@@ -76,3 +78,19 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads
 def _cancel(waiting: Iterable[Future[Result]]) -> None:
     for future in waiting:
         future.cancel()
+
+
+def in_daemon_thread(
+    work: Callable[Arguments, Item], *arguments: Arguments.args, **options: Arguments.kwargs
+) -> Future[Item]:
+    """What the work returns or raises; a process that ends does not wait for it, as it would for an executor's."""
+    future: Future[Item] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

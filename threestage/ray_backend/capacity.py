@@ -12,7 +12,7 @@ import ray
 import torch
 
 from threestage.checks.result import CheckOutcome
-from threestage.checks.steps import machine_bytes
+from threestage.checks.step_time import machine_bytes
 from threestage.config import Config
 from threestage.data import storage
 from threestage.errors import InputError, Warn

@@ -18,11 +18,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from threestage import __version__
 from threestage.allocator import disable_malloc_trim
-from threestage.checks import store
-from threestage.checks.result import CheckOutcome, CheckResult
-from threestage.checks.step_time import StepTime, measure_step
-from threestage.checks.steps import STAGE_S, START_S, MeasuredStep, StepSpecification, measure_steps, too_slow
-from threestage.checks.store import PROBE_NAME, merged, places
+from threestage.checks.result import CheckOutcome, CheckResult, merged, try_all
+from threestage.checks.step_time import (
+    STAGE_S,
+    START_S,
+    MeasuredStep,
+    StepSpecification,
+    StepTime,
+    measure_step,
+    measure_steps,
+    too_slow,
+)
+from threestage.checks.store import PROBE_NAME, places
 from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.records import load_manifest
@@ -127,7 +134,7 @@ def _look(settings: dict[str, Any], out: str, marker: str | None) -> dict[str, A
     if marker is not None and not os.path.exists(marker):
         problem = f"--out {out} is another folder there: give s3://bucket/prefix, or one that all nodes share"
         return {"versions": versions(), "problems": [problem]}
-    outcomes = merged(store.try_all(places(config, out)))
+    outcomes = merged(try_all(places(config, out)))
     problems = [f"{outcome.name}: {outcome.problem}" for outcome in outcomes if outcome.problem]
     return {"versions": versions(), "problems": problems}
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from threestage.checks.steps import MeasuredStep, StepSpecification, measure_here
+from threestage.checks.step_time import MeasuredStep, StepSpecification, measure_here
 from threestage.config import Config, StageName, changed
 from threestage.data import storage
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest, pool_files

@@ -1,14 +1,13 @@
 """The files of a run's pool: found beside stage 1, fixed once a stage has learnt from them."""
 
 import hashlib
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from threestage.checks.preflight import check_pool
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.listing import Each, holds_data_set, list_images
+from threestage.data.parallel import in_daemon_thread
 from threestage.data.pool import PoolFile, data_set_files, listed_pool, load_pool, pool_source, rows_of, write_pool
 from threestage.data.records import Manifest, load_manifest
 from threestage.errors import InputError, Warn, reason_of
@@ -22,17 +21,15 @@ def find_in_background(
     config: Config, folder: RunFolder, manifest: Manifest, each: Each, warn: Warn
 ) -> Callable[[], list[PoolFile]]:
     """Find the files in a thread, while stage 1, which needs none, trains; returns what waits for them."""
-    found: Future[list[PoolFile]] = Future()
 
-    def find() -> None:
+    def find() -> list[PoolFile]:
         try:
-            found.set_result(find_pool(config, folder, manifest, each, warn))
+            return find_pool(config, folder, manifest, each, warn)
         except BaseException as error:
-            found.set_exception(error)
             warn(f"the run will stop after stage 1, its pool cannot be found: {reason_of(error)}")
+            raise
 
-    threading.Thread(target=find, daemon=True).start()  # daemon: a run that fails does not wait for a long listing
-    return found.result
+    return in_daemon_thread(find).result  # a run that fails does not wait for a long listing
 
 
 def find_pool(config: Config, folder: RunFolder, manifest: Manifest, each: Each, warn: Warn) -> list[PoolFile]:

@@ -12,10 +12,11 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage.checks import data, step_time, steps
+from threestage.checks import preflight, step_time
 from threestage.checks import run_check as checks
 from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_check
-from threestage.checks.steps import MeasuredStep, StepSpecification, duration_line, measure_steps, step_line
+from threestage.checks.run_check import duration_line, step_line
+from threestage.checks.step_time import MeasuredStep, StepSpecification, measure_steps
 from threestage.checks.store import check_store
 from threestage.config import Config
 from threestage.data import storage
@@ -159,31 +160,31 @@ def test_lines() -> None:
 
 def with_masks(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
     mask = encode_mask(np.array([list(ids)], np.uint8))
-    monkeypatch.setattr(data, "_masks_of", lambda *given: {"scene7": mask})
+    monkeypatch.setattr(preflight, "_masks_of", lambda *given: {"scene7": mask})
 
 
 def test_ids_that_are_no_class(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 0, 17, 255)
     with refused("mask/unknown-value", "scene7:", "id 17", "classes 0.."):
-        data.classes_fit(config, None)
+        preflight.classes_fit(config, None)
 
 
 def test_masks_of_ignored_pixels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 255)
     with refused("data/one-class", "no class", "8 labelled masks"):
-        data.classes_fit(config, None)
+        preflight.classes_fit(config, None)
 
 
 def test_a_mask_that_cannot_be_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_masks_of", lambda *given: {"scene7": b"no PNG"})
+    monkeypatch.setattr(preflight, "_masks_of", lambda *given: {"scene7": b"no PNG"})
     with refused("data/unreadable-image", "scene7:"):
-        data.classes_fit(config, None)
+        preflight.classes_fit(config, None)
 
 
 def test_nothing_to_validate_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_masks_of", _only_of_train(data._masks_of))
+    monkeypatch.setattr(preflight, "_masks_of", _only_of_train(preflight._masks_of))
     with refused("data/no-validation", config.data.root, "set data.validation"):
-        data.classes_fit(config, None)
+        preflight.classes_fit(config, None)
 
 
 def _only_of_train(sample: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
@@ -192,51 +193,51 @@ def _only_of_train(sample: Callable[..., dict[str, bytes]]) -> Callable[..., dic
 
 def test_classes_that_never_occur_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks(monkeypatch, 0, 1)
-    found = data.classes_fit(config, None)
+    found = preflight.classes_fit(config, None)
     names = load_manifest(config.data.root).classes
     assert f"no labelled pixel of {', '.join(names[2:])} in 8 labelled masks" in str(found.warning)
 
 
 def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rare classes need not be among the first masks that are read."""
-    monkeypatch.setattr(data, "SAMPLE", 3)
+    monkeypatch.setattr(preflight, "SAMPLE", 3)
     both = {"scene7": encode_mask(np.array([[0, 1]], np.uint8))}
     one = {"scene7": encode_mask(np.array([[0, 255]], np.uint8))}
-    monkeypatch.setattr(data, "_masks_of", lambda root, manifest, split, ids: one if len(ids) == 3 else both)
-    assert "8 labelled masks" in str(data.classes_fit(config, None).warning)
-    monkeypatch.setattr(data, "_masks_of", lambda *given: one)
+    monkeypatch.setattr(preflight, "_masks_of", lambda root, manifest, split, ids: one if len(ids) == 3 else both)
+    assert "8 labelled masks" in str(preflight.classes_fit(config, None).warning)
+    monkeypatch.setattr(preflight, "_masks_of", lambda *given: one)
     with refused("data/one-class", "only class background"):
-        data.classes_fit(config, None)
+        preflight.classes_fit(config, None)
 
 
 def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SAMPLE", 3)
+    monkeypatch.setattr(preflight, "SAMPLE", 3)
     manifest = load_manifest(config.data.root)
-    ids = data.read_split(config, manifest, None).labelled
-    assert data.sample_of(ids) == (ids[0], ids[2], ids[4])
-    sample = data._masks_of(config.data.root, manifest, "train", data.sample_of(ids))
+    ids = preflight.read_split(config, manifest, None).labelled
+    assert preflight.sample_of(ids) == (ids[0], ids[2], ids[4])
+    sample = preflight._masks_of(config.data.root, manifest, "train", preflight.sample_of(ids))
     assert sample.keys() == {ids[0], ids[2], ids[4]}
 
 
 def test_near_copies_on_both_sides_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data.sides_differ(config, None) == CheckOutcome(
+    assert preflight.sides_differ(config, None) == CheckOutcome(
         f"no near-copies between 8 of 8 labelled and 6 of 6 validation images of {config.data.root}"
     )
-    split = data.read_split(config, load_manifest(config.data.root), None)
+    split = preflight.read_split(config, load_manifest(config.data.root), None)
     shared = split.model_copy(update={"validation": split.labelled[:5], "validation_split": "carved"})
-    monkeypatch.setattr(data, "read_split", lambda *given: shared)
-    found = data.sides_differ(config, None)
+    monkeypatch.setattr(preflight, "read_split", lambda *given: shared)
+    found = preflight.sides_differ(config, None)
     assert str(found.warning).startswith(
         "5 of 5 validation images nearly equal a labelled one"
     ) and "data.group" in str(found.warning)
-    monkeypatch.setattr(data, "SAMPLE_OF_IMAGES", 3)
-    assert "3 of 8 labelled and 3 of 5 validation" in data.sides_differ(config, None).value
+    monkeypatch.setattr(preflight, "SAMPLE_OF_IMAGES", 3)
+    assert "3 of 8 labelled and 3 of 5 validation" in preflight.sides_differ(config, None).value
 
 
 def test_the_split_of_a_run_that_has_begun(config: Config, tmp_path: Path) -> None:
     split = {"labelled": ["a"], "validation": ["b"], "validation_split": "carved"}
     storage.write_json(str(tmp_path / "split.json"), {"split": split})
-    assert data.read_split(config, load_manifest(config.data.root), str(tmp_path)).labelled == ("a",)
+    assert preflight.read_split(config, load_manifest(config.data.root), str(tmp_path)).labelled == ("a",)
 
 
 # ---- Steps
@@ -287,7 +288,7 @@ def specification(config: Config, use_gpu: bool = False) -> StepSpecification:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "MOST_STEPS", 3)
-    monkeypatch.setattr(steps, "disable_malloc_trim", lambda: None)
+    monkeypatch.setattr(step_time, "disable_malloc_trim", lambda: None)
 
 
 def test_a_dry_step_of_each_stage(config: Config, few_steps: None) -> None:
@@ -309,7 +310,7 @@ def test_a_step_that_fails_is_a_line_and_the_next_stage_is_tried(
             raise RuntimeError("no kernel\nfor that")
         return real(config, stage, *rest)
 
-    monkeypatch.setattr(steps, "measure_step", fail)
+    monkeypatch.setattr(step_time, "measure_step", fail)
     first, second, _ = measure_steps(specification(config))
     assert first.problem == "no step could be computed: RuntimeError: no kernel" and second.seconds > 0
 
@@ -327,7 +328,7 @@ class Process:
 def read(process: Any, complaints: bytes, tmp_path: Path) -> list[MeasuredStep]:
     with open(tmp_path / "complaints", "w+b") as file:
         file.write(complaints)
-        return list(steps._read(process, ("stage1", "stage2"), file))
+        return list(step_time._read(process, ("stage1", "stage2"), file))
 
 
 def test_a_process_that_ends_early(tmp_path: Path) -> None:
@@ -339,8 +340,8 @@ def test_a_process_that_ends_early(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_too_slow_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "START_S", 0.0)
-    monkeypatch.setattr(steps, "STAGE_S", 0.05)
+    monkeypatch.setattr(step_time, "START_S", 0.0)
+    monkeypatch.setattr(step_time, "STAGE_S", 0.05)
     forever, never = Process(), threading.Event()
     forever.stdout = (b"" for _ in iter(never.wait, True))
     (found,) = read(forever, b"", tmp_path)

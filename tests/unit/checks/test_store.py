@@ -10,7 +10,8 @@ import pytest
 from tests.failing_s3 import ERRORS, NO_SUCH_KEY, Answer, failing_s3
 from tests.s3 import SECRET, free_port
 from threestage.checks import store
-from threestage.checks.store import Probe, ProbeOutcome, try_all, try_one, writable
+from threestage.checks.result import CheckResult, Probe, merged, run_check, try_all
+from threestage.checks.store import writable
 from threestage.cli import app
 from threestage.data import storage
 from threestage.data.storage import StorageSettings
@@ -37,7 +38,7 @@ def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def problem_of(probe: Probe, code: str | None) -> str:
     """The one line of a probe that fails in less than 15 seconds, with this code."""
-    outcome = try_one(probe)
+    outcome = run_check(*probe)
     assert outcome.problem is not None and "\n" not in outcome.problem and outcome.seconds < 15
     assert SECRET not in outcome.problem and KEY_ID not in outcome.problem
     assert outcome.code == code, outcome
@@ -120,7 +121,7 @@ def test_the_probe_is_removed_when_it_cannot_be_read_back() -> None:
 def test_a_store_that_works_keeps_nothing_of_the_probe() -> None:
     with failing_s3({}) as (url, seen):
         storage.configure(StorageSettings(endpoint=url))
-        assert try_one(writable("--out", "s3://bucket/out")).problem is None
+        assert run_check(*writable("--out", "s3://bucket/out")).problem is None
     assert [method for method, _ in seen if method in ("PUT", "DELETE")] == ["PUT", "DELETE"]
 
 
@@ -129,7 +130,7 @@ def test_a_store_that_is_busy_for_a_moment_passes() -> None:
     with failing_s3(answers) as (url, _):
         storage.configure(StorageSettings(endpoint=url))
         threading.Timer(1.0, answers.clear).start()
-        outcome = try_one(store.file("network.weights", "s3://bucket/w.pth"))
+        outcome = run_check(*store.file("network.weights", "s3://bucket/w.pth"))
     assert outcome.seconds > 0.9 and outcome.code == "storage/not-found"
 
 
@@ -145,8 +146,8 @@ def test_nothing_there() -> None:
 
 
 def test_local_places(tmp_path: Path, scenes: Path) -> None:
-    assert try_one(store.data_set("data.root", str(scenes))).problem is None
-    assert try_one(writable("--out", str(tmp_path / "new" / "run"))).problem is None
+    assert run_check(*store.data_set("data.root", str(scenes))).problem is None
+    assert run_check(*writable("--out", str(tmp_path / "new" / "run"))).problem is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     problem = problem_of(writable("--out", str(tmp_path / "file/run")), "storage/not-a-folder")
@@ -155,12 +156,12 @@ def test_local_places(tmp_path: Path, scenes: Path) -> None:
     (tmp_path / "manifest.json").write_text("no JSON")
     problem_of(store.data_set("data.root", str(tmp_path)), "storage/damaged-json")
     problem_of(store.file("network.weights", str(tmp_path / "w.pth")), "storage/not-found")
-    assert try_one(store.file("network.weights", str(tmp_path / "file"))).problem is None
+    assert run_check(*store.file("network.weights", str(tmp_path / "file"))).problem is None
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that even root cannot write")
 def test_a_folder_that_cannot_be_written() -> None:
-    outcome = try_one(writable("--out", "/sys/run"))
+    outcome = run_check(*writable("--out", "/sys/run"))
     assert str(outcome.problem).startswith("/sys/run: ") and outcome.code in ("storage/denied", "storage/not-found")
 
 
@@ -222,14 +223,12 @@ def test_only_what_may_pass_is_called_busy(name: str, busy: bool) -> None:
 
 
 def test_outcomes_of_one_reason_share_a_line() -> None:
-    from threestage.checks.store import merged
-
     same = [
-        ProbeOutcome("data.root", "a", 1.0, "down"),
-        ProbeOutcome("mlflow", "m", 0.1),
-        ProbeOutcome("--out", "b", 2.0, "down"),
+        CheckResult("data.root", "a", 1.0, "down"),
+        CheckResult("mlflow", "m", 0.1),
+        CheckResult("--out", "b", 2.0, "down"),
     ]
-    assert merged(same) == [ProbeOutcome("data.root, --out", "a", 2.0, "down"), ProbeOutcome("mlflow", "m", 0.1)]
+    assert merged(same) == [CheckResult("data.root, --out", "a", 2.0, "down"), CheckResult("mlflow", "m", 0.1)]
 
 
 def test_input_errors_are_one_line() -> None:

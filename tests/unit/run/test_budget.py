@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import local_config
 from tests.refusals import refused
 from tests.runs import run_local
-from threestage.checks.steps import MeasuredStep, StepSpecification
+from threestage.checks.step_time import MeasuredStep, StepSpecification
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.records import load_manifest
