@@ -30,7 +30,7 @@ from threestage.data.records import (
     load_manifest,
     pool_files,
 )
-from threestage.data.samples import Sample, samples_of
+from threestage.data.samples import samples_of
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.models.network import check_settings, doubtful_normalisation
@@ -52,7 +52,7 @@ def check_run(
         InputError: the run could not go well.
     """
     check_settings(config.network)
-    check_batches(config, manifest, labelled, validation)
+    check_batches(config, manifest, len(labelled), len(validation))
     counts, labelled_looks = _look(manifest, labelled)
     warning = check_class_pixels(config.data.root, manifest.classes, counts, masks_in_words(len(labelled)))
     if warning is not None:
@@ -79,12 +79,13 @@ def check_pool(config: Config, images: int) -> None:
         _check_unlabelled_batch(config, f"{stage}.unlabelled_batch", settings.unlabelled_batch, reliable)
 
 
-def check_batches(config: Config, manifest: Manifest, labelled: SampleSet, validation: SampleSet) -> None:
-    _check_labelled_batches(config, len(labelled))
+def check_batches(config: Config, manifest: Manifest, labelled: int, validation: int) -> None:
+    """Raises InputError when there are too few images for a step of all workers: so many labelled, and to validate on."""
+    _check_labelled_batches(config, labelled)
     for stage in config.stage_names:
         check_shares(config, stage)
     if config.data.unlabelled is None:
-        carved = len(validation) if manifest.counts["val"].labelled == 0 else 0
+        carved = validation if manifest.counts["val"].labelled == 0 else 0
         check_pool(config, sum(file.rows for file in pool_files(manifest)) - carved)
     else:
         _check_unlabelled(config.data.unlabelled)
@@ -289,7 +290,7 @@ def input_fits(config: Config, out: str | None) -> CheckOutcome:
     manifest = load_manifest(config.data.root)
     split = read_split(config, manifest, out)
     check_settings(config.network)
-    check_batches(config, manifest, _by_name(split.labelled), _by_name(split.validation))
+    check_batches(config, manifest, len(split.labelled), len(split.validation))
     pool = sum(file.rows for file in pool_files(manifest))
     workers = config.cluster.most_workers
     more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
@@ -298,10 +299,6 @@ def input_fits(config: Config, out: str | None) -> CheckOutcome:
         f"{pool:,} in the pool{more}; enough for every step of {workers} worker{'s' * (workers > 1)}",
         doubtful_normalisation(config.network),
     )
-
-
-def _by_name(ids: Sequence[str]) -> SampleSet:
-    return SampleSet([Sample(image_id, b"") for image_id in ids], 1)
 
 
 def classes_fit(config: Config, out: str | None) -> CheckOutcome:
@@ -313,7 +310,7 @@ def classes_fit(config: Config, out: str | None) -> CheckOutcome:
     """
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
-    looked_at = sample_of(split.labelled)
+    looked_at = evenly(split.labelled, SAMPLE)
     counts = _count_pixels(root, manifest, "train", looked_at)
     if np.count_nonzero(counts) < LEAST_CLASSES:
         looked_at = split.labelled
@@ -321,14 +318,9 @@ def classes_fit(config: Config, out: str | None) -> CheckOutcome:
     seen = masks_in_words(len(looked_at), len(split.labelled))
     warning = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
-    if not _count_pixels(root, manifest, validating, sample_of(split.validation)).any():
+    if not _count_pixels(root, manifest, validating, evenly(split.validation, SAMPLE)).any():
         raise InputError(f"{root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
     return CheckOutcome(f"{len(manifest.classes)} classes, all in {seen}", warning)
-
-
-def sample_of(ids: Sequence[str]) -> Sequence[str]:
-    """At most SAMPLE ids, evenly among them."""
-    return ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
 
 
 def sides_differ(config: Config, out: str | None) -> CheckOutcome:
@@ -337,7 +329,7 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
-    labelled, validation = _evenly(split.labelled), _evenly(split.validation)
+    labelled, validation = (evenly(ids, SAMPLE_OF_IMAGES) for ids in (split.labelled, split.validation))
     warning = note_near_copies(
         *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
     )
@@ -346,8 +338,9 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     return CheckOutcome(f"no near-copies between {looked_at} images of {root}", warning)
 
 
-def _evenly(ids: Sequence[str]) -> Sequence[str]:
-    return ids[:: max(1, math.ceil(len(ids) / SAMPLE_OF_IMAGES))]
+def evenly(ids: Sequence[str], at_most: int) -> Sequence[str]:
+    """So many ids at most, evenly among them."""
+    return ids[:: max(1, math.ceil(len(ids) / at_most))]
 
 
 def _seen(

@@ -210,13 +210,12 @@ def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatc
         preflight.classes_fit(config, None)
 
 
-def test_a_sample_reads_the_masks_of_the_ids(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "SAMPLE", 3)
+def test_a_sample_reads_the_masks_of_the_ids(config: Config) -> None:
     manifest = load_manifest(config.data.root)
     ids = preflight.read_split(config, manifest, None).labelled
-    assert preflight.sample_of(ids) == (ids[0], ids[2], ids[4])
-    sample = preflight._masks_of(config.data.root, manifest, "train", preflight.sample_of(ids))
-    assert sample.keys() == {ids[0], ids[2], ids[4]}
+    assert preflight.evenly(ids, 3) == (ids[0], ids[3], ids[6]) and preflight.evenly(ids, 8) == ids
+    sample = preflight._masks_of(config.data.root, manifest, "train", preflight.evenly(ids, 3))
+    assert sample.keys() == {ids[0], ids[3], ids[6]}
 
 
 def test_near_copies_on_both_sides_are_a_doubt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
