@@ -26,7 +26,7 @@ from tests.mlflow_server import die_after, mlflow_server
 from tests.narrow_resnet import NAME as NARROW
 from tests.refusals import refused
 from threestage.cli.app import app
-from threestage.cli.lineage_tree import lineage_tree
+from threestage.cli.models import lineage_tree
 from threestage.config import load
 from threestage.mlflow_sync import packing
 from threestage.mlflow_sync.client import MAX_DESCRIPTION, Registry, open_models, open_registry

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from threestage.cli.options import Terminal
 from threestage.cli.progress import StageProgress
-from threestage.cli.terminal import Terminal
 from threestage.config import load
 from threestage.mlflow_sync.packing import write_card
 from threestage.mlflow_sync.records import StageRecord

@@ -12,7 +12,7 @@ from tests.package_source import FILES, PACKAGE, tree_of
 LAYERS = tuple(
     names.split()
     for names in (
-        "threestage allocator cli.terminal errors format hosts plain_text presets private_folder ray_settings redaction "
+        "threestage allocator errors format hosts plain_text presets private_folder ray_settings redaction "
         "seeds settings user_files",
         "augment",
         "data",

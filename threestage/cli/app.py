@@ -14,8 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from threestage.cli import images, models, results, runs, submit
-from threestage.cli.options import print_json
-from threestage.cli.terminal import Terminal, escape
+from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure
 from threestage.redaction import redact
 
@@ -85,9 +84,7 @@ def _show_warning(
 ) -> None:
     """Of settings in one line, without where in the code; others as Python shows them."""
     if issubclass(category, RenamedSetting):
-        Terminal(stderr=True, soft_wrap=True).print(
-            f"[yellow]warning:[/] {escape(redact(str(message)))}", highlight=False
-        )
+        warn(str(message))
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 

@@ -18,11 +18,11 @@ from threestage.cli.options import (
     WindowOption,
     console,
     counter,
+    escape,
     print_json,
     protocol_of,
     warn,
 )
-from threestage.cli.terminal import escape
 
 if TYPE_CHECKING:
     from threestage.data.ingest import IngestReport

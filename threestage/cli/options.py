@@ -1,17 +1,36 @@
-"""What several commands share: their arguments and options, the console, JSON for programs."""
+"""What several commands share: their arguments and options, the terminal, JSON for programs.
+
+The terminal is rich's console, on which text from data cannot pass for the terminal's own commands.
+"""
 
 import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import rich.markup
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from threestage.cli.terminal import Terminal, escape
 from threestage.errors import InputError
+from threestage.plain_text import escape_control_chars
 from threestage.presets import preset_names
 from threestage.redaction import redact
 
+
+class Terminal(Console):
+    """Shows every string through `escape_control_chars`."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape_control_chars(text), **options)
+
+
 console = Terminal()
+
+
+def escape(text: str) -> str:
+    """The text in one line, in which brackets are no markup."""
+    return rich.markup.escape(" ".join(text.split()))
 
 
 def complete_preset(incomplete: str) -> list[str]:

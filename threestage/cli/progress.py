@@ -88,38 +88,28 @@ def _figures(row: Mapping[str, float]) -> str:
 # ---- A sweep
 
 
-class SweepProgress:
+class SweepProgress(StageProgress):
     """A context, and the Show of sweeps/sweep.py."""
 
     def __init__(self, config: Config, console: Console) -> None:
-        self._console = console
-        self._stages = StageProgress(config, console)
+        super().__init__(config, console)
         self._status = Status("", console=console)
         self._trials: dict[int, Trial] = {}
 
     def __enter__(self) -> Self:
-        return self
+        return self  # without bars: the status of the trials is the one live display
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._status.stop()
-        self._stages.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
     def plan(self, plan: SweepPlan) -> None:
         self._console.print(rich_plan(plan))
 
     def phase(self, text: str) -> None:
         self._console.print(f"[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
-
-    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
-        self._stages.on_metrics(stage, row)
-
-    def on_progress(self, what: str, done: int, total: int) -> None:
-        self._stages.on_progress(what, done, total)
-
-    def warn(self, text: str) -> None:
-        self._stages.warn(text)
 
     def trial(self, trial: Trial) -> None:
         before = self._trials.get(trial.number)

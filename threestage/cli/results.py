@@ -7,8 +7,7 @@ import typer
 from rich.table import Table
 
 from threestage.cli.models import show_version
-from threestage.cli.options import JsonOption, TrackingOption, console, counter, print_json, warn
-from threestage.cli.terminal import escape
+from threestage.cli.options import JsonOption, TrackingOption, console, counter, escape, print_json, warn
 
 
 def report(

@@ -15,12 +15,13 @@ from threestage.cli.options import (
     ReuseOption,
     SeedOption,
     SetOption,
+    Terminal,
     complete_preset,
     console,
+    escape,
     print_json,
     warn,
 )
-from threestage.cli.terminal import Terminal, escape
 
 
 def demo(

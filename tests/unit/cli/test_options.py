@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 
 from threestage.cli.app import main
-from threestage.cli.terminal import Terminal
+from threestage.cli.options import Terminal
 from threestage.plain_text import escape_control_chars, markdown, visible_log
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.\u200bé😀"
