@@ -190,11 +190,8 @@ class Registry(_Experiment):
         super().__init__(client, experiment_id)
         self._model_name = settings.model_name
 
-    def record_rows(self, stage: StageRows) -> str:
-        """Send rows of a stage that still trains to its run, nested in its parent. Returns the stage run's id.
-
-        Idempotent: a row that is there already changes nothing.
-        """
+    def record_rows(self, stage: StageRows) -> None:
+        """Send rows of a stage that still trains to its run, nested in its parent. A row that is there changes nothing."""
         stage = replace(stage, run_key=redact(stage.run_key))
         with mlflow_session(self.uri):
             parent = self._open_parent(stage)
@@ -202,7 +199,6 @@ class Registry(_Experiment):
             run = self._stage_run(parent, stage, None)
             self._set_status(run, "RUNNING")
             self._log(run, stage.config, points=metric_points(stage.rows, {}))
-        return str(run.info.run_id)
 
     def record_stage(self, record: StageRecord) -> RegisteredVersion:
         """Record a finished stage as a run nested in its parent, and register its model with the stage's name as alias.
@@ -242,15 +238,14 @@ class Registry(_Experiment):
             self._set_status(run, "RUNNING")
         return str(run.info.run_id)
 
-    def record_trial(self, parent_id: str, record: TrialRecord) -> str:
-        """Bring a trial's run, nested in its sweep's, up to the record. Returns its id."""
+    def record_trial(self, parent_id: str, record: TrialRecord) -> None:
+        """Bring a trial's run, nested in its sweep's, up to the record."""
         identity = {RUN_KEY: redact(record.sweep_key), STAGE: ONE_TRIAL, TRIAL: str(record.number)}
         with mlflow_session(self.uri):
             run = self._find_or_create(identity, parent_id, f"{record.sweep_name}-trial-{record.number}")
             points = [(MEAN_IOU, value, step, order) for order, (step, value) in enumerate(record.curve)]
             self._log(run, record.params, record.tags, points)
             self._set_status(run, record.status)
-        return str(run.info.run_id)
 
     def close_run(
         self,

@@ -301,19 +301,15 @@ def _make_folder(destination: str | Path) -> Path:
     from threestage.data import storage
     from threestage.data.outputs import PULLED_MODEL, claim
 
-    if storage.has_scheme(str(destination)):
-        raise InputError(
-            f"{destination}: a model is pulled into a folder of this machine; name one, then copy it there",
-            "storage/scheme",
-        )
-    claim(str(destination), PULLED_MODEL)
+    folder = storage.path_here(str(destination), "a pulled model")
+    claim(str(folder), PULLED_MODEL)
     try:
-        Path(destination).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{destination}: cannot be made a folder ({error.strerror}); name another", "storage/not-a-folder"
         ) from error
-    return Path(destination)
+    return folder
 
 
 def _digests_of(version: Any) -> dict[str, str]:

@@ -127,9 +127,9 @@ def test_an_update_that_changes_nothing_is_not_sent(registry: Registry, monkeypa
     sent: list[int] = []
     original = Registry.record_trial
 
-    def record_trial(self: Registry, parent_id: str, record: TrialRecord) -> str:
+    def record_trial(self: Registry, parent_id: str, record: TrialRecord) -> None:
         sent.append(record.number)
-        return original(self, parent_id, record)
+        original(self, parent_id, record)
 
     monkeypatch.setattr(Registry, "record_trial", record_trial)
     mirror = SweepSync(lambda: registry, KEY, "shapes", PARAMS, pytest.fail)
@@ -198,7 +198,7 @@ def test_a_store_that_is_away_at_the_start_is_found_later(registry: Registry, mo
 def test_a_fault_of_the_stores_client_ends_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
 
-    def record_trial(self: Registry, parent_id: str, record: TrialRecord) -> str:
+    def record_trial(self: Registry, parent_id: str, record: TrialRecord) -> None:
         raise KeyError("unforeseen")
 
     with monkeypatch.context() as patch:
