@@ -1,6 +1,5 @@
 """A sweep in MLflow, kept up in the background: the sweep's folder is the record, and no store holds a sweep up."""
 
-import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -39,9 +38,8 @@ class SweepSync:
     ) -> None:
         self._connect, self._key, self._name, self._params, self._warn = connect, sweep_key, name, params, warn
         self._parent: str | None = None
-        self._pending: dict[int, TrialRecord] = {}
+        self._wanted: dict[int, TrialRecord] = {}
         self._sent: dict[int, TrialRecord] = {}
-        self._lock = threading.Lock()
         self._background = Background("sweep-mirror", self._send, self._say_lost, BETWEEN_S, RETRY_S)
 
     @cached_property
@@ -51,11 +49,9 @@ class SweepSync:
     def update(self, trial: Trial, tags: Mapping[str, str]) -> None:
         """Send a trial's present state, soon; returns at once. What is there already costs nothing."""
         record = self._record(trial, tags)
-        with self._lock:
-            if self._pending.get(trial.number, self._sent.get(trial.number)) == record:
-                return
-            self._pending[trial.number] = record
-        self._background.notify()
+        if self._wanted.get(trial.number) != record:
+            self._wanted[trial.number] = record
+            self._background.notify()
 
     def close(self, status: Status, summary: Mapping[str, float], artifacts: Mapping[str, str]) -> bool:
         """Send all that is left, the sweep's final values and files (name in the run → URI), and end the parent run.
@@ -100,20 +96,10 @@ class SweepSync:
         self._warn(f"the sweep goes on without MLflow, which is tried again: {reason_of(error)}")
 
     def _send(self) -> None:
-        """Send what is pending now, by number; what a failure leaves stays pending."""
+        """Send what is not sent, by number; what a failure leaves is sent the next time."""
         if self._parent is None:
             self._parent = self._registry.open_sweep(self._key, self._name, self._params)
-        with self._lock:
-            numbers = sorted(self._pending)
-        for number in numbers:
-            with self._lock:
-                record = self._pending.pop(number)
-                self._sent.pop(number, None)
-            try:
+        for number, record in sorted(self._wanted.copy().items()):
+            if self._sent.get(number) != record:
                 self._registry.record_trial(self._parent, record)
-            except BaseException:
-                with self._lock:
-                    self._pending.setdefault(number, record)
-                raise
-            with self._lock:
                 self._sent[number] = record
