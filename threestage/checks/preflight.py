@@ -310,7 +310,7 @@ def classes_fit(config: Config, out: str | None) -> CheckOutcome:
     """
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
-    looked_at = evenly(split.labelled, SAMPLE)
+    looked_at = sample_of(split.labelled, SAMPLE)
     counts = _count_pixels(root, manifest, "train", looked_at)
     if np.count_nonzero(counts) < LEAST_CLASSES:
         looked_at = split.labelled
@@ -318,7 +318,7 @@ def classes_fit(config: Config, out: str | None) -> CheckOutcome:
     seen = masks_in_words(len(looked_at), len(split.labelled))
     warning = check_class_pixels(root, manifest.classes, counts.tolist(), seen)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
-    if not _count_pixels(root, manifest, validating, evenly(split.validation, SAMPLE)).any():
+    if not _count_pixels(root, manifest, validating, sample_of(split.validation, SAMPLE)).any():
         raise InputError(f"{root}: {NOTHING_TO_VALIDATE}", "data/no-validation")
     return CheckOutcome(f"{len(manifest.classes)} classes, all in {seen}", warning)
 
@@ -329,7 +329,7 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     root, manifest = config.data.root, load_manifest(config.data.root)
     split = read_split(config, manifest, out)
     validating: SplitName = "val" if split.validation_split == "val" else "train"
-    labelled, validation = (evenly(ids, SAMPLE_OF_IMAGES) for ids in (split.labelled, split.validation))
+    labelled, validation = (sample_of(ids, SAMPLE_OF_IMAGES) for ids in (split.labelled, split.validation))
     warning = note_near_copies(
         *_seen(config, manifest, "train", labelled), *_seen(config, manifest, validating, validation)
     )
@@ -338,7 +338,7 @@ def sides_differ(config: Config, out: str | None) -> CheckOutcome:
     return CheckOutcome(f"no near-copies between {looked_at} images of {root}", warning)
 
 
-def evenly(ids: Sequence[str], at_most: int) -> Sequence[str]:
+def sample_of(ids: Sequence[str], at_most: int) -> Sequence[str]:
     """So many ids at most, evenly among them."""
     return ids[:: max(1, math.ceil(len(ids) / at_most))]
 

@@ -213,8 +213,8 @@ def test_one_class_in_a_sample_is_no_reason_to_refuse(config: Config, monkeypatc
 def test_a_sample_reads_the_masks_of_the_ids(config: Config) -> None:
     manifest = load_manifest(config.data.root)
     ids = preflight.read_split(config, manifest, None).labelled
-    assert preflight.evenly(ids, 3) == (ids[0], ids[3], ids[6]) and preflight.evenly(ids, 8) == ids
-    sample = preflight._masks_of(config.data.root, manifest, "train", preflight.evenly(ids, 3))
+    assert preflight.sample_of(ids, 3) == (ids[0], ids[3], ids[6]) and preflight.sample_of(ids, 8) == ids
+    sample = preflight._masks_of(config.data.root, manifest, "train", preflight.sample_of(ids, 3))
     assert sample.keys() == {ids[0], ids[3], ids[6]}
 
 
