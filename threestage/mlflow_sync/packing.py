@@ -133,13 +133,14 @@ def write_card(
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_as_text)
     environment.filters |= {"short": short_digest, "code": _Code, "quoted": _quoted}
     template = environment.from_string(Path(__file__).with_name("model_card.md.j2").read_text())
+    lineage = Lineage.model_validate(record.lineage)
     text = template.render(
         name=name,
         card=card,
         record=record,
-        lineage=Lineage.model_validate(record.lineage),
+        lineage=lineage,
         config=record.config,
-        stage=record.config[record.stage],
+        stage=record.config[lineage.stage],
         summary=record.summary,
         champion=one_line(f"models:/{name}@{CHAMPION}"),
         mean_iou_rule=MEAN_IOU_RULE,
