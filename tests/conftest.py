@@ -12,6 +12,7 @@ import pytest
 
 from tests.made_once import made_once
 from tests.s3 import empty, s3_server, variables
+from tests.small_disk import mounted
 
 if TYPE_CHECKING:
     from threestage.config import Config
@@ -84,6 +85,13 @@ def unchanged_environment() -> Iterator[None]:
         del os.environ[name]
     changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
     os.environ.update(changed)  # no more than that: see mlflow_sync.connection.reserve_variables
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB; skipped where none can be mounted."""
+    with mounted(tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

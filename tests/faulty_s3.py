@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.failing_s3 import Answer
+
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -23,6 +25,7 @@ class Faults:
         self.unavailable_until = 0.0
         self.resets_left = 0  # of answers larger than 64 KiB: half of the body, then a reset
         self.refused = self.reset = 0
+        self.answer: Answer | None = None  # to every request, instead of the store's
 
     def unavailable_for(self, seconds: float) -> None:
         self.unavailable_until = time.monotonic() + seconds
@@ -51,6 +54,11 @@ def _handler(upstream: str, faults: Faults) -> type[BaseHTTPRequestHandler]:
             if time.monotonic() < faults.unavailable_until:
                 faults.refused += 1
                 self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
+                return
+            if faults.answer is not None:
+                text = f"<Error><Code>{faults.answer.code}</Code><Message>{faults.answer.message}</Message></Error>"
+                body = b"" if self.command == "HEAD" else f"<?xml version='1.0'?>{text}".encode()
+                self._answer(faults.answer.status, [("Content-Type", "application/xml")], body)
                 return
             connection = http.client.HTTPConnection(upstream, timeout=60)
             connection.request(self.command, self.path, body, dict(self.headers))

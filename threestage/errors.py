@@ -46,6 +46,10 @@ class StageFailure(CodedError, RuntimeError):
     """
 
 
+class UnwritablePlace(StageFailure):
+    """The place of the results takes no writes any more: full, read-only, denied. The CLI exits with 3; nothing is retried."""
+
+
 class NoRoom(StageFailure):
     """The cluster had no room for it for as long as the settings allow."""
 

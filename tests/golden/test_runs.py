@@ -172,7 +172,7 @@ SAME_IN_ALL = {
     "stage3.steps", "stage3.labelled_batch", "stage3.unlabelled_batch",
     "training.compile",  # takes minutes
     "training.log_every", "training.checkpoint_every", "training.checkpoints_kept", "training.evaluate_every",
-    "training.loss_limit",  # change no figure
+    "training.loss_limit", "training.unsaved_limit_s",  # change no figure
 }  # fmt: skip
 
 

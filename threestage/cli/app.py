@@ -1,6 +1,7 @@
 """The command line: the list of commands (the files beside this one), and how each ends.
 
-Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 130 Ctrl-C.
+Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 3 the place
+of a run takes no writes any more; 130 Ctrl-C.
 `submit` has more, see its help.
 """
 
@@ -13,9 +14,9 @@ from typing import Any, NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 
-from threestage.cli import images, models, results, runs, submit
+from threestage.cli import images, models, results, run_status, runs, submit
 from threestage.cli.options import Terminal, escape, print_json, warn
-from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure
+from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
 from threestage.redaction import redact
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(models.app, name="models")
+app.add_typer(run_status.app, name="runs")
 app.add_typer(submit.app, name="submit")
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
@@ -66,6 +68,8 @@ def reported() -> Iterator[None]:
         )
     except InputError as error:
         _fail(error, 2)
+    except UnwritablePlace as error:
+        _fail(error, 3)
     except StageFailure as error:
         _fail(error, 1)
     except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer

@@ -1,5 +1,6 @@
 """What a run has left: report, sync, clean."""
 
+import re
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from threestage.cli.models import show_version
 from threestage.cli.options import JsonOption, TrackingOption, console, counter, escape, print_json, warn
+from threestage.errors import InputError
 
 
 def report(
@@ -69,6 +71,15 @@ def clean(
     everything: Annotated[
         bool, typer.Option("--all", help="All that the run wrote: models, results and pseudo-masks too.")
     ] = False,
+    pseudo_masks: Annotated[
+        bool, typer.Option("--pseudo-masks", help="The pseudo-masks too that no stage needs any more.")
+    ] = False,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--older-than", metavar="30d", help="Of all runs in the folder, those whose newest file is older."
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask. Without it, --json only shows.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,6 +87,26 @@ def clean(
 
     Example: threestage clean runs/demo-0
     """
+    found = [_clean_one(one, everything, pseudo_masks, yes, as_json) for one in _older(run, older_than)]
+    if as_json:
+        print_json(found[0] if older_than is None else found)
+
+
+def _older(folder: str, age: str | None) -> list[str]:
+    """The run itself, or of the runs in the folder those that nothing was written to for so long."""
+    from threestage.run.clean import unused_for
+    from threestage.run.status import find_runs
+
+    if age is None:
+        return [folder]
+    parsed = re.fullmatch(r"(\d+)([hd])", age)
+    if parsed is None:
+        raise InputError(f"--older-than {age}: not an age; write 12h or 30d", "clean/not-an-age")
+    seconds = int(parsed[1]) * (86_400 if parsed[2] == "d" else 3600)
+    return [run for run in find_runs(folder) if unused_for(run) > seconds]
+
+
+def _clean_one(run: str, everything: bool, pseudo_masks: bool, yes: bool, as_json: bool) -> dict[str, Any]:
     from threestage.run.clean import clean as clean_run
     from threestage.run.clean import what_is_left
 
@@ -85,17 +116,16 @@ def clean(
         return yes or typer.confirm("Remove it?")
 
     if as_json and not yes:
-        left, removed = what_is_left(run, everything), False
+        left, removed = what_is_left(run, everything, pseudo_masks), False
     else:
-        left, removed = clean_run(run, everything, agreed, warn)
-    if as_json:
-        kinds = [{"name": k.name, "files": k.files, "bytes": k.bytes, "goes": k.will_delete} for k in left.kinds]
-        print_json({"folder": left.folder, "kinds": kinds, "gone": left.deleted, "removed": removed})
-    elif not left.deleted:
-        _show_left(left)
-        console.print("nothing to remove", highlight=False)
-    else:
-        console.print("removed" if removed else "nothing was removed", highlight=False)
+        left, removed = clean_run(run, everything, agreed, warn, pseudo_masks)
+    if not as_json:
+        if not left.deleted:
+            _show_left(left)
+        text = "removed" if removed else "nothing was removed" if left.deleted else "nothing to remove"
+        console.print(text, highlight=False)
+    kinds = [{"name": k.name, "files": k.files, "bytes": k.bytes, "goes": k.will_delete} for k in left.kinds]
+    return {"folder": left.folder, "kinds": kinds, "gone": left.deleted, "removed": removed}
 
 
 def _show_left(left: Any) -> None:

@@ -1,14 +1,16 @@
 """What a storage library raises, as one line: what is wrong, where, and how to fix it. No line holds a credential."""
 
+import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from threestage.data import storage
 from threestage.data.storage import ANONYMOUS_VARIABLE, S3_SCHEME, STYLE_VARIABLE, StorageSettings
-from threestage.errors import InputError
+from threestage.errors import InputError, UnwritablePlace
 from threestage.redaction import redact
 
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -22,6 +24,7 @@ PERMISSIONS = {
 
 BUSY_CODES = {"slowdown", "serviceunavailable", "internalerror", "toomanyrequests", "429", "500", "502", "503", "504"}
 REGION_CODES = {"authorizationheadermalformed", "permanentredirect", "illegallocationconstraintexception", "301"}
+FULL_CODES = {"quotaexceeded", "xminiostoragefull", "insufficientstorage", "507"}
 OTHER_STORE_CODES = {"resourcenotfound", "404", "405", "methodnotallowed"}
 CURL = {"6": "nohost", "7": "refused", "28": "silent", "35": "notls", "52": "nohttp", "60": "untrusted"}
 BOTOCORE = {
@@ -79,6 +82,7 @@ OF_THE_STORE = {
     ),
 }
 OF_THE_PLACE = {
+    "full": ("{endpoint} has no room left ({detail}); make room there, or raise the quota", "storage/full"),
     "accessdenied": ("{endpoint} denies {operation}; {fix_access}", "storage/denied"),
     "nosuchkey": ("nothing is there; correct the URI", "storage/not-found"),
     "other": ("{endpoint} fails ({detail})", "storage/failed"),
@@ -95,6 +99,8 @@ OF_THIS_MACHINE = {
     "EEXIST": ("choose another place", "storage/failed"),
 }
 """How to fix an error of the operating system, and its code."""
+LASTING = {"full", "denied", "credentials", "no-bucket", "not-found", "not-a-file"}
+"""Codes below storage/ of what does not pass by itself while a run writes; all others may be an outage."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,40 @@ def complaint(uri: str | None, error: BaseException) -> Complaint:
         return _of_s3(uri, "nosuchkey", "", message)
     text, stable = _of_this_machine(uri, error, message)
     return Complaint(without_secrets(text), stable)
+
+
+def unwritable(folder: str, error: OSError, saved: str) -> UnwritablePlace | None:
+    """The end of what writes into `folder`, when the error says that it cannot be written any more; None for an outage, and
+    for another place. saved: what was saved before."""
+    place = _place_of(error)
+    if place is not None and not f"{place}/".startswith(f"{folder}/"):
+        return None
+    found = complaint(folder, error)
+    if str(found.code).removeprefix("storage/") not in LASTING:
+        return None
+    reason, _, fix = found.text.rpartition("; ")
+    free = ""
+    if found.code == "storage/full" and not storage.is_s3(folder):
+        with contextlib.suppress(OSError):
+            free = f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+    return UnwritablePlace(f"{reason}{free}; {saved}; {fix}, then the same command continues", "stage/unwritable")
+
+
+@contextlib.contextmanager
+def refuse_unwritable(folder: str) -> Iterator[None]:
+    """Raises UnwritablePlace when what is inside it cannot be written into the folder any more."""
+    try:
+        yield
+    except OSError as error:
+        if (refusal := unwritable(folder, error, "what is finished is kept")) is not None:
+            raise refusal from error
+        raise
+
+
+def _place_of(error: OSError) -> str | None:
+    """The path or URI that the error names."""
+    named = next((name for cause in _chain(error) if (name := getattr(cause, "filename", None))), None)
+    return os.fspath(named) if isinstance(named, str | os.PathLike) else _uri_in(" ".join(str(error).split()))
 
 
 def without_secrets(text: str) -> str:
@@ -202,6 +242,8 @@ def _kind(code: str, message: str) -> str:
         return "region"
     if plain in BUSY_CODES:
         return "busy"
+    if plain in FULL_CODES:
+        return "full"
     if plain in OTHER_STORE_CODES:
         return "otherstore"
     plain = {"403": "accessdenied", "forbidden": "accessdenied"}.get(plain, plain)

@@ -34,6 +34,7 @@ from threestage.data.pool import AGREEMENT, PSEUDO_MASK_SCHEMA, PoolFile, PoolRo
 from threestage.data.records import DECODER_ERRORS, decoder_complaint, encode_mask
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
+from threestage.data.storage_errors import refuse_unwritable
 from threestage.models.export import load_model
 from threestage.models.network import Network, size_multiple
 from threestage.prediction.memory import LEAST_PIXELS, most_pixels
@@ -470,12 +471,13 @@ class _Job:
         """The report, of the file published now or found."""
         if self.stored is not None:
             return self.stored
-        for write in self._writes:
-            write.result()
-        report = self._report()
-        self._parquet.add_key_value_metadata({REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest})
-        self._parquet.close()
-        storage.write_bytes(self._uri, self._sink.getvalue())
+        with refuse_unwritable(self._task.destination):
+            for write in self._writes:
+                write.result()
+            report = self._report()
+            self._parquet.add_key_value_metadata({REPORT_KEY: report.model_dump_json(), DIGEST_KEY: self._digest})
+            self._parquet.close()
+            storage.write_bytes(self._uri, self._sink.getvalue())
         return report
 
     def _report(self) -> FileReport:

@@ -11,7 +11,7 @@ Confidences are stored, so a threshold is applied when they are read and a new o
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NotRequired, Self
 
 import numpy as np
 import torch
@@ -263,9 +263,10 @@ def _of_a_set(statistics: Statistics) -> Statistics:
 
 @with_config(ConfigDict(extra="allow"))
 class SetMarker(TypedDict):
-    """done.json of a set of pseudo-masks."""
+    """done.json of a set of pseudo-masks. masks_removed: `threestage clean` has left the marker alone."""
 
     digest: str
+    masks_removed: NotRequired[bool]
     statistics: Annotated[Statistics, AfterValidator(_of_a_set)]
 
 

@@ -39,7 +39,7 @@ class WorkerStatus(NamedTuple):
 
 
 class MonitorUpdate(NamedTuple):
-    """What has come since the last time, and the latest sign of each worker of the group, with its time of arrival."""
+    """What has come since the last time, and the latest sign of each worker of the group, with the seconds since it came."""
 
     rows: list[dict[str, float]]
     warnings: list[str]
@@ -56,8 +56,15 @@ class _Monitor:
         self._warnings: list[str] = []
         self._failure: StageFailure | None = None
         self._signs: dict[int, tuple[WorkerStatus, float]] = {}
-        self._checkpoint_requests = 0
+        self._checkpoint_requests = self._groups = 0
         self._controller: Any = None
+
+    def join(self, stage: str, rank: int, world_size: int) -> bool:
+        """A worker begins; whether it may."""
+        self._groups += rank == 0
+        if rank == 0 and self._groups > 1:
+            self._warnings.append(f"{stage}: its workers were started again, {world_size} of them")
+        return self._failure is None
 
     def row(self, row: dict[str, float]) -> None:
         self._rows.append(row)
@@ -68,12 +75,9 @@ class _Monitor:
     def fail(self, failure: StageFailure) -> None:
         self._failure = self._failure or failure
 
-    def failed(self) -> bool:
-        return self._failure is not None
-
     def sign(self, sign: WorkerStatus) -> int:
         """Returns how many notices the driver has given."""
-        self._signs[sign.rank] = (sign, time.time())
+        self._signs[sign.rank] = (sign, time.monotonic())
         return self._checkpoint_requests
 
     def introduce(self, controller: Any) -> None:
@@ -87,7 +91,9 @@ class _Monitor:
         self._checkpoint_requests += 1
 
     def news(self) -> MonitorUpdate:
-        news = MonitorUpdate(self._rows, self._warnings, self._failure, self._signs)
+        now = time.monotonic()  # of this process: the driver gets ages, since no two clocks are compared
+        ages = {rank: (sign, now - arrived) for rank, (sign, arrived) in self._signs.items()}
+        news = MonitorUpdate(self._rows, self._warnings, self._failure, ages)
         self._rows, self._warnings = [], []
         return news
 

@@ -5,6 +5,7 @@ It reports every `report_after_s` what is asked and what the cluster has. Waitin
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,14 +39,14 @@ class _Wait:
 
     def __init__(self, cluster: ClusterSettings) -> None:
         self._every_s = float(cluster.report_after_s)
-        self.restart(time.time())
+        self.restart(time.monotonic())
 
     def restart(self, since: float) -> None:
         self._since, self._next_s = since, self._every_s
 
     @property
     def seconds(self) -> float:
-        return time.time() - self._since
+        return time.monotonic() - self._since
 
     def report_is_due(self) -> bool:
         """True once each time that it has passed."""
@@ -69,11 +70,11 @@ class StallMonitor:
         self._named: set[tuple[int, int]] = set()
 
     def look(self, signs: Mapping[int, tuple[WorkerStatus, float]]) -> None:
-        """Raises NoRoom after `start_timeout_s` without a worker."""
-        newest = max((arrived for _, arrived in signs.values()), default=0.0)
-        if time.time() - newest < SILENCE_SECONDS:
-            self._alone.restart(newest)
-            self._report_hung_worker([sign for sign, arrived in signs.values() if newest - arrived < SILENCE_SECONDS])
+        """Raises NoRoom after `start_timeout_s` without a worker. `signs`: each with the seconds since it came."""
+        newest = min((age for _, age in signs.values()), default=math.inf)
+        if newest < SILENCE_SECONDS:
+            self._alone.restart(time.monotonic() - newest)
+            self._report_hung_worker([sign for sign, age in signs.values() if age - newest < SILENCE_SECONDS])
             return
         _report_or_end(self._alone, self._stage, self._cluster, self._cluster.least_workers, self._warn)
 
@@ -141,7 +142,7 @@ def warn_if_stalled(what: str, cluster: ClusterSettings, warn: Warn) -> Iterator
         while not ended.wait(LOOK_SECONDS):
             if heard.is_set():
                 heard.clear()
-                wait.restart(time.time())
+                wait.restart(time.monotonic())
             if wait.report_is_due():
                 with contextlib.suppress(Exception):  # the connection is going
                     if not has_place_for_one(cluster):

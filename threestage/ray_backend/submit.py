@@ -181,7 +181,7 @@ def _exit_code(ended: JobDetails, say: Say) -> int:
         return STOPPED
     if ended.driver_exit_code is None:
         say(f"{ended.submission_id} failed: {ray_reason(ended.message)}")
-    return ended.driver_exit_code if ended.driver_exit_code in (1, 2) else 1
+    return ended.driver_exit_code if ended.driver_exit_code in (1, 2, 3) else 1
 
 
 class _Log:

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from threestage.config import Config
 from threestage.data import storage
-from threestage.errors import CodedError, InputError, NoRoom, StageFailure
+from threestage.errors import CodedError, InputError, NoRoom, StageFailure, UnwritablePlace
 from threestage.ray_backend.capacity import TRIAL_CPUS
 from threestage.ray_backend.connect import quiet_ray_data
 from threestage.ray_backend.train import on_cluster
@@ -221,7 +221,7 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
         on = RunCallbacks(reporter.show, reporter.warn)
         with on_cluster(config, folder, on) as backend:
             pipeline.run(config, folder, backend, on, reuse=shared)
-    except (NoRoom, OSError) as error:
+    except (NoRoom, UnwritablePlace, OSError) as error:
         reporter.say(failure=_words(error), state="waiting")
     except (InputError, StageFailure, ray.exceptions.RayError) as error:
         reporter.say(failure=_words(error), state="failed")

@@ -17,12 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.pool import PoolFile
-from threestage.errors import InputError, StageFailure, Warn
+from threestage.errors import InputError, StageFailure, UnwritablePlace, Warn
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import room_there, warn_of_folders
 from threestage.ray_backend.connect import address_of, connected
-from threestage.ray_backend.failures import FAILED, code_of, first_line, last_line
+from threestage.ray_backend.failures import FAILED, cause_of, code_of, first_line, last_line
 from threestage.ray_backend.heartbeat import MonitorUpdate, start_monitor
 from threestage.ray_backend.pool_stream import stream_options, unlabelled_stream
 from threestage.ray_backend.predict import predict_pool
@@ -51,7 +51,8 @@ class RayBackend:
         try:
             yield from predict_pool(model, task, files, self._cluster, self._on.on_warning)
         except ray.exceptions.RayError as error:
-            raise StageFailure(
+            kind = UnwritablePlace if isinstance(cause_of(error), UnwritablePlace) else StageFailure
+            raise kind(
                 f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
             ) from error
 
@@ -163,7 +164,7 @@ def _pass_on(news: MonitorUpdate, stage: str, show: Callable[[Mapping[str, float
     for warning in news.warnings:
         warn(warning)
     if news.failure is not None:
-        raise StageFailure(f"{stage}: {news.failure.message}", news.failure.code)
+        raise type(news.failure)(f"{stage}: {news.failure.message}", news.failure.code)
 
 
 def _introduce(monitor: Any, controller: Any) -> None:

@@ -30,12 +30,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
     disable_malloc_trim()
     torch.set_num_threads(max(1, int(arguments["threads"])))
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
-    if ray.get(monitor.failed.remote()):
-        return
     context = ray.train.get_context()
+    if not ray.get(monitor.join.remote(task.stage, context.get_world_rank(), context.get_world_size())):
+        return
     with Heartbeat(monitor, task, context.get_world_rank(), context.get_world_size()) as pulse:
+        worker = RayWorker(task, monitor, pulse, arguments["driver"])
         try:
-            train_stage(task, RayWorker(task, monitor, pulse, arguments["driver"]))
+            with worker.checkpoints.writing():
+                train_stage(task, worker)
         except StageFailure as error:
             ray.get(monitor.fail.remote(error))
             raise
@@ -49,8 +51,9 @@ class RayWorker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        keep = task.settings().training.checkpoints_kept
-        self.checkpoints = Checkpoints(checkpoint_folder(task.folder), keep, driver)
+        training, folder = task.settings().training, checkpoint_folder(task.folder)
+        self.checkpoints = Checkpoints(folder, training.checkpoints_kept, driver, training.unsaved_limit_s, self.warn)
+        self._answered = 0
         self._task = task
         self._monitor = monitor
         self._pulse = pulse
@@ -110,9 +113,10 @@ class RayWorker:
         """What the driver has noticed: nodes that drain, and for an elastic group those that have come."""
         return self._pulse.checkpoint_requests
 
-    def noticed(self, step: int) -> None:
+    def noticed(self, step: int, saved: bool) -> None:
         """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
-        if self.rank == 0:
+        before, self._answered = self._answered, self.checkpoint_requests()
+        if self.rank == 0 and saved and self._answered > before:
             self.warn(f"{self._task.stage}: a node leaves or joins; the checkpoint of step {step} is saved")
 
     def warn(self, text: str) -> None:

@@ -19,14 +19,15 @@ class LocalBackend:
     """One process, one device."""
 
     def __init__(self, config: Config, on: RunCallbacks) -> None:
-        self._checkpoints_kept, self._on = config.training.checkpoints_kept, on
+        self._training, self._on = config.training, on
         disable_malloc_trim()
 
     def train_stage(self, task: StageTask) -> None:
         on_metrics = partial(self._on.on_metrics, task.stage)
         unlabelled = local_unlabelled(task)
-        worker = LocalWorker(task.folder, self._checkpoints_kept, unlabelled, on_metrics, self._on.on_warning)
-        with worker.listening():
+        keep, limit_s = self._training.checkpoints_kept, self._training.unsaved_limit_s
+        worker = LocalWorker(task.folder, keep, unlabelled, on_metrics, self._on.on_warning, limit_s)
+        with worker.listening(), worker.checkpoints.writing():
             train_stage(task, worker)
 
     def predict_pool(self, model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:

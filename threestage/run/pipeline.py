@@ -151,7 +151,7 @@ class _Stages:
         """Predict the pool with a stage's model, unless that is done."""
         part, files = f"pseudo_masks{number}", self.pool()
         task = self._pool_task(stage, part, model_digest)
-        digest, found = set_digest(task, files), self.folder.set_digest(part)
+        digest, found = set_digest(task, files), self.folder.set_digest(part, self.config.stage_names)
         comparing = task.model_copy(update={"halfway_model": ""})  # made for a run that compares, they serve any
         as_before = task.model_copy(update={"precision": "auto"})  # an older threestage predicted every pool so
         others = (set_digest(other, files) for other in (comparing, as_before))

@@ -13,6 +13,7 @@ from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
+from threestage.data.storage_errors import refuse_unwritable
 from threestage.data.synthetic import CLASSES, write_scenes
 from threestage.errors import InputError, StageFailure, Warn, reason_of
 from threestage.mlflow_sync.client import open_registry
@@ -24,6 +25,7 @@ from threestage.report.report import write_report
 from threestage.report.validation_images import write_pictures
 from threestage.run import pipeline
 from threestage.run.backend import Backend, RunCallbacks, ignore
+from threestage.run.event_log import noted
 from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
@@ -57,12 +59,14 @@ def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: 
     _warn_of_the_demos_network(config, on.on_warning)
     reserve_variables()
     registered: list[RegisteredVersion] = []
+    before = lease.last_holder(out)
     with lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:
+        on = recording.enter_context(noted(config, out, held, before, 1 if local else config.cluster.devices, on))
         if local:
             recorded = _recorded(out, _settings(config), on)
         else:
             recorded = recording.enter_context(_sent_to_mlflow(config, out, held, on, registered))
-        with _backend(config, out, local, recorded) as backend:
+        with _backend(config, out, local, recorded) as backend, refuse_unwritable(out):
             results = pipeline.run(config, out, backend, recorded, reuse)
         write_pictures(config, out)
         _write_page(out, on.on_warning)

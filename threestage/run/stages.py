@@ -37,7 +37,7 @@ from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.ema import make_teacher
-from threestage.training.loop import StageLength, autocast_dtype, compiled, fit, make_scaler, resume
+from threestage.training.loop import StageLength, autocast_dtype, await_written, compiled, fit, make_scaler, resume
 from threestage.training.metrics import mean_iou
 from threestage.training.optimiser import make_optimiser
 from threestage.training.step import StepSource
@@ -106,10 +106,15 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     if not last:  # the last checkpoint already held the last step
         validate(state.shipped)
     student = None if state.teacher is None else score(state.student).confusion
-    if worker.rank == 0:
-        worker.checkpoints.wait()
+    await_written(state.step, worker)
+
+    def publish() -> None:
         write_image_counts(task.folder, data.validation.ids, last[0].images)
         publish_stage(task, state, card, last[0].confusion, student)
+
+    if worker.rank == 0:
+        worker.checkpoints.publish(publish)
+    await_written(state.step, worker)
 
 
 def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:

@@ -18,7 +18,7 @@ results.json                  the table of all stages, and whether the unlabelle
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,10 +154,15 @@ class RunFolder:
         marker = storage.read_json(storage.join(self.part(stage), "done.json"), StageMarker)
         return {"marker": marker} | dict(self.result(stage))
 
-    def set_digest(self, part: str) -> str | None:
-        """Of a finished set of pseudo-masks; None before."""
-        marker = storage.join(self.part(part), "done.json")
-        return str(storage.read_value(marker, "digest", str)) if storage.exists(marker) else None
+    def set_digest(self, part: str, stages: Sequence[str] = ()) -> str | None:
+        """Of a finished set of pseudo-masks; None before, and where one of `stages` has yet to learn from it but `clean` has
+        removed the masks."""
+        if not storage.exists(storage.join(self.part(part), "done.json")):
+            return None
+        found, learner = self.set_marker(part), f"stage{int(part.removeprefix('pseudo_masks')) + 1}"
+        if found.get("masks_removed") and learner in stages and not self.is_done(learner):
+            return None
+        return found["digest"]
 
     def set_marker(self, part: str) -> SetMarker:
         return storage.read_json(storage.join(self.part(part), "done.json"), SetMarker)

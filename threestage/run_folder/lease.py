@@ -15,12 +15,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure, Warn
@@ -37,7 +37,8 @@ LOST_SIGNAL = (
 
 
 class Holder(Settings):
-    """What lease.json says: who drives. `machine` and `process` name that process for good, "" where the system cannot."""
+    """What lease.json says: who drives. `machine` and `process` name that process for good, "" where the system cannot.
+    `progress`: where its run is (run/event_log.py)."""
 
     format: int = 1
     id: str
@@ -48,6 +49,7 @@ class Holder(Settings):
     started: str
     beat: int = 0
     interval_s: float = INTERVAL_S
+    progress: dict[str, Any] = Field({})
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
@@ -58,16 +60,21 @@ class _Lost(BaseException):
 
 
 class Lease:
-    """A lease that is held. `lost`: one line when another driver has taken it, else None."""
+    """A lease that is held. `lost`: one line when another driver has taken it, else None. `progress`: what others may read of
+    the run with every beat."""
 
     def __init__(self, out: str, interval_s: float = INTERVAL_S) -> None:
         self.lost: str | None = None
+        self.progress: Callable[[], dict[str, Any]] = dict
         self._out = storage.absolute(out)
         self._uri = storage.join(self._out, NAME)
         self._holder = _this_process(interval_s)
         self._beats = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def __str__(self) -> str:
+        return str(self._holder)
 
     def check(self) -> None:
         """Raises StageFailure when another driver has taken the lease."""
@@ -132,7 +139,8 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        storage.write_json(self._uri, self._holder.model_copy(update={"beat": self._beats}).model_dump())
+        told = {"beat": self._beats, "progress": self.progress()}
+        storage.write_json(self._uri, self._holder.model_copy(update=told).model_dump())
 
 
 @contextlib.contextmanager
@@ -189,6 +197,37 @@ def current_holder(out: str, warn: Warn) -> Holder | None:
             return None if found is None else _parsed(found)
     warn(f"{out}: its last driver ({holder}) is dead, this one takes over")
     return None
+
+
+def last_holder(out: str) -> Holder | None:
+    """Whoever holds the lease of a folder, dead or alive; None where nobody does."""
+    content = _read(storage.join(storage.absolute(out), NAME))
+    return None if content is None else _parsed(content)
+
+
+class LeaseObserver:
+    """Sees from outside whether the drivers of folders live, and changes nothing. A driver elsewhere lives once its lease has
+    changed, and is dead once it has not for as long as MISSED beats take."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._beating = set[str]()
+
+    def look(self, out: str) -> tuple[Holder | None, bool | None]:
+        """The holder, and whether it lives; None: that is not known yet, look again."""
+        content = _read(storage.join(storage.absolute(out), NAME))
+        if content is None:
+            return None, False
+        holder = _parsed(content)
+        before, since = self._seen.setdefault(out, (content, time.monotonic()))
+        if content != before:
+            self._seen[out] = (content, time.monotonic())
+            self._beating.add(out)
+            return holder, True
+        alive = _alive_here(holder)
+        if alive is None and time.monotonic() - since > MISSED * min(holder.interval_s, INTERVAL_S):
+            alive = False
+        return holder, alive if alive is not None or out not in self._beating else True
 
 
 def _watch(uri: str, content: bytes, patience_s: float) -> bytes | None:

@@ -12,8 +12,6 @@ from threestage.prediction.pseudo_masks import SetMarker
 from threestage.run_folder.records import StageInputs
 
 CONFIG_NAME, PAGE_NAME = "config.json", "report.html"
-
-
 REUSED = "reused.json"
 
 
@@ -52,9 +50,9 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
         if difference is not None:
             break
         parts[stage] = folder
-        if not storage.exists(storage.join(masks, "done.json")):
+        done = _usable_set(masks)
+        if done is None:
             break
-        done = storage.read_json(storage.join(masks, "done.json"), SetMarker)
         pool = {"pool.parquet": storage.join(other, "pool.parquet")}
         if config.choosing_after(stage) and not done["statistics"].agreement:
             break
@@ -66,6 +64,13 @@ def shared_parts(config: Config, other: str, digests: Mapping[str, str]) -> dict
             "run/nothing-to-reuse",
         )
     return parts | pool | {"split.json": storage.join(other, "split.json")}
+
+
+def _usable_set(masks: str) -> SetMarker | None:
+    """The marker of a finished set of pseudo-masks whose files are there."""
+    marker = storage.join(masks, "done.json")
+    done = storage.read_json(marker, SetMarker) if storage.exists(marker) else None
+    return None if done is None or done.get("masks_removed") else done
 
 
 def _difference(saved: StageInputs, wanted: Mapping[str, object], keys: Mapping[str, object]) -> str | None:

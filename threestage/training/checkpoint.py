@@ -6,10 +6,11 @@ checkpoints/rows.json            the history again, for those who want no more o
 checkpoints/owner.json           which process may write here
 """
 
+import contextlib
 import io
+import math
 import secrets
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from threestage.data import storage
-from threestage.errors import StageFailure
+from threestage.data.storage_errors import unwritable
+from threestage.errors import StageFailure, UnwritablePlace, Warn
 from threestage.models.network import without_auxiliary
 from threestage.run_folder.records import HistoryRow
 from threestage.settings import Settings
+from threestage.training.background_writer import BackgroundWriter, WriteState
 
 FORMAT, WITHOUT_BEST = 3, 2
 POINTER, OWNER, ROWS = "latest.json", "owner.json", "rows.json"
@@ -131,20 +134,25 @@ class Checkpoints:
     """The checkpoints in a folder. One process writes; any may read.
 
     Writing happens in a thread beside the training, one checkpoint at a time. `driver` names who started the process: one
-    that starts it again takes the folder over from its own lost process, another driver's is told.
+    that starts it again takes the folder over from its own lost process, another driver's is told. In an outage of the store
+    `unsaved_limit_s` of work may be unsaved.
     """
 
-    def __init__(self, folder: str, keep: int = 2, driver: str = "") -> None:
+    def __init__(
+        self, folder: str, keep: int = 2, driver: str = "", unsaved_limit_s: float = math.inf, warn: Warn = print
+    ) -> None:
         self._folder = folder
         self._keep = keep
         self._owner = {"driver": driver or secrets.token_hex(8), "process": secrets.token_hex(8)}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._last_good: int | None = None
+        self._writer = BackgroundWriter(unsaved_limit_s, warn, self.refusal)
 
     def latest(self) -> Pointer | None:
         """The checkpoint to go on from, or None when the stage has saved none."""
         uri = storage.join(self._folder, POINTER)
-        return storage.read_json(uri, Pointer) if storage.exists(uri) else None
+        found = storage.read_json(uri, Pointer) if storage.exists(uri) else None
+        self._last_good = None if found is None else found.step
+        return found
 
     def read(self, step: int) -> bytes:
         return storage.read_bytes(self._uri(step))
@@ -159,24 +167,47 @@ class Checkpoints:
     def claim(self) -> None:
         """From now on this process alone may save here: one that claimed the folder before is refused."""
         storage.write_json(storage.join(self._folder, OWNER), self._owner)
+        self._writer.work_is_saved()
 
-    def save(self, snapshot: dict[str, Any]) -> OSError | None:
-        """Write a snapshot of the state in the background; the one before is waited for, and its failure returned: the
-        stage can go on, this one makes up for it."""
-        problem = None
+    def save(self, snapshot: dict[str, Any]) -> None:
+        """Write a snapshot of the state in the background, after the one before; in an outage it takes its place. Raises as
+        `wait`."""
+        self._writer.submit(f"the checkpoint of step {snapshot['step']}", lambda: self._write(snapshot))
+
+    def publish(self, write: Callable[[], None]) -> None:
+        """Write what a stage delivers, as checkpoints are written; `wait` says when it is done."""
+        self._writer.submit("the stage's model", write)
+
+    def wait(self, timeout_s: float | None = None) -> WriteState:
+        """Until what was saved is written, or for some seconds. Raises UnwritablePlace when the folder takes no writes any more,
+        StaleWorkerError or StageFailure when another process of the same driver, or another driver, has taken the stage over."""
+        return self._writer.wait(timeout_s)
+
+    def times_overdue(self) -> int:
+        """How often training had to wait because the store was away for too long. Raises as `wait`."""
+        return self._writer.times_overdue()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What trains the stage, inside: raises UnwritablePlace when its folder takes no writes any more. At the end nothing is
+        tried again."""
         try:
-            self.wait()
+            yield
         except OSError as error:
-            problem = error
-        self._writing = self._writer.submit(self._write, snapshot)
-        return problem
+            if (refusal := self.refusal(error)) is not None:
+                raise refusal from error
+            raise
+        finally:
+            self._writer.close()
 
-    def wait(self) -> None:
-        """Until what was saved is written. OSError when it could not be, StaleWorkerError or StageFailure when another process of
-        the same driver, or another driver, has taken the stage over."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+    def refusal(self, error: OSError) -> UnwritablePlace | None:
+        """The end of the stage, when its folder takes no writes any more."""
+        good = (
+            "no checkpoint is saved"
+            if self._last_good is None
+            else f"the last good checkpoint is of step {self._last_good}"
+        )
+        return unwritable(self._folder.rpartition("/")[0], error, good)
 
     def _write(self, snapshot: dict[str, Any]) -> None:
         content = io.BytesIO()
@@ -186,6 +217,7 @@ class Checkpoints:
         storage.write_json(storage.join(self._folder, ROWS), snapshot["history"])
         pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
         storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
+        self._last_good = pointer.step
         stage_folder = self._folder.rpartition("/")[0]
         for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:
             storage.delete(self._uri(step), within=stage_folder)

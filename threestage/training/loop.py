@@ -22,6 +22,7 @@ from threestage.private_folder import private_folder
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training import losses
+from threestage.training.background_writer import WriteState
 from threestage.training.checkpoint import Row, TrainState, not_finite
 from threestage.training.ema import update_teacher
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor
@@ -29,6 +30,7 @@ from threestage.training.step import StepInputs, StepSource, micro_batches, piec
 from threestage.training.worker import Worker
 
 NOTICE_LAG = 3  # steps that a GPU may run behind before the loop waits to read its notice
+POLL_S = 1.0  # how often workers that wait for a checkpoint hear of it
 
 
 class LoopSettings(Settings):
@@ -50,6 +52,9 @@ class LoopSettings(Settings):
     checkpoint_every: int = Field(500, ge=1, description="steps")
     checkpoints_kept: int = Field(2, ge=1, description="newest checkpoints of a stage that stay")
     evaluate_every: int = Field(1000, ge=1, description="steps; the last step is always evaluated")
+    unsaved_limit_s: float = Field(
+        900, gt=0, description="seconds of work that may be unsaved while the store is away; training then waits for it"
+    )
     loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
 
 
@@ -183,19 +188,20 @@ def _save(state: TrainState, worker: Worker, wait: bool) -> None:
             f"weights became infinite or NaN before step {state.step} while the losses were finite; {recovery_hint(worker)}",
             "stage/diverged",
         )
-    if worker.rank == 0 and (problem := worker.checkpoints.save(state.snapshot())) is not None:
-        worker.warn(f"a checkpoint before step {state.step} could not be written, the next one is tried: {problem}")
+    if worker.rank == 0:
+        worker.checkpoints.save(state.snapshot())
     if wait:
-        _wait_for_checkpoint(state.step, worker)
+        await_written(state.step, worker, to_the_end=False)
 
 
-def _wait_for_checkpoint(step: int, worker: Worker) -> None:
-    try:
-        worker.checkpoints.wait()
-    except OSError as error:
-        worker.warn(f"the checkpoint of step {step} could not be written: {error}")
-        return
-    worker.noticed(step)
+def await_written(step: int, worker: Worker, to_the_end: bool = True) -> None:
+    """All workers wait until rank 0 has written what it saved: in an outage `to_the_end`, or while too much work is unsaved."""
+    state: WriteState = "writing"
+    while state in ("writing", "overdue") or (state == "failing" and to_the_end):
+        worker.set_phase(step, "checkpoint")
+        state = worker.gather(worker.checkpoints.wait(POLL_S) if worker.rank == 0 else None)[0]
+        if state != "writing":
+            worker.noticed(step, state == "written")
 
 
 def resume(state: TrainState, worker: Worker) -> None:
@@ -258,7 +264,8 @@ def _set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
 
 
 class _SyncFlags:
-    """The workers' one agreement per step: what each term is divided by, and how many notices rank 0 knows of.
+    """The workers' one agreement per step: what each term is divided by, and how many notices rank 0 knows of: of processes
+    that will be taken away, and of a store that is away for too long.
 
     Every rank hears of a notice in the same step. A GPU's answer is read NOTICE_LAG steps late, so that nothing waits.
     """
@@ -270,7 +277,8 @@ class _SyncFlags:
 
     def sync_flags(self, pixels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """Valid pixels of the global batch by term; True once for each notice that has come."""
-        known = self._worker.checkpoint_requests() if self._worker.rank == 0 else 0
+        worker = self._worker
+        known = worker.checkpoint_requests() + worker.checkpoints.times_overdue() if worker.rank == 0 else 0
         told = torch.full((), float(known), dtype=torch.float64, device=self._worker.device)
         *counts, checkpoint_requests = self._worker.sum(torch.stack([*pixels.values(), told])).unbind()
         return dict(zip(pixels, counts, strict=True)), self._news(checkpoint_requests)

@@ -1,6 +1,7 @@
 """What the training loop needs from its surroundings, and the version of it for a single process."""
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -45,8 +46,8 @@ class Worker(Protocol):
     def checkpoint_requests(self) -> int:
         """How many reasons for a checkpoint at once have come so far: processes that will soon be taken away."""
 
-    def noticed(self, step: int) -> None:
-        """What follows from a notice, once the checkpoint of `step` is written."""
+    def noticed(self, step: int, saved: bool) -> None:
+        """What follows from a notice, if there was one, once the checkpoint of `step` is written, or could not be."""
 
     def warn(self, text: str) -> None:
         """Tell the user."""
@@ -78,9 +79,10 @@ class LocalWorker:
         unlabelled: Callable[[BatchSlice, int], Iterator[Batch]],
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
         warn: Callable[[str], None] = print,
+        unsaved_limit_s: float = math.inf,
     ) -> None:
         self.device = default_device()
-        self.checkpoints = Checkpoints(checkpoint_folder(folder), keep)
+        self.checkpoints = Checkpoints(checkpoint_folder(folder), keep, unsaved_limit_s=unsaved_limit_s, warn=warn)
         self._unlabelled = unlabelled
         self._show = show
         self.warn = warn
@@ -126,11 +128,11 @@ class LocalWorker:
     def checkpoint_requests(self) -> int:
         return int(self._terminated.is_set())
 
-    def noticed(self, step: int) -> None:
-        raise StageFailure(
-            f"stopped by SIGTERM; the checkpoint of step {step} is saved, the same command continues from it",
-            "stage/stopped",
-        )
+    def noticed(self, step: int, saved: bool) -> None:
+        if not self._terminated.is_set():
+            return
+        checkpoint = "is saved, the same command continues from it" if saved else "could not be written"
+        raise StageFailure(f"stopped by SIGTERM; the checkpoint of step {step} {checkpoint}", "stage/stopped")
 
     def set_phase(self, step: int, what: str) -> None:
         pass

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.conftest import write_photos
 from tests.narrow_resnet import NAME as NARROW
 from threestage.cli.app import main
-from threestage.errors import CodedError, InputError, StageFailure
+from threestage.errors import CodedError, InputError, StageFailure, UnwritablePlace
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
 from threestage.models.settings import NetworkSettings
@@ -124,6 +124,7 @@ def failing(error: Exception) -> Callable[..., None]:
             {"code": "config/unknown-key", "key": "stage1.stps", "value": "3", "fix": "did you mean steps?"},
         ),
         (StageFailure("stage1: NaN in step 2", "stage/diverged"), 1, {"code": "stage/diverged", "fix": None}),
+        (UnwritablePlace("/runs/a: is full; make room", "stage/unwritable"), 3, {"value": "/runs/a", "fix": "make room"}),
         (OSError(28, "No space left on device", "/runs/a"), 2, {"code": "storage/full", "value": "/runs/a"}),
         (typer.Abort(), 1, {"code": "clean/no-answer"}),
         (InputError("s3://me:hunter2@bucket/run: not there; correct it"), 2, {"code": None, "value": "s3://bucket/run"}),
@@ -168,6 +169,13 @@ def test_own_images_from_ingest_to_prediction(threestage: Run, photos: Path) -> 
     code, out, error = threestage("run", "demo", "--local", "--out", "run", *sets)
     assert code == 0, error
     assert "stage3" in out and Path("run/pictures.png").is_file()
+    code, out, _ = threestage("runs", "show", ".", "--json")
+    shown = json.loads(out)[0]
+    assert code == 0 and shown["state"] == "finished" and set(shown["mean_iou"]) == {"stage1", "stage2", "stage3"}
+    assert [event["kind"] for event in shown["events"] if event["kind"] != "warning"][:2] == ["started", "stage"]
+    assert shown["events"][-1]["kind"] == "finished" and shown["device_hours"] > 0
+    code, out, _ = threestage("runs", "cost", "run", "--price-per-hour", 3600, "--json")
+    assert code == 0 and json.loads(out)["cost"] == pytest.approx(shown["device_hours"] * 3600)
     code, out, _ = threestage("predict", "run", "images", "predicted", "--local", "--json")
     assert code == 0 and {"images": 10, "kept": 0, "bad": 0}.items() <= json.loads(out).items()
     assert len(list(Path("predicted/overlays").iterdir())) == 10

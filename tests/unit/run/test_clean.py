@@ -1,6 +1,7 @@
 """What a run left goes only as far as nothing needs it: a rerun still finds everything done, nothing else is touched."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,45 @@ def test_on_s3(run: Path, bucket: str) -> None:
     assert left == _files(run)
     clean(f"{bucket}/run", True, _yes, _quiet)
     assert storage.list_files(bucket) == [f"{bucket}/run-2/split.json"]
+
+
+def test_pseudo_masks_that_no_stage_needs_go_and_are_not_predicted_again(
+    run: Path, config: Config, tmp_path: Path
+) -> None:
+    before = _files(run)
+    left, removed = clean(str(run), False, _yes, _quiet, pseudo_masks=True)
+    assert removed and {"pseudo_masks1/*.parquet", "pseudo_masks2/*.parquet"} < set(left.deleted)
+    gone = {name for name in before - _files(run) if name.startswith("pseudo_masks")}
+    assert gone and all(name.endswith(".parquet") for name in gone)
+    assert {"pseudo_masks1/done.json", "pseudo_masks1/index.parquet"} < _files(run)
+    assert _rerun(config, run) == [], "nothing was trained, predicted or warned about"
+    rows = _rerun(config.model_copy(update={"stages": 3}), run)
+    assert {"pseudo_masks2/done.json"} < _files(run) and len(rows) > 0, (
+        "stage 3 needs what was removed: it is made again"
+    )
+    other = tmp_path / "other"
+    run_local(config, str(other), lambda stage, row: None, _quiet, reuse=str(run))
+    assert not (other / "stage1").exists() and (other / "pseudo_masks1/index.parquet").exists()
+
+
+def test_pseudo_masks_that_a_stage_learns_from_stay(run: Path) -> None:
+    (run / "stage2" / "done.json").unlink()
+    assert what_is_left(str(run), pseudo_masks=True).deleted == [
+        "pseudo_masks2/*.parquet", "stage1/checkpoints", "stage1/ray_train"
+    ]  # fmt: skip
+
+
+def test_only_old_runs_are_cleaned(run: Path) -> None:
+    def threestage(age: str) -> Any:
+        command = ["clean", str(run.parent), "--older-than", age, "--json", "--yes"]
+        return CliRunner().invoke(app.app, command)
+
+    assert json.loads(threestage("1d").stdout) == []
+    for path in run.rglob("*"):
+        os.utime(path, (0, 0))
+    assert [one["removed"] for one in json.loads(threestage("1d").stdout)] == [True]
+    with refused("clean/not-an-age", "--older-than soon"):
+        raise threestage("soon").exception
 
 
 def test_the_command_asks(run: Path) -> None:

@@ -1,16 +1,22 @@
 """Where checkpoints are kept: the newest few, one writer, and a pointer that never names what is not there."""
 
+import errno
 import io
+import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.failing_s3 import ERRORS, failing_s3
 from tests.refusals import refused
+from tests.s3 import variables
+from tests.waiting import wait_for
 from threestage.data import storage
-from threestage.errors import StageFailure
+from threestage.errors import StageFailure, UnwritablePlace
 from threestage.training.checkpoint import Checkpoints, Pointer, StaleWorkerError
 
 
@@ -69,7 +75,8 @@ def test_who_was_there_before_may_not_write_any_more(tmp_path: Path, drivers: st
 def test_writing_goes_on_beside_the_training_and_an_outage_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Checkpoints(str(tmp_path))
+    warnings: list[str] = []
+    store = Checkpoints(str(tmp_path), warn=warnings.append)
     store.claim()
     down, write = threading.Event(), storage.write_bytes
 
@@ -78,21 +85,53 @@ def test_writing_goes_on_beside_the_training_and_an_outage_is_made_up_for(
         raise OSError("the store does not answer")
 
     monkeypatch.setattr(storage, "write_bytes", failing)
-    assert store.save(snapshot(5)) is None  # returns although nothing can be written yet
+    store.save(snapshot(5))  # returns although nothing can be written yet
+    assert store.wait(0.01) == "writing"
     down.set()
+    wait_for(lambda: store.wait(0.01) == "failing")
+    store.save(snapshot(10))  # takes its place
     monkeypatch.setattr(storage, "write_bytes", write)
-    assert "does not answer" in str(store.save(snapshot(10)))
-    store.wait()
+    assert store.wait() == "written"
     assert store.latest() == Pointer(step=10, unlabelled_images=40)
+    assert "step 5" in warnings[0] and "does not answer" in warnings[0] and "step 10" in warnings[1]
 
 
-def test_the_last_one_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(uri: str, data: Any) -> None:
-        raise OSError("disk full")
+def test_a_folder_that_takes_no_writes_is_named_with_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(uri: str, data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store = Checkpoints(str(tmp_path))
+    store = Checkpoints(str(tmp_path / "stage1/checkpoints"))
     store.claim()
-    monkeypatch.setattr(storage, "write_bytes", failing)
     store.save(snapshot(5))
-    with pytest.raises(OSError, match="disk full"):
+    store.wait()
+    monkeypatch.setattr(storage, "write_bytes", full)
+    store.save(snapshot(10))
+    with refused("stage/unwritable", tmp_path / "stage1", "MB free", "of step 5;", "make room", error=UnwritablePlace):
         store.wait()
+    with refused("stage/unwritable", error=UnwritablePlace):
+        store.times_overdue()
+
+
+@pytest.mark.parametrize("name", ["denied", "token", "bucket"])
+def test_a_store_that_refuses_ends_the_stage(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with failing_s3({"PUT": ERRORS[name]}) as (endpoint, _):
+        for key, value in variables(endpoint).items():
+            monkeypatch.setenv(key, value)
+        store = Checkpoints("s3://bucket/run/stage1/checkpoints")
+        store.save(snapshot(5))
+        with refused("stage/unwritable", "s3://bucket", "no checkpoint is saved", error=UnwritablePlace):
+            store.wait()
+
+
+def test_a_store_that_is_busy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "s3_filesystem", partial(storage.s3_filesystem, attempts=1))
+    with failing_s3({"PUT": ERRORS["busy"]}) as (endpoint, _):
+        for key, value in variables(endpoint).items():
+            monkeypatch.setenv(key, value)
+        store = Checkpoints("s3://bucket/run/stage1/checkpoints", unsaved_limit_s=0, warn=lambda text: None)
+        with store.writing():
+            store.save(snapshot(5))
+            wait_for(lambda: store.wait(0.01) == "overdue")
+            assert store.times_overdue() == 1

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +16,13 @@ from torch import Tensor
 
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
+from tests.small_disk import fill
+from tests.waiting import wait_for
+from threestage.data import storage
 from threestage.data.batches import Batch, BatchSlice
-from threestage.errors import StageFailure
+from threestage.errors import StageFailure, UnwritablePlace
 from threestage.models.network import without_auxiliary
+from threestage.training import background_writer, loop
 from threestage.training.checkpoint import Row, TrainState
 from threestage.training.loop import LoopSettings, StageLength, fit, lr_scale, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
@@ -35,11 +40,12 @@ class Poisoned(FixedSteps):
         return replace(inputs, image=inputs.image * float("inf")) if step == 6 else inputs
 
 
-def worker(folder: Path, rows: list[Row] | None = None) -> LocalWorker:
-    def none(share: BatchSlice, first_image: int) -> Iterator[Batch]:
-        return iter(())
+def no_images(share: BatchSlice, first_image: int) -> Iterator[Batch]:
+    return iter(())
 
-    return LocalWorker(str(folder), 2, none, lambda row: None if rows is None else rows.append(dict(row)))
+
+def worker(folder: Path, rows: list[Row] | None = None) -> LocalWorker:
+    return LocalWorker(str(folder), 2, no_images, lambda row: None if rows is None else rows.append(dict(row)))
 
 
 def good(shipped: object) -> Row:
@@ -236,6 +242,90 @@ def test_a_sigterm_that_no_step_answers_stops_the_run_too(tmp_path: Path) -> Non
     where = worker(tmp_path)
     with refused("stage/stopped", "SIGTERM", error=StageFailure), where.listening():
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Away:
+    """Stands in for a store that is away while `down` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.down, self._write = threading.Event(), storage.write_bytes
+        monkeypatch.setattr(storage, "write_bytes", self.write)
+        monkeypatch.setattr(background_writer, "FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr(background_writer, "LONGEST_PAUSE_S", 0.01)
+        monkeypatch.setattr(loop, "POLL_S", 0.05)
+
+    def write(self, uri: str, data: Any) -> None:
+        if self.down.is_set():
+            raise OSError("the store does not answer")
+        self._write(uri, data)
+
+
+@pytest.mark.parametrize("limit_s", [100, 0.01])
+def test_an_outage_ends_nothing_and_long_ones_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_s: float
+) -> None:
+    """The store is away from step 6 on: until step 12, or until training says that it waits."""
+    store, down_at, warnings = Away(monkeypatch), list[int](), list[str]()
+
+    class Watched(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 5:
+                store.down.set()
+            if step == 7:
+                wait_for(lambda: warnings)
+                time.sleep(0.02)
+            if store.down.is_set():
+                down_at.append(step)
+            if step == 12:
+                store.down.clear()
+            return super().draw(step)
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        if "training waits" in text:
+            store.down.clear()
+
+    where = LocalWorker(str(tmp_path), 2, no_images, warn=warn, unsaved_limit_s=limit_s)
+    state = train(new_state(), where, Watched(), steps=14, checkpoint_every=2)
+    latest = worker(tmp_path).checkpoints.latest()
+    assert latest is not None and latest.step == 14 and state.step == 14
+    assert down_at == (list(range(5, 13)) if limit_s == 100 else [5, 6, 7])
+    assert any("training waits" in text for text in warnings) == (limit_s < 1)
+    assert "answers again" in warnings[-1]
+
+
+def test_a_sigterm_ends_the_wait_for_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Away(monkeypatch)
+
+    class Terminated(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 12:
+                store.down.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().draw(step)
+
+    where = worker(tmp_path)
+    ended = refused("stage/stopped", "step 13 could not be written", error=StageFailure)
+    with ended, where.listening(), where.checkpoints.writing():
+        train(new_state(), where, Terminated())
+
+
+def test_a_place_that_is_full_ends_the_stage_at_once(small_disk: Path) -> None:
+    """A real file system: the checkpoint of step 10 fits, that of step 12 does not."""
+    rows: list[Row] = []
+
+    class Filling(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 11:
+                where.checkpoints.wait()
+                fill(small_disk)
+            return super().draw(step)
+
+    where = worker(small_disk / "stage1", rows)
+    expected = (small_disk, "no space left", "of step 10;", "make room")
+    with refused("stage/unwritable", *expected, error=UnwritablePlace):
+        train(new_state(), where, Filling(), steps=2000, checkpoint_every=2, log_every=1, evaluate_every=10_000)
+    assert rows[-1]["step"] < 100
 
 
 def test_evaluation_is_no_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
