@@ -62,7 +62,7 @@ class _Monitor:
     def join(self, stage: str, rank: int, world_size: int) -> bool:
         """A worker begins; whether it may."""
         self._groups += rank == 0
-        if rank == 0 and self._groups > 1:
+        if rank == 0 and self._groups > 1 and self._failure is None:
             self._warnings.append(f"{stage}: its workers were started again, {world_size} of them")
         return self._failure is None
 
