@@ -307,7 +307,7 @@ def test_a_sigterm_ends_the_wait_for_a_store(tmp_path: Path, monkeypatch: pytest
     where = worker(tmp_path)
     ended = refused("stage/stopped", "step 13 could not be written", error=StageFailure)
     with ended, where.listening(), where.checkpoints.writing():
-        train(new_state(), where, Terminated())
+        train(new_state(), where, Terminated(), steps=14)
 
 
 def test_a_place_that_is_full_ends_the_stage_at_once(small_disk: Path) -> None:
