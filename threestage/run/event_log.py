@@ -15,7 +15,7 @@ from typing import Any
 from threestage.config import STAGES, Config
 from threestage.data import storage
 from threestage.errors import InputError, reason_of
-from threestage.mlflow_sync.connection import Background, in_time
+from threestage.mlflow_sync.connection import Background
 from threestage.redaction import redact
 from threestage.run.backend import RunCallbacks
 from threestage.run.outcome import StageOutcome
@@ -51,13 +51,8 @@ class EventLog:
     def close(self) -> None:
         """Write what is left; a store that does not take it costs the events and nothing else."""
         if self._writer is not None:
-            with contextlib.suppress(OSError, InputError):
-                in_time(self._finish, END_S)
-
-    def _finish(self) -> None:
-        assert self._writer is not None
-        self._writer.close()
-        self._write()
+            with contextlib.suppress(OSError, InputError):  # a TimeoutError too
+                self._writer.close(self._write, END_S)
 
     def _write(self) -> None:
         if self._before is None:
