@@ -26,6 +26,7 @@ AREAS = {
     "hosts",
     "image",
     "init",
+    "labels",
     "mask",
     "mlflow",
     "models",

@@ -15,13 +15,14 @@ LAYERS = tuple(
         "threestage allocator errors format hosts plain_text presets private_folder ray_settings redaction "
         "seeds settings user_files",
         "augment",
-        "data",
+        "data labels",
         "run_folder",
         "models",
         "training prediction",
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
         "mlflow_sync.records report.mask_images",
         "mlflow_sync report.scores prediction.predict sweeps.journal sweeps.space",
+        "labels.label_export labels.predicted_masks",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",

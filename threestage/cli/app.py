@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 
-from threestage.cli import images, models, results, run_status, runs, submit
+from threestage.cli import images, labels, models, results, run_status, runs, submit
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
 from threestage.redaction import redact
@@ -41,6 +41,8 @@ for command in (
     results.clean,
 ):
     app.command()(command)
+app.command("classes")(labels.list_classes)
+app.add_typer(labels.app, name="labels")
 app.add_typer(models.app, name="models")
 app.add_typer(run_status.app, name="runs")
 app.add_typer(submit.app, name="submit")

@@ -45,15 +45,24 @@ class InputChoice(StrEnum):
 def ingest(
     source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
     out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
-    format: Annotated[str, typer.Option("--format", help="folders, images, camvid, voc or cityscapes.")] = "folders",
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="folders, images, camvid, voc, cityscapes, coco, cvat, labelme, label-studio, yolo or binary-masks.",
+        ),
+    ] = "folders",
     masks: Annotated[
-        str | None, typer.Option(help="Folder of the masks (format folders); same names as the images.")
+        str | None, typer.Option(help="Folder of the masks (format folders), or the export of a labelling tool.")
     ] = None,
     mask_suffix: Annotated[
         str, typer.Option(help="What a mask's name has behind the image's: _mask for a.jpg and a_mask.png.")
     ] = "",
-    class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids or colours.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test (formats folders and images).")] = "train",
+    class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids, colours or categories.")] = None,
+    unlabelled_pixels: Annotated[
+        str, typer.Option(help="Of a labelling tool's export: ignore, or the class of pixels without a region.")
+    ] = "ignore",
+    split: Annotated[str, typer.Option(help="train, val or test (formats without splits of their own).")] = "train",
     labelled_only: Annotated[bool, typer.Option("--labelled-only", help="Leave images without a mask out.")] = False,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
@@ -79,6 +88,7 @@ def ingest(
             "masks": masks,
             "mask_suffix": mask_suffix,
             "class_map": class_map,
+            "unlabelled_pixels": unlabelled_pixels,
             "split": split,
             "labelled_only": labelled_only,
             "max_bad_fraction": max_bad_fraction,

@@ -8,7 +8,8 @@
 Other spellings that can mean one thing only are read too: `color`, '#804080', `ids: 7`, `ignore: 255`.
 
 The order of `classes` gives the class ids, from 0. `colour` is the class's colour in pictures and, unless `colours`
-says otherwise, in colour-coded masks.
+says otherwise, in colour-coded masks. `categories` are names in the export of a labelling tool that mean the class, or are
+ignored; without them the class's own name is.
 """
 
 import re
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
@@ -42,16 +43,31 @@ IDS_FORM = "write whole numbers of -32768 to 65535, such as [0, 7]"
 CODE = "data/class-map"
 
 
-class ClassEntry(Settings):
+class _MaskValues(Settings):
+    """What stands for something in masks and in exports."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `categories` where there are none: digests of shards are those of maps before there was the key."""
+        return {key: value for key, value in handler(self).items() if key != "categories" or value}
+
+
+class ClassEntry(_MaskValues):
     name: str = Field(min_length=1)
     colour: Colour
     ids: tuple[SourceId, ...] = ()
     colours: tuple[Colour, ...] = ()
+    categories: tuple[str, ...] = ()
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        return self.categories or (self.name,)
 
 
-class Ignored(Settings):
+class Ignored(_MaskValues):
     ids: tuple[SourceId, ...] = ()
     colours: tuple[Colour, ...] = ()
+    categories: tuple[str, ...] = ()
 
 
 class ClassMap(Settings):
@@ -64,6 +80,10 @@ class ClassMap(Settings):
     def _each_once(self) -> Self:
         _refuse_repeats("class name", (entry.name for entry in self.classes))
         _refuse_repeats("id", (i for ids in (*(entry.ids for entry in self.classes), self.ignore.ids) for i in ids))
+        _refuse_repeats(
+            "category",
+            (n for names in (*(e.category_names for e in self.classes), self.ignore.categories) for n in names),
+        )
         _refuse_repeats(
             "colour", (c for group in (*map(_mask_colours, self.classes), self.ignore.colours) for c in group)
         )

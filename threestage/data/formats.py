@@ -9,6 +9,7 @@ train_aug.txt (in ImageSets/Segmentation or SegmentationAug), where they are the
 list names (VOC2012 has those of other tasks) are unlabelled train images.
 `cityscapes`: leftImg8bit/<split>/<city> and the labelIds of gtFine/<split>/<city>; train_extra adds unlabelled train
 images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScripts makes, are not read.
+LABELLING_TOOLS: images anywhere below the source, and the export of a tool, which `threestage.labels` reads.
 """
 
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import pyarrow.fs as pafs
 from pydantic import Field, model_validator
@@ -40,10 +41,13 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+LabellingTool = Literal["binary-masks", "coco", "cvat", "label-studio", "labelme", "yolo"]
+LABELLING_TOOLS: tuple[str, ...] = get_args(LabellingTool)
 LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
     "folders": ("",),
     "camvid": ("",),
     "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/"),
+    **dict.fromkeys(LABELLING_TOOLS, ("",)),
 }
 """By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
 SHOWN = 3
@@ -56,17 +60,20 @@ Stamps = dict[str, tuple[int, ...]]
 class IngestSettings(Settings):
     """How `threestage ingest` reads a source.
 
-    `masks`: folder of the masks, `mask_suffix`: what their names have behind the image's ("folders" only).
-    `class_map`: YAML; by default the shipped one of the format. `split`: of every image of "folders" and "images".
+    `masks`: folder of the masks, or the export of a labelling tool. `mask_suffix`: what the masks' names have behind the
+    image's ("folders" only). `class_map`: YAML; by default the shipped one of the format, or the categories of the export.
+    `unlabelled_pixels`: "ignore", or the class of pixels without a region (exports only). `split`: of every image of formats
+    that have no splits of their own.
     `labelled_only`: leave images without a mask out.
     `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
-    format: Literal["folders", "images", "camvid", "voc", "cityscapes"]
+    format: Literal["folders", "images", "camvid", "voc", "cityscapes", LabellingTool]
     masks: str | None = None
     mask_suffix: str = ""
     class_map: str | None = None
+    unlabelled_pixels: str = Field(default="ignore", min_length=1)
     split: SplitName = "train"
     labelled_only: bool = False
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
@@ -75,7 +82,18 @@ class IngestSettings(Settings):
 
     @model_validator(mode="after")
     def _has_masks(self) -> Self:
-        if self.masks is not None and self.format != "folders":
+        exported = self.format in LABELLING_TOOLS
+        if exported and self.masks is None:
+            raise InputError(
+                f"masks is not given: format {self.format} needs --masks with the tool's export, a file or a folder; give it",
+                "data/format-option",
+            )
+        if self.unlabelled_pixels != "ignore" and not exported:
+            raise InputError(
+                f"unlabelled_pixels={self.unlabelled_pixels}: masks of format {self.format} label all pixels; leave it out",
+                "data/format-option",
+            )
+        if self.masks is not None and self.format != "folders" and not exported:
             own = "has none" if self.format == "images" else "finds its own"
             raise InputError(
                 f"masks={self.masks}: format {self.format} {own}; leave --masks out, or give --format folders",
@@ -116,8 +134,15 @@ class SourceItem:
     stamp: str = ""
 
 
-def discover(source: str, settings: IngestSettings, notes: list[str] | None = None) -> list[SourceItem]:
+Label = Callable[[list[SourceItem], list[str]], list[SourceItem]]
+
+
+def discover(
+    source: str, settings: IngestSettings, notes: list[str] | None = None, label: Label | None = None
+) -> list[SourceItem]:
     """Every image of a source, sorted by id. An id is the image's path below the source without its suffix.
+
+    `label` gives images what the export of a labelling tool has of them (`threestage.labels.labelled_source`).
 
     Adds to `notes` what the user should know: images without a mask, files that are passed over. Raises InputError, naming
     the folder and what is expected in it, when a folder is absent or holds no image.
@@ -132,11 +157,14 @@ def discover(source: str, settings: IngestSettings, notes: list[str] | None = No
         "cityscapes": partial(_cityscapes, notes),
     }
     paths = _listing(source, "images", stamps)
-    items = sorted(readers[settings.format](source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
+    read = readers.get(settings.format, _images)
+    items = sorted(read(source, paths, settings), key=lambda item: (item.image_id, item.image_uri))
+    if label is not None:
+        items = label(items, notes)
     notes += _without_mask(source, items, settings)
     if settings.format != "folders":
         suffixes = Counter(map(suffix_of, paths))
-        known = suffixes.keys() - PICTURE_SUFFIXES if settings.format != "images" else set[str]()  # lists, polygons
+        known = set[str]() if settings.format == "images" else suffixes.keys() - PICTURE_SUFFIXES  # lists, polygons
         notes += passed_over(source, suffixes, IMAGE_SUFFIXES | known)
     if settings.labelled_only:
         items = [item for item in items if item.mask_uri or item.problem]
@@ -172,6 +200,15 @@ def passed_over(folder: str, suffixes: Counter[str], read: Collection[str] = IMA
     more = found.total() - sum(number for _, number in found.most_common(MOST_SUFFIXES))
     counts += [f"{more} of other suffixes"] * bool(more)
     return [f"{folder}: {found.total()} files passed over: {', '.join(counts)}"]
+
+
+def files_below(folder: str, expected: str) -> tuple[Paths, Stamps]:
+    """The files below a folder, less hidden ones, and their stamps; of a file only itself. Raises InputError without any."""
+    if storage.is_file(folder):
+        whole = storage.absolute(folder)
+        return Paths({whole.rsplit("/", 1)[-1]: whole}), {}
+    stamps: Stamps = {}
+    return _listing(folder, expected, stamps), stamps
 
 
 def _listing(folder: str, expected: str, stamps: Stamps) -> Paths:
@@ -214,7 +251,7 @@ def _stamped(item: SourceItem, stamps: Stamps) -> SourceItem:
         problem = f"its mask {safe_walk.WHY_NOT[mask_size]} [image/place]"
     elif mask_size > MAX_IMAGE_BYTES:
         problem = f"its mask has {mask_size} bytes, more than {MAX_IMAGE_BYTES} [image/too-large]"
-    return replace(item, size=size, stamp=repr(both), problem=problem)
+    return replace(item, size=size, stamp=repr(both) + item.stamp, problem=problem)
 
 
 def _hidden(path: str) -> bool:

@@ -80,6 +80,26 @@ def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) ->
         return result
 
 
+def check_label_image(data: bytes, size: tuple[int, int]) -> npt.NDArray[np.integer]:
+    """(H,W) numbers of a mask file of a labelling tool, whose (height, width) must be `size`: the stored values, and of RGB
+    R + 256 G + 65536 B. Raises BadFile."""
+    with _decoding(data, _refuse_mask_layout):
+        image, layout = open_image(data), read_layout(data)
+        _refuse_mask(image, layout, size)
+        values = _stored_values(upright(image), layout)
+        return values.astype(np.int32) @ np.array([1, 256, 65536], np.int32) if values.ndim == 3 else values
+
+
+def read_values(data: bytes) -> tuple[npt.NDArray[np.integer], dict[int, tuple[int, int, int]]]:
+    """What a mask holds: (H,W) ids or (H,W,3) colours, and the palette of the ids. Raises BadFile."""
+    with _decoding(data, _refuse_mask_layout):
+        image, layout = open_image(data), read_layout(data)
+        _refuse_mask(image, layout, upright_size(image))
+        image = upright(image)
+        colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3).tolist() if image.mode == "P" else []
+        return _stored_values(image, layout), {index: (r, g, b) for index, (r, g, b) in enumerate(colours)}
+
+
 @contextmanager
 def _decoding(data: bytes, refuse: Callable[[Layout], None], prefix: str = "") -> Iterator[None]:
     """Hold the image's pixels of PIXELS; its layout is not refused, and a PNG's checksums are right.
@@ -138,20 +158,25 @@ def _refuse_mask(image: Image.Image, layout: Layout, size: tuple[int, int]) -> N
 
 def _source_values(image: Image.Image, layout: Layout, lookup: Lookup) -> npt.NDArray[np.integer]:
     """(H,W) ids, or (H,W,3) colours."""
-    if image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])
     if image.mode == "P" and lookup.only_colours:
         image = image.convert("RGB")
-    values = np.asarray(image)
     if image.mode == "P":
         refuse_other_order(image, lookup)
-    elif image.mode == "L" and layout.bits < 8:
+    return _stored_values(image, layout)
+
+
+def _stored_values(image: Image.Image, layout: Layout) -> npt.NDArray[np.integer]:
+    """The same; of a palette the indices."""
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])
+    values = np.asarray(image)
+    if image.mode == "L" and layout.bits < 8:
         return values // (255 // (2**layout.bits - 1))  # Pillow stretches these to 0–255
-    elif image.mode == "L" and layout.sample_format == SIGNED:
+    if image.mode == "L" and layout.sample_format == SIGNED:
         return values.view(np.int8)
-    elif image.mode == "1":
+    if image.mode == "1":
         return values.astype(np.uint8)
-    elif image.mode not in ("L", "RGB") and not image.mode.startswith("I"):
+    if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
         raise BadImage(
             f"has the pixel mode {image.mode}: ids (one channel or palette) or RGB colours are read", "mask/layout"
         )

@@ -18,12 +18,14 @@ shards/<digest>.json    reports. They stay, for they make an unchanged rerun che
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
 index/                  what the data set holds (`threestage.data.publish`), until an ingest has extended it
+drawings/               of an export of a labelling tool: what is drawn of each image, until the ingest ends
 
 Parquet files of an ingest that was given up stay too; no manifest names them.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -38,10 +40,11 @@ from threestage.data.data_set_checks import (
     fix_for,
     sampled_pixels,
 )
-from threestage.data.formats import IngestSettings, SourceItem, discover, missing, passed_over
+from threestage.data.formats import LABELLING_TOOLS, IngestSettings, SourceItem, discover, missing, passed_over
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import (
+    DRAWINGS,
     Additions,
     IngestJob,
     Shard,
@@ -54,11 +57,14 @@ from threestage.data.publish import (
     publish,
     report_uri,
     shard_digest,
+    write_drawings,
     write_shard,
 )
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError
+from threestage.labels.labelled_source import LabelledSource, map_of_classes, proposed_map
+from threestage.labels.readers import read_annotations
 from threestage.settings import Settings
 
 __all__ = ["IngestReport", "IngestSettings", "Progress", "ingest"]
@@ -115,8 +121,8 @@ def ingest(
         made = None if manifest is current else manifest
     finally:
         listed = _write_rejects(root, rejects, made)
-    if made:
-        storage.delete(storage.join(root, "index"), root)
+    for name in ("index", DRAWINGS) if made else (DRAWINGS,):
+        storage.delete(storage.join(root, name), root)
     return IngestReport(
         manifest=manifest,
         added_images=added.images,
@@ -169,6 +175,19 @@ def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:
     return None, ""
 
 
+def _labels(source: str, settings: IngestSettings, current: Manifest | None) -> LabelledSource:
+    """The export of a labelling tool, with the class map that was given, else the data set's classes, else its categories."""
+    assert settings.masks is not None
+    annotations = read_annotations(settings.format, settings.masks, source)
+    if settings.class_map is not None:
+        class_map = load_class_map(settings.class_map)
+    elif current is not None and current.classes:
+        class_map = map_of_classes(current.classes, current.colours)
+    else:
+        class_map = proposed_map(annotations, settings.unlabelled_pixels)
+    return LabelledSource(annotations, class_map, settings.unlabelled_pixels)
+
+
 def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | None) -> None:
     if current is None or class_map is None or not current.classes:
         return
@@ -219,28 +238,36 @@ def _begin(
     source: str, root: str, settings: IngestSettings, current: Manifest | None, each: Each
 ) -> tuple[IngestJob, IngestPlan]:
     """What all shards share, and the shards; the folder is marked as a data set of ours."""
-    class_map, map_name = _class_map(settings)
-    _check_classes(root, current, class_map)
     if not storage.exists(source):
         raise missing(source, "images")
+    labels = _labels(source, settings, current) if settings.format in LABELLING_TOOLS else None
+    class_map, map_name = _class_map(settings) if labels is None else (labels.class_map, settings.masks or "")
+    _check_classes(root, current, class_map)
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
     if current is None and settings.format == "images":
         mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
-    plan = _plan(job, source, settings, each)
+    plan = _plan(job, source, settings, each, labels)
     if current is None:
         mark(root, DATA_SET_MARK, "threestage ingest")
     return job, plan
 
 
-def _plan(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:
+def _plan(
+    job: IngestJob, source: str, settings: IngestSettings, each: Each, labels: LabelledSource | None
+) -> IngestPlan:
     """Sources other than of format images are held in memory."""
     if settings.format == "images":
         return _plan_listed(job, source, settings, each)
     notes: list[str] = []
-    items = sorted(discover(source, settings, notes), key=lambda item: (item.split, _order(item.image_id)))
-    return IngestPlan(list(_cut(job, items)), len(items), items, notes)
+    found = discover(source, settings, notes, None if labels is None else labels.label)
+    items = sorted(found, key=lambda item: (item.split, _order(item.image_id)))
+    shards = [replace(shard, drawn=labels is not None) for shard in _cut(job, items)]
+    if labels is not None:
+        for shard in shards:
+            write_drawings(job.root, shard, [labels.drawing_of(item.image_id) for item in shard.items])
+    return IngestPlan(shards, len(items), items, notes)
 
 
 def _plan_listed(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:

@@ -31,7 +31,9 @@ RUN = Output("a run", {"split.json": "split", DEMO_MARK: "made_by", "budget.json
 SWEEP = Output("a sweep", {"sweep.json": "sweep_key"}, leased=True)
 PULLED_MODEL = Output("a pulled model", {"lineage.json": "model_digest"})
 SCORES = Output("scores", {"metrics.json": "per_class_iou"})
-OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES)
+EXPORT_MARK = "export.json"
+EXPORT = Output("exported labels", {EXPORT_MARK: "exported_from"})
+OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES, EXPORT)
 
 
 def claim(folder: str, output: Output) -> None:

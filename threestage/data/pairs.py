@@ -1,5 +1,6 @@
 """Which mask belongs to which image, by their names alone."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -122,6 +123,31 @@ def _partners(image_ids: Iterable[str], keys: Mapping[str, object]) -> dict[str,
         if len(twins) == 1 and len(of_keys.get(name, ())) == 1:
             found[twins[0]] = of_keys[name][0]
     return found
+
+
+UPLOADED = re.compile(r"(.*/)?[0-9a-f]{8}-([^/]+)", re.DOTALL)
+"""The name that Label Studio gives to an uploaded image: eight hexadecimal digits before its own."""
+
+
+def by_last_part(image_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Image ids by what follows their last slash, in Unicode form NFC."""
+    found: dict[str, list[str]] = {}
+    for image_id in image_ids:
+        found.setdefault(nfc(image_id).rsplit("/", 1)[-1], []).append(image_id)
+    return found
+
+
+def named_images(name: str, by_last: Mapping[str, list[str]]) -> list[str]:
+    """The image ids that the path or file name of an image in an export fits: the same one, else one of the two is the end of
+    the other. `by_last`: see `by_last_part`."""
+    path = nfc(name.replace("\\", "/")).removeprefix("./")
+    suffix = PurePosixPath(path).suffix
+    stem = path.removesuffix(suffix) if suffix.lower() in PICTURE_SUFFIXES else path
+    there = by_last.get(stem.rsplit("/", 1)[-1], [])
+    same = [image_id for image_id in there if nfc(image_id) == stem]
+    ends = [i for i in there if f"/{stem}".endswith(f"/{nfc(i)}") or f"/{nfc(i)}".endswith(f"/{stem}")]
+    uploaded = UPLOADED.fullmatch(path)
+    return same or ends or (named_images(f"{uploaded[1] or ''}{uploaded[2]}", by_last) if uploaded else [])
 
 
 def suffix_rule(image_ids: Iterable[str], mask_stems: Iterable[str]) -> str | None:

@@ -2,7 +2,8 @@
 that users bring may be in another order than the ids."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from threestage.data.classes import Colour, Lookup
 from threestage.data.headers import BadImage
 
 Bytes = npt.NDArray[np.uint8]
+Key = TypeVar("Key", int, str)
 
 
 def palette(colours: Sequence[Colour]) -> Bytes:
@@ -20,6 +22,27 @@ def palette(colours: Sequence[Colour]) -> Bytes:
     table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = np.asarray(colours, np.uint8).reshape(-1, 3)
     return table
+
+
+def _distinct_colours() -> Iterator[Colour]:
+    """Colours that are easy to tell apart, for classes that have none: PASCAL VOC's, without its black."""
+    for number in range(1, 256):
+        bits = [[number >> (3 * place + band) & 1 for place in range(3)] for band in range(3)]
+        red, green, blue = (sum(bit << (7 - place) for place, bit in enumerate(band)) for band in bits)
+        yield red, green, blue
+
+
+def each_its_colour(
+    keys: Sequence[Key], given: Mapping[Key, Colour | None], taken: set[Colour] | None = None
+) -> dict[Key, Colour]:
+    """The colours that were given, each once, and free ones for the others."""
+    used = set(taken or ()) | set(given.values())
+    free = (colour for colour in _distinct_colours() if colour not in used)
+    shown: dict[Key, Colour] = {}
+    for key in keys:
+        colour = given.get(key)
+        shown[key] = next(free) if colour is None or colour in shown.values() else colour
+    return shown
 
 
 def palette_png(mask: Bytes, colours: Sequence[Colour]) -> bytes:

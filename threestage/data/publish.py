@@ -38,6 +38,7 @@ from threestage.data.records import (
 from threestage.data.rejects import Reject
 from threestage.data.safe_walk import WHY_NOT
 from threestage.errors import InputError
+from threestage.labels.rasterise import draw
 from threestage.settings import Settings
 
 MAX_FILE_BYTES = 128 * 1024**2
@@ -474,6 +475,8 @@ def _loaded(folder: str, number: int) -> Entries:
 
 SHARDS_AT_ONCE = 2
 REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 2
+DRAWINGS = "drawings"
+DRAWINGS_SCHEMA = pa.schema([("image_id", pa.string()), ("drawing", pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -491,13 +494,14 @@ class IngestJob:
 @dataclass(frozen=True)
 class Shard:
     """Some images of one split: `items`, or where `listed` names a Parquet file of a listing, those in it, less the rows
-    `replaced`."""
+    `replaced`. `drawn`: their masks are drawn from `write_drawings`."""
 
     split: SplitName
     digest: str
     items: tuple[SourceItem, ...] = ()
     listed: str | None = None
     replaced: tuple[int, ...] = ()
+    drawn: bool = False
 
     def __str__(self) -> str:
         return self.listed or f"images {self.items[0].image_id} to {self.items[-1].image_id}"
@@ -528,7 +532,7 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
     masks: list[tuple[str, str | None]] = []
     pixels = np.zeros(len(job.class_map.classes) if job.class_map else 0, np.int64)
     skipped = gone = 0
-    for item, outcome in zip(items, _outcomes(job, items), strict=True):
+    for item, outcome in zip(items, _outcomes(job, shard, items), strict=True):
         if isinstance(outcome, Gone):
             gone += 1
             continue
@@ -557,7 +561,7 @@ def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
     if report.rejected:
         uris = {reject.source for reject in report.rejected}
         items = [item for item in _items(shard) if item.image_uri in uris]
-        if not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, items)):
+        if not all(isinstance(outcome, BadFile) for outcome in _outcomes(job, shard, items)):
             return shard.digest, None
     if report.masks is not None and _is_held(report, job, shard):
         return shard.digest, report.published()
@@ -566,10 +570,15 @@ def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
     return shard.digest, report
 
 
-def _outcomes(job: IngestJob, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
+def _outcomes(job: IngestJob, shard: Shard, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
     known = look_up_ids(job.index, [item.image_id for item in items])
     lookup = Lookup(job.class_map, job.map_name) if job.class_map else None
-    return map_ahead(lambda item: _check(item, known.get(item.image_id), lookup), items)
+    drawings = _read_drawings(job, shard) if shard.drawn else {}
+
+    def check(item: SourceItem) -> Checked | BadFile | Gone:
+        return _check(item, known.get(item.image_id), lookup, drawings.get(item.image_id))
+
+    return map_ahead(check, items)
 
 
 def _is_held(report: ShardReport, job: IngestJob, shard: Shard) -> bool:
@@ -588,6 +597,21 @@ def _is_still_new(report: ShardReport, job: IngestJob, shard: Shard) -> bool:
 
 def report_uri(root: str, digest: str) -> str:
     return storage.join(root, "shards", f"{digest[:16]}.json")
+
+
+def write_drawings(root: str, shard: Shard, drawings: Sequence[bytes | None]) -> None:
+    """What is to be drawn of each image of a shard, for the process that works on it."""
+    rows = [{"image_id": item.image_id, "drawing": data} for item, data in zip(shard.items, drawings, strict=True)]
+    storage.write_table(_drawings_uri(root, shard), pa.Table.from_pylist(rows, DRAWINGS_SCHEMA))
+
+
+def _read_drawings(job: IngestJob, shard: Shard) -> dict[str, bytes]:
+    table = storage.read_table(_drawings_uri(job.root, shard))
+    return {row["image_id"]: row["drawing"] for row in table.to_pylist() if row["drawing"] is not None}
+
+
+def _drawings_uri(root: str, shard: Shard) -> str:
+    return storage.join(root, DRAWINGS, f"{shard.digest[:16]}.parquet")
 
 
 def _items(shard: Shard) -> Sequence[SourceItem]:
@@ -613,16 +637,18 @@ class Checked:
     pixels: npt.NDArray[np.int64] | None = None
 
 
-def _check(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None) -> Checked | BadFile | Gone:
+def _check(
+    item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None
+) -> Checked | BadFile | Gone:
     try:
-        return _checked(item, known, lookup)
+        return _checked(item, known, lookup, drawn)
     except _Vanished:
         return Checked(None) if known else Gone()
     except BadFile as bad:
         return bad
 
 
-def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None) -> Checked:
+def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None) -> Checked:
     if item.problem:
         raise BadFile(item.problem)
     if item.size in WHY_NOT:
@@ -638,8 +664,7 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
     image = check_image(data)
     mask = mask_digest = pixels = None
     if item.mask_uri is not None and lookup is not None:
-        name = item.mask_uri.rsplit("/", 1)[-1]
-        mask = check_mask(_read(item.mask_uri, f"mask {name}", BadFile), lookup, (image.height, image.width), name)
+        mask = _mask_of(item.mask_uri, lookup, (image.height, image.width), drawn)
         mask_digest = digest_of(mask.tobytes())
         pixels = np.bincount(mask.ravel(), minlength=256)[: lookup.classes]
     if known and known.mask_digest == mask_digest:
@@ -653,6 +678,13 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
         "source": item.image_uri,
     }
     return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels)
+
+
+def _mask_of(uri: str, lookup: Lookup, size: tuple[int, int], drawn: bytes | None) -> npt.NDArray[np.uint8]:
+    name = uri.rsplit("/", 1)[-1]
+    if drawn is not None:
+        return draw(drawn, size, f"its annotation in {name.partition('#')[0]}")
+    return check_mask(_read(uri, f"mask {name}", BadFile), lookup, size, name)
 
 
 class _Vanished(BadFile):

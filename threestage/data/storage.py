@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -427,9 +427,14 @@ def parse_json(content: bytes | str, where: str) -> Any:
 
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Publish a file whole; a reader sees the old content, or none, until the new one is complete. Creates parents."""
+    write_pieces(uri, (data,))
+
+
+def write_pieces(uri: str, pieces: Iterable[bytes | memoryview | pa.Buffer]) -> None:
+    """As `write_bytes`, of what comes piece by piece."""
     files, path = filesystem(uri)
     if is_s3(uri):
-        _write(files, path, data)
+        _write(files, path, pieces)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = os.path.join(
@@ -437,7 +442,8 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     )
     try:
         with _locked_file(temporary) as stream:
-            stream.write(data)
+            for data in pieces:
+                stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
             os.replace(temporary, path)
@@ -478,9 +484,10 @@ def _remove_unlocked(path: str) -> bool:
     return True
 
 
-def _write(files: pafs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer) -> None:
+def _write(files: pafs.FileSystem, path: str, pieces: Iterable[bytes | memoryview | pa.Buffer]) -> None:
     with files.open_output_stream(path) as stream:
-        stream.write(data)
+        for data in pieces:
+            stream.write(data)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -563,7 +570,7 @@ def _write_on_s3_if_unchanged(files: pafs.FileSystem, path: str, before: bytes |
             if status not in (404, 409, 412, 501):
                 raise
     if status in (412, 501) and _content(uri) == before:  # the store knows no such condition
-        _write(files, path, data)
+        _write(files, path, (data,))
     return _content(uri) == data  # a request that was repeated may have been done before
 
 

@@ -67,6 +67,7 @@ from threestage.verdict import verdict_in
 RECORD_NAME = "prediction.json"
 RECORD_FORMAT = 1
 WORDS_KEY = "protocol_in_words"
+CLASSES_NAME = "classes.json"
 READERS = 16
 PARTS_FOLDER = "parts"
 MASKS, MASK_SUFFIX = "masks/", ".png"
@@ -152,10 +153,15 @@ def read_model(model: str, registry: RegistrySettings) -> ModelFiles:
 
 def _models_of_run(run: str) -> list[str]:
     """Models of a run's stages, in the order in which they are taken: its best one, else the last."""
+    return [storage.join(resolve_part(run, stage), "model") for stage in best_stages(run)]
+
+
+def best_stages(run: str) -> list[str]:
+    """The stages of a run, its best one first, then the last ones."""
     results, last_first = storage.join(run, "results.json"), sorted(STAGES, reverse=True)
     verdict = verdict_in(storage.read_json(results)) if storage.exists(results) else None
     best = [] if verdict is None else [verdict.choice]
-    return [storage.join(resolve_part(run, stage), "model") for stage in [*best, *last_first]]
+    return [*best, *last_first]
 
 
 def _files_of(folder: str) -> ModelFiles:
@@ -213,7 +219,7 @@ def predict_input(
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
-    write_record = partial(storage.write_json, storage.join(out, RECORD_NAME), record)
+    write_record = partial(_write_record, out, record, card)
     if kind == "images":
         write_record()  # it marks the folder, and a listing is written first
     listing = storage.join(out, "listing")
@@ -262,6 +268,15 @@ def _record(model: ModelFiles, source: str, settings: PredictSettings) -> dict[s
     chosen = settings.model_dump(mode="json", exclude=left_out)
     words = settings.protocol.describe()
     return {"version": RECORD_FORMAT, "model": _digest(model)[:16], "input": source, **chosen, WORDS_KEY: words}
+
+
+def _write_record(out: str, record: dict[str, Any], card: ModelCard) -> None:
+    """With the classes in a file of their own, but in a folder of an older version, which stays as it is."""
+    uri = storage.join(out, RECORD_NAME)
+    is_new = not storage.exists(uri)
+    storage.write_json(uri, record)
+    if is_new:
+        storage.write_json(storage.join(out, CLASSES_NAME), list(zip(card.classes, card.colours, strict=True)))
 
 
 def _check_record(out: str, record: dict[str, Any]) -> None:
@@ -399,7 +414,7 @@ class Predictions(PredictionWriter):
         """Writes the image's files in format png."""
         if self._task.downscale > 1:
             pixels = decode_image(row.image, self._task.max_image_pixels)
-        mask, sure = (_enlarged(values, self._task.downscale, pixels.shape) for values in (class_ids, confidence))
+        mask, sure = (enlarged(values, self._task.downscale, pixels.shape) for values in (class_ids, confidence))
         if self._task.format == "parquet":
             return encode_mask(mask, fast=True), sure.tobytes() if self._task.confidences else None
         return (self._write(row, pixels, mask, sure),)
@@ -430,7 +445,7 @@ class Predictions(PredictionWriter):
         return file
 
 
-def _enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:
+def enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:
     """(h,w) at the size (H,W,…): each value is its block's, the last ones also the ragged rest's (`downscale_image`)."""
     if factor == 1:
         return values

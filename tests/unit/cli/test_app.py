@@ -96,7 +96,7 @@ def test_truncated_jpeg_is_skipped_counted_and_listed(threestage: Run, photos: P
 
 def test_wrong_settings(threestage: Run, scenes: Path) -> None:
     refused(threestage("run", "demo", "--set", "stage1.stps=3"), "stage1.stps", "did you mean steps")
-    refused(threestage("ingest", "a", "b", "--format", "coco"), "format='coco'", "'cityscapes'")
+    refused(threestage("ingest", "a", "b", "--format", "cocos"), "format='cocos'", "'cityscapes'")
     demo = ["run", "demo", "--local", "--set", f"data.root={scenes}", "--set"]
     refused(threestage(*demo, "network.encoder=resnet18x"), "resnet18x", "did you mean resnet18")
     torch.save({"conv1.weight": torch.zeros(1)}, "other.pth")

@@ -31,7 +31,7 @@ def _commands(group: Any, path: str = "") -> dict[str, Any]:
 
 
 COMMANDS = _commands(typer.main.get_command(app))
-WITHOUT_JSON = {"init"} | {name for name in COMMANDS if name.startswith("submit ")}
+WITHOUT_JSON = {"classes", "init"} | {name for name in COMMANDS if name.startswith("submit ")}
 
 
 def ended(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -150,7 +150,7 @@ def test_masks_alone_and_confidences(model: ModelFiles, tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in", 3), tmp_path / "out"
     run(model, source, out, overlays=False, confidence=True)
     assert {path.name for path in out.iterdir()} == {
-        "masks", "confidence", "parts", "listing", "prediction.json", "rejects.parquet"
+        "masks", "confidence", "parts", "listing", "prediction.json", "classes.json", "rejects.parquet"
     }  # fmt: skip
     _, _, confidence = by_hand(model, photo(0))
     with Image.open(out / "confidence/0.png") as grey:

@@ -1,0 +1,63 @@
+"""Why: a task of Label Studio has several annotations, labels apart from shapes, and images under other names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.refusals import refused
+from tests.unit.labels.exports import read
+
+SIZES = {"in/a": (10, 20)}
+SQUARE = {"points": [[0, 0], [10, 0], [10, 20], [0, 20]], "polygonlabels": ["thing"]}
+
+
+def result(value: dict[str, Any], type: str = "polygonlabels", id: str = "x") -> dict[str, Any]:
+    return {"id": id, "type": type, "value": value, "original_width": 20, "original_height": 10}
+
+
+def tasks(path: Path, *annotations: dict[str, Any], image: str = "s3://bucket/in/a.jpg") -> Path:
+    path.write_text(json.dumps([{"id": 1, "data": {"image": image}, "annotations": annotations}]))
+    return path
+
+
+def things(path: Path) -> list[list[int]]:
+    return np.argwhere(read("label-studio", path, SIZES, ["ground", "thing"])[0]["in/a"] == 1).tolist()
+
+
+def test_polygons_and_labels_that_stand_apart(tmp_path: Path) -> None:
+    square = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert things(tasks(tmp_path / "t.json", {"result": [result(SQUARE)]})) == square
+    apart = [result({"points": SQUARE["points"]}, "polygon"), result({"labels": ["thing"]}, "labels")]
+    assert things(tasks(tmp_path / "t.json", {"result": apart})) == square
+    ellipse = {"x": 7.5, "y": 15, "radiusX": 3, "radiusY": 6, "ellipselabels": ["thing"]}
+    assert things(tasks(tmp_path / "t.json", {"result": [result(ellipse, "ellipselabels")]})) == [[1, 1]]
+
+
+def test_the_annotation_that_counts(tmp_path: Path) -> None:
+    other = {"points": [[50, 50], [55, 50], [55, 60], [50, 60]], "polygonlabels": ["thing"]}
+    first, second = {"result": [result(other)]}, {"result": [result(SQUARE)]}
+    assert len(things(tasks(tmp_path / "t.json", first, second))) == 4, "the last one"
+    assert things(tasks(tmp_path / "t.json", first, {**second, "was_cancelled": True})) == [[5, 10]]
+    assert things(tasks(tmp_path / "t.json", {**first, "ground_truth": True}, second)) == [[5, 10]]
+    with refused("data/annotations", "t.json"):
+        read("label-studio", tasks(tmp_path / "t.json", image="in/a.jpg"), SIZES)
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["/data/upload/12/0a1b2c3d-a.jpg", "/data/local-files/?d=any%20where/in/a.jpg", "https://host/x/in/a.jpg?sig=1"],
+)
+def test_images_are_found_under_the_tools_urls(image: str, tmp_path: Path) -> None:
+    assert len(things(tasks(tmp_path / "t.json", {"result": [result(SQUARE)]}, image=image))) == 4
+
+
+def test_what_is_not_as_label_studio_writes_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[{"data": 1}]')
+    with refused("data/annotations", "t.json"):
+        read("label-studio", tmp_path, SIZES)
+    (tmp_path / "t.json").write_text("[]")
+    with refused("data/annotations", tmp_path):
+        read("label-studio", tmp_path, SIZES)

@@ -1,0 +1,74 @@
+"""Labels of other tools: export masks to them, and the classes of theirs."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from threestage.cli.options import JsonOption, console, escape, print_json, warn
+from threestage.errors import InputError
+
+app = typer.Typer(help="Masks out to labelling tools.", no_args_is_help=True)
+
+
+def list_classes(
+    masks: Annotated[str, typer.Argument(help="Folder of masks, or the export of a labelling tool.")],
+) -> None:
+    """Print a class map with every value, colour or category that masks or an export hold, to correct and give to ingest.
+
+    Example: threestage classes masks
+    """
+    from threestage.labels.class_list import class_map_text
+
+    print(class_map_text(masks), end="")
+
+
+@app.command()
+def export(
+    masks: Annotated[str, typer.Argument(help="Folder of a run (its pseudo-masks) or of predictions.")],
+    out: Annotated[str, typer.Argument(help="Folder of the export.")],
+    to: Annotated[str, typer.Option(help="coco, cvat, labelme, label-studio or masks.")],
+    images: Annotated[str | None, typer.Option(metavar="LIST", help="Text file of image ids, one a line.")] = None,
+    below: Annotated[
+        str | None, typer.Option(metavar="0.8=ignore", help="Leave pixels out that are less certain than this.")
+    ] = None,
+    simplify: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="PIXELS", help="Polygons in place of masks, moved by so much at most."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write predictions or a run's pseudo-masks as a start for a labelling tool.
+
+    Example: threestage labels export predictions tasks --to label-studio --below 0.8=ignore
+    """
+    from threestage.config import validated
+    from threestage.labels.label_export import ExportSettings, export_labels
+
+    settings = validated(
+        ExportSettings, {"to": to, "images": images, "below": _confidence(below), "simplify": simplify}
+    )
+    with console.status("exporting") as status:
+        report = export_labels(masks, out, settings, lambda done: status.update(f"exported {done:,} images"))
+    if report.not_found:
+        warn(f"{images}: images without a mask: {', '.join(report.not_found)}")
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    table = Table("images", "masks of", "polygons' IoU", title=escape(out))
+    iou = "–" if report.iou is None else f"{report.iou:.4f}"
+    table.add_row(str(report.images), escape(report.masks), iou)
+    console.print(table)
+
+
+def _confidence(text: str | None) -> float | None:
+    if text is None:
+        return None
+    number, _, fate = text.partition("=")
+    try:
+        confidence = float(number)
+    except ValueError:
+        confidence = -1
+    if fate != "ignore" or not 0 <= confidence <= 1:
+        raise InputError(f"--below {text}: write a confidence from 0 to 1 and =ignore, e.g. 0.8=ignore", "config/usage")
+    return confidence
