@@ -3,8 +3,8 @@
 import sys
 
 from threestage.config import load
-from threestage.sweeps.proposals import propose
 from threestage.sweeps.space import check_space, load_space, overrides
+from threestage.sweeps.trials import propose
 
 space, config = load_space(sys.argv[1]), load(sys.argv[2], sys.argv[3:])
 check_space(space, config)  # InputError: the key, the value, the fix

@@ -17,7 +17,7 @@ from cluster.local import Cluster, local_cluster
 from tests.conftest import copy_to, tiny_config
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.sweeps.journal import Trial, load_trials
+from threestage.sweeps.trials import Trial, load_trials
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -158,13 +161,13 @@ def test_a_sweep_is_read_and_resumed(before: Path) -> None:
     sweep = before / "sweep"
     trials = [json_of(file) for file in sorted((sweep / "trials").glob("*.json"))]
     assert [trial["state"] for trial in trials] == ["finished", "finished", "failed", "running"]
-    shared = contents(sweep / "shared")
+    shared, records = contents(sweep / "shared"), contents(sweep / "trials")
     with without_ray() as run:
         words = ["sweep", before / "space.yaml", before / "config.yaml", "--out", sweep, "--json"]
         run_command(*words, code=2)  # without --resume
         found = json.loads(run_command(*words, "--resume"))
     assert run.begun == [3] and run.shared == []
-    assert contents(sweep / "shared") == shared
+    assert (contents(sweep / "shared"), contents(sweep / "trials")) == (shared, records)
     by_number = {trial["number"]: trial for trial in found["trials"]}
     assert {number: trial["state"] for number, trial in by_number.items()} == {
         0: "finished", 1: "finished", 2: "failed", 3: "finished"
@@ -176,6 +179,10 @@ def test_a_sweep_is_read_and_resumed(before: Path) -> None:
         (trial for trial in found["trials"] if trial["state"] == "finished"), key=lambda trial: trial["curve"][-1][1]
     )
     assert found["best"]["score"] == best["curve"][-1][1]
+    storage = JournalStorage(JournalFileBackend(str(sweep / "optuna_journal.log")))
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert study.best_value == found["best"]["score"]
     settings = json.loads(run_command("config", sweep / "best.yaml", "--json"))
     found_best = found["best"]["params"]["pseudo_mask.confidence_threshold"]
     assert settings["pseudo_mask"]["confidence_threshold"] == found_best

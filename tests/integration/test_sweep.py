@@ -13,10 +13,9 @@ from threestage.config import Config, changed, load
 from threestage.data import storage
 from threestage.mlflow_sync.client import open_registry
 from threestage.sweeps import sweep
-from threestage.sweeps.journal import Trial, load_trials
 from threestage.sweeps.plan import SweepPlan
-from threestage.sweeps.prepare import Sweep
 from threestage.sweeps.space import Space
+from threestage.sweeps.trials import Trial, load_trials
 
 pytestmark = [
     pytest.mark.integration,
@@ -81,7 +80,7 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     from tests.runs import run_on_ray
 
     config, out, show = sweep_config(scenes, tmp_path), f"{s3_root}/sweep", Silent()
-    found = sweep.run(Sweep(Space.model_validate(SPACE), config, out), show)
+    found = sweep.run(sweep.Sweep(Space.model_validate(SPACE), config, out), show)
 
     trials = load_trials(out)
     assert [trial.state for trial in trials] == ["finished", "failed", "finished", "failed"]
@@ -106,9 +105,9 @@ def test_a_sweep_from_its_start_to_best_yaml(ray_cluster: None, s3_root: str, sc
     assert_in_mlflow(config, trials)
 
     with refused("sweep/exists", "--resume"):
-        sweep.run(Sweep(Space.model_validate(SPACE), config, out), Silent())
+        sweep.run(sweep.Sweep(Space.model_validate(SPACE), config, out), Silent())
     resumed = Silent()
-    promoted = Sweep(Space.model_validate(SPACE), config, out, resume=True, promote=True)
+    promoted = sweep.Sweep(Space.model_validate(SPACE), config, out, resume=True, promote=True)
     assert sweep.run(promoted, resumed)["best"] == found["best"]
     assert sorted(model["stage"] for model in open_registry(config.registry).models.versions()) == ["stage1", "stage2"]
     assert resumed.stages == [] and resumed.plans == [] and load_trials(out) == trials, (

@@ -25,7 +25,7 @@ from threestage.prediction import predict
 from threestage.report import report, scores
 from threestage.run import budget, clean
 from threestage.run_folder import lease, reuse
-from threestage.sweeps.journal import Trial, curve_of, load_trials, save
+from threestage.sweeps.trials import Trial, curve_of, load_trials
 from threestage.training.checkpoint import Checkpoints
 
 WRONG: tuple[object, ...] = ([], "x", 5, None, {}, [[1]], {"a": 1})
@@ -40,7 +40,7 @@ class Registry:
 
 @pytest.fixture(scope="module")
 def finished(scenes: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, an evaluation, a sweep's trial and photos."""
+    """A run, an evaluation, a trial of a sweep of the version before, and photos."""
     folder = tmp_path_factory.mktemp("damaged")
     config = local_config(scenes, stages=1)
     out = str(copy_run(finished_run, folder / "run", stages=1))
@@ -56,7 +56,7 @@ def finished(scenes: Path, finished_run: Path, tmp_path_factory: pytest.TempPath
     storage.write_json(f"{out}/budget.json", {"budget": "4h", "steps": {"stage1": 4}, "costs": costs})
     scores = {"stage": "stage1", "model": "m", "split": "val", "protocol": "p", "mean_iou": 0.5, "per_class_iou": {}}
     storage.write_json(f"{folder}/scores/metrics.json", scores)
-    save(str(folder), Trial(number=1, params={}, seed=0))
+    storage.write_json(f"{folder}/trials/0001.json", Trial(number=1, params={}, seed=0).model_dump(mode="json"))
     write_photos(folder, 3)
     return folder
 

@@ -31,7 +31,7 @@ def test_the_core_loads_neither_ray_nor_mlflow(tmp_path: Path) -> None:
     """The stages, the page of a run, and a sweep's space while it is read."""
     done = run_python(
         "import sys, threestage.run.stages, threestage.run.pipeline, threestage.local, threestage.report.report\n"
-        "from threestage.sweeps import proposals, space\n"
+        "from threestage.sweeps import space, trials\n"
         "space.load_space('thresholds')\n"
         "print([m for m in ('ray', 'mlflow', 'timm', 'typer', 'rich', 'optuna') if m in sys.modules])",
         cwd=tmp_path,

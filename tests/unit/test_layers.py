@@ -21,12 +21,12 @@ LAYERS = tuple(
         "training prediction",
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
         "mlflow_sync.records report.mask_images",
-        "mlflow_sync report.scores prediction.predict sweeps.journal sweeps.space",
+        "mlflow_sync report.scores prediction.predict sweeps.trials sweeps.space",
         "labels.label_export labels.predicted_masks",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",
-        "checks.run_check sweeps.outcome sweeps.sweep ray_backend.job_check ray_backend.sweep",
+        "checks.run_check sweeps.sweep ray_backend.job_check ray_backend.sweep",
         "__main__ cli local",
     )
 )

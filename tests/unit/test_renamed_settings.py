@@ -7,8 +7,8 @@ import pytest
 from tests.refusals import refused
 from threestage.config import RENAMED_KEYS, changed, load, stage_keys
 from threestage.errors import RenamedSetting
-from threestage.sweeps.journal import Trial
 from threestage.sweeps.space import Space, load_space
+from threestage.sweeps.trials import Trial
 
 DATA = "data.root=data"
 

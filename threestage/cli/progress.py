@@ -14,8 +14,8 @@ from rich.status import Status
 
 from threestage.config import Config
 from threestage.redaction import redact
-from threestage.sweeps.journal import Trial, ranked
 from threestage.sweeps.plan import SweepPlan, rich_plan
+from threestage.sweeps.trials import Trial, ranked
 
 LINE_SECONDS = 10.0
 

@@ -140,12 +140,11 @@ def sweep(
     from threestage.config import load
     from threestage.sweeps import sweep as sweeps
     from threestage.sweeps.plan import plan_json, rich_plan
-    from threestage.sweeps.prepare import Sweep
     from threestage.sweeps.space import load_space
 
     resolved, searched = load(config, overrides or []), load_space(space)
     given = {"trials": trials or searched.trials, "max_concurrent": at_once or searched.max_concurrent}
-    requested = Sweep(
+    requested = sweeps.Sweep(
         searched.model_copy(update=given),
         resolved,
         f"runs/{resolved.name}-sweep" if out is None else out,

@@ -8,7 +8,7 @@ from threestage.errors import reason_of
 from threestage.mlflow_sync.client import Registry
 from threestage.mlflow_sync.connection import Background
 from threestage.mlflow_sync.records import Status, TrialRecord, TrialStatus
-from threestage.sweeps.journal import State, Trial
+from threestage.sweeps.trials import State, Trial
 
 BETWEEN_S = 3.0  # at least so long from one sending to the next
 RETRY_S = 30.0  # from a failure to the next try

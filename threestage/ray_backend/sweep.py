@@ -5,6 +5,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -15,15 +16,15 @@ from ray.tune.search import Searcher
 
 from threestage.config import Config
 from threestage.data import storage
-from threestage.errors import CodedError, InputError, NoRoom, StageFailure, UnwritablePlace
+from threestage.errors import InputError, NoRoom, StageFailure, UnwritablePlace, reason_of
 from threestage.ray_backend.capacity import TRIAL_CPUS
 from threestage.ray_backend.connect import quiet_ray_data
 from threestage.ray_backend.train import on_cluster
 from threestage.run import pipeline
 from threestage.run.backend import RunCallbacks
 from threestage.run_folder.reuse import parts_elsewhere
-from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder, steps_before
 from threestage.sweeps.space import Space, total_steps, trial_config
+from threestage.sweeps.trials import Trial, TrialStore, curve_of, run_folder, shared_folder, steps_before
 
 METRIC, TIME = "mean_iou", "step"
 JUDGED = "judged_mean_iou"  # what the scheduler reads: nothing of a trial's last evaluation, nor of the one that changes nothing
@@ -32,34 +33,32 @@ Next = Callable[[], Trial | None]
 
 
 def run_trials(
-    space: Space, config: Config, out: str, journal: TrialStore, next_trial: Next, count: int, spent: Callable[[], bool],
+    space: Space, config: Config, out: str, store: TrialStore, next_trial: Next, count: int, spent: Callable[[], bool],
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Run the trials that `next_trial` gives, at most `count`, until `spent` says that the budget is; then they are interrupted.
 
-    Every change is in the journal; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when it fails.
+    Every change is in the store; nothing is kept by Ray Tune, whose records are pickles. Raises StageFailure when it fails.
     """
     if len(space.stages) > 1:
         _start_actors_of_ray_data()
-    trainable = tune.with_parameters(
-        _run_trial, space=space.model_dump(mode="json"), base=config.model_dump(mode="json"), out=out
-    )
-    chosen = tune.TuneConfig(
-        search_alg=_Proposals(next_trial),
-        scheduler=_scheduler(space, config, journal),
-        num_samples=count,
-        max_concurrent_trials=space.max_concurrent,
-    )
+    plain = {"space": space.model_dump(mode="json"), "base": config.model_dump(mode="json"), "out": out}
+    trainable = tune.with_resources(tune.with_parameters(_run_trial, **plain), {"CPU": TRIAL_CPUS})
     with tempfile.TemporaryDirectory() as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
-            tune_config=chosen,
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=_Proposals(next_trial),
+                scheduler=_scheduler(space, config, store),
+                num_samples=count,
+                max_concurrent_trials=space.max_concurrent,
+            ),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
                 verbose=0,
                 stop=_Budget(spent),
-                callbacks=[_Listener(journal, warn)],
+                callbacks=[_Listener(store, warn)],
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
@@ -70,7 +69,7 @@ def run_trials(
             text = f"the trials were interrupted: {reason[0]}; --resume continues"
             raise StageFailure(text, "sweep/interrupted") from error
         finally:
-            journal.interrupt()
+            store.interrupt()
 
 
 def _start_actors_of_ray_data() -> None:
@@ -90,7 +89,7 @@ def quieten() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-def _scheduler(space: Space, config: Config, journal: TrialStore) -> TrialScheduler:
+def _scheduler(space: Space, config: Config, store: TrialStore) -> TrialScheduler:
     """ASHA that knows what the trials of an earlier start have scored."""
     if space.scheduler is None:
         return FIFOScheduler()
@@ -103,21 +102,14 @@ def _scheduler(space: Space, config: Config, journal: TrialStore) -> TrialSchedu
         max_t=max(space.scheduler.grace_steps + 1, total_steps(space, config)),
         stop_last_trials=False,
     )
-    for trial in journal.of("search"):
+    for trial in store.of("search"):
         if trial.over and not trial.own:
-            earlier = _Earlier(f"earlier-{trial.number}")
+            earlier = SimpleNamespace(trial_id=f"earlier-{trial.number}")  # all that ASHA asks of a trial
             scheduler.on_trial_add(None, earlier)
             judged = trial.curve if trial.score is None else trial.curve[:-1]
             for step, score in judged:
                 scheduler.on_trial_result(None, earlier, {TIME: step, JUDGED: score})
     return scheduler
-
-
-class _Earlier:
-    """All that ASHA asks of a trial."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
 
 
 class _Unpickled:
@@ -139,13 +131,10 @@ class _Proposals(_Unpickled, Searcher):
         return Searcher.FINISHED if trial is None else {"trial": trial.model_dump(mode="json")}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        pass
+        """The trial store has it, and is the searcher's memory."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The trial store has it."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError
+        """As above."""
 
 
 class _Budget(_Unpickled, tune.Stopper):
@@ -162,11 +151,11 @@ class _Budget(_Unpickled, tune.Stopper):
 class _Listener(_Unpickled, tune.Callback):
     """Writes what Ray Tune reports into the trial store."""
 
-    def __init__(self, journal: TrialStore, warn: Callable[[str], None]) -> None:
-        self._journal, self._warn = journal, warn
+    def __init__(self, store: TrialStore, warn: Callable[[str], None]) -> None:
+        self._store, self._warn = store, warn
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._journal.begin(_number(trial))
+        self._store.begin(_number(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
@@ -174,29 +163,27 @@ class _Listener(_Unpickled, tune.Callback):
         number = _number(trial)
         if "warning" in result:
             self._warn(f"trial {number}: {result['warning']}")
-            return
-        if "trained" not in result:  # Ray Tune's own last word
-            return
-        self._journal.note(number, result["trained"], result["reused"])
-        if "failure" in result:
-            self._journal.end(number, result["state"], result["failure"])
-            return
-        self._journal.score(number, int(result[TIME]), float(result[METRIC]))
-        if result["finished"]:
-            self._journal.end(number, "finished")
+        elif "trained" in result:  # else Ray Tune's own last word
+            self._store.note(number, result["trained"], result["reused"])
+            if "failure" in result:
+                self._store.end(number, result["state"], result["failure"])
+            else:
+                self._store.score(number, int(result[TIME]), float(result[METRIC]))
+                if result["finished"]:
+                    self._store.end(number, "finished")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._over(_number(trial), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = str(trial.get_error() or "its process was lost").strip().splitlines()
+        lines = str(trial.get_error() or "").strip().splitlines()
         self._over(_number(trial), lines[-1] if lines else "its process was lost")
 
     def _over(self, number: int, error: str | None) -> None:
         """What has not said itself how it ended was stopped by the scheduler, or lost."""
-        if self._journal.trial(number).state == "running":
-            self._journal.end(number, "stopped" if error is None else "failed", error)
-        self._journal.delete_losing_runs()
+        if self._store.trial(number).state == "running":
+            self._store.end(number, "stopped" if error is None else "failed", error)
+        self._store.delete_losing_runs()
 
 
 def _number(trial: Any) -> int:
@@ -204,10 +191,10 @@ def _number(trial: Any) -> int:
 
 
 def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, Any], out: str) -> None:
-    """A trial's process: runs the trial's run, and tells Ray Tune each mean IoU on the validation images as it comes.
+    """A trial's process: runs the trial's run, and reports each mean IoU on the validation images to Ray Tune as it comes.
 
-    What an earlier try has reported is said again first, for the scheduler. What fails is told, not raised: it would fail
-    again. A process that is lost is started again by Ray Tune, and its run goes on from its last checkpoint.
+    What an earlier try has reported is reported again first, for the scheduler. What fails is reported, not raised: it would
+    fail again. A process that is lost is started again by Ray Tune, and its run continues from its last checkpoint.
     """
     quiet_ray_data()
     trial, the_space = Trial.model_validate(setting["trial"]), Space.model_validate(space)
@@ -218,55 +205,45 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
     for step, value in trial.curve:
         reporter.score(step, value)
     try:
-        on = RunCallbacks(reporter.show, reporter.warn)
+        on = RunCallbacks(reporter.on_metrics, lambda text: reporter.report({"warning": text}))
         with on_cluster(config, folder, on) as backend:
             pipeline.run(config, folder, backend, on, reuse=shared)
-    except (NoRoom, UnwritablePlace, OSError) as error:
-        reporter.say(failure=_words(error), state="waiting")
-    except (InputError, StageFailure, ray.exceptions.RayError) as error:
-        reporter.say(failure=_words(error), state="failed")
+    except (InputError, StageFailure, UnwritablePlace, OSError, ray.exceptions.RayError) as error:
+        again = isinstance(error, NoRoom | UnwritablePlace | OSError)
+        reporter.parts(failure=" ".join(reason_of(error).split()), state="waiting" if again else "failed")
     else:
         for step, value in curve_of(folder, the_space.stages, config):
             reporter.score(step, value)
 
 
 class _TrialReporter:
-    """What a trial's process tells Ray Tune. Scores are of steps over all searched stages, each told once."""
+    """What a trial's process reports to Ray Tune. Scores are of steps over all searched stages, each reported once."""
 
     def __init__(self, trial: Trial, config: Config, space: Space, folder: str) -> None:
         self._trial, self._config, self._stages, self._folder = trial, config, space.stages, folder
         self._last = steps_before(config, space.stages)
         self._trained = set(trial.trained)
-        self._told = set[int]()
+        self._reported = set[int]()
         self._lock = threading.Lock()
 
-    def say(self, **result: Any) -> None:
-        """A report with the stages that were trained and reused so far."""
-        self._tell({"trained": sorted(self._trained), "reused": sorted(parts_elsewhere(self._folder)), **result})
+    def report(self, result: dict[str, Any]) -> None:
+        with self._lock:  # the pool is looked for in a thread of its own
+            tune.report(result)
+
+    def parts(self, **result: Any) -> None:
+        """A result with the stages that were trained and the parts that were reused so far."""
+        self.report({"trained": sorted(self._trained), "reused": sorted(parts_elsewhere(self._folder)), **result})
 
     def score(self, step: int, value: float) -> None:
-        if step in self._told:
-            return
-        self._told.add(step)
-        judged = {} if self._trial.own or step == self._last else {JUDGED: value}
-        self.say(**{TIME: step, METRIC: value}, finished=step == self._last, **judged)
+        if step not in self._reported:
+            self._reported.add(step)
+            judged = {} if self._trial.own or step == self._last else {JUDGED: value}
+            self.parts(**{TIME: step, METRIC: value}, finished=step == self._last, **judged)
 
-    def show(self, stage: str, row: Mapping[str, float]) -> None:
+    def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
         """A row of metrics of the run. The last score counts when the stage's model is there."""
         self._trained.add(stage)
         if METRIC in row and int(stage[-1]) in self._stages:
             step = steps_before(self._config, self._stages, stage) + int(row["step"])
             if step < self._last:
                 self.score(step, row[METRIC])
-
-    def warn(self, text: str) -> None:
-        self._tell({"warning": text})
-
-    def _tell(self, result: dict[str, Any]) -> None:
-        with self._lock:  # the pool is looked for in a thread of its own
-            tune.report(result)
-
-
-def _words(error: Exception) -> str:
-    text = error.message if isinstance(error, CodedError) else str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a sweep has found, from its trials alone: the best five, a configuration to run, a summary in words.
+"""What a sweep has found, from its trials alone: the best five, a summary in words, best.yaml to run, results.json, plots.
 
 Every mean IoU here is in [0,1] and was measured on validation images; the test set has no part in a sweep.
 """
@@ -13,18 +13,56 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
-from threestage.config import Config, changed, flatten
-from threestage.data.records import DataSettings
-from threestage.data.split import Split
+from threestage.config import STAGES, Config, changed, flatten
+from threestage.data import storage
+from threestage.data.records import DataSettings, load_manifest
+from threestage.data.split import Split, make_split, saved_split
+from threestage.errors import StageFailure
 from threestage.mlflow_sync.connection import redact, redact_tree
 from threestage.report.scores import ABSENT, deviation, plus_minus
-from threestage.sweeps.journal import State, Trial, ranked
-from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys
+from threestage.sweeps.plots import IMPORTANCES, LEAST_FOR_IMPORTANCES, weighed_keys, write_plots
+from threestage.sweeps.space import Space, best_overrides
+from threestage.sweeps.trials import State, Trial, ranked, shared_folder, study_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BEST, LAST_EVALUATIONS = 5, 3
+
+
+def publish_results(space: Space, config: Config, out: str, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Write best.yaml, plots and results.json. Raises StageFailure where no trial has finished."""
+    rows, keys = best_rows(trials), list(space.search)
+    if not rows:
+        reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in trials if trial.reason)
+        raise StageFailure(
+            f"no trial of {len(trials)} has finished: {reasons or 'all were stopped'}", "sweep/trials-failed"
+        )
+    saved = storage.join(shared_folder(out, config.seed), "split.json")  # which the trials share
+    if storage.exists(saved):
+        split = saved_split(saved)[0]
+    else:
+        split = make_split(config.data.root, load_manifest(config.data.root), config.data)
+    validation = validation_text(split, config.data)
+    text = best_yaml(config, best_overrides(space, config, rows[0].params), best_header(out, rows[0], validation))
+    storage.write_bytes(storage.join(out, "best.yaml"), text.encode())
+    plots = write_plots(study_of(space, trials), keys, out)
+    found = results_json(trials, validation, ["best.yaml", "results.json", *plots])
+    found |= {"counters": _counters(space, trials), "summary": text_summary(trials, keys, validation)}
+    storage.write_json(storage.join(out, "results.json"), found)
+    return found
+
+
+def _counters(space: Space, trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """How many times each stage was trained for the search, and how many trials took it as it was."""
+    searched, counters = _searched(trials), {}
+    for number, stage in enumerate(STAGES[: space.last_stage], 1):
+        trained = sum(stage in trial.trained for trial in searched) + (number <= space.shared_stages)
+        counters[stage] = {"trained": trained, "reused": sum(stage in trial.reused for trial in searched)}
+    return counters
+
+
+# ---- The best
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from tests.runs import run_local
 from threestage.config import Config
 from threestage.run.backend import RunCallbacks
 from threestage.run.local_backend import LocalBackend
-from threestage.sweeps.journal import Trial, TrialStore, curve_of, run_folder, shared_folder
 from threestage.sweeps.space import Space, trial_config
+from threestage.sweeps.trials import Trial, TrialStore, curve_of, run_folder, shared_folder
 
 
 class NoMlflow:
@@ -75,7 +75,7 @@ def without_ray(ends: Mapping[int, str | BaseException] = {}) -> Iterator[Trials
         "threestage.ray_backend.train.on_cluster": trials.on_cluster,
         "threestage.ray_backend.sweep.run_trials": trials.run,
         "threestage.ray_backend.sweep.quieten": nothing,
-        "threestage.sweeps.prepare.plan_sweep": nothing,
+        "threestage.sweeps.sweep.plan_sweep": nothing,
         "threestage.cli.progress.SweepProgress.plan": nothing,
         "threestage.sweeps.sweep.open_registry": nothing,
         "threestage.sweeps.sweep.SweepSync": NoMlflow,

@@ -15,7 +15,7 @@ from threestage.mlflow_sync import sweep_sync as mirror_module
 from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.records import RegistrySettings, TrialRecord
 from threestage.mlflow_sync.sweep_sync import SweepSync
-from threestage.sweeps.journal import Trial
+from threestage.sweeps.trials import Trial
 
 KEY, TAGS = "/sweeps/it's one", {"version": "1"}
 PARAMS = {"trials": 12, "search": {"consistency.weight": {"low": 0.1}}, "root": "s3://KEY:SECRET@bucket/x"}

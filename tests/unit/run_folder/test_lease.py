@@ -18,7 +18,7 @@ from tests.waiting import wait_for
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
 from threestage.run_folder import lease
-from threestage.sweeps import prepare, sweep
+from threestage.sweeps import sweep
 
 INTERVAL_S = 0.1
 HOLDER = """
@@ -206,7 +206,7 @@ def test_a_folder_within_another_driver_s_stops_with_it(tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_one_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "checked", lambda asked: asked)
+    monkeypatch.setattr(sweep, "checked", lambda asked: asked)
     asked: Any = SimpleNamespace(out=str(tmp_path))
     show: Any = SimpleNamespace(warn=lambda text: None)
     with lease.held(asked.out, show.warn), refused("run/another-driver", tmp_path):

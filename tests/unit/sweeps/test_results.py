@@ -19,8 +19,8 @@ from threestage.config import changed, load
 from threestage.data.records import DataSettings
 from threestage.data.split import Split
 from threestage.sweeps import plots, results
-from threestage.sweeps.journal import State, Trial
 from threestage.sweeps.plots import write_plots
+from threestage.sweeps.trials import State, Trial
 
 RATE, CONSISTENCY = "optimiser.learning_rate", "consistency.confidence_threshold"
 PSEUDO = "stage2.overrides.pseudo_mask.confidence_threshold"

@@ -14,10 +14,10 @@ from threestage.ray_backend import sweep as on_ray_sweep
 from threestage.ray_backend import train as on_ray_train
 from threestage.run import pipeline
 from threestage.run.backend import RunCallbacks
-from threestage.sweeps import outcome, prepare, sweep
-from threestage.sweeps.journal import Trial, TrialStore, load_trials, run_folder, shared_folder
-from threestage.sweeps.prepare import Sweep
+from threestage.sweeps import sweep, trials
 from threestage.sweeps.space import Space
+from threestage.sweeps.sweep import Sweep
+from threestage.sweeps.trials import Trial, TrialStore, load_trials, run_folder, shared_folder
 
 KEY = "pseudo_mask.confidence_threshold"
 SPACE = {"stages": [2], "search": {KEY: {"choice": [0.0, 0.5, 0.7, 0.9]}}, "trials": 3}
@@ -47,9 +47,8 @@ class Cluster:
         monkeypatch.setattr(on_ray_train, "on_cluster", lambda config, out, on: contextlib.nullcontext())
         monkeypatch.setattr(pipeline, "run", self._run)
         monkeypatch.setattr(on_ray_sweep, "run_trials", self._trials)
-        for module in (sweep, TrialStore.__init__.__globals__):
-            target = module if isinstance(module, dict) else module.__dict__
-            monkeypatch.setitem(target, "time", self)
+        for module in (sweep, trials):
+            monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
         return self._now
@@ -88,8 +87,8 @@ def a_sweep(out: Path, repeat: int = 0, **settings: Any) -> Sweep:
 
 def run(requested: Sweep) -> Quiet:
     show = Quiet()
-    journal = TrialStore(requested.out, load_trials(requested.out), prepare.REPEATED, lambda trial: None)
-    running = sweep._Running(requested, journal, show, 0.0)
+    store = TrialStore(requested.out, requested.space, sweep.REPEATED, lambda trial: None)
+    running = sweep._Running(requested, store, show, 0.0)
     running.search()
     running.repeat()
     return show
@@ -106,11 +105,11 @@ def by_number(out: Path) -> dict[int, tuple[str, str, int]]:
 def test_first_what_there_is_then_the_search_then_other_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(monkeypatch, finished)
     run(a_sweep(tmp_path, repeat=2, trials=4))
-    trials = load_trials(str(tmp_path))
-    assert trials[0].own and trials[0].params == {KEY: 0.7} and not any(trial.own for trial in trials[1:])
-    assert {trial.params[KEY] for trial in trials[:4]} == {0.0, 0.5, 0.7, 0.9}, "nothing twice"
+    found = load_trials(str(tmp_path))
+    assert found[0].own and found[0].params == {KEY: 0.7} and not any(trial.own for trial in found[1:])
+    assert {trial.params[KEY] for trial in found[:4]} == {0.0, 0.5, 0.7, 0.9}, "nothing twice"
     assert cluster.shared == ["seed0", "seed1", "seed2"]
-    repeated = [(trial.seed, trial.params[KEY]) for trial in trials[4:]]
+    repeated = [(trial.seed, trial.params[KEY]) for trial in found[4:]]
     assert repeated == [(seed, score) for seed in (1, 2) for score in (0.9, 0.7, 0.5)]
     assert not Path(shared_folder(str(tmp_path), 1)).exists() and Path(shared_folder(str(tmp_path), 0)).exists()
 
@@ -176,22 +175,22 @@ def test_more_trials_go_on_where_the_search_ended(tmp_path: Path, monkeypatch: p
 def test_models_that_were_deleted_are_not_trained_again_to_be_promoted(tmp_path: Path) -> None:
     best = Trial(number=3, params={KEY: 0.5}, seed=0, state="finished", curve=((800, 0.5),))
     with refused("sweep/models-deleted", "--promote", "trial 3", "best.yaml"):
-        outcome.promote(a_sweep(tmp_path), best, RunCallbacks())
+        sweep.promote(a_sweep(tmp_path), best, RunCallbacks())
 
 
 def resumed(tmp_path: Path, settings: dict[str, Any], overrides: Sequence[str] = ()) -> str | None:
     """A --resume with other settings."""
     config = load("demo", ["data.root=/nowhere", *overrides])
-    return prepare.known(Sweep(Space.model_validate({**SPACE, **settings}), config, str(tmp_path), resume=True))
+    return sweep.known(Sweep(Space.model_validate({**SPACE, **settings}), config, str(tmp_path), resume=True))
 
 
 def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
     requested = a_sweep(tmp_path)
-    assert prepare.known(requested) is None
-    key = prepare.record_sweep(requested)
+    assert sweep.known(requested) is None
+    key = sweep.record_sweep(requested)
     with refused("sweep/exists", f"--out {tmp_path}", "--resume"):
-        prepare.known(requested)
-    assert prepare.known(Sweep(requested.space, requested.config, requested.out, resume=True)) == key
+        sweep.known(requested)
+    assert sweep.known(Sweep(requested.space, requested.config, requested.out, resume=True)) == key
     assert resumed(tmp_path, {"trials": 9, "max_concurrent": 3, "budget": {"hours": 1}}) == key
     assert resumed(tmp_path, {}, ["cluster.workers=4", "registry.experiment=x"]) == key
     with refused("run/other-settings", f"search.{KEY}.choice"):
