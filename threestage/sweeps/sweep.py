@@ -11,7 +11,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from threestage.checks.store import check_store
-from threestage.config import STAGES, Config, changed, flatten, recorded_key, refuse_unconfirmed_hosts
+from threestage.config import KEYS_ADDED_LATER, STAGES, Config, changed, flatten, recorded_key, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
@@ -206,7 +206,7 @@ def known(requested: Sweep) -> str | None:
     saved, now = storage.read_json(uri, _Record), _identity(requested)
     for part in ("space", "config"):
         for name in sorted({*saved[part], *now[part]}):
-            before, after = saved[part].get(name), now[part].get(name)
+            before, after = saved[part].get(name, KEYS_ADDED_LATER.get(name)), now[part].get(name)
             if before != after:
                 raise InputError(
                     f"{uri}: was made with {name}={before!r}, now it is {after!r}; set it back, or give another --out",

@@ -9,6 +9,7 @@ import pytest
 
 from tests.refusals import refused
 from threestage.config import Config, load
+from threestage.data import storage
 from threestage.errors import StageFailure
 from threestage.ray_backend import sweep as on_ray_sweep
 from threestage.ray_backend import train as on_ray_train
@@ -197,3 +198,13 @@ def test_a_resumed_sweep_searches_the_same(tmp_path: Path) -> None:
         resumed(tmp_path, {"search": {KEY: {"choice": [0.0, 0.5]}}})
     with refused("run/other-settings", "stage2.steps=800", "900"):
         resumed(tmp_path, {}, ["stage2.steps=900"])
+
+
+def test_a_sweep_continues_with_keys_that_were_added_later(tmp_path: Path) -> None:
+    key = sweep.record_sweep(a_sweep(tmp_path))
+    record = storage.read_json(f"{tmp_path}/sweep.json")
+    del record["config"]["training.accumulate"]
+    storage.write_json(f"{tmp_path}/sweep.json", record)
+    assert resumed(tmp_path, {}) == key
+    with refused("run/other-settings", "training.accumulate=1", "2"):
+        resumed(tmp_path, {}, ["training.accumulate=2"])
