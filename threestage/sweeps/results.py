@@ -55,7 +55,8 @@ def publish_results(space: Space, config: Config, out: str, trials: Sequence[Tri
 
 def _counters(space: Space, trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
     """How many times each stage was trained for the search, and how many trials took it as it was."""
-    searched, counters = _searched(trials), {}
+    searched = _searched(trials)
+    counters: dict[str, dict[str, int]] = {}
     for number, stage in enumerate(STAGES[: space.last_stage], 1):
         trained = sum(stage in trial.trained for trial in searched) + (number <= space.shared_stages)
         counters[stage] = {"trained": trained, "reused": sum(stage in trial.reused for trial in searched)}

@@ -279,8 +279,9 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     lines = (tmp_path / JOURNAL).read_text().splitlines()
     for number, line in enumerate(lines):
         record = json.loads(line)
+        values: tuple[Any, ...] = ("x", None, [], 99)
         wrong: list[Any] = ["{", [], 5, None, {}, "[" * 100_000, line[: len(line) // 2]]
-        wrong += [{**record, key: value} for key in record if key != "worker_id" for value in ("x", None, [], 99)]
+        wrong += [{**record, key: value} for key in record if key != "worker_id" for value in values]
         for other in wrong:
             changed = other if isinstance(other, str) else json.dumps(other)
             (tmp_path / JOURNAL).write_text("\n".join([*lines[:number], changed, *lines[number + 1 :]]) + "\n")
