@@ -110,7 +110,7 @@ def test_objects_deleted_between_listing_and_reading_cost_themselves_only(
         storage.delete(photo(5), BUCKET)
         storage.delete(photo(6), BUCKET)
 
-    monkeypatch.setattr("threestage.run.pipeline.list_images", list_then_delete)
+    monkeypatch.setattr("threestage.run.pool_files.list_images", list_then_delete)
     warnings: list[str] = []
     results = run(config, warnings)
     assert all(figures["steps"] == 6 for figures in results.values())
