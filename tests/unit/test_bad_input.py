@@ -124,8 +124,17 @@ check mine.yaml --local --address x:1                | check/local-address | --a
 check mine.yaml --local --out s3:/bucket             | storage/scheme | s3:/bucket | s3://bucket/prefix
 init s3://bucket/project                             | storage/scheme | s3://bucket/project
 init file                                            | init/exists | file
+runs list nowhere                                    | run/no-run | nowhere
+runs list file                                       | storage/not-found | file
+runs show nowhere                                    | run/no-run | nowhere
+runs compare nowhere                                 | run/no-run | nowhere
+runs cost nowhere --price-per-hour -1                | config/usage | --price-per-hour -1
 """
 IMAGES = """
+classes nowhere                                      | data/no-files | nowhere
+classes empty                                        | data/annotations | empty
+labels export nowhere out --to coco                  | labels/no-masks | nowhere
+labels export nowhere out --to coc                   | labels/format | --to coc | coco
 ingest nowhere out --format images --local           | data/no-files | nowhere
 ingest file out --format images --local              | storage/not-found | file
 ingest empty out --format images --local             | data/no-images | empty | .jpg
