@@ -132,6 +132,10 @@ def complaint(uri: str | None, error: BaseException) -> Complaint:
     return Complaint(without_secrets(text), stable)
 
 
+PLACE = re.compile(r"(?:local file|does not exist) '([^']+)'|^(s3://\S+): ")
+"""Where messages of pyarrow's, and of `storage.ask_s3`, name a place."""
+
+
 def unwritable(folder: str, error: OSError, saved: str) -> UnwritablePlace | None:
     """The end of what writes into `folder`, when the error says that it cannot be written any more; None for an outage, and
     for another place. saved: what was saved before."""
@@ -163,7 +167,13 @@ def refuse_unwritable(folder: str) -> Iterator[None]:
 def _place_of(error: OSError) -> str | None:
     """The path or URI that the error names."""
     named = next((name for cause in _chain(error) if (name := getattr(cause, "filename", None))), None)
-    return os.fspath(named) if isinstance(named, str | os.PathLike) else _uri_in(" ".join(str(error).split()))
+    if isinstance(named, str | os.PathLike):
+        return os.fspath(named)
+    text = " ".join(str(error).split())
+    if found := PLACE.search(text):
+        place = found[1] or found[2]
+        return place if place.startswith(("/", S3_SCHEME)) else S3_SCHEME + place
+    return _uri_in(text)
 
 
 def without_secrets(text: str) -> str:

@@ -1,5 +1,6 @@
 """`threestage classes`: a class map to correct by hand, from the values in masks or the categories of an export."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from threestage.labels.annotations import Annotations
 from threestage.labels.cvat import is_cvat
 from threestage.labels.export_files import ExportFiles
 from threestage.labels.json_stream import elements
-from threestage.labels.output_files import as_json
 from threestage.labels.readers import READERS
 
 BINARY = [0, 255]
@@ -66,7 +66,7 @@ def format_of(paths: Paths) -> str | None:
 
 def _flow(entry: dict[str, object]) -> str:
     """One line of YAML."""
-    return "{" + ", ".join(f"{key}: {as_json(value)}" for key, value in entry.items()) + "}"
+    return "{" + ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entry.items()) + "}"
 
 
 # ---- An export

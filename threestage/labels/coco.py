@@ -100,7 +100,7 @@ def _add(annotation: CocoAnnotation, prefix: str, into: Annotations) -> None:
         return
     if isinstance(shape, RunLengths):
         counts = {"text" if isinstance(shape.counts, str) else "counts": shape.counts}
-        region = Region(category, "runs", {**counts, "order": "columns", "box": [0, 0, shape.size[1], shape.size[0]]})
+        region = Region(category, "runs", {**counts, "order": "columns", "size": shape.size})
     else:
         rings = shape if isinstance(shape[0], list) else [shape]
         region = Region(category, "polygons", rings)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from threestage.data import storage
+from threestage.data import safe_walk, storage
 from threestage.data.formats import Stamps, files_below
 from threestage.data.pairs import IMAGE_SUFFIXES, MASK_SUFFIXES, Paths, stems
 from threestage.data.parallel import map_ahead
@@ -26,6 +26,9 @@ class ExportFiles:
     def __init__(self, place: str, paths: Paths, stamps: Stamps, source: str | None = None) -> None:
         self.place = place
         self._source = source
+        for uri in paths.values():
+            if (why := safe_walk.WHY_NOT.get(stamps.get(uri, (0,))[0])) is not None:
+                raise InputError(f"{uri}: {why}; take it out of the export's folder", "data/link")
         self.paths = paths
         self._stamps = stamps
 

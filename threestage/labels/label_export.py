@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import yaml
@@ -71,6 +72,7 @@ def export_labels(
     wanted = None if settings.images is None else _listed(settings.images)
     claim(out, EXPORT)
     mark = {"exported_from": found.place, **settings.model_dump(mode="json")}
+    _refuse_other_exports(out, mark)
     storage.write_json(storage.join(out, EXPORT_MARK), mark)
     _write_class_map(out, found.classes)
     done, overlap, stems = 0, _Overlap(), _Stems()
@@ -82,8 +84,18 @@ def export_labels(
             add(image)
             done += 1
             progress(done)
+    storage.write_json(storage.join(out, EXPORT_MARK), mark | {"finished": True})
     missing = sorted(wanted or ())[:20]
     return ExportReport(images=done, masks=found.place, not_found=tuple(missing), iou=overlap.iou)
+
+
+def _refuse_other_exports(out: str, mark: dict[str, Any]) -> None:
+    """InputError where an export is finished, whose files may be corrected by now, or where another was begun."""
+    before = storage.join(out, EXPORT_MARK)
+    if storage.exists(before) and storage.read_json(before) != mark:
+        raise InputError(
+            f"{out}: holds an export already, whose files may be corrected by now; give another folder", "labels/exists"
+        )
 
 
 def _write_class_map(out: str, classes: Sequence[tuple[str, Colour]]) -> None:

@@ -9,10 +9,13 @@ from itertools import count
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from pydantic import Field
+
 from threestage.data import storage
 from threestage.data.classes import Colour
+from threestage.errors import InputError
 from threestage.labels.annotations import Annotations
-from threestage.labels.export_files import ExportFiles, ToolModel, as_model
+from threestage.labels.export_files import CODE, ExportFiles, ToolModel, as_model
 from threestage.labels.json_stream import elements
 from threestage.labels.output_files import (
     Add,
@@ -35,7 +38,7 @@ class Result(ToolModel):
 
     id: str | None = None
     type: str
-    value: dict[str, Any]
+    value: dict[str, Any] = Field(default_factory=dict)  # a relation has none
     original_width: int | None = None
     original_height: int | None = None
 
@@ -71,7 +74,11 @@ def _add_task(task: Task, key: str, into: Annotations) -> None:
     labels = {result.id: label for result in chosen.result if result.id and (label := _label(result))}
     for result in chosen.result:
         label = _label(result) or labels.get(result.id or "")
-        region = None if label is None else _region(label, result)
+        try:
+            region = None if label is None else _region(label, result)
+        except (LookupError, TypeError, ValueError) as error:
+            what = f"{key.rpartition(':')[0]}: a damaged result of type {result.type} ({error!r}); export it again"
+            raise InputError(what, CODE) from None
         if region is not None:
             into.add_category(region.category, region.category)
             into.add_region(key, region)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
+from pydantic import FiniteFloat
 
 from threestage.data import storage
 from threestage.data.classes import Colour
@@ -21,7 +22,7 @@ from threestage.labels.rle import Mask
 
 class LabelMeShape(ToolModel):
     label: str
-    points: list[tuple[float, float]]
+    points: list[tuple[FiniteFloat, FiniteFloat]]
     shape_type: str = "polygon"
     mask: str | None = None
 
@@ -74,7 +75,7 @@ def _region(shape: LabelMeShape) -> Region | None:
     if shape.shape_type == "circle":  # its centre, and a point on its edge
         radius = math.hypot(u - x, v - y)
         return Region(shape.label, "ellipse", [x, y, radius, radius, 0])
-    (left, right), (top, bottom) = sorted((x, u)), sorted((y, v))
+    (left, right), (top, bottom) = ((min(of), max(of)) for of in zip(*points, strict=True))  # two corners, or four
     if shape.shape_type == "rectangle":
         return Region(shape.label, "polygons", [[left, top, right, top, right, bottom, left, bottom]])
     box = [int(left), int(top), int(right) - int(left) + 1, int(bottom) - int(top) + 1]

@@ -19,6 +19,8 @@ from threestage.data import storage
 from threestage.data.headers import BadImage
 from threestage.data.image_validation import BadFile, check_label_image
 from threestage.data.parallel import PIXELS
+from threestage.data.records import MAX_IMAGE_BYTES
+from threestage.errors import InputError
 from threestage.labels.rle import Mask, brush_mask, coco_counts, mask_of
 
 Bytes = npt.NDArray[np.uint8]
@@ -159,8 +161,11 @@ def _ellipse(shape: Sequence[float], size: Size) -> Iterator[Patch]:
 
 
 def _runs(shape: Mapping[str, Any], size: Size) -> Iterator[Patch]:
-    """`counts`, or COCO's `text` of them, in the `order` of rows or columns of a `box` (left, top, width, height)."""
-    left, top, width, height = _box(shape["box"], size)
+    """`counts`, or COCO's `text` of them, in the `order` of rows or columns of a `box` (left, top, width, height), or of
+    the whole image, whose `size` (height, width) they have."""
+    if "size" in shape and tuple(shape["size"]) != size:
+        raise BadImage(f"has run lengths for {shape['size'][1]}x{shape['size'][0]} pixels", "mask/size")
+    left, top, width, height = _box(shape.get("box", (0, 0, size[1], size[0])), size)
     counts = coco_counts(shape["text"]) if "text" in shape else shape["counts"]
     yield Patch(top, left, mask_of(counts, height, width, shape["order"]))
 
@@ -203,7 +208,9 @@ def _values(shape: Mapping[str, Any], size: Size) -> Iterator[Patch]:
 
 def _numbers(uri: str, size: Size) -> npt.NDArray[np.integer]:
     try:
-        return check_label_image(storage.read_bytes(uri), size)
+        return check_label_image(storage.read_small(uri, MAX_IMAGE_BYTES), size)
+    except InputError as error:
+        raise BadFile(f"{_file_name(uri)}: {error.message}", error.code) from None
     except (FileNotFoundError, PermissionError) as error:
         raise BadFile(f"{_file_name(uri)} cannot be read: {error}", "image/unreadable") from None
     except BadFile as error:

@@ -35,7 +35,9 @@ def mask_of(counts: Sequence[int] | Counts, height: int, width: int, order: RunO
     lengths = np.asarray(counts)
     if lengths.dtype.kind not in "iu" or lengths.ndim != 1 or (lengths < 0).any():
         raise BadImage("has run lengths that are no whole numbers from 0 up", CODE)
-    if lengths.size > 2 * height * width + 2 or int(lengths.sum()) != height * width:
+    pixels = height * width
+    too_long = lengths.size > 2 * pixels + 2 or int(lengths.max(initial=0)) > pixels  # whose sum may overflow
+    if too_long or int(lengths.sum()) != pixels:
         raise BadImage(f"has run lengths that do not cover {width}x{height} pixels", CODE)
     flat = np.repeat(np.arange(lengths.size) % 2 == 1, lengths)
     return flat.reshape(height, width) if order == "rows" else flat.reshape(width, height).T
@@ -98,7 +100,7 @@ def brush_code(mask: Mask) -> list[int]:
 def brush_mask(code: Sequence[int], height: int, width: int) -> Mask:
     """The mask (H,W) of Label Studio's brush: what is not wholly transparent. Raises BadImage."""
     try:
-        bits = _Bits(bytes(code))
+        bits = _Bits(bytes([*code]))  # bytes(a number) would be so many zeros
     except (ValueError, TypeError):
         raise BadImage("has a brush that is no list of bytes", CODE) from None
     number, word = bits.read(32), bits.read(5) + 1

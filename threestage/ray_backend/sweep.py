@@ -1,5 +1,6 @@
 """The trials of a sweep with Ray Tune: each is an ordinary run, in a process of its own that asks for its own workers."""
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -208,12 +209,11 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
         on = RunCallbacks(reporter.on_metrics, lambda text: reporter.report({"warning": text}))
         with on_cluster(config, folder, on) as backend:
             pipeline.run(config, folder, backend, on, reuse=shared)
+        for step, value in curve_of(folder, the_space.stages, config):
+            reporter.score(step, value)
     except (InputError, StageFailure, UnwritablePlace, OSError, ray.exceptions.RayError) as error:
         again = isinstance(error, NoRoom | UnwritablePlace | OSError)
         reporter.parts(failure=" ".join(reason_of(error).split()), state="waiting" if again else "failed")
-    else:
-        for step, value in curve_of(folder, the_space.stages, config):
-            reporter.score(step, value)
 
 
 class _TrialReporter:
@@ -223,6 +223,7 @@ class _TrialReporter:
         self._trial, self._config, self._stages, self._folder = trial, config, space.stages, folder
         self._last = steps_before(config, space.stages)
         self._trained = set(trial.trained)
+        self._elsewhere = list[str]()
         self._reported = set[int]()
         self._lock = threading.Lock()
 
@@ -231,8 +232,11 @@ class _TrialReporter:
             tune.report(result)
 
     def parts(self, **result: Any) -> None:
-        """A result with the stages that were trained and the parts that were reused so far."""
-        self.report({"trained": sorted(self._trained), "reused": sorted(parts_elsewhere(self._folder)), **result})
+        """A result with the stages that were trained and the parts that were reused, as far as the store says: an outage costs no
+        trial."""
+        with contextlib.suppress(OSError, InputError):
+            self._elsewhere = sorted(parts_elsewhere(self._folder))
+        self.report({"trained": sorted(self._trained), "reused": self._elsewhere, **result})
 
     def score(self, step: int, value: float) -> None:
         if step not in self._reported:

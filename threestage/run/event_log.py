@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,10 +28,12 @@ BETWEEN_S, RETRY_S, END_S = 1.0, 30.0, 30.0
 
 
 class EventLog:
-    """Events of one driver, after those of the drivers before; the newest MOST_EVENTS are kept."""
+    """Events of one driver, after those of the drivers before; the newest MOST_EVENTS are kept. is_lost: whether another driver
+    has taken the run over, whose events these must not replace."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str, is_lost: Callable[[], bool] = lambda: False) -> None:
         self._out = out
+        self._is_lost = is_lost
         self._lines = deque[str](maxlen=MOST_EVENTS)
         self._before: list[str] | None = None
         self._writer: Background | None = None
@@ -55,6 +57,8 @@ class EventLog:
                 self._writer.close(self._write, END_S)
 
     def _write(self) -> None:
+        if self._is_lost():
+            return
         if self._before is None:
             self._before = [json.dumps(event, ensure_ascii=False) for event in read_events(self._out)]
         lines = [*self._before, *list(self._lines)][-MOST_EVENTS:]
@@ -116,7 +120,7 @@ def noted(
     config: Config, out: str, held: lease.Lease, before: lease.Holder | None, devices: float, on: RunCallbacks
 ) -> Iterator[RunCallbacks]:
     """The callbacks of a run whose events and progress are noted. before: the dead driver that `held` was taken from."""
-    log, progress = EventLog(out), RunProgress(out, config, devices)
+    log, progress = EventLog(out, lambda: held.lost is not None), RunProgress(out, config, devices)
     held.progress = progress.read
     if before is not None:
         spent = {key: before.progress[key] for key in ("seconds", "devices") if key in before.progress}

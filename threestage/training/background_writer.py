@@ -43,7 +43,7 @@ class BackgroundWriter:
             self._raise_error()
             self._waiting = (what, write)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="checkpoint")
+                self._thread = threading.Thread(target=self._run_or_end, name="checkpoint")
                 self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> WriteState:
@@ -82,6 +82,13 @@ class BackgroundWriter:
             self._warn("the store is still away: training waits for it with the weights in memory")
         return self._overdue
 
+    def _run_or_end(self) -> None:
+        """Whatever ends the thread, a warning that could not be shown too, ends the writing: nobody waits for it for ever."""
+        try:
+            self._run()
+        except BaseException as error:
+            self._end(error)
+
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
         while (job := self._next()) is not None:
@@ -95,9 +102,6 @@ class BackgroundWriter:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            except BaseException as error:
-                self._end(error)
-                return
             else:
                 self._done(job)
                 pause_s = FIRST_PAUSE_S

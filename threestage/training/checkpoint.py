@@ -176,7 +176,12 @@ class Checkpoints:
 
     def publish(self, write: Callable[[], None]) -> None:
         """Write what a stage delivers, as checkpoints are written; `wait` says when it is done."""
-        self._writer.submit("the stage's model", write)
+
+        def write_if_ours() -> None:
+            self._refuse_when_taken_over()
+            write()
+
+        self._writer.submit("the stage's model", write_if_ours)
 
     def wait(self, timeout_s: float | None = None) -> WriteState:
         """Until what was saved is written, or for some seconds. Raises UnwritablePlace when the folder takes no writes any more,

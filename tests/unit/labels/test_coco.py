@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.refusals import refused
 from tests.unit.labels.exports import coco, read
+from threestage.data.image_validation import BadFile
 from threestage.labels.rle import coco_text, counts_of
 
 SIZES = {"a": (6, 8)}
@@ -90,3 +91,9 @@ def test_a_folder_without_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with refused("data/annotations", tmp_path):
         read("coco", tmp_path, SIZES)
+
+
+def test_run_lengths_for_another_size_are_a_bad_mask(tmp_path: Path) -> None:
+    path = coco(tmp_path / "a.json", [{"segmentation": {"size": [3, 4], "counts": [0, 12]}}])
+    with refused("mask/size", "4x3", error=BadFile):
+        read("coco", path, SIZES, ("ground", "thing"))

@@ -11,6 +11,7 @@ from PIL import Image
 from tests.refusals import refused
 from tests.unit.labels.exports import CLASSES, read
 from threestage.data import storage
+from threestage.data.outputs import EXPORT_MARK
 from threestage.data.palette import palette_png
 from threestage.data.records import encode_mask
 from threestage.labels.label_export import ExportSettings, export_labels
@@ -108,3 +109,15 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p/classes.json").unlink()
     with refused("labels/no-classes", "classes.json"):
         export_labels(place, f"{tmp_path}/out3", ExportSettings(to="masks"))
+
+
+def test_a_finished_export_is_not_written_over_and_a_killed_one_continues(tmp_path: Path) -> None:
+    place, out = prediction(tmp_path / "p"), f"{tmp_path}/out"
+    export_labels(place, out, ExportSettings(to="labelme"))
+    with refused("labels/exists", out):
+        export_labels(place, out, ExportSettings(to="labelme"))
+    mark = storage.read_json(f"{out}/{EXPORT_MARK}")
+    storage.write_json(f"{out}/{EXPORT_MARK}", {key: value for key, value in mark.items() if key != "finished"})
+    with refused("labels/exists", out):
+        export_labels(place, out, ExportSettings(to="coco"))
+    assert export_labels(place, out, ExportSettings(to="labelme")).images == 2

@@ -61,3 +61,11 @@ def test_what_is_not_as_label_studio_writes_it_is_refused(tmp_path: Path) -> Non
     (tmp_path / "t.json").write_text("[]")
     with refused("data/annotations", tmp_path):
         read("label-studio", tmp_path, SIZES)
+
+
+def test_a_relation_has_no_value_and_a_damaged_shape_is_named(tmp_path: Path) -> None:
+    relation = {"type": "relation", "from_id": "x", "to_id": "y"}
+    assert things(tasks(tmp_path / "t.json", {"result": [result(SQUARE), relation]}))
+    damaged = tasks(tmp_path / "t.json", {"result": [result({"polygonlabels": ["thing"]})]})
+    with refused("data/annotations", f"{tmp_path}/t.json", "polygonlabels", "points"):
+        things(damaged)

@@ -29,12 +29,13 @@ def test_shapes_of_every_kind(tmp_path: Path) -> None:
         tmp_path,
         shape("polygon", (0, 0), (2, 0), (2, 1), (0, 1)),
         shape("rectangle", (5, 3), (3, 2)),
+        shape("rectangle", (0, 2), (1, 2), (1, 3), (0, 3)),
         shape("circle", (6.5, 4.5), (6.5, 5.6)),
         shape("line", (1, 1), (2, 2)),
     )
     masks, notes = read("labelme", tmp_path, SIZES, ["ground", "thing"])
     circle = [[3, 6], [4, 5], [4, 6], [4, 7], [5, 6]]
-    assert np.argwhere(masks["one/a"] == 1).tolist() == [[0, 0], [0, 1], [2, 3], [2, 4], *circle]
+    assert np.argwhere(masks["one/a"] == 1).tolist() == [[0, 0], [0, 1], [2, 0], [2, 3], [2, 4], *circle]
     assert notes[-1] == f"{tmp_path}: not read: 1 shapes of kind line"
 
 

@@ -40,7 +40,9 @@ def test_a_literal_of_label_studio_is_read() -> None:
     assert brush_mask(list(code), 1, 2).tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("counts", [[1, 2], [-1, 7], [1.5, 4.5], [3] * 20, [[6]], [2**62, 2**62]])
+@pytest.mark.parametrize(
+    "counts", [[1, 2], [-1, 7], [1.5, 4.5], [3] * 20, [[6]], [2**62, 2**62], [2**62] * 3 + [2**62 + 6]]
+)
 def test_counts_that_do_not_cover_the_image_are_refused(counts: list[int]) -> None:
     with refused("mask/run-length", error=BadImage):
         mask_of(counts, 2, 3, "rows")
@@ -52,7 +54,7 @@ def test_texts_that_are_cut_are_refused(text: str) -> None:
         coco_counts(text)
 
 
-@pytest.mark.parametrize("code", [[], [300], [0] * 8, [255] * 30, [0, 0, 0, 24, 57, 27, 252]])
+@pytest.mark.parametrize("code", [[], [300], [0] * 8, [255] * 30, [0, 0, 0, 24, 57, 27, 252], 10**11])
 def test_brushes_that_are_cut_are_refused(code: list[int]) -> None:
     with refused("mask/run-length", error=BadImage):
         brush_mask(code, 2, 3)

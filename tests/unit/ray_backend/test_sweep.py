@@ -85,3 +85,23 @@ def test_what_fails_is_told(
     (row,) = told
     assert (row["trained"], row["reused"], row["state"]) == ([], [], state)
     assert " ".join(str(error).split()) in row["failure"]
+
+
+def test_a_store_that_is_away_leaves_the_trial_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: Told
+) -> None:
+    """Also where the reports themselves, and the last score, need the store: a failed trial would lose its checkpoints."""
+
+    def away(*arguments: object) -> None:
+        raise OSError("no answer")
+
+    monkeypatch.setattr(sweep, "parts_elsewhere", away)
+    monkeypatch.setattr(sweep, "curve_of", away)
+    run(monkeypatch, tmp_path, trains)
+    assert [report.get("mean_iou") for report in told[:1]] == [0.3]
+    assert told[-1] == {
+        "trained": ["stage1", "stage2"],
+        "reused": [],
+        "failure": "OSError: no answer",
+        "state": "waiting",
+    }
