@@ -282,7 +282,7 @@ def test_an_object_in_an_archive_may_not_be_read(bucket: str) -> None:
     put(f"{bucket}/a", bytes(1000), StorageClass="GLACIER")
     # pyarrow's SDK does not always read the answer's body before it looks at the status, which is 403
     with pytest.raises(
-        PermissionError, match="not valid for the object's storage class|ACCESS_DENIED during GetObject"
+        PermissionError, match=r"not valid for the object's storage class|ACCESS_DENIED during GetObject"
     ):
         storage.read_bytes(f"{bucket}/a")
 
