@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import tiny_config
-from tests.faulty_s3 import Faults, faulty_s3
+from tests.faulty_s3 import Faults
 from tests.refusals import refused
 from tests.runs import run_local
-from tests.s3 import s3_server, variables
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
@@ -34,15 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BUCKET = "s3://bucket"
 UNLABELLED = 120
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """An empty bucket behind a proxy that fails on command."""
-    with s3_server() as endpoint, faulty_s3(endpoint) as (proxy, faults):
-        for name, value in variables(proxy).items():
-            monkeypatch.setenv(name, value)
-        yield faults
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ import yaml
 
 from tests.conftest import tiny_config
 from tests.failing_s3 import ERRORS
-from tests.faulty_s3 import Faults, faulty_s3
-from tests.s3 import s3_server, variables
+from tests.faulty_s3 import Faults
 from tests.small_disk import fill, mounted, remount
 from threestage.run_folder.events import read_events
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
@@ -108,14 +107,6 @@ def driver_step(out: str) -> int:
     latest = Checkpoints(checkpoint_folder(f"{out}/stage1")).latest()
     assert latest is not None
     return latest.step
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    with s3_server() as endpoint, faulty_s3(endpoint) as (proxy, faults):
-        for name, value in variables(proxy).items():
-            monkeypatch.setenv(name, value)
-        yield faults
 
 
 @pytest.mark.parametrize("name", ["denied", "token", "bucket"])

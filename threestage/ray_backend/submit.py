@@ -5,10 +5,9 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from threestage.data.parallel import in_daemon_thread
 from threestage.errors import InputError, StageFailure
 from threestage.plain_text import one_line as shown
 from threestage.plain_text import visible_log
@@ -41,15 +41,7 @@ Say = Callable[[str], None]
 
 def answer_of(seconds: float, call: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
     """The answer of a call, or TimeoutError: Ray's client waits for ever. A call without an answer ends with the process."""
-    answer = Future[Answer]()
-
-    def run() -> None:
-        try:
-            answer.set_result(call(*given, **named))
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    answer = in_daemon_thread(call, *given, **named)
     if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return answer.result()

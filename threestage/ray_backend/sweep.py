@@ -211,7 +211,7 @@ def _run_trial(setting: dict[str, Any], space: dict[str, Any], base: dict[str, A
             pipeline.run(config, folder, backend, on, reuse=shared)
         for step, value in curve_of(folder, the_space.stages, config):
             reporter.score(step, value)
-    except (InputError, StageFailure, UnwritablePlace, OSError, ray.exceptions.RayError) as error:
+    except (InputError, StageFailure, OSError, ray.exceptions.RayError) as error:
         again = isinstance(error, NoRoom | UnwritablePlace | OSError)
         reporter.parts(failure=" ".join(reason_of(error).split()), state="waiting" if again else "failed")
 

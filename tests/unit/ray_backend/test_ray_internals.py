@@ -1,4 +1,4 @@
-"""Each use of Ray's internals works with the Ray that is installed; without it the caller goes on. No other file has one."""
+"""Each use of Ray's internals works with the Ray that is installed; without it the caller works too. No other file has one."""
 
 import ast
 import contextlib
