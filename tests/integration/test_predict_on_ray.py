@@ -1,6 +1,7 @@
 """`threestage predict` as a Ray Data job, from one S3 prefix to another: the masks of this process, each image once."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ from PIL import Image
 from tests.refusals import refused
 from tests.unit.prediction.test_predict import make_model
 from threestage.data import storage
+from threestage.data.pool import data_set_files
+from threestage.data.records import load_manifest
 from threestage.data.rejects import read_rejects
 from threestage.errors import StageFailure
+from threestage.prediction.pool_prediction import predict_pool_here
 from threestage.prediction.predict import PredictReport, PredictSettings, predict_input
+from threestage.prediction.pseudo_masks import PoolTask
 from threestage.prediction.tta import TTASettings
-from threestage.ray_backend.predict import predict_on_ray
+from threestage.ray_backend.predict import predict_on_ray, predict_pool_connected
 from threestage.ray_settings import ClusterSettings
 
 pytestmark = [
@@ -82,3 +87,24 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
         assert storage.read_bytes(uri) == storage.read_bytes(uri.replace("/predicted/", "/here/"))
     with refused("predict/other-settings", "model="):
         predict_on_ray(make_model(tmp_path / "other", seed=1), source, out, settings, cluster)
+
+
+def test_a_pool_that_a_command_predicts_is_that_of_this_process(
+    ray_cluster: None, scenes: Path, tmp_path: Path
+) -> None:
+    """What `labels export` does where the run has not stored its champion's predictions."""
+    make_model(tmp_path / "model")
+    found = []
+    on_ray = partial(predict_pool_connected, cluster=ClusterSettings(workers=2))
+    for name, predict in (("here", predict_pool_here), ("ray", on_ray)):
+        task = PoolTask(
+            destination=f"{tmp_path}/{name}", model_digest="m", num_classes=3, downscale=1, batch_size=3,
+            max_image_pixels=10_000, used_ids=frozenset(), excluded_ids=frozenset(),
+        )  # fmt: skip
+        files = [
+            file.model_copy(update={"replaced": (0, 3)})
+            for file in data_set_files(str(scenes), load_manifest(str(scenes)))
+        ]
+        reports = {report.file: report for report in predict(str(tmp_path / "model"), task, files)}
+        found.append((reports, [storage.read_table(f"{tmp_path}/{name}/{file.name}").to_pylist() for file in files]))
+    assert found[0] == found[1]

@@ -22,6 +22,7 @@ LAYERS = tuple(
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
         "mlflow_sync.records report.mask_images",
         "mlflow_sync report.scores prediction.predict sweeps.trials sweeps.space",
+        "prediction.champion",
         "labels.label_export labels.predicted_masks",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",

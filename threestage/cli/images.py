@@ -9,13 +9,19 @@ import typer
 from rich.table import Table
 
 from threestage.cli.options import (
+    AddressOption,
     FlipOption,
+    GpusOption,
     JsonOption,
     ModelArgument,
+    PredictorsOption,
     ScalesOption,
+    StartTimeoutOption,
     StrideOption,
     TrackingOption,
     WindowOption,
+    WithoutRayOption,
+    cluster_of,
     console,
     counter,
     escape,
@@ -69,8 +75,8 @@ def ingest(
     ] = 0.02,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Images per Parquet file.")] = 256,
     name: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
-    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
+    local: WithoutRayOption = False,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a data set: checks every file, writes the good ones as Parquet, lists the bad ones. Rerun it after a kill.
@@ -197,11 +203,11 @@ def predict(
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
     ] = 0.02,
-    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; none starts one here.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that predict, of one CPU each.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that each of them takes.")] = 0,
-    start_timeout_s: Annotated[int, typer.Option(min=1, help="Seconds to wait for room on the cluster.")] = 300,
+    local: WithoutRayOption = False,
+    address: AddressOption = None,
+    workers: PredictorsOption = 1,
+    gpus_per_worker: GpusOption = 0,
+    start_timeout_s: StartTimeoutOption = 300,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -231,17 +237,8 @@ def predict(
             report = predict_input(files, images, out, settings, show)
         else:
             from threestage.ray_backend.predict import predict_on_ray
-            from threestage.ray_settings import ClusterSettings
 
-            cluster = validated(
-                ClusterSettings,
-                {
-                    "address": address,
-                    "workers": workers,
-                    "gpus_per_worker": gpus_per_worker,
-                    "start_timeout_s": start_timeout_s,
-                },
-            )
+            cluster = cluster_of(address, workers, gpus_per_worker, start_timeout_s)
             report = predict_on_ray(files, images, out, settings, cluster, show, warn)
     _end(report, as_json, partial(_show_predictions, report, out))
 

@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from threestage.cli.options import JsonOption, console, escape, print_json, warn
+from threestage.cli.options import (
+    AddressOption,
+    GpusOption,
+    JsonOption,
+    PredictorsOption,
+    StartTimeoutOption,
+    WithoutRayOption,
+    cluster_of,
+    console,
+    escape,
+    predict_pool_with,
+    print_json,
+    warn,
+)
 from threestage.errors import InputError
 
 app = typer.Typer(help="Masks out to labelling tools.", no_args_is_help=True)
@@ -36,9 +49,14 @@ def export(
         float | None,
         typer.Option(min=0, metavar="PIXELS", help="Polygons in place of masks, moved by so much at most."),
     ] = None,
+    local: WithoutRayOption = False,
+    address: AddressOption = None,
+    workers: PredictorsOption = 1,
+    gpus_per_worker: GpusOption = 0,
+    start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:
-    """Write predictions or a run's pseudo-masks as a start for a labelling tool.
+    """Write predictions, or those of a run's champion, as a start for a labelling tool. What the run lacks is predicted.
 
     Example: threestage labels export predictions tasks --to label-studio --below 0.8=ignore
     """
@@ -48,8 +66,13 @@ def export(
     settings = validated(
         ExportSettings, {"to": to, "images": images, "below": _confidence(below), "simplify": simplify}
     )
+    cluster = cluster_of(address, workers, gpus_per_worker, start_timeout_s)
     with console.status("exporting") as status:
-        report = export_labels(masks, out, settings, lambda done: status.update(f"exported {done:,} images"))
+
+        def progress(what: str, done: int) -> None:
+            status.update(f"{what} {done:,} images")
+
+        report = export_labels(masks, out, settings, progress, predict_pool_with(cluster, local))
     if report.not_found:
         warn(f"{images}: images without a mask: {', '.join(report.not_found)}")
     if as_json:

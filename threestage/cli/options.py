@@ -4,8 +4,8 @@ The terminal is rich's console, on which text from data cannot pass for the term
 """
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.markup
 import typer
@@ -16,6 +16,12 @@ from threestage.errors import InputError
 from threestage.plain_text import escape_control_chars
 from threestage.presets import preset_names
 from threestage.redaction import redact
+
+if TYPE_CHECKING:
+    from threestage.data.pool import PoolFile
+    from threestage.prediction.champion import PredictPool
+    from threestage.prediction.pseudo_masks import FileReport, PoolTask
+    from threestage.ray_settings import ClusterSettings
 
 
 class Terminal(Console):
@@ -62,6 +68,13 @@ BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", metavar="60m", help="Time in place of steps: 60m, 4h, 2d or 8device-hours."),
 ]
+WithoutRayOption = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Of a running Ray cluster; none starts one here.")]
+PredictorsOption = Annotated[int, typer.Option("--workers", min=1, help="Processes that predict, of one CPU each.")]
+GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs that each of them takes.")]
+StartTimeoutOption = Annotated[
+    int, typer.Option("--start-timeout-s", min=1, help="Seconds to wait for room on the cluster.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ModelArgument = Annotated[
     str, typer.Argument(help="models:/NAME@champion, or the folder of a run, a stage or a model.")
@@ -104,6 +117,35 @@ def protocol_of(window: str | None, stride: str | None, flip: bool, scales: str 
     lists = {"window": _sides("--window", window), "stride": _sides("--stride", stride), "scales": _numbers(scales)}
     given = {name: values for name, values in lists.items() if values is not None}
     return validated(TTASettings, {"flip": flip, **given})
+
+
+def cluster_of(address: str | None, workers: int, gpus_per_worker: float, start_timeout_s: int) -> "ClusterSettings":
+    """What a command that predicts asks of Ray."""
+    from threestage.config import validated
+    from threestage.ray_settings import ClusterSettings
+
+    settings = {
+        "address": address,
+        "workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "start_timeout_s": start_timeout_s,
+    }
+    return validated(ClusterSettings, settings)
+
+
+def predict_pool_with(cluster: "ClusterSettings", local: bool) -> "PredictPool":
+    """Where the champion's missing predictions are made: in this process, or on Ray, which starts only when some are missing."""
+    if local:
+        from threestage.prediction.pool_prediction import predict_pool_here
+
+        return predict_pool_here
+
+    def on_ray(model: str, task: "PoolTask", files: "Sequence[PoolFile]") -> "Iterator[FileReport]":
+        from threestage.ray_backend.predict import predict_pool_connected
+
+        return predict_pool_connected(model, task, files, cluster, warn)
+
+    return on_ray
 
 
 def _sides(option: str, text: str | None) -> list[int] | None:

@@ -54,7 +54,7 @@ PARQUET_SUFFIX = ".parquet"
 
 class PoolFile(Settings):
     """One Parquet file of the pool. `digest` covers its rows in order; `by_reference`: they hold URIs, not bytes; `own`:
-    of the run's own data set, whose image ids and masks are the run's. `replaced`: see ListedFile."""
+    of the run's own data set, whose image ids and masks are the run's. `replaced`: rows that are left out, see ListedFile."""
 
     uri: str
     rows: int
@@ -126,8 +126,9 @@ def read_pool_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]
     or a file that is damaged. A store that fails raises OSError. By reference, the next chunk is fetched while the caller
     works on this one.
     """
+    replaced = frozenset(file.replaced)
     if file.by_reference:
-        yield from _read_references(storage.read_table(file.uri), frozenset(file.replaced))
+        yield from _read_references(storage.read_table(file.uri), replaced)
         return
     columns = ["image_id", "source", "image", *(["mask"] if masks and file.own else [])]
     for group in parquet.read_own_groups(file.uri, columns):
@@ -136,7 +137,11 @@ def read_pool_rows(file: PoolFile, masks: bool = True) -> Iterator[list[PoolRow]
             yield from lost_rows(file.uri, file.name, group._replace(rows=rows))
         else:
             names = unnamed(file.name, group)
-            yield list(map(pool_row, names, *(values_of(group.table, name) for name in columns)))
+            found = map(pool_row, names, *(values_of(group.table, name) for name in columns))
+            yield [
+                PoolRow(row.image_id, row.source, b"", replaced=True) if number in replaced else row
+                for number, row in enumerate(found, group.first)
+            ]
 
 
 def values_of(table: pa.Table, name: str) -> list[Any]:

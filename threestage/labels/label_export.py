@@ -22,7 +22,9 @@ from threestage.labels.outlines import polygons_of
 from threestage.labels.output_files import ExportedImage, ExportedRegion, Write
 from threestage.labels.predicted_masks import PredictedMask, PredictedMasks, predicted_masks
 from threestage.labels.rasterise import fill_ring
+from threestage.prediction.champion import Champion, PoolPredictions, PredictPool, champion_predictions
 from threestage.prediction.input_parts import safe_name
+from threestage.prediction.pool_prediction import predict_pool_here
 from threestage.settings import Settings
 
 WRITERS: dict[str, Write] = {
@@ -34,7 +36,8 @@ WRITERS: dict[str, Write] = {
 }
 
 Bytes = np.ndarray
-Progress = Callable[[int], None]
+Progress = Callable[[str, int], None]
+"""What is done with images, and how many."""
 
 
 class ExportSettings(Settings):
@@ -58,18 +61,27 @@ class ExportReport(Settings):
 
 
 def export_labels(
-    place: str, out: str, settings: ExportSettings, progress: Progress = lambda done: None
+    place: str,
+    out: str,
+    settings: ExportSettings,
+    progress: Progress = lambda what, done: None,
+    predict: PredictPool = predict_pool_here,
 ) -> ExportReport:
-    """Write the masks of a run or a prediction into the folder `out`.
+    """Write the masks of a run or a prediction into the folder `out`; `predict` makes those that the run does not have.
 
-    Raises InputError where there are none, where `out` holds something else, and for settings that do not fit.
+    Raises InputError where there are none, where `out` holds something else, for settings that do not fit, and as `predict`.
     """
     if settings.to not in WRITERS:
         raise InputError(f"--to {settings.to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
     if settings.simplify is not None and settings.to == "masks":
         raise InputError("--simplify: masks have no outlines; leave it out, or give another --to", "labels/format")
-    found = predicted_masks(place)
     wanted = None if settings.images is None else _listed(settings.images)
+    asked_for = None if wanted is None else frozenset(wanted)
+
+    def make(champion: Champion) -> PoolPredictions:
+        return champion_predictions(champion, out, asked_for, predict, lambda done, _: progress("predicted", done))
+
+    found = predicted_masks(place, make)
     claim(out, EXPORT)
     mark = {"exported_from": found.place, **settings.model_dump(mode="json")}
     _refuse_other_exports(out, mark)
@@ -83,7 +95,7 @@ def export_labels(
             overlap.add(image)
             add(image)
             done += 1
-            progress(done)
+            progress("exported", done)
     storage.write_json(storage.join(out, EXPORT_MARK), mark | {"finished": True})
     missing = sorted(wanted or ())[:20]
     return ExportReport(images=done, masks=found.place, not_found=tuple(missing), iou=overlap.iou)

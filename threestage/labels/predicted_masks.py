@@ -1,8 +1,7 @@
 """The masks that `threestage predict` or a run has made, one after another: memory is that of some rows of a file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +11,16 @@ import pyarrow as pa
 from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.data.outputs import PREDICTIONS, RUN, is_marked
-from threestage.data.pool import PoolFile, listed_pool, load_pool, pseudo_mask_uri
+from threestage.data.pool import PoolFile, listed_pool, pseudo_mask_uri
 from threestage.data.records import decode_mask, load_manifest, open_image, upright_size
 from threestage.errors import InputError
-from threestage.models.export import CARD, ModelCard, parse_card
-from threestage.prediction.predict import CLASSES_NAME, PARTS_FOLDER, RECORD_NAME, best_stages, enlarged
-from threestage.run_folder.folder import RunFolder
+from threestage.models.export import ModelCard
+from threestage.prediction.champion import Champion, PoolPredictions, champion_of, named
+from threestage.prediction.predict import CLASSES_NAME, PARTS_FOLDER, RECORD_NAME, enlarged
 
 Bytes = npt.NDArray[np.uint8]
+Make = Callable[[Champion], PoolPredictions]
+"""The champion's predictions, found or made: `champion_predictions` with the place where it may write."""
 
 
 class PredictedMask(NamedTuple):
@@ -41,8 +42,8 @@ class PredictedMasks:
     masks: Iterator[PredictedMask]
 
 
-def predicted_masks(place: str) -> PredictedMasks:
-    """Those of a prediction's folder, or of a run's: the pseudo-masks of its best stage, else of the last that has some.
+def predicted_masks(place: str, make: Make) -> PredictedMasks:
+    """Those of a prediction's folder, or of the champion of a run, which `make` predicts where the run has not stored them.
 
     Raises InputError where there are none.
     """
@@ -50,7 +51,9 @@ def predicted_masks(place: str) -> PredictedMasks:
     if is_marked(place, PREDICTIONS):
         return _of_prediction(place)
     if is_marked(place, RUN):
-        return _of_run(place)
+        champion = champion_of(place)
+        what = champion.stored_masks or champion.model
+        return PredictedMasks(what, _classes(champion.card), _of_champion(champion, make))
     raise InputError(
         f"{place}: neither a run nor predictions; give the folder of one (predictions: the OUTPUT of threestage predict)",
         "labels/no-masks",
@@ -60,23 +63,10 @@ def predicted_masks(place: str) -> PredictedMasks:
 # ---- A run
 
 
-def _of_run(run: str) -> PredictedMasks:
-    folder = RunFolder.at(run)
-    stages = [stage for stage in best_stages(run) if folder.is_done(_set_of(stage))]
-    if not stages:
-        raise InputError(
-            f"{run}: no stage has predicted the pool; let stage 1 end, or predict the images and give that folder",
-            "labels/no-masks",
-        )
-    uri = storage.join(folder.part(stages[0]), "model", CARD)
-    card = parse_card(storage.read_bytes(uri), uri)
-    masks = folder.part(_set_of(stages[0]))
-    pool = load_pool(folder.part("pool.parquet"))
-    return PredictedMasks(masks, _classes(card), (mask for file in pool for mask in _pseudo_masks(masks, file, card)))
-
-
-def _set_of(stage: str) -> str:
-    return f"pseudo_masks{stage.removeprefix('stage')}"
+def _of_champion(champion: Champion, make: Make) -> Iterator[PredictedMask]:
+    predictions = make(champion)
+    for file in predictions.files:
+        yield from _pseudo_masks(predictions.folder, file, champion.card)
 
 
 def _classes(card: ModelCard) -> list[tuple[str, Colour]]:
@@ -84,10 +74,12 @@ def _classes(card: ModelCard) -> list[tuple[str, Colour]]:
 
 
 def _pseudo_masks(folder: str, file: PoolFile, card: ModelCard) -> Iterator[PredictedMask]:
-    """The rows of a pool file that have a pseudo-mask."""
+    """The rows of a pool file that have a pseudo-mask and are not left out."""
     images = ["image_id", "image_uri"] if file.by_reference else ["image_id", "source", "height", "width"]
-    for row, image in _beside(pseudo_mask_uri(folder, file), storage.read_table(file.uri, images)):
-        if row["pseudo_mask"] is None:
+    replaced = frozenset(file.replaced)
+    both = _beside(pseudo_mask_uri(folder, file), storage.read_table(file.uri, images))
+    for number, (row, image) in enumerate(both):
+        if row["pseudo_mask"] is None or number in replaced:
             continue
         small = decode_mask(row["pseudo_mask"])
         sure = np.frombuffer(row["confidence"], np.uint8).reshape(small.shape)
@@ -166,9 +158,8 @@ def _beside(uri: str, images: pa.Table | None) -> Iterator[tuple[dict[str, Any],
 
 
 def _name(image: dict[str, Any], source: str | None = None) -> str:
-    """The image's path below its source, else its id with the suffix of its file."""
+    """The image's path below its source, else as `named`."""
     uri = str(image.get("image_uri") or image.get("source") or "")
     if source is not None and uri.startswith(f"{source.rstrip('/')}/"):
         return uri.removeprefix(f"{source.rstrip('/')}/")
-    suffix = PurePosixPath(uri.partition("#")[0]).suffix
-    return f"{image['image_id']}{suffix}"
+    return named(image["image_id"], uri)

@@ -55,6 +55,7 @@ from threestage.prediction.pseudo_masks import (
 )
 from threestage.prediction.tta import TTASettings, predict_in_windows
 from threestage.training.loop import autocast_dtype
+from threestage.training.worker import default_device
 
 WAITING_BYTES = 256 * 2**20
 WAITING_ROWS = 256
@@ -140,6 +141,12 @@ def predict_files(
                 yield reports.popleft().result()
         while reports:
             yield reports.popleft().result()
+
+
+def predict_pool_here(model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
+    """`predict_files` with the model in a folder, on this process's device."""
+    device = default_device()
+    yield from predict_files(load_model(model)[0].to(device), task, files, device)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from threestage.allocator import disable_malloc_trim
-from threestage.config import STAGES
+from threestage.config import STAGES, StageName
 from threestage.data import storage
 from threestage.data.formats import passed_over
 from threestage.data.listing import Each, suffixes_passed_over
@@ -156,7 +156,7 @@ def _models_of_run(run: str) -> list[str]:
     return [storage.join(resolve_part(run, stage), "model") for stage in best_stages(run)]
 
 
-def best_stages(run: str) -> list[str]:
+def best_stages(run: str) -> list[StageName]:
     """The stages of a run, its best one first, then the last ones."""
     results, last_first = storage.join(run, "results.json"), sorted(STAGES, reverse=True)
     verdict = verdict_in(storage.read_json(results)) if storage.exists(results) else None

@@ -57,6 +57,20 @@ def predict_pool(
     return watched_reports("pseudo-masks", files, open_predictor, cluster, warn)
 
 
+def predict_pool_connected(
+    model: str, task: PoolTask, files: Sequence[PoolFile], cluster: ClusterSettings, warn: Warn = print
+) -> Iterator[FileReport]:
+    """`predict_pool` on a cluster that is connected to meanwhile. Raises StageFailure when an actor fails for good or the cluster
+    has no room."""
+    with connected_on_demand(cluster) as connect:
+        connect()
+        warn_of_folders([model, task.destination], warn)
+        try:
+            yield from predict_pool(model, task, files, cluster, warn)
+        except ray.exceptions.RayError as error:
+            raise to_user_error(error, "predict: ") from error
+
+
 def watched_reports(
     what: str, files: Sequence[PoolFile], open_predictor: Callable[[], Predict], cluster: ClusterSettings, warn: Warn
 ) -> Iterator[FileReport]:

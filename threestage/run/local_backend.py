@@ -7,12 +7,11 @@ from threestage.allocator import disable_malloc_trim
 from threestage.config import Config
 from threestage.data.parallel import map_ahead
 from threestage.data.pool import PoolFile
-from threestage.models.export import load_model
-from threestage.prediction.pool_prediction import predict_files
+from threestage.prediction.pool_prediction import predict_pool_here
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.run.backend import Item, Result, RunCallbacks
 from threestage.run.stages import StageTask, local_unlabelled, train_stage
-from threestage.training.worker import LocalWorker, default_device
+from threestage.training.worker import LocalWorker
 
 
 class LocalBackend:
@@ -31,8 +30,7 @@ class LocalBackend:
             train_stage(task, worker)
 
     def predict_pool(self, model: str, task: PoolTask, files: Sequence[PoolFile]) -> Generator[FileReport]:
-        device = default_device()
-        yield from predict_files(load_model(model)[0].to(device), task, files, device)
+        yield from predict_pool_here(model, task, files)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         return map_ahead(function, items)
