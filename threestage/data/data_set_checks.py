@@ -64,8 +64,10 @@ def sampled_pixels(root: str, manifest: Manifest, but: Collection[str], classes:
     for file in files:
         for group in storage.read_groups(storage.join(root, file.path), ["image_id", "mask"]):
             for row in group.to_pylist():
-                if row["mask"] is not None and row["image_id"] not in seen:
-                    seen.add(row["image_id"])
+                if row["image_id"] in seen or (row["mask"] is None and file.kind == "images"):
+                    continue
+                seen.add(row["image_id"])
+                if row["mask"] is not None:
                     pixels += np.bincount(decode_mask(row["mask"]).ravel(), minlength=256)
             if len(seen) - len(but) >= SAMPLE:
                 return pixels[:classes]

@@ -18,7 +18,7 @@ shards/<digest>.json    reports. They stay, for they make an unchanged rerun che
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
 index/                  what the data set holds (`threestage.data.publish`), until an ingest has extended it
-drawings/               of an export of a labelling tool: what is drawn of each image, until the ingest ends
+drawings-<digest>/      of an export of a labelling tool: what is drawn of each image, until the ingest ends
 
 Parquet files of an ingest that was given up stay too; no manifest names them.
 """
@@ -40,16 +40,17 @@ from threestage.data.data_set_checks import (
     fix_for,
     sampled_pixels,
 )
+from threestage.data.drawings import DRAWINGS, write_drawings
 from threestage.data.formats import LABELLING_TOOLS, IngestSettings, SourceItem, discover, missing, passed_over
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import (
-    DRAWINGS,
     Additions,
     IngestJob,
     Shard,
     ShardReport,
     build_index,
+    drawings_uri,
     few_at_once,
     finished,
     look_up_ids,
@@ -57,7 +58,6 @@ from threestage.data.publish import (
     publish,
     report_uri,
     shard_digest,
-    write_drawings,
     write_shard,
 )
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
@@ -70,6 +70,7 @@ from threestage.settings import Settings
 __all__ = ["IngestReport", "IngestSettings", "Progress", "ingest"]
 
 SHIPPED = ("camvid", "voc", "cityscapes")
+LOOKED_UP_AT_ONCE = 2**12
 KNOWN_PER_SHARD = 16  # files' worth of images that the data set has: most of them write nothing
 
 Progress = Callable[[int, int], None]
@@ -121,8 +122,8 @@ def ingest(
         made = None if manifest is current else manifest
     finally:
         listed = _write_rejects(root, rejects, made)
-    for name in ("index", DRAWINGS) if made else (DRAWINGS,):
-        storage.delete(storage.join(root, name), root)
+    for done in ([storage.join(root, "index")] if made else []) + ([plan.drawings] if plan.drawings else []):
+        storage.delete(done, root)
     return IngestReport(
         manifest=manifest,
         added_images=added.images,
@@ -226,12 +227,14 @@ def _class_notes(
 
 
 class IngestPlan(NamedTuple):
-    """`images`: how many are in all shards. `items`: they themselves, none of a listing. `notes`: for the user."""
+    """`images`: how many are in all shards. `items`: they themselves, none of a listing. `notes`: for the user. `drawings`: the
+    folder of what is drawn of them."""
 
     shards: list[Shard]
     images: int
     items: Sequence[SourceItem] = ()
     notes: Sequence[str] = ()
+    drawings: str | None = None
 
 
 def _begin(
@@ -261,13 +264,28 @@ def _plan(
     if settings.format == "images":
         return _plan_listed(job, source, settings, each)
     notes: list[str] = []
-    found = discover(source, settings, notes, None if labels is None else labels.label)
-    items = sorted(found, key=lambda item: (item.split, _order(item.image_id)))
-    shards = [replace(shard, drawn=labels is not None) for shard in _cut(job, items)]
-    if labels is not None:
-        for shard in shards:
-            write_drawings(job.root, shard, [labels.drawing_of(item.image_id) for item in shard.items])
-    return IngestPlan(shards, len(items), items, notes)
+    label = None if labels is None else partial(labels.label, labelled_before=partial(_labelled_before, job))
+    items = discover(source, settings, notes, label)
+    items.sort(key=lambda item: (item.split, _order(item.image_id)))
+    shards = list(_cut(job, items))
+    drawings = None if labels is None else _write_drawings(job.root, shards, labels)
+    shards = [replace(shard, drawings=drawings) for shard in shards]
+    return IngestPlan(shards, len(items), items, notes, drawings)
+
+
+def _labelled_before(job: IngestJob, image_ids: Sequence[str]) -> set[str]:
+    """Those that have a mask in the data set."""
+    return {image_id for image_id, known in look_up_ids(job.index, image_ids).items() if known.mask_digest is not None}
+
+
+def _write_drawings(root: str, shards: Sequence[Shard], labels: LabelledSource) -> str:
+    """The folder of what is drawn of the images of all shards: another ingest into the data set has another one."""
+    digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()[:16]
+    folder = storage.join(root, f"{DRAWINGS}-{digest}")
+    for shard in shards:
+        found = ((item.image_id, labels.drawing_of(item.image_id)) for item in shard.items if item.mask_uri)
+        write_drawings(drawings_uri(folder, shard), ((i, data) for i, data in found if data is not None))
+    return folder
 
 
 def _plan_listed(job: IngestJob, source: str, settings: IngestSettings, each: Each) -> IngestPlan:
@@ -293,7 +311,7 @@ def _listing_folder(job: IngestJob, source: str) -> str:
 
 def _cut(job: IngestJob, items: Sequence[SourceItem]) -> Iterator[Shard]:
     """Shards of one split; new images apart from known ones, so that what is new comes together in few files."""
-    known = look_up_ids(job.index, [item.image_id for item in items])
+    known = _known_ids(job, items)
     for of_known in (False, True):
         size = job.rows_per_file * (KNOWN_PER_SHARD if of_known else 1)
         chosen = [item for item in items if (item.image_id in known) == of_known]
@@ -302,6 +320,14 @@ def _cut(job: IngestJob, items: Sequence[SourceItem]) -> Iterator[Shard]:
             for start in range(0, len(members), size):
                 part = members[start : start + size]
                 yield Shard(split, shard_digest(job, split, part), items=part)
+
+
+def _known_ids(job: IngestJob, items: Sequence[SourceItem]) -> set[str]:
+    """Those that the data set holds, looked up some at a time: memory is that of their names."""
+    known: set[str] = set()
+    for start in range(0, len(items), LOOKED_UP_AT_ONCE):
+        known |= look_up_ids(job.index, [item.image_id for item in items[start : start + LOOKED_UP_AT_ONCE]]).keys()
+    return known
 
 
 def _order(image_id: str) -> str:

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from threestage.data import parquet, storage
 from threestage.data.classes import ClassMap, Lookup
+from threestage.data.drawings import read_drawings
 from threestage.data.formats import SPLITS, SourceItem, each_id_once
 from threestage.data.image_validation import BadFile, check_image, check_mask
 from threestage.data.parallel import Item, Result, map_ahead
@@ -108,8 +109,8 @@ class ShardReport(Settings):
     """What became of the images of one shard, all of one split.
 
     `base`: digest of the manifest that the shard was compared with, None for none. `images`, `labels`: new in the data
-    set, `newly_labelled`: of these labels, those of images that had none. `skipped`: images that the data set had. `gone`:
-    images that were listed and are no longer there. `heights`, `widths`: of the new images.
+    set, `newly_labelled`: of these labels, those of images that had none, less the images that lost theirs. `skipped`: images
+    that the data set had. `gone`: images that were listed and are no longer there. `heights`, `widths`: of the new images.
     `masks`: digest of the masks that its images were given, new or not (`masks_digest`), None for none; `labelled`: how many
     these are; `pixels`: their pixels of each class.
     """
@@ -164,8 +165,8 @@ class Writer:
         if row.known is None:
             self._heights.append(row.record["height"])
             self._widths.append(row.record["width"])
-        had_none = row.known is None or row.known.mask_digest is None
-        self._newly_labelled += had_none and row.mask_digest is not None
+        had_mask = row.known is not None and row.known.mask_digest is not None
+        self._newly_labelled += (row.mask_digest is not None) - had_mask
         if len(waiting) >= self._rows_per_file or sum(one.size for one in waiting) >= MAX_FILE_BYTES:
             self._write(row.kind)
 
@@ -475,8 +476,6 @@ def _loaded(folder: str, number: int) -> Entries:
 
 SHARDS_AT_ONCE = 2
 REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 2
-DRAWINGS = "drawings"
-DRAWINGS_SCHEMA = pa.schema([("image_id", pa.string()), ("drawing", pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -494,14 +493,14 @@ class IngestJob:
 @dataclass(frozen=True)
 class Shard:
     """Some images of one split: `items`, or where `listed` names a Parquet file of a listing, those in it, less the rows
-    `replaced`. `drawn`: their masks are drawn from `write_drawings`."""
+    `replaced`. `drawings`: the folder of what their masks are drawn from (`write_drawings`)."""
 
     split: SplitName
     digest: str
     items: tuple[SourceItem, ...] = ()
     listed: str | None = None
     replaced: tuple[int, ...] = ()
-    drawn: bool = False
+    drawings: str | None = None
 
     def __str__(self) -> str:
         return self.listed or f"images {self.items[0].image_id} to {self.items[-1].image_id}"
@@ -546,7 +545,8 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
         if outcome.pixels is not None:
             masks.append((item.image_id, outcome.mask_digest))
             pixels += outcome.pixels
-    given = {"masks": masks_digest(masks), "labelled": len(masks), "pixels": tuple(pixels.tolist())} if masks else {}
+    labelled = sum(digest is not None for _, digest in masks)
+    given = {"masks": masks_digest(masks), "labelled": labelled, "pixels": tuple(pixels.tolist())} if masks else {}
     report = writer.report(job.base, rejected, skipped=skipped, gone=gone, **given)
     storage.write_json(report_uri(job.root, shard.digest), report.model_dump(mode="json"))
     return report
@@ -573,12 +573,20 @@ def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
 def _outcomes(job: IngestJob, shard: Shard, items: Sequence[SourceItem]) -> Iterator["Checked | BadFile | Gone"]:
     known = look_up_ids(job.index, [item.image_id for item in items])
     lookup = Lookup(job.class_map, job.map_name) if job.class_map else None
-    drawings = _read_drawings(job, shard) if shard.drawn else {}
 
-    def check(item: SourceItem) -> Checked | BadFile | Gone:
-        return _check(item, known.get(item.image_id), lookup, drawings.get(item.image_id))
+    def check(drawn: tuple[SourceItem, bytes | None]) -> Checked | BadFile | Gone:
+        item, drawing = drawn
+        return _check(item, known.get(item.image_id), lookup, drawing)
 
-    return map_ahead(check, items)
+    return map_ahead(check, _with_drawings(shard, items))
+
+
+def _with_drawings(shard: Shard, items: Sequence[SourceItem]) -> Iterator[tuple[SourceItem, bytes | None]]:
+    """The items, in the order of their shard, with what is to be drawn of each."""
+    drawings = iter(()) if shard.drawings is None else read_drawings(drawings_uri(shard.drawings, shard))
+    for item in items:
+        drawn = shard.drawings is not None and item.mask_uri is not None
+        yield item, next((data for image_id, data in drawings if image_id == item.image_id), None) if drawn else None
 
 
 def _is_held(report: ShardReport, job: IngestJob, shard: Shard) -> bool:
@@ -599,19 +607,8 @@ def report_uri(root: str, digest: str) -> str:
     return storage.join(root, "shards", f"{digest[:16]}.json")
 
 
-def write_drawings(root: str, shard: Shard, drawings: Sequence[bytes | None]) -> None:
-    """What is to be drawn of each image of a shard, for the process that works on it."""
-    rows = [{"image_id": item.image_id, "drawing": data} for item, data in zip(shard.items, drawings, strict=True)]
-    storage.write_table(_drawings_uri(root, shard), pa.Table.from_pylist(rows, DRAWINGS_SCHEMA))
-
-
-def _read_drawings(job: IngestJob, shard: Shard) -> dict[str, bytes]:
-    table = storage.read_table(_drawings_uri(job.root, shard))
-    return {row["image_id"]: row["drawing"] for row in table.to_pylist() if row["drawing"] is not None}
-
-
-def _drawings_uri(root: str, shard: Shard) -> str:
-    return storage.join(root, DRAWINGS, f"{shard.digest[:16]}.parquet")
+def drawings_uri(folder: str, shard: Shard) -> str:
+    return storage.join(folder, f"{shard.digest[:16]}.parquet")
 
 
 def _items(shard: Shard) -> Sequence[SourceItem]:
@@ -664,9 +661,11 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
     image = check_image(data)
     mask = mask_digest = pixels = None
     if item.mask_uri is not None and lookup is not None:
-        mask = _mask_of(item.mask_uri, lookup, (image.height, image.width), drawn)
-        mask_digest = digest_of(mask.tobytes())
+        mask = _mask_of(item, item.mask_uri, lookup, (image.height, image.width), drawn)
         pixels = np.bincount(mask.ravel(), minlength=256)[: lookup.classes]
+        if drawn is not None and not pixels.any():
+            mask = None  # the export has no region of it, so it is unlabelled
+        mask_digest = None if mask is None else digest_of(mask.tobytes())
     if known and known.mask_digest == mask_digest:
         return Checked(None, mask_digest, pixels)
     record = {
@@ -680,10 +679,12 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
     return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels)
 
 
-def _mask_of(uri: str, lookup: Lookup, size: tuple[int, int], drawn: bytes | None) -> npt.NDArray[np.uint8]:
-    name = uri.rsplit("/", 1)[-1]
+def _mask_of(
+    item: SourceItem, uri: str, lookup: Lookup, size: tuple[int, int], drawn: bytes | None
+) -> npt.NDArray[np.uint8]:
+    name = uri.removesuffix(f"#{item.image_id}").rsplit("/", 1)[-1]
     if drawn is not None:
-        return draw(drawn, size, f"its annotation in {name.partition('#')[0]}")
+        return draw(drawn, size, f"its annotation in {name}")
     return check_mask(_read(uri, f"mask {name}", BadFile), lookup, size, name)
 
 

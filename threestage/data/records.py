@@ -3,7 +3,7 @@
 root/manifest.json                      the current version
 root/manifests/v0001.json …             every version
 root/images/<split>-<digest>.parquet    images, with their masks where there were any; one split per file
-root/labels/<split>-<digest>.parquet    images of the set whose mask came (or was corrected) later
+root/labels/<split>-<digest>.parquet    images of the set whose mask came, was corrected or was taken away (null) later
 root/rejected/v0001.parquet             what an ingest refused (data/rejects.py)
 root/shards/, root/listing/             what an ingest has done, so that it can go on (data/publish.py, data/listing.py)
 """
@@ -250,25 +250,27 @@ def pool_files(manifest: Manifest) -> tuple[DataFile, ...]:
 
 def labelled_ids(root: str, manifest: Manifest, split: SplitName) -> list[str]:
     """Sorted ids of a split's images that have a mask; reads no image."""
-    found: set[str] = set()
+    has_mask: dict[str, bool] = {}
     for file in files_with_masks(manifest, split):
-        found.update(_with_mask(root, file, ["image_id", "mask"]).column("image_id").to_pylist())
-    return sorted(found)
+        table = parquet.read_file(storage.join(root, file.path), ["image_id", "mask"])
+        has_mask.update(zip(table.column("image_id").to_pylist(), _has_mask(table), strict=True))
+    return sorted(image_id for image_id, there in has_mask.items() if there)
 
 
 def labelled_rows(root: str, manifest: Manifest, split: SplitName, ids: Collection[str] | None = None) -> pa.Table:
     """The rows of a split that have a mask (RECORD_SCHEMA), or those of them named in `ids`, sorted by id.
 
-    One row per id: a mask that came later wins over an earlier one. Holds all of them in memory at once.
+    One row per id: what came later wins, be it a mask or that there is none any more. Holds all of them in memory at once.
     """
     wanted = None if ids is None else set(ids)
     seen: set[str] = set()
     parts = [RECORD_SCHEMA.empty_table()]
     for file in reversed(files_with_masks(manifest, split)):
-        table = _with_mask(root, file, RECORD_SCHEMA.names)
-        keep = [i not in seen and (wanted is None or i in wanted) for i in table.column("image_id").to_pylist()]
-        seen.update(table.column("image_id").to_pylist())
-        parts.append(table.filter(pa.array(keep, pa.bool_())))
+        table = parquet.read_file(storage.join(root, file.path), RECORD_SCHEMA.names).replace_schema_metadata(None)
+        ids = table.column("image_id").to_pylist()
+        latest = [i not in seen and (wanted is None or i in wanted) for i in ids]
+        seen.update(ids)
+        parts.append(table.filter(pc.and_(pa.array(latest, pa.bool_()), pa.array(_has_mask(table), pa.bool_()))))
     return _sorted_by_id(pa.concat_tables(parts))
 
 
@@ -281,13 +283,12 @@ def _sorted_by_id(table: pa.Table) -> pa.Table:
 
 def files_with_masks(manifest: Manifest, split: SplitName) -> list[DataFile]:
     """In order of precedence, weakest first: images, then labels in the order in which they came."""
-    files = [file for file in manifest.files if file.split == split and file.labelled_rows]
+    files = [file for file in manifest.files if file.split == split and (file.labelled_rows or file.kind == "labels")]
     return sorted(files, key=lambda file: file.kind == "labels")
 
 
-def _with_mask(root: str, file: DataFile, columns: list[str]) -> pa.Table:
-    table = parquet.read_file(storage.join(root, file.path), columns).replace_schema_metadata(None)
-    return table.filter(pc.is_valid(table.column("mask")))
+def _has_mask(table: pa.Table) -> list[bool]:
+    return list(pc.is_valid(table.column("mask")).to_pylist())
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Bytes:

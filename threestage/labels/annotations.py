@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threestage.data.classes import Colour
+from threestage.errors import InputError
 from threestage.labels.rasterise import Region, Size
 
 WRITTEN_AT_ONCE = 2**20  # bytes
@@ -30,7 +32,7 @@ class Category(NamedTuple):
     colour: Colour | None
 
 
-@dataclass
+@dataclass(slots=True)
 class AnnotatedImage:
     """`name`: the image's path or file name, as the tool has it; "" while only its regions are known."""
 
@@ -57,9 +59,31 @@ class Annotations:
         self.categories.setdefault(key, Category(name, colour))
 
     def add_image(self, key: str, name: str, size: Size | None) -> None:
-        """An image, under the key that regions name it by."""
+        """An image, under the key that regions name it by. Raises InputError where another image has the key."""
         image = self.images[self._number(key)]
+        if image.name not in ("", name):
+            raise InputError(
+                f"{self.where}: {image.name} and {name} have one id, {key.rpartition(':')[2]}, so whose regions are whose "
+                "cannot be told; export it again",
+                "data/annotations",
+            )
         image.name, image.size = name, size
+
+    def join_images(self) -> None:
+        """One image in place of those that have one name and size, in several files, whose number begins the keys. Call it when
+        all is read."""
+        joined: dict[tuple[str, Size | None], tuple[int, set[str]]] = {}
+        numbers, images = array("q"), list[AnnotatedImage]()
+        for key, image in zip(self._numbers, self.images, strict=True):
+            file = key.partition(":")[0]
+            number, files = joined.setdefault((image.name, image.size), (len(images), set()))
+            if not image.name or file in files or number == len(images):  # of one file, two images of a name are two
+                number = len(images)
+                images.append(image)
+            files.add(file)
+            numbers.append(number)
+        self.images = images
+        self.regions.renumber(numbers)
 
     def add_region(self, image_key: str, region: Region) -> None:
         """The next region of an image: it lies over the earlier ones."""
@@ -105,6 +129,10 @@ class RegionStore:
         self._ends.append(self._ends[-1] + len(data))
         if len(self._waiting) > WRITTEN_AT_ONCE:
             self._write()
+
+    def renumber(self, numbers: Sequence[int]) -> None:
+        """Give the regions of image i to the image numbers[i]."""
+        self._owners = array("q", (numbers[owner] for owner in self._owners))
 
     def of(self, image: int) -> list[Region]:
         """The regions of an image, in the order in which they came. Nothing is added any more."""

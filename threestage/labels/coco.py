@@ -12,7 +12,6 @@ from typing import Any
 
 from threestage.data import storage
 from threestage.data.classes import Colour
-from threestage.data.pairs import Paths
 from threestage.errors import InputError
 from threestage.labels.annotations import Annotations
 from threestage.labels.export_files import CODE, ExportFiles, ToolModel, as_model
@@ -70,13 +69,15 @@ def read_coco(files: ExportFiles, into: Annotations) -> None:
         raise files.wrong("no JSON file of COCO there")
     for number, uri in enumerate(found.values()):
         _read_file(files, uri, f"{number}:", into)
+    if len(found) > 1:
+        into.join_images()
     if not any(image.name for image in into.images):
         raise files.wrong("no images in its JSON, which COCO has under `images`")
 
 
 def _read_file(files: ExportFiles, uri: str, prefix: str, into: Annotations) -> None:
     """`prefix`: of the ids, which are the file's own."""
-    masks: Paths | None = None
+    masks: ExportFiles | None = None
     for key, value in elements(uri):
         if key == "images":
             image = as_model(value, CocoImage, f"{uri}: images")
@@ -86,7 +87,7 @@ def _read_file(files: ExportFiles, uri: str, prefix: str, into: Annotations) -> 
             into.add_category(f"{prefix}{category.id}", category.name, category.color)
         elif key == "annotations" and isinstance(value, dict) and "segments_info" in value:
             masks = masks or _panoptic_masks(files, uri)
-            _add_panoptic(files, as_model(value, PanopticAnnotation, f"{uri}: annotations"), masks, prefix, into)
+            _add_panoptic(masks, as_model(value, PanopticAnnotation, f"{uri}: annotations"), prefix, into)
         elif key == "annotations" and isinstance(value, dict) and "category_id" not in value:
             into.passed_over["annotations without a category"] += 1  # captions
         elif key == "annotations":
@@ -95,38 +96,38 @@ def _read_file(files: ExportFiles, uri: str, prefix: str, into: Annotations) -> 
 
 def _add(annotation: CocoAnnotation, prefix: str, into: Annotations) -> None:
     category, shape = f"{prefix}{annotation.category_id}", annotation.segmentation
-    if not shape:
+    rings = [ring for ring in (shape if isinstance(shape, list) else ()) if ring != []]
+    if not rings and not isinstance(shape, RunLengths):
         into.passed_over["annotations with a box only"] += 1
         return
     if isinstance(shape, RunLengths):
         counts = {"text" if isinstance(shape.counts, str) else "counts": shape.counts}
         region = Region(category, "runs", {**counts, "order": "columns", "size": shape.size})
     else:
-        rings = shape if isinstance(shape[0], list) else [shape]
-        region = Region(category, "polygons", rings)
+        region = Region(category, "polygons", rings if isinstance(rings[0], list) else [rings])
     into.add_region(f"{prefix}{annotation.image_id}", region)
 
 
 # ---- Panoptic
 
 
-def _panoptic_masks(files: ExportFiles, uri: str) -> Paths:
+def _panoptic_masks(files: ExportFiles, uri: str) -> ExportFiles:
     """The PNGs of a panoptic JSON file: in the folder of its name, else in its own."""
     try:
-        return files.beside(uri.removesuffix(".json")).paths
+        return files.beside(uri.removesuffix(".json"))
     except InputError:
-        return files.beside(uri).paths
+        return files.beside(uri)
 
 
-def _add_panoptic(files: ExportFiles, of: PanopticAnnotation, masks: Paths, prefix: str, into: Annotations) -> None:
-    mask = masks.find(of.file_name)
+def _add_panoptic(masks: ExportFiles, of: PanopticAnnotation, prefix: str, into: Annotations) -> None:
+    mask = masks.paths.find(of.file_name)
     if mask is None:
         raise InputError(
-            f"{files.place}: the panoptic mask {of.file_name} is missing; put the PNGs into a folder named like the JSON",
+            f"{masks.place}: the panoptic mask {of.file_name} is missing; put the PNGs into a folder named like the JSON",
             CODE,
         )
     values = {str(segment.id): f"{prefix}{segment.category_id}" for segment in of.segments_info}
-    into.add_region(f"{prefix}{of.image_id}", Region("", "values", {**files.mask(mask), "values": values}))
+    into.add_region(f"{prefix}{of.image_id}", Region("", "values", {**masks.mask(mask), "values": values}))
 
 
 # ---- Written: categories from 1, and an annotation for each class in an image, of all its parts

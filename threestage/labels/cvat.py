@@ -10,6 +10,8 @@ from itertools import count
 from typing import Any
 from xml.parsers import expat
 
+import pyarrow as pa
+
 from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.errors import InputError
@@ -30,6 +32,8 @@ from threestage.labels.rle import counts_of
 LABEL_MAP = "labelmap.txt"
 BACKGROUND = "background"
 CHUNK_BYTES, HEAD_BYTES = 2**20, 2**12
+MAX_ELEMENT = 2**26  # bytes of an element, and of all regions of an image
+MAX_HEAD, MAX_DEPTH, MAX_NAME = 2**16, 32, 2**12
 SHAPES = ("polygon", "mask", "ellipse", "box", "polyline", "points", "cuboid", "skeleton", "tag")
 
 Attributes = Mapping[str, str]
@@ -53,19 +57,23 @@ def read_cvat(files: ExportFiles, into: Annotations) -> None:
 
 
 def _read_xml(uri: str, into: Annotations) -> None:
-    """Reads on as its images come, so memory is that of one image. Entities are refused."""
+    """Reads on as its images come, so memory is that of one image."""
     document = _Document(uri, into)
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = document.start, document.end
     parser.CharacterDataHandler = document.text
-    parser.EntityDeclHandler = _refuse_entity
+    parser.StartDoctypeDeclHandler = _refuse_declarations
     parser.buffer_text = True
+    read = 0
     files, path = storage.filesystem(uri)
     storage.refuse_special_file(uri)
     try:
         with files.open_input_stream(path) as stream:
-            while data := stream.read(CHUNK_BYTES):
-                parser.Parse(data)
+            for piece in _pieces(stream, document):
+                parser.Parse(piece)
+                read += len(piece)
+                if read - max(0, parser.CurrentByteIndex) > MAX_ELEMENT:
+                    raise ValueError(f"an element of it has more than {MAX_ELEMENT} bytes")
             parser.Parse(b"", True)
     except (expat.ExpatError, ValueError, LookupError, ArithmeticError) as error:
         if isinstance(error, InputError):
@@ -80,8 +88,20 @@ def is_cvat(uri: str) -> bool:
         return b"<annotations" in stream.read(HEAD_BYTES)
 
 
-def _refuse_entity(name: str, *_: Any) -> None:
-    raise ValueError(f"it declares the entity {name}")
+def _pieces(stream: pa.NativeFile, document: "_Document") -> Iterator[bytes]:
+    """A byte at a time until the first element begins: what is declared before it is refused before any more is parsed."""
+    while data := stream.read(CHUNK_BYTES):
+        place = 0
+        while not document.begun and place < len(data):
+            if place == MAX_HEAD:
+                raise ValueError(f"no element begins in its first {MAX_HEAD} bytes")
+            yield data[place : place + 1]
+            place += 1
+        yield data[place:]
+
+
+def _refuse_declarations(name: str, *_: Any) -> None:
+    raise ValueError(f"it declares {name} in a DOCTYPE, which may hold entities")
 
 
 class _Document:
@@ -94,9 +114,14 @@ class _Document:
         self._label = ["", ""]
         self._image: str | None = None
         self._regions: list[tuple[int, Region]] = []
+        self._bytes = 0
+        self.begun = False
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
+        self.begun = True
         self._path.append(name)
+        if len(self._path) > MAX_DEPTH:
+            raise ValueError(f"its elements are nested more than {MAX_DEPTH} deep")
         if name == "track":
             raise ValueError("it has tracks; export it as CVAT for images 1.1")
         if name == "label":
@@ -110,6 +135,8 @@ class _Document:
     def text(self, data: str) -> None:
         if self._path[-2:] in (["label", "name"], ["label", "color"]):
             self._label[self._path[-1] == "color"] += data
+            if len(self._label[0]) + len(self._label[1]) > MAX_NAME:
+                raise ValueError(f"a label's name has more than {MAX_NAME} letters")
 
     def end(self, name: str) -> None:
         self._path.pop()
@@ -118,14 +145,16 @@ class _Document:
         elif name == "image" and self._image is not None:
             for _, region in sorted(self._regions, key=lambda entry: entry[0]):
                 self._into.add_region(self._image, region)
-            self._image, self._regions = None, []
+            self._image, self._regions, self._bytes = None, [], 0
 
     def _add(self, name: str, attributes: dict[str, str]) -> None:
         read = READ.get(name)
         if read is None:
             self._into.passed_over[f"shapes of kind {name}"] += 1
             return
-        label = attributes["label"]
+        label, self._bytes = attributes["label"], self._bytes + sum(map(len, attributes.values()))
+        if self._bytes > MAX_ELEMENT:
+            raise ValueError(f"{self._image} has more than {MAX_ELEMENT} bytes of regions")
         self._into.add_category(label, label)
         self._regions.append((int(attributes.get("z_order", 0)), read(label, attributes)))
 

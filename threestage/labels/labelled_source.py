@@ -2,7 +2,7 @@
 which, and what is drawn of each."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from threestage import IGNORE_INDEX
@@ -90,10 +90,16 @@ class LabelledSource:
         self._unlabelled_id = class_of_unlabelled(unlabelled, class_map)
         self._matched: dict[str, int] = {}
 
-    def label(self, items: Sequence[SourceItem], notes: list[str]) -> list[SourceItem]:
+    def label(
+        self,
+        items: Sequence[SourceItem],
+        notes: list[str],
+        labelled_before: Callable[[Sequence[str]], Collection[str]] = lambda image_ids: (),
+    ) -> list[SourceItem]:
         """The images of a source, with what the export has of each; adds to `notes` what the user should know.
 
-        Raises InputError where the export names none of them.
+        `labelled_before`: which of some images the data set has a mask of; one without a region any more loses it. Raises
+        InputError where the export names none of them.
         """
         items = [item for item in items if item.image_uri not in self.annotations.mask_uris]
         found, problems, absent = self._match([item.image_id for item in items])
@@ -105,13 +111,15 @@ class LabelledSource:
                 f"{items[0].image_id if items else 'missing'}); give the folder of these images",
                 "data/no-pair",
             )
-        self._matched = {image_id: number for image_id, number in found.items() if self._is_labelled(number)}
+        empty = [image_id for image_id, number in found.items() if not self._is_labelled(number)]
+        emptied = labelled_before(empty)
+        self._matched = {i: n for i, n in found.items() if self._is_labelled(n) or i in emptied}
         problems |= {
             image_id: f"has more than {MAX_REGION_BYTES} bytes of regions: simplify them [mask/costly]"
             for image_id, number in self._matched.items()
             if self.annotations.regions.bytes_of(number) > MAX_REGION_BYTES
         }
-        notes += self._notes(absent)
+        notes += self._notes(absent, sorted(emptied))
         return [self._labelled(item, problems.get(item.image_id)) for item in items]
 
     def drawing_of(self, image_id: str) -> bytes | None:
@@ -153,15 +161,22 @@ class LabelledSource:
         """An image without regions is labelled where unlabelled pixels are a class."""
         return self._unlabelled != IGNORE or self.annotations.regions.bytes_of(number) > 0
 
-    def _notes(self, absent: Sequence[str]) -> list[str]:
+    def _notes(self, absent: Sequence[str], emptied: Sequence[str]) -> list[str]:
         where, passed_over = self.annotations.where, self.annotations.passed_over
         fate = "ignored" if self._unlabelled == IGNORE else f"class {self._unlabelled}"
         notes = [f"{where}: pixels without a region are {fate}"]
         if absent:
-            names = ", ".join(absent[:SHOWN]) + ", …" * (len(absent) > SHOWN)
-            notes.append(f"{where}: {len(absent)} of its images are not in the source: {names}")
+            notes.append(f"{where}: {len(absent)} of its images are not in the source: {_first_of(absent)}")
+        if emptied:
+            notes.append(
+                f"{where}: {len(emptied)} images have no region any more and lose their mask: {_first_of(emptied)}"
+            )
         if passed_over:
             notes.append(
                 f"{where}: not read: {', '.join(f'{count} {what}' for what, count in passed_over.most_common())}"
             )
         return notes
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)

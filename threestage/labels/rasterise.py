@@ -27,7 +27,8 @@ Bytes = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-MAX_CROSSINGS = 2**24  # of the edges of one ring with rows of pixels: 2,000 edges as high as an image of 8,000 rows
+MAX_CROSSINGS = 2**24  # of all edges in an image with rows of pixels: 2,000 edges as high as an image of 8,000 rows
+ROWS_BYTES = 2**23
 CROSSINGS_AT_ONCE = 2**20
 MAX_DRAWN_PIXELS = 2**33  # of the boxes around all regions of an image: some ten seconds
 CODE = "mask/shape"
@@ -49,12 +50,14 @@ class Region(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A mask that covers a part of the image; `top`, `left`: where it begins. `class_id`: if it is not the region's."""
+    """A mask that covers a part of the image; `top`, `left`: where it begins. `class_id`: if it is not the region's.
+    `crossings`: of edges with rows of pixels."""
 
     top: int
     left: int
     inside: Mask
     class_id: int | None = None
+    crossings: int = 0
 
 
 def encode_drawing(
@@ -77,16 +80,20 @@ def draw(data: bytes, size: Size, name: str) -> Bytes:
         raise BadFile(
             f"{name} is for {width}x{height} pixels but its image, upright, has {size[1]}x{size[0]}", "mask/size"
         )
-    mask, drawn = np.full(size, content["unlabelled"], np.uint8), 0
+    mask, drawn, crossings = np.full(size, content["unlabelled"], np.uint8), 0, 0
     for class_id, kind, shape in content["regions"]:
         try:
             for part in SHAPES[kind](shape, size):
                 rows, columns = part.inside.shape
                 window = mask[part.top : part.top + rows, part.left : part.left + columns]
                 window[part.inside] = class_id if part.class_id is None else part.class_id
-                drawn += part.inside.size
+                drawn, crossings = drawn + part.inside.size, crossings + part.crossings
                 if drawn > MAX_DRAWN_PIXELS:
                     raise BadImage(f"has regions of more than {MAX_DRAWN_PIXELS} pixels together", "mask/costly")
+                if crossings > MAX_CROSSINGS:
+                    raise BadImage(
+                        f"has polygons with more than {MAX_CROSSINGS} crossings of pixel rows", "mask/costly"
+                    )
         except (BadImage, BadFile) as error:
             raise BadFile(f"{name} {error.message}", error.code) from None
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -102,10 +109,12 @@ def fill_ring(points: npt.NDArray[np.float64], size: Size) -> Patch:
     low = np.clip(np.ceil(points.min(0) - 0.5), 0, (width, height)).astype(int)
     high = np.clip(np.ceil(points.max(0) - 0.5), 0, (width, height)).astype(int)
     (left, top), (columns, rows) = low, np.maximum(high - low, 0)
-    toggles = np.zeros((rows, columns + 1), np.uint8)
+    toggles, crossings = np.zeros((rows, columns + 1), np.uint8), 0
     for row, column in _crossings(points, top, rows):
         np.bitwise_xor.at(toggles, (row, np.clip(column - left, 0, columns)), 1)
-    return Patch(int(top), int(left), np.bitwise_xor.accumulate(toggles, axis=1)[:, :-1].view(np.bool_))
+        crossings += len(row)
+    inside = np.bitwise_xor.accumulate(toggles, axis=1)[:, :-1].view(np.bool_)
+    return Patch(int(top), int(left), inside, crossings=crossings)
 
 
 def _crossings(
@@ -136,13 +145,13 @@ def _crossings(
 
 def _polygons(shape: Sequence[Sequence[float]], size: Size) -> Iterator[Patch]:
     """Rings of x0, y0, x1, y1, … in pixels."""
-    for ring in shape:
+    for ring in filter(len, shape):
         yield fill_ring(np.array(ring, np.float64).reshape(-1, 2), size)
 
 
 def _unit_polygons(shape: Sequence[Sequence[float]], size: Size) -> Iterator[Patch]:
     """The same in shares of the image's width and height."""
-    for ring in shape:
+    for ring in filter(len, shape):
         yield fill_ring(np.array(ring, np.float64).reshape(-1, 2) * (size[1], size[0]), size)
 
 
@@ -154,10 +163,13 @@ def _ellipse(shape: Sequence[float], size: Size) -> Iterator[Patch]:
     reach = max(along, across)
     top, left = (int(np.clip(centre - reach - 1, 0, most)) for centre, most in ((y, size[0]), (x, size[1])))
     bottom, right = (int(np.clip(centre + reach + 1, 0, most)) for centre, most in ((y, size[0]), (x, size[1])))
-    rows, columns = np.arange(top, bottom)[:, None] + 0.5 - y, np.arange(left, right)[None] + 0.5 - x
+    columns = np.arange(left, right)[None] + 0.5 - x
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    one, other = columns * cos + rows * sin, rows * cos - columns * sin
-    yield Patch(top, left, (one / along) ** 2 + (other / across) ** 2 <= 1)
+    at_once = max(1, ROWS_BYTES // (8 * max(1, right - left)))
+    for first in range(top, bottom, at_once):
+        rows = np.arange(first, min(first + at_once, bottom))[:, None] + 0.5 - y
+        one, other = columns * cos + rows * sin, rows * cos - columns * sin
+        yield Patch(first, left, (one / along) ** 2 + (other / across) ** 2 <= 1)
 
 
 def _runs(shape: Mapping[str, Any], size: Size) -> Iterator[Patch]:

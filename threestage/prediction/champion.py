@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.datasets import labelled_set, static_void_mask
+from threestage.data.pairs import PICTURE_SUFFIXES
 from threestage.data.parallel import map_ahead
 from threestage.data.pool import FETCH_THREADS, PoolFile, load_pool, pseudo_mask_uri, rows_of
 from threestage.data.records import load_manifest
@@ -94,8 +95,9 @@ def champion_predictions(
 
 
 def named(image_id: str, uri: str) -> str:
-    """An image's id with the suffix of its file."""
-    return f"{image_id}{PurePosixPath(uri.partition('#')[0]).suffix}"
+    """An image's id with the suffix of its file; without one where `uri` is not that of an image file."""
+    suffix = PurePosixPath(uri).suffix
+    return f"{image_id}{suffix}" if suffix.lower() in PICTURE_SUFFIXES else image_id
 
 
 def _pool_of(champion: Champion, wanted: frozenset[str] | None) -> list[PoolFile]:

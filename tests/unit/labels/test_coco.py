@@ -9,12 +9,22 @@ from PIL import Image
 
 from tests.refusals import refused
 from tests.unit.labels.exports import coco, read
+from threestage.data.formats import SourceItem
 from threestage.data.image_validation import BadFile
+from threestage.labels.labelled_source import LabelledSource, map_of_classes
+from threestage.labels.readers import read_annotations
 from threestage.labels.rle import coco_text, counts_of
 
 SIZES = {"a": (6, 8)}
 SQUARE = [1, 1, 4, 1, 4, 3, 1, 3]
 IN_SQUARE = [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3]]
+
+
+def labelled_items(path: Path) -> list[SourceItem]:
+    source = LabelledSource(
+        read_annotations("coco", str(path)), map_of_classes(["ground", "thing"], [(0, 0, 0)] * 2), "ignore"
+    )
+    return source.label([SourceItem("a", "a.jpg", None, "train")], [])
 
 
 def things(path: Path, names: tuple[str, ...] = ("ground", "thing")) -> list[list[int]]:
@@ -54,6 +64,27 @@ def test_what_is_no_region_is_counted(tmp_path: Path) -> None:
     masks, notes = read("coco", path, SIZES, ["ground", "thing"])
     assert masks == {}
     assert notes[-1] == f"{path}: not read: 1 annotations with a box only, 1 annotations without a category"
+    path = coco(tmp_path / "a.json", [{"segmentation": [[]]}, {"segmentation": [[], SQUARE, []]}])
+    assert things(path) == IN_SQUARE
+
+
+def test_several_files_that_annotate_the_same_images_are_joined(tmp_path: Path) -> None:
+    """As COCO has its things and its stuff in two files; the ids are each file's own."""
+    coco(tmp_path / "a.json", [{"segmentation": [[0, 0, 8, 0, 8, 6, 0, 6]], "category_id": 0}])
+    other = {"id": 9, "file_name": "a.jpg", "height": 6, "width": 8}
+    coco(tmp_path / "b.json", [{"segmentation": [SQUARE], "image_id": 9}], images=[other])
+    assert things(tmp_path) == IN_SQUARE
+    coco(tmp_path / "b.json", [], images=[other, {**other, "id": 10}])
+    (item,) = labelled_items(tmp_path)
+    assert item.problem == "is annotated twice, as a.jpg and as a.jpg: keep one [mask/unpaired]", "twice in one file"
+
+
+def test_two_images_of_one_id_are_refused(tmp_path: Path) -> None:
+    images = [{"id": 3, "file_name": name, "height": 6, "width": 8} for name in ("a.jpg", "b.jpg")]
+    with refused("data/annotations", "a.jpg and b.jpg", 3):
+        things(coco(tmp_path / "a.json", [{"segmentation": [SQUARE]}], images=images))
+    images[1]["file_name"] = "a.jpg"
+    assert things(coco(tmp_path / "a.json", [{"segmentation": [SQUARE]}], images=images)) == IN_SQUARE
 
 
 def test_every_unknown_category_is_named_with_its_count(tmp_path: Path) -> None:
@@ -71,6 +102,10 @@ def test_panoptic_segments(tmp_path: Path) -> None:
     path = coco(tmp_path / "pan.json", [{"file_name": "a.png", "segments_info": segments}])
     masks, _ = read("coco", path, SIZES, ["ground", "thing"])
     assert masks["a"][1, 1] == 1 and masks["a"][2, 2] == 0 and (masks["a"] == 255).sum() == 46
+    (before,) = labelled_items(path)
+    Image.fromarray(ids[::-1]).save(tmp_path / "pan/a.png")
+    (after,) = labelled_items(path)
+    assert before.stamp != after.stamp, "a mask that changed is read again"
     path = coco(tmp_path / "pan.json", [{"file_name": "../../b.png", "segments_info": segments}])
     with refused("data/annotations", "b.png"):
         read("coco", path, SIZES, ["ground", "thing"])

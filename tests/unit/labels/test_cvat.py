@@ -1,5 +1,6 @@
 """Why: CVAT has two exports that hold masks, and its XML comes from strangers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image
 
 from tests.refusals import refused
 from tests.unit.labels.exports import read
+from threestage.labels import cvat
+from threestage.labels.cvat import _pieces
 
 LABELS = "<meta><task><labels><label><name>ground</name><color>#090909</color></label></labels></task></meta>"
 SIZES = {"in/a": (6, 8)}
@@ -56,12 +59,44 @@ OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]>'
         ("", "<mask label='a' rle='1' left='0' top='0' width='1'/>"),
         ("", "<polygon"),
         ("", "<track id='0'/>"),
+        ("", "<a>" * 40),
         ("\0", ""),
     ],
 )
 def test_xml_that_cannot_be_read_is_refused(head: str, shape: str, tmp_path: Path) -> None:
     with refused("data/annotations", "a.xml"):
         read("cvat", xml(tmp_path / "a.xml", shape, head=head), SIZES, NAMES)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_bomb_is_refused_before_anything_of_it_is_parsed(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handlers of expat end with the first error, and it parses the rest of what it was given: so it is given no more."""
+    rest, read_pieces = "<annotations>&b;</annotations>" + " " * 99, list[bytes]()
+
+    def pieces(stream: object, document: object) -> Iterator[bytes]:
+        for piece in _pieces(stream, document):  # type: ignore[arg-type]
+            read_pieces.append(piece)
+            yield piece
+
+    monkeypatch.setattr(cvat, "_pieces", pieces)
+    (tmp_path / "a.xml").write_bytes((BOMB + rest).encode(encoding))
+    with refused("data/annotations", "DOCTYPE"):
+        read("cvat", tmp_path / "a.xml", SIZES, NAMES)
+    assert b"".join(read_pieces) in BOMB.encode(encoding)
+
+
+def test_a_part_that_is_too_large_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cvat, "MAX_ELEMENT", 2000)
+    monkeypatch.setattr(cvat, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(cvat, "MAX_HEAD", 100)
+    shape = '<polygon label="thing" points="{}"/>'
+    for shapes in ([shape.format("1,1;" * 10_000)], [shape.format("1,1;" * 50 + "1,1")] * 20):
+        with refused("data/annotations", "2000 bytes"):
+            read("cvat", xml(tmp_path / "a.xml", *shapes), SIZES, NAMES)
+    with refused("data/annotations", "first 100 bytes"):
+        read("cvat", xml(tmp_path / "a.xml", head=f"<!--{'x' * 200}-->"), SIZES, NAMES)
 
 
 def test_segmentation_masks_of_any_subset(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from tests.images import encoded
 from tests.refusals import refused
 from threestage.data.headers import BadImage
 from threestage.data.image_validation import BadFile
+from threestage.labels import rasterise
 from threestage.labels.rasterise import Region, draw, encode_drawing, fill_ring
 
 
@@ -79,6 +80,24 @@ def test_shapes_of_every_kind() -> None:
     assert drawn(Region("a", "unit-polygons", [[0, 0, 0.5, 0, 0.5, 1, 0, 1]]))[0] == [0, 255, 255]
     assert drawn(Region("a", "ellipse", [1.5, 1, 0.6, 1.1, 0])) == [[255, 0, 255], [255, 0, 255]]
     assert drawn(Region("a", "ellipse", [1.5, 0.5, 0.1, 9, 90])) == [[0, 0, 0], [255, 255, 255]]
+
+
+def test_the_crossings_of_all_polygons_of_an_image_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    square = [0, 0, 3, 0, 3, 2, 0, 2]  # two edges, each with two rows
+    monkeypatch.setattr(rasterise, "MAX_CROSSINGS", 8)
+    drawn(Region("a", "polygons", [square, square]))
+    for regions in ([Region("a", "polygons", [square] * 3)], [Region("a", "polygons", [square])] * 3):
+        with refused("mask/costly", error=BadFile):
+            drawn(*regions)
+
+
+def test_a_huge_ellipse_is_drawn_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ellipse = Region("a", "ellipse", [40, 30, 35, 20, 30])
+    whole = drawn(ellipse, size=(60, 80), of=None)
+    monkeypatch.setattr(rasterise, "ROWS_BYTES", 8 * 80 * 7)
+    assert drawn(ellipse, size=(60, 80), of=None) == whole and 0 < np.sum(np.array(whole) == 0) < 60 * 80
+    patches = list(rasterise.SHAPES["ellipse"]([40, 30, 1e9, 1e9, 0], (60, 80)))
+    assert max(patch.inside.size for patch in patches) <= 80 * 7 and all(patch.inside.all() for patch in patches)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from PIL import Image
 from tests.label_masks import random_mask, random_size
 from tests.refusals import refused
 from tests.unit.labels.exports import CLASSES, coco, read, write
+from threestage.data.drawings import DRAWINGS
 from threestage.data.formats import LABELLING_TOOLS, IngestSettings
-from threestage.data.ingest import ingest
-from threestage.data.publish import DRAWINGS
-from threestage.data.records import decode_mask, labelled_rows, load_manifest
+from threestage.data.ingest import IngestReport, ingest
+from threestage.data.records import decode_mask, labelled_ids, labelled_rows, load_manifest
 from threestage.data.rejects import read_rejects
 from threestage.labels.label_export import WRITERS
 from threestage.labels.rasterise import Bytes
@@ -94,7 +94,7 @@ def test_an_export_becomes_a_data_set(tmp_path: Path) -> None:
     assert f"{path}: pixels without a region are ignored" in report.warnings
     mask = stored(tmp_path / "ds")["a"]
     assert np.argwhere(mask == 1).tolist() == [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3]] and mask.sum() == 6
-    assert not (tmp_path / "ds" / DRAWINGS).exists()
+    assert not list((tmp_path / "ds").glob(f"{DRAWINGS}*"))
     again = ingest(source, f"{tmp_path}/ds", settings("coco", path))
     assert again.manifest == report.manifest and again.skipped == 2
 
@@ -106,6 +106,40 @@ def test_a_corrected_export_makes_a_new_version(tmp_path: Path) -> None:
     report = ingest(source, f"{tmp_path}/ds", settings("coco", corrected))
     assert (report.added_images, report.added_labels, report.manifest.version) == (0, 1, 2)
     assert np.argwhere(stored(tmp_path / "ds")["a"] == 1).tolist() == [[0, 0]]
+
+
+def test_regions_that_were_removed_take_the_mask_with_them(tmp_path: Path) -> None:
+    source, root = photos(tmp_path / "photos", "a.png", "b.png"), f"{tmp_path}/ds"
+    images = [{"id": i, "file_name": f"{name}.png", "height": 6, "width": 8} for i, name in ((3, "a"), (4, "b"))]
+    of_b = [{**entry, "image_id": 4} for entry in TWO]
+
+    def again(of_a: list[dict[str, Any]], **others: Any) -> IngestReport:
+        export = coco(tmp_path / "a.json", [*of_b, *of_a], images=images)
+        return ingest(source, root, settings("coco", export, **others))
+
+    assert again(TWO).manifest.counts["train"].labelled == 2
+    emptied = again([])
+    assert (emptied.manifest.counts["train"].labelled, list(stored(Path(root)))) == (1, ["b"])
+    assert labelled_ids(root, emptied.manifest, "train") == ["b"]
+    assert f"{tmp_path}/a.json: 1 images have no region any more and lose their mask: a" in emptied.warnings
+    assert again([]).manifest == emptied.manifest, "it is empty already"
+    assert again([], unlabelled_pixels="ground").added_labels == 1 and not stored(Path(root))["a"].any()
+    assert again(TWO).manifest.counts["train"].labelled == 2 and stored(Path(root))["a"].any()
+
+
+def test_two_ingests_at_once_do_not_delete_each_others_drawings(tmp_path: Path) -> None:
+    root, ended = f"{tmp_path}/ds", list[IngestReport]()
+
+    def other(done: int, of: int) -> None:
+        if not ended:
+            source = photos(tmp_path / "others", "c.png")
+            ended.append(ingest(source, root, settings("coco", coco(tmp_path / "c.json", TWO, images=[C]))))
+
+    C = {"id": 3, "file_name": "c.png", "height": 6, "width": 8}
+    chosen = settings("coco", coco(tmp_path / "a.json", TWO)).model_copy(update={"rows_per_file": 1})
+    with refused("data/concurrent-ingest"):  # said at the end, not of a file that is missing in the middle
+        ingest(photos(tmp_path / "photos", "a.png", "b.png"), root, chosen, other)
+    assert ingest(f"{tmp_path}/photos", root, chosen).manifest.counts["train"].images == 3
 
 
 def test_an_image_that_does_not_fit_its_annotation_is_left_out(tmp_path: Path) -> None:
