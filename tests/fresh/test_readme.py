@@ -39,7 +39,7 @@ threestage() {
   many="--trials 2 --repeat 1 --set stage2.steps=300 --set training.evaluate_every=100"
   small="--set stage2.labelled_batch=2 --set stage2.unlabelled_batch=2"
   case $1 in
-    run|check|submit) command threestage "$@" $short $six ;;
+    train|run|check|submit) command threestage "$@" $short $six ;;
     sweep) command threestage "$@" $short $many $small ;;
     *) command threestage "$@" ;;
   esac
@@ -72,14 +72,15 @@ class Files(NamedTuple):
 def blocks(heading: str, language: str = "") -> list[str]:
     """The code blocks of a section of the page."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The page's first block, done; then photos, masks and files as the page names them."""
     home = tmp_path_factory.mktemp("readme")
-    (first,) = (block for block in blocks("Two commands") if "git clone" in block)
+    (first,) = (block for block in blocks("Install and demo") if "git clone" in block)
     files = Files(home, environment())
     files.bash(first.replace("git clone …", f"git clone --quiet {ROOT}"))
     files = Files(home / "threestage", environment())
@@ -101,9 +102,8 @@ def _put_photos(folder: Path) -> None:
             ids = np.asarray(picture)
         own = np.select([ids == 3, ids == 4, ids == 8], [0, 7, 3], 255).astype(np.uint8)
         Image.fromarray(own).save(folder / f"masks/{source.stem}.png")
-    for heading in ("Your own images, in five commands", "On S3"):
-        for text in blocks(heading, "yaml"):
-            (folder / text.split()[1]).write_text(text)
+    for text in blocks("On a cluster", "yaml"):
+        (folder / text.split()[1]).write_text(text)
     shutil.copy(SHARED / "weights/mobilenetv2_100.imagenet.pth", folder / "mobilenetv2.pth")
 
 
@@ -115,7 +115,7 @@ def test_the_demo(files: Files) -> None:
 
 
 def test_own_images(files: Files) -> None:
-    files.bash(blocks("Your own images, in five commands")[0])
+    files.bash(blocks("Your own images")[0])
     assert len(list((files.clone / "predicted/masks").iterdir())) == 3
 
 
@@ -161,7 +161,7 @@ def test_a_sweep(files: Files) -> None:
 
 
 def test_pulling_a_model(files: Files) -> None:
-    (script,) = blocks("Pulling a model")
+    (script,) = blocks("Pull a model")
     files.bash(f"{ACTIVATE}\n{script}")
     assert (files.clone / "model/model.safetensors").exists()
     images = textwrap.dedent("""

@@ -14,20 +14,21 @@ from typing import Any, NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 
-from threestage.cli import images, labels, models, results, run_status, runs, submit
+from threestage.cli import images, labels, models, results, run_status, runs, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
 from threestage.redaction import redact
 
 app = typer.Typer(
     help="A few labelled images and many unlabelled ones into a good segmentation model, in three stages.",
-    epilog="Start with: threestage demo",
+    epilog="Start with: threestage demo, or threestage train --help",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 for command in (
     runs.demo,
+    train_images.train,
     runs.init,
     runs.run,
     runs.sweep,

@@ -1,6 +1,6 @@
 """Data sets and models on images: ingest, evaluate, predict."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +31,7 @@ from threestage.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from threestage.data.ingest import IngestReport
+    from threestage.data.ingest import IngestReport, IngestSettings
     from threestage.data.rejects import Reject
     from threestage.prediction.predict import PredictReport
 
@@ -85,7 +85,6 @@ def ingest(
     """
     from threestage.config import validated
     from threestage.data.ingest import IngestSettings
-    from threestage.data.ingest import ingest as ingest_here
 
     settings = validated(
         IngestSettings,
@@ -102,19 +101,25 @@ def ingest(
             "name": name,
         },
     )
+    report = ingest_shown(source, out, settings, local, address)
+    _end(report, as_json, partial(show_ingested, [report], out))
+
+
+def ingest_shown(source: str, out: str, settings: "IngestSettings", local: bool, address: str | None) -> "IngestReport":
+    """Ingest in this process or on Ray, with a count of the images on the terminal."""
+    from threestage.data.ingest import ingest as ingest_here
+
     with console.status("listing files") as status:
 
         def progress(done: int, of: int) -> None:
             status.update(f"checked {done:,} of {of:,} images")
 
         if local:
-            report = ingest_here(source, out, settings, progress)
-        else:
-            from threestage.ray_backend.tasks import ingest_on_ray
-            from threestage.ray_settings import ClusterSettings
+            return ingest_here(source, out, settings, progress)
+        from threestage.ray_backend.tasks import ingest_on_ray
+        from threestage.ray_settings import ClusterSettings
 
-            report = ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
-    _end(report, as_json, partial(_show_ingested, report, out))
+        return ingest_on_ray(source, out, settings, ClusterSettings(address=address), progress)
 
 
 def _end(report: "IngestReport | PredictReport", as_json: bool, show: Callable[[], None]) -> None:
@@ -127,16 +132,23 @@ def _end(report: "IngestReport | PredictReport", as_json: bool, show: Callable[[
         show()
 
 
-def _show_ingested(report: "IngestReport", out: str) -> None:
-    _show_left_out(report.rejected)
-    if report.bad:
-        console.print(f"all {report.bad} left out: {report.rejects_uri}", highlight=False, markup=False, soft_wrap=True)
-    table = Table("split", "images", "labelled", title=escape(f"{out} version {report.manifest.version}"))
-    for split_name, counts in report.manifest.counts.items():
+def show_ingested(reports: "Sequence[IngestReport]", out: str) -> None:
+    """What came of one source after the other; the data set as the last one left it."""
+    for report in reports:
+        _show_left_out(report.rejected)
+        if report.bad:
+            text = f"all {report.bad} left out: {report.rejects_uri}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    manifest = reports[-1].manifest
+    table = Table("split", "images", "labelled", title=escape(f"{out} version {manifest.version}"))
+    for split_name, counts in manifest.counts.items():
         table.add_row(split_name, str(counts.images), str(counts.labelled))
     console.print(table)
-    console.print(f"{report.added_images} images and {report.added_labels} labels added, {report.skipped} were there already, "
-                  f"{report.bad} left out")  # fmt: skip
+    images, labels, skipped, bad = (
+        sum(getattr(report, name) for report in reports)
+        for name in ("added_images", "added_labels", "skipped", "bad")
+    )  # fmt: skip
+    console.print(f"{images} images and {labels} labels added, {skipped} were there already, {bad} left out")
 
 
 def evaluate(

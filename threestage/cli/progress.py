@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from rich.table import Column
 
 from threestage.config import Config
 from threestage.redaction import redact
@@ -18,6 +19,7 @@ from threestage.sweeps.plan import SweepPlan, rich_plan
 from threestage.sweeps.trials import Trial, ranked
 
 LINE_SECONDS = 10.0
+BAR_WIDTH = 16
 
 
 # ---- A run
@@ -33,16 +35,20 @@ class StageProgress:
         self._last_line = 0.0
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
+        self._starting: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
+        if self._console.is_terminal:  # a bar that moves until there are figures
+            self._starting = self._progress.add_task("starting", total=None, figures="")
         return self
 
     def __exit__(
@@ -54,9 +60,7 @@ class StageProgress:
         steps = self._config.stage(stage).steps  # type: ignore[arg-type]
         figures = _figures(row)
         if self._console.is_terminal:
-            if stage not in self._bars:
-                self._bars[stage] = self._progress.add_task(stage, total=steps, figures="")
-            self._progress.update(self._bars[stage], completed=int(row["step"]), figures=figures)
+            self._progress.update(self._bar(stage, steps), completed=int(row["step"]), figures=figures)
         elif time.monotonic() - self._last_line > LINE_SECONDS or "mean_iou" in row:
             self._last_line = time.monotonic()
             left = (steps - row["step"]) / max(row["steps_per_second"], 1e-9)
@@ -66,12 +70,18 @@ class StageProgress:
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         if self._console.is_terminal:
-            if what not in self._bars:
-                self._bars[what] = self._progress.add_task(what, total=total, figures="images")
-            self._progress.update(self._bars[what], completed=done)
+            self._progress.update(self._bar(what, total), completed=done, figures="images")
         elif time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(f"{what}: {done:,} of {total:,} images", highlight=False, soft_wrap=True)
+
+    def _bar(self, what: str, total: int) -> TaskID:
+        if self._starting is not None:
+            self._progress.remove_task(self._starting)
+            self._starting = None
+        if what not in self._bars:
+            self._bars[what] = self._progress.add_task(what, total=total, figures="")
+        return self._bars[what]
 
     def warn(self, message: str) -> None:
         self._console.print(f"[yellow]warning:[/yellow] {escape(redact(message))}", highlight=False, soft_wrap=True)

@@ -42,7 +42,7 @@ def demo(
     progress.print(f"demo: scenes, models and results go to {escape(folder)}", highlight=False)
     config = demo_config(folder, seed, overrides or [])
     check_places(config, folder, local)
-    _run(config, folder, local, as_json)
+    run_shown(config, folder, local, as_json)
 
 
 def init(folder: Annotated[str, typer.Argument(metavar="DIR", help="Made if it is not there.")]) -> None:
@@ -76,10 +76,10 @@ def run(
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
     folder = f"runs/{resolved.name}" if out is None else out
     check_places(resolved, folder, local)
-    _run(_within(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
+    run_shown(within_budget(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
 
 
-def _within(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
+def within_budget(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
     """The configuration with the steps that the budget buys, which are printed."""
     from threestage.run.budget import resolve
 
@@ -91,7 +91,7 @@ def _within(budget: str | None, config: Any, out: str, local: bool, overrides: l
     return resolved.applied(config)
 
 
-def _run(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
+def run_shown(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
     from threestage.cli.progress import StageProgress
     from threestage.report.scores import rich_table
     from threestage.run.backend import RunCallbacks
@@ -196,19 +196,26 @@ def check(
     from threestage.config import load
 
     resolved = load(config, overrides or [])
-    lines = []
-    with Terminal(stderr=True).status("trying what the run needs"):
-        for line in check_run(resolved, f"runs/{resolved.name}" if out is None else out, local, address, budget):
-            lines.append(line)
-            if not as_json:
-                _show_line(line)
+    folder = f"runs/{resolved.name}" if out is None else out
+    lines = shown_checks(check_run(resolved, folder, local, address, budget), not as_json)
     if as_json:
         print_json([line.as_json() for line in lines])
     if any(line.problem for line in lines):
         raise typer.Exit(2)
 
 
-def _show_line(line: Any) -> None:
+def shown_checks(results: Any, show: bool) -> list[Any]:
+    """All results, each printed as it is there."""
+    lines = []
+    with Terminal(stderr=True).status("trying what the run needs"):
+        for line in results:
+            lines.append(line)
+            if show:
+                _show_check(line)
+    return lines
+
+
+def _show_check(line: Any) -> None:
     mark, text = "[green]✓[/]", line.value
     if line.problem or line.warning:
         problem = f"{line.problem} [{line.code}]" if line.code else line.problem

@@ -22,12 +22,15 @@ class Output(NamedTuple):
 
 DATA_SET_MARK = "ingest.json"
 DEMO_MARK = "demo.json"
+TRAIN_MARK = "train.json"
 LEASE = {"lease.json": "beat"}
 
 DATA_SET = Output("a data set", {DATA_SET_MARK: "made_by", "manifest.json": "format"})
 LISTING = Output("a listing", {"partitions.json": "ranges"})
 PREDICTIONS = Output("predictions", {"prediction.json": "model"})
-RUN = Output("a run", {"split.json": "split", DEMO_MARK: "made_by", "budget.json": "budget"}, leased=True)
+RUN = Output(
+    "a run", {"split.json": "split", DEMO_MARK: "made_by", TRAIN_MARK: "made_by", "budget.json": "budget"}, leased=True
+)
 SWEEP = Output("a sweep", {"sweep.json": "sweep_key"}, leased=True)
 PULLED_MODEL = Output("a pulled model", {"lineage.json": "model_digest"})
 SCORES = Output("scores", {"metrics.json": "per_class_iou"})

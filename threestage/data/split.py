@@ -29,6 +29,11 @@ class Split(Settings):
     validation_split: Literal["carved", "val"]
     groups: dict[str, str] = Field({})
 
+    @property
+    def carved(self) -> int:
+        """How many images of the pool validate and are not predicted."""
+        return len(self.validation) if self.validation_split == "carved" else 0
+
 
 def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
     """The split of a run's split.json, and the settings that it was made with. Raises InputError for another file."""

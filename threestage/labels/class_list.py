@@ -33,19 +33,28 @@ class ClassLine:
     note: str
 
 
-def class_map_text(place: str) -> str:
+def class_map_text(place: str, ignored_colours: Sequence[Colour] = ()) -> str:
     """YAML of a class for each value, colour or category below `place`, with how many pixels, files or regions have it.
 
     Raises InputError where neither masks nor an export are there.
     """
-    files = ExportFiles(place, *files_below(place, "masks, or the export of a labelling tool,"))
+    files = _files_at(place)
     format = format_of(files.paths)
-    lines, ignored = _of_masks(files) if format is None else (_of_export(files, format), [])
+    lines, ignored = _of_masks(files, ignored_colours) if format is None else (_of_export(files, format), [])
     what = "masks" if format is None else f"export of format {format}"
     rows = [f"# Classes of {place} ({what}): correct the names, and move to `ignore` what is no class.", "classes:"]
     rows += [f"  - {_flow(line.entry)}  # {line.note}" for line in lines]
     rows += [f"ignore: {_flow(line.entry)}  # {line.note}" for line in ignored]
     return "\n".join(rows) + "\n"
+
+
+def format_at(place: str) -> str:
+    """The format in which `ingest` reads the masks or the export there."""
+    return format_of(_files_at(place).paths) or "folders"
+
+
+def _files_at(place: str) -> ExportFiles:
+    return ExportFiles(place, *files_below(place, "masks, or the export of a labelling tool,"))
 
 
 def format_of(paths: Paths) -> str | None:
@@ -84,15 +93,16 @@ def _of_export(files: ExportFiles, format: str) -> list[ClassLine]:
 # ---- Masks
 
 
-def _of_masks(files: ExportFiles) -> tuple[list[ClassLine], list[ClassLine]]:
-    """The classes, and what is ignored: the value 255, unless the masks hold 0 and 255 only."""
+def _of_masks(files: ExportFiles, ignored_colours: Sequence[Colour]) -> tuple[list[ClassLine], list[ClassLine]]:
+    """The classes, and what is ignored: `ignored_colours`, and the value 255 unless the masks hold 0 and 255 only."""
     ids, colours = _counted(files)
     values = sorted(ids.pixels)
     ignored = [IGNORE_INDEX] if IGNORE_INDEX in values and values != BINARY else []
     classes = [value for value in values if value not in ignored]
-    if len(classes) + len(colours.pixels) > IGNORE_INDEX:
+    coloured = [number for number in sorted(colours.pixels) if _colour(number) not in ignored_colours]
+    if len(classes) + len(coloured) > IGNORE_INDEX:
         raise InputError(
-            f"{files.place}: the masks hold {len(classes) + len(colours.pixels)} values, more than {IGNORE_INDEX} classes; give "
+            f"{files.place}: the masks hold {len(classes) + len(coloured)} values, more than {IGNORE_INDEX} classes; give "
             "masks of class ids or plain colours, without smooth edges",
             "class-map/too-many-values",
         )
@@ -102,10 +112,14 @@ def _of_masks(files: ExportFiles) -> tuple[list[ClassLine], list[ClassLine]]:
         for value in classes
     ]
     lines += [
-        ClassLine({"name": f"class_{place}", "colour": list(_colour(number))}, colours.note(number))
-        for place, number in enumerate(sorted(colours.pixels), len(lines))
+        ClassLine({"name": f"class_{number:06x}", "colour": list(_colour(number))}, colours.note(number))
+        for number in coloured
     ]
-    return lines, [ClassLine({"ids": ignored}, ids.note(IGNORE_INDEX))] * bool(ignored)
+    entry: dict[str, object] = {"ids": ignored} if ignored else {}
+    if ignored_colours:
+        entry["colours"] = [list(colour) for colour in ignored_colours]
+    note = ids.note(IGNORE_INDEX) if ignored else "unlabelled"
+    return lines, [ClassLine(entry, note)] * bool(entry)
 
 
 def _as_numbers(values: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

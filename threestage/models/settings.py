@@ -1,6 +1,7 @@
 """The settings of a network."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -8,6 +9,7 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 Deviation = Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
+WEIGHTS_KEYS = {"path", "mean", "std"}
 
 
 class NetworkSettings(Settings):
@@ -16,9 +18,9 @@ class NetworkSettings(Settings):
     encoder: str = "resnet101"
     """A timm name."""
     weights: str | None = None
-    """Path or URI of a .safetensors or .pth file with the encoder's weights; null: random, or see `pretrained`."""
+    """Path or URI of a .safetensors or .pth file with the encoder's weights, or {path, mean, std}; null: see `pretrained`."""
     pretrained: bool = False
-    """Fetch timm's own weights from its hub."""
+    """Fetch timm's own weights from its hub; without `weights` and this the encoder starts from random numbers."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
     head: Literal["deeplabv2", "deeplabv3plus", "linear", "dpt"] = "deeplabv2"
@@ -45,11 +47,22 @@ class NetworkSettings(Settings):
     align_corners: bool = True
     """Of the bilinear upsampling of the logits."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "NetworkSettings":
-        if self.weights is not None and self.pretrained:
-            raise InputError("weights and pretrained exclude each other; leave one out", "config/conflict")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, given: Any) -> Any:
+        """Weights from a file replace the hub's, and may bring their normalisation: `weights: {path, mean, std}`."""
+        if not isinstance(given, Mapping) or given.get("weights") is None:
+            return given
+        weights = given["weights"]
+        if isinstance(weights, Mapping):
+            if "path" not in weights or not weights.keys() <= WEIGHTS_KEYS:
+                raise InputError(
+                    f"weights={dict(weights)}: write a path, or {{path: FILE, mean: [R, G, B], std: [R, G, B]}}",
+                    "config/invalid-value",
+                )
+            given = {**given, **weights, "weights": weights["path"]}
+            del given["path"]
+        return {**given, "pretrained": False}
 
     @property
     def has_live_batch_norm(self) -> bool:

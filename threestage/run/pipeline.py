@@ -165,7 +165,8 @@ class _Stages:
                 )
             self.folder.refuse_new_targets(f"stage{number + 1}", digest)
             reports = self.backend.predict_pool(storage.join(self.folder.part(stage), "model"), task, files)
-            watched = _counted(reports, f"pseudo-masks {number}", rows_of(files), self.on.on_progress)
+            images = rows_of(files) - self.context.split.carved
+            watched = _counted(reports, f"pseudo-masks {number}", images, self.on.on_progress)
             statistics = gather(task, files, watched, self.config.data.max_bad_fraction)
             self._check_set(stage, part, statistics)
             marker = {"digest": digest, "statistics": statistics.model_dump(mode="json")}

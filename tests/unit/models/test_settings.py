@@ -220,11 +220,6 @@ def test_an_unreachable_hub_asks_for_weights(monkeypatch: pytest.MonkeyPatch) ->
         build_network(settings(pretrained=True), 3)
 
 
-def test_one_source_of_weights() -> None:
-    with refused("config/conflict", "weights", "pretrained"):
-        validated(NetworkSettings, {"weights": "a.pth", "pretrained": True})
-
-
 @pytest.mark.parametrize(
     ("encoder", "output_stride", "crop", "fits"),
     [
@@ -259,3 +254,14 @@ def test_batch_norm_of_deeplabv3plus_is_live_whatever_the_encoders_is() -> None:
         on_gpus.synchronises(live=True) and not on_gpus.synchronises(live=False) and not on_cpus.synchronises(live=True)
     )
     assert not ClusterSettings(gpus_per_worker=1, sync_batch_norm=False).synchronises(live=True)
+
+
+def test_weights_bring_their_normalisation_and_replace_the_hubs() -> None:
+    plain = NetworkSettings.model_validate({"weights": "a.pth", "pretrained": True})
+    assert plain.weights == "a.pth" and not plain.pretrained
+    halves = [0.5, 0.5, 0.5]
+    given = NetworkSettings.model_validate({"weights": {"path": "a.pth", "mean": halves, "std": halves}})
+    assert given == plain.model_copy(update={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
+    for wrong in ({"mean": halves}, {"path": "a.pth", "scale": 2}):
+        with refused("config/invalid-value", "path: FILE"):
+            validated(NetworkSettings, {"weights": wrong})
