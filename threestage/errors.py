@@ -50,6 +50,10 @@ class UnwritablePlace(StageFailure):
     """The place of the results takes no writes any more: full, read-only, denied. The CLI exits with 3; nothing is retried."""
 
 
+class StoreAway(StageFailure):
+    """A store does not answer for now: what needs it is done again when it does (data/outages.py)."""
+
+
 class NoRoom(StageFailure):
     """The cluster had no room for it for as long as the settings allow."""
 

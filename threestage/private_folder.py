@@ -12,9 +12,19 @@ def private_folder() -> Path:
 
     Raises InputError when somebody else has made it.
     """
-    folder = Path(f"/tmp/threestage-{os.getuid()}")
+    folder = _path()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise InputError(f"{folder}: is not a folder of yours alone; remove it, or chmod 700", "run/private-folder")
     return folder
+
+
+def reserve_compile_cache() -> None:
+    """Name a private folder for torch.compile's code; torch's own choice in /tmp could be written by another user first. Before
+    threads begin (mlflow_sync.connection.reserve_variables says why); nothing is made."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_path() / "torchinductor"))
+
+
+def _path() -> Path:
+    return Path(f"/tmp/threestage-{os.getuid()}")

@@ -33,7 +33,11 @@ class ClusterSettings(Settings):
         description="times a stage is restarted from its last checkpoint, or files are begun again whose process was lost; "
         "-1: always",
     )
-    start_timeout_s: int = Field(300, ge=1, description="how long to wait for resources before the run fails")
+    start_timeout_s: int = Field(
+        300,
+        ge=1,
+        description="how long a run waits without room for its workers, and without a new node, before it fails",
+    )
     report_after_s: int = Field(
         30, ge=1, description="when missing resources are reported, and again each time it has passed"
     )

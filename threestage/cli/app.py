@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from threestage.cli import images, labels, models, results, run_status, runs, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
+from threestage.data.parallel import end_process
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
 from threestage.redaction import redact
 
@@ -54,8 +55,12 @@ UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 def main() -> None:
     """Entry point of `threestage`."""
     warnings.showwarning = _show_warning
-    with reported():
-        sys.exit(app(standalone_mode=False))
+    try:
+        with reported():
+            sys.exit(app(standalone_mode=False))
+    except SystemExit as end:
+        code = end.code
+    end_process(code)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from threestage.format import duration
 
 app = typer.Typer(help="The state of runs: list, show, compare, cost.", no_args_is_help=True)
 REFRESH_S = 10.0
-COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "dead": "red"}
+COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "dead": "red", "damaged": "red"}
 LAST_EVENTS = 20
 
 PrefixArgument = Annotated[

@@ -1,12 +1,15 @@
 """Threads within bounded memory: map() in some, items made ahead in one, how many pixels all may decode at a time, and work
 that nobody waits for when the process ends."""
 
+import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import NoReturn, ParamSpec, TypeVar
 
 MAX_IMAGE_PIXELS = 64_000_000
 LARGE_PIXELS = MAX_IMAGE_PIXELS // 4
@@ -42,6 +45,9 @@ class PixelBudget:
 
 PIXELS = PixelBudget(MAX_IMAGE_PIXELS)
 
+
+ASK_STORES = ("checkpoint", "lease", "events", "run-mirror", "sweep-mirror")
+"""Names of daemon threads that an end does not wait for."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -94,3 +100,14 @@ def in_daemon_thread(
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def end_process(code: int | str | None) -> NoReturn:
+    """As sys.exit; at once where a thread still waits for a store: pyarrow waits for its requests, which may take minutes."""
+    if not any(thread.name in ASK_STORES for thread in threading.enumerate()):
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

@@ -1,6 +1,7 @@
 """What a storage library raises, as one line: what is wrong, where, and how to fix it. No line holds a credential."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -22,7 +23,10 @@ PERMISSIONS = {
     "CreateMultipartUpload": "s3:PutObject",
 }
 
-BUSY_CODES = {"slowdown", "serviceunavailable", "internalerror", "toomanyrequests", "429", "500", "502", "503", "504"}
+BUSY_CODES = {
+    "slowdown", "serviceunavailable", "internalerror", "toomanyrequests", "requesttimeout",
+    "408", "429", "500", "502", "503", "504",
+}  # fmt: skip
 REGION_CODES = {"authorizationheadermalformed", "permanentredirect", "illegallocationconstraintexception", "301"}
 FULL_CODES = {"quotaexceeded", "xminiostoragefull", "insufficientstorage", "507"}
 OTHER_STORE_CODES = {"resourcenotfound", "404", "405", "methodnotallowed"}
@@ -100,7 +104,9 @@ OF_THIS_MACHINE = {
 }
 """How to fix an error of the operating system, and its code."""
 LASTING = {"full", "denied", "credentials", "no-bucket", "not-found", "not-a-file"}
-"""Codes below storage/ of what does not pass by itself while a run writes; all others may be an outage."""
+"""Codes below storage/ of what does not pass by itself while a run writes; all others of S3 may be an outage."""
+DISK_ELSEWHERE = {"EIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENOTCONN", "EREMOTEIO"}
+"""Errors of a disk of another machine, such as NFS, that is away."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,16 @@ def complaint(uri: str | None, error: BaseException) -> Complaint:
         return _of_s3(uri, "nosuchkey", "", message)
     text, stable = _of_this_machine(uri, error, message)
     return Complaint(without_secrets(text), stable)
+
+
+def is_outage(error: OSError) -> bool:
+    """Whether a store does not serve now what it may serve later."""
+    message = " ".join(str(error).split())
+    if _code(message, error) is not None:
+        return str(complaint(None, error).code).removeprefix("storage/") not in LASTING
+    if message.startswith(S3_SCHEME):  # `storage.ask_s3`
+        return any(isinstance(cause, TimeoutError | ConnectionError) for cause in _chain(error))
+    return errno.errorcode.get(error.errno or 0) in DISK_ELSEWHERE
 
 
 PLACE = re.compile(r"(?:local file|does not exist) '([^']+)'|^(s3://\S+): ")
@@ -299,8 +315,6 @@ def _of_this_machine(uri: str | None, error: BaseException, message: str) -> tup
     number: Any = getattr(error, "errno", None)
     if not isinstance(error, OSError) or not isinstance(number, int) or not error.strerror:
         return f"{uri}: {message}" if uri and uri not in message else message, "storage/failed"
-    import errno
-
     place = uri or (os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None)
     fix, code = OF_THIS_MACHINE.get(errno.errorcode.get(number, ""), (None, "storage/failed"))
     if place is None or fix is None:

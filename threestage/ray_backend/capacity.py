@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
+import ray.util
 import torch
 
 from threestage.checks.result import CheckOutcome
@@ -122,12 +123,14 @@ def waiting_text(
     workers: int,
     nodes: Sequence[Resources],
     free: Sequence[Resources],
+    placed: bool = False,
 ) -> str:
     """Why workers have not started yet: they are starting, their room is in use, or the cluster is too small.
 
     Args:
         waited: seconds.
         nodes, free: total and free resources of each node.
+        placed: whether the workers have their places.
     """
     worker, placement = worker_takes(cluster), cluster.placement
     asked = f"{workers} × ({resources_text(cluster.worker_resources)}"
@@ -138,10 +141,10 @@ def waiting_text(
     )
     has = ", ".join(f"{name} {total[name]:g} ({left[name]:g} free)" for name in total)
     there = f"the cluster has {has} on {number_of(len(nodes), 'node')}"
-    if can_place(free, 1, worker, workers, placement, []):
+    if placed or can_place(free, 1, worker, workers, placement, []):
         return (
-            f"{what}: starting for {waited:.0f} s: there is room for {asked}, {there}; on a busy machine this takes a while "
-            "(the limit is cluster.start_timeout_s)"
+            f"{what}: starting for {waited:.0f} s: there is room for {asked}, {there}; this takes a while on a busy machine, and "
+            "where a node pulls an image"
         )
     if can_place(nodes, 1, worker, workers, placement, []):
         return (
@@ -170,6 +173,15 @@ def free_nodes() -> list[Resources]:
     """Free resources of each node; of all nodes together where Ray cannot be asked for each."""
     free = ray_internals.free_resources()
     return [ray.available_resources()] if free is None else [free.get(node, {}) for node in alive_ids()]
+
+
+def are_placed(cluster: ClusterSettings) -> bool:
+    """Whether Ray has given such workers their places, and lets none wait for some: they are starting."""
+    worker, states = worker_takes(cluster), set[str]()
+    for group in ray.util.placement_group_table().values():
+        if all(_times(bundle, worker) for bundle in group["bundles"].values()):
+            states.add(group["state"])
+    return "CREATED" in states and states <= {"CREATED", "REMOVED"}
 
 
 def more_may_come() -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from threestage.errors import CodedError, InputError, StageFailure, reason_of
+from threestage.data.outages import store_away
+from threestage.errors import CodedError, InputError, StageFailure, StoreAway, UnwritablePlace, reason_of
 from threestage.ray_backend.heartbeat import driver_actor
 
 # ---- From an error of Ray to one of ours
@@ -37,7 +38,8 @@ def cause_of(error: BaseException) -> BaseException:
 def translate_ray_errors() -> Iterator[None]:
     """Makes any error one of ours, with its reason: Ray Data appends text to errors, and takes the place of some."""
     try:
-        yield
+        with store_away():
+            yield
     except (InputError, StageFailure):
         raise
     except Exception as error:
@@ -48,7 +50,15 @@ def to_user_error(error: ray.exceptions.RayError, what: str = "") -> InputError 
     """The InputError that led to it, else a StageFailure that names `what`; the first line of either, see `first_line`."""
     if isinstance(cause_of(error), InputError):
         return InputError(first_line(error), code_of(error))
-    return StageFailure(f"{what}{first_line(error)}; the same command continues", code_of(error) or FAILED)
+    return to_stage_failure(error, f"{what}{first_line(error)}", FAILED)
+
+
+def to_stage_failure(error: BaseException, text: str, code: str) -> StageFailure:
+    """A StageFailure that `text` begins, with the code of its cause, else `code`; of the kind of its cause, where that decides
+    what follows."""
+    cause = cause_of(error)
+    kind = type(cause) if isinstance(cause, UnwritablePlace | StoreAway) else StageFailure
+    return kind(f"{text}; the same command continues", code_of(error) or code)
 
 
 def code_of(error: BaseException) -> str | None:

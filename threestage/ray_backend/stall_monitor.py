@@ -1,7 +1,7 @@
 """Report instead of waiting in silence: no room for workers, no worker of a stage, a worker that stands still.
 
-It reports every `report_after_s` what is asked and what the cluster has. Waiting for workers or room ends after
-`start_timeout_s`; for predictors that are lost later, Ray waits without a limit.
+It reports every `report_after_s` what is asked and what the cluster has. Waiting for workers ends when there has been no room for
+them, and no node has come, for `start_timeout_s`; for predictors that are lost later, Ray waits without a limit.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import ray.util
 from threestage.errors import NoRoom, Warn
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import (
+    are_placed,
+    can_place,
     cluster_nodes,
     free_nodes,
     has_place_for_one,
@@ -35,14 +37,25 @@ LOOK_SECONDS = 1.0
 
 
 class _Wait:
-    """How long it has been, and whether to say so: every `report_after_s`."""
+    """How long it has been, and whether to say so: every `report_after_s`. `nodes`: of the cluster, when they were last looked
+    at."""
 
     def __init__(self, cluster: ClusterSettings) -> None:
         self._every_s = float(cluster.report_after_s)
+        self.nodes: frozenset[str] | None = None
         self.restart(time.monotonic())
 
     def restart(self, since: float) -> None:
-        self._since, self._next_s = since, self._every_s
+        self._since = self._without_room_since = since
+        self._next_s = self._every_s
+
+    def room_comes(self) -> None:
+        """Count anew for how long there is none."""
+        self._without_room_since = time.monotonic()
+
+    @property
+    def seconds_without_room(self) -> float:
+        return time.monotonic() - self._without_room_since
 
     @property
     def seconds(self) -> float:
@@ -70,7 +83,7 @@ class StallMonitor:
         self._named: set[tuple[int, int]] = set()
 
     def look(self, signs: Mapping[int, tuple[WorkerStatus, float]]) -> None:
-        """Raises NoRoom after `start_timeout_s` without a worker. `signs`: each with the seconds since it came."""
+        """Raises NoRoom after `start_timeout_s` without worker and room. `signs`: each with the seconds since it came."""
         newest = min((age for _, age in signs.values()), default=math.inf)
         if newest < SILENCE_SECONDS:
             self._alone.restart(time.monotonic() - newest)
@@ -158,11 +171,22 @@ def warn_if_stalled(what: str, cluster: ClusterSettings, warn: Warn) -> Iterator
 
 
 def _report_or_end(wait: _Wait, what: str, cluster: ClusterSettings, workers: int, warn: Warn) -> None:
-    if wait.seconds > cluster.start_timeout_s:
-        raise NoRoom(_state(what, cluster, wait.seconds, workers), "ray/no-room")
+    wait.nodes = alive_ids() if wait.nodes is None else wait.nodes
+    if wait.seconds_without_room > cluster.start_timeout_s:
+        if not _room_comes(wait, cluster, workers):
+            raise NoRoom(_state(what, cluster, wait.seconds, workers), "ray/no-room")
+        wait.room_comes()
     if wait.report_is_due():
         warn(_state(what, cluster, wait.seconds, workers))
 
 
+def _room_comes(wait: _Wait, cluster: ClusterSettings, workers: int) -> bool:
+    """Whether a node has come since the last look, or there is room: then the workers are starting, however long that takes."""
+    before, wait.nodes = wait.nodes, alive_ids()
+    came = before is not None and not wait.nodes <= before
+    free = free_nodes()
+    return came or are_placed(cluster) or can_place(free, 1, worker_takes(cluster), workers, cluster.placement, [])
+
+
 def _state(what: str, cluster: ClusterSettings, waited: float, workers: int) -> str:
-    return waiting_text(what, cluster, waited, workers, cluster_nodes(), free_nodes())
+    return waiting_text(what, cluster, waited, workers, cluster_nodes(), free_nodes(), are_placed(cluster))

@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,13 +15,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from threestage.config import Config
 from threestage.data import storage
+from threestage.data.outages import wait_out
 from threestage.data.pool import PoolFile
-from threestage.errors import InputError, StageFailure, UnwritablePlace, Warn
+from threestage.errors import InputError, StageFailure, Warn, reason_of
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import room_there, warn_of_folders
 from threestage.ray_backend.connect import address_of, connected
-from threestage.ray_backend.failures import FAILED, cause_of, code_of, first_line, last_line
+from threestage.ray_backend.failures import FAILED, first_line, last_line, to_stage_failure
 from threestage.ray_backend.heartbeat import MonitorUpdate, start_monitor
 from threestage.ray_backend.pool_stream import stream_options, unlabelled_stream
 from threestage.ray_backend.predict import predict_pool
@@ -51,10 +51,7 @@ class RayBackend:
         try:
             yield from predict_pool(model, task, files, self._cluster, self._on.on_warning)
         except ray.exceptions.RayError as error:
-            kind = UnwritablePlace if isinstance(cause_of(error), UnwritablePlace) else StageFailure
-            raise kind(
-                f"pseudo-masks: {first_line(error)}; the same command continues", code_of(error) or FAILED
-            ) from error
+            raise to_stage_failure(error, f"pseudo-masks: {first_line(error)}", FAILED) from error
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         return map_function(self._cluster, at_once=1 + self._cluster.number_of_predictors)(function, items)
@@ -97,10 +94,7 @@ def train_on_ray(task: StageTask, show: OnMetrics, warn: Warn, function: TrainWo
             _watch_fit(task, partial(show, task.stage), warn, function, driver)
             return
         except ray.train.TrainingFailedError as error:
-            raise StageFailure(
-                f"{task.stage}: {last_line(error)}; the same command continues",
-                code_of(error) or "stage/training-failed",
-            ) from error
+            raise to_stage_failure(error, f"{task.stage}: {last_line(error)}", "stage/training-failed") from error
         except ray.exceptions.RayActorError as error:
             failures += 1
             if 0 <= task.settings().cluster.max_failures < failures:
@@ -179,7 +173,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
     datasets = {}
     if task.pool is not None:
         # Ray calls it whenever it starts the workers, so that one restarted goes on where the last checkpoint is
-        datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task)
+        datasets["unlabelled"] = partial(_stream_from_last_checkpoint, task, monitor)
     elastic = cluster.least_workers < cluster.most_workers
     return TorchTrainer(
         function,
@@ -212,14 +206,19 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
     )
 
 
-def _stream_from_last_checkpoint(task: StageTask) -> ray.data.Dataset:
-    """Runs in the controller, for which an error is the end: a store that does not answer is asked again."""
-    deadline = time.monotonic() + task.settings().cluster.start_timeout_s
-    while True:
-        try:
-            latest = Checkpoints(checkpoint_folder(task.folder)).latest()
-            return unlabelled_stream(task, latest or Pointer())
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(2)
+def _stream_from_last_checkpoint(task: StageTask, monitor: Any) -> ray.data.Dataset:
+    """Runs in the controller, for which an error is the end: an outage is waited out, any other error ends the stage."""
+    checkpoints = Checkpoints(checkpoint_folder(task.folder))
+    what = f"{task.stage}: the unlabelled stream"
+    try:
+        return wait_out(
+            what,
+            lambda: unlabelled_stream(task, checkpoints.latest() or Pointer()),
+            monitor.warn.remote,
+            checkpoints.refusal,
+        )
+    except (OSError, StageFailure) as error:
+        ray.get(
+            monitor.fail.remote(error if isinstance(error, StageFailure) else StageFailure(reason_of(error), FAILED))
+        )
+        raise

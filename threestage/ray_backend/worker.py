@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from threestage.allocator import disable_malloc_trim
 from threestage.data.batches import Batch, BatchSlice, max_shard_size
 from threestage.errors import StageFailure
+from threestage.private_folder import reserve_compile_cache
 from threestage.ray_backend.heartbeat import Heartbeat
 from threestage.ray_backend.pool_stream import stream_batches
 from threestage.run.stages import StageTask, train_stage
@@ -28,6 +29,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     A StageFailure is told to the driver, which ends the stage: trying again would end the same way.
     """
     disable_malloc_trim()
+    reserve_compile_cache()
     torch.set_num_threads(max(1, int(arguments["threads"])))
     task, monitor = StageTask.model_validate(arguments["task"]), arguments["monitor"]
     context = ray.train.get_context()
@@ -52,7 +54,8 @@ class RayWorker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         training, folder = task.settings().training, checkpoint_folder(task.folder)
-        self.checkpoints = Checkpoints(folder, training.checkpoints_kept, driver, training.unsaved_limit_s, self.warn)
+        warn = self.warn if self.rank == 0 else lambda text: None  # all have the same to say of a store
+        self.checkpoints = Checkpoints(folder, training.checkpoints_kept, driver, training.unsaved_limit_s, warn)
         self._answered = 0
         self._task = task
         self._monitor = monitor

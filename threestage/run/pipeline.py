@@ -12,8 +12,10 @@ from typing import Any
 import threestage
 from threestage.config import Config, StageName, stage_keys
 from threestage.data import storage
+from threestage.data.outages import wait_out
 from threestage.data.pool import PoolFile, rows_of
 from threestage.data.rejects import RejectList
+from threestage.data.storage_errors import unwritable
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import HALFWAY_MODEL
 from threestage.prediction.pseudo_masks import (
@@ -42,8 +44,18 @@ def run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str
     `reuse` is the folder of another run: its split serves this one too, its stages as far as they would be computed the
     same, and with their pseudo-masks its pool. It must stay where it is and is never changed.
 
-    Raises InputError before any training when the input is wrong, or when `out` holds a run with other inputs.
+    Where a store is away it waits, and then continues from what is done. Raises InputError before any training when the input is
+    wrong, or when `out` holds a run with other inputs; UnwritablePlace when `out` takes no writes any more.
     """
+    return wait_out(
+        "the run",
+        lambda: _run(config, out, backend, on, reuse),
+        on.on_warning,
+        lambda error: unwritable(storage.absolute(out), error, "what is finished is kept"),
+    )
+
+
+def _run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None) -> dict[str, Any]:
     folder = RunFolder.at(out, reuse)
     context = RunContext.resolve(config, folder)
     label_pixels = context.check(on.on_warning)
@@ -200,8 +212,8 @@ class _Stages:
         halfway = storage.join(self.folder.part(stage), HALFWAY_MODEL)
         if not storage.exists(storage.join(halfway, "model.json")):
             raise InputError(
-                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is missing, {stage} could "
-                f"not write it, or an older threestage trained it; set it to 1, or delete {self.folder.part(stage)} and what "
+                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is missing, an "
+                f"older threestage trained {stage}; set it to 1, or delete {self.folder.part(stage)} and what "
                 "follows it",
                 "run/no-halfway-weights",
             )

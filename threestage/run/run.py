@@ -11,6 +11,7 @@ from threestage.checks.store import check_store, check_writable
 from threestage.config import Config, load, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
+from threestage.data.outages import wait_out
 from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.storage_errors import refuse_unwritable
@@ -21,6 +22,7 @@ from threestage.mlflow_sync.connection import reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, Status
 from threestage.mlflow_sync.run_sync import RunSync, has_begun, keep_outcome, keep_settings
 from threestage.models.program import without_program
+from threestage.private_folder import reserve_compile_cache
 from threestage.report.report import write_report
 from threestage.report.validation_images import write_pictures
 from threestage.run import pipeline
@@ -58,6 +60,7 @@ def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: 
     config, out = config.with_absolute_paths(), storage.absolute(out)
     _warn_of_the_demos_network(config, on.on_warning)
     reserve_variables()
+    reserve_compile_cache()
     registered: list[RegisteredVersion] = []
     before = lease.last_holder(out)
     with lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:
@@ -66,9 +69,10 @@ def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: 
             recorded = _recorded(out, _settings(config), on)
         else:
             recorded = recording.enter_context(_sent_to_mlflow(config, out, held, on, registered))
-        with _backend(config, out, local, recorded) as backend, refuse_unwritable(out):
+        with _backend(config, out, local, recorded) as backend:
             results = pipeline.run(config, out, backend, recorded, reuse)
-        write_pictures(config, out)
+        with refuse_unwritable(out):
+            wait_out("the run's pictures", lambda: write_pictures(config, out), on.on_warning)
         _write_page(out, on.on_warning)
     return results | {"registered": [asdict(version) for version in registered]}
 

@@ -35,9 +35,18 @@ from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard
 from threestage.models.network import Auxiliary, build_network
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
-from threestage.training.checkpoint import Row, TrainState
+from threestage.training.checkpoint import Row, TrainState, copied
 from threestage.training.ema import make_teacher
-from threestage.training.loop import StageLength, autocast_dtype, await_written, compiled, fit, make_scaler, resume
+from threestage.training.loop import (
+    StageLength,
+    autocast_dtype,
+    await_written,
+    compiled,
+    fit,
+    make_scaler,
+    read_together,
+    resume,
+)
 from threestage.training.metrics import mean_iou
 from threestage.training.optimiser import make_optimiser
 from threestage.training.step import StepSource
@@ -80,21 +89,22 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish its models and `result.json` in its folder."""
     config = task.settings()
     stage = config.stage(task.stage)
-    data = load_data(task, config)
-    state = build_state(task, config, len(data.manifest.classes), worker.device)
+    data = read_together("the data set", lambda: load_data(task, config), worker)
+    classes = len(data.manifest.classes)
+    state = read_together("the network", lambda: build_state(task, config, classes, worker.device), worker)
     resume(state, worker)
     source = make_source(task, config, state, data, worker)
     last, card = list[Evaluation](), _card(task, config, data.manifest)
 
     def score(network: nn.Module) -> Evaluation:
         worker.set_phase(state.step, "evaluation")
-        classes, share = len(data.manifest.classes), WorkerShare(worker.rank, worker.world_size, worker.sum)
+        share = WorkerShare(worker.rank, worker.world_size, worker.sum)
         dtype = autocast_dtype(config.training.precision, worker.device)
         return evaluate(network, data.validation, classes, worker.device, share, config.pseudo_mask.batch_size, dtype)
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
-            _keep_halfway(task, state, card, worker, config.choosing_after(task.stage) is not None)
+            _keep_halfway(task, state, card, worker)
 
     def validate(network: nn.Module) -> Row:
         last[:] = [score(network)]
@@ -113,7 +123,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
         publish_stage(task, state, card, last[0].confusion, student)
 
     if worker.rank == 0:
-        worker.checkpoints.publish(publish)
+        worker.checkpoints.publish("the stage's model", publish)
     await_written(state.step, worker)
 
 
@@ -127,15 +137,12 @@ def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
     )
 
 
-def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker, needed: bool) -> None:
-    """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`). Raises
-    OSError where they are needed and cannot be written: the stage goes on from its last checkpoint, which is before half-way."""
-    try:
-        save_model(storage.join(task.folder, HALFWAY_MODEL), state.shipped, card)  # type: ignore[arg-type]
-    except OSError as error:
-        if needed:
-            raise
-        worker.warn(f"the weights of half-way could not be written, {task.stage} goes on without: {error}")
+def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker) -> None:
+    """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`). They are
+    written before any later checkpoint: a stage that goes on from one has them."""
+    weights = copied(state.shipped.main_state_dict())  # type: ignore[operator]
+    folder = storage.join(task.folder, HALFWAY_MODEL)
+    worker.checkpoints.publish("the model of half-way", lambda: save_weights(folder, weights, card))
 
 
 def images_per_step(config: Config, stage: StageName, world_size: int) -> tuple[int, int]:

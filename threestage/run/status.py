@@ -3,11 +3,12 @@
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from threestage.config import STAGES, flatten
 from threestage.data import storage
+from threestage.data.storage_errors import explain
 from threestage.errors import InputError
 from threestage.mlflow_sync.connection import redact_tree
 from threestage.run_folder import lease
@@ -21,8 +22,8 @@ QUIET_S, QUIET_GAPS = 60.0, 3  # without a sign of progress for longer than both
 MOST_RUNS = 1000
 AT_ONCE = 16
 
-State = Literal["running", "waiting", "finished", "failed", "dead", "looking"]
-"""looking: whether its driver lives is not known yet."""
+State = Literal["running", "waiting", "finished", "failed", "dead", "looking", "damaged"]
+"""looking: whether its driver lives is not known yet. damaged: a file of the folder cannot be read, `why` names it."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,17 @@ class RunStatus:
     uri: str
     name: str
     state: State
-    stage: str | None
-    step: int | None
-    steps: int | None
-    per_second: float | None
-    seconds_left: float | None
-    checkpoint_step: int | None
-    checkpoint_age_s: float | None
-    mean_iou: Mapping[str, float]
-    device_hours: float
-    driver: str | None
-    why: str | None
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    per_second: float | None = None
+    seconds_left: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    mean_iou: Mapping[str, float] = field(default_factory=dict)
+    device_hours: float = 0.0
+    driver: str | None = None
+    why: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +77,16 @@ def read_statuses(runs: Sequence[str], observer: LeaseObserver, wait: bool = Tru
         while wait and any(alive is None for _, alive in found):
             time.sleep(1.0)
             found = list(threads.map(observer.look, runs))
-        return list(threads.map(lambda run, seen: read_status(run, *seen), runs, found))
+        return list(threads.map(lambda run, seen: _status_or_damage(run, *seen), runs, found))
+
+
+def _status_or_damage(run: str, holder: lease.Holder | None, alive: bool | None) -> RunStatus:
+    """One damaged folder hides no other run."""
+    try:
+        return read_status(run, holder, alive)
+    except (InputError, FileNotFoundError, PermissionError) as error:
+        known = explain(None, error) if isinstance(error, OSError) else error
+        return RunStatus(run, run.rsplit("/", 1)[-1], "damaged", why=known.message)
 
 
 def read_status(run: str, holder: lease.Holder | None, alive: bool | None) -> RunStatus:

@@ -30,6 +30,7 @@ NAME = "lease.json"
 MOST_BYTES = 2**16
 INTERVAL_S = 10.0
 MISSED = 4
+END_S = 5.0  # an end waits so long for the store
 SETTLE_S = {"s3": 1.0, "local": 0.25}
 LOST_SIGNAL = (
     signal.SIGRTMIN + 7
@@ -84,7 +85,7 @@ class Lease:
     def take(self, warn: Warn) -> None:
         """Raises InputError when another driver holds it."""
         if (holder := current_holder(self._out, warn)) is None:
-            self._write()
+            self._write({})
             time.sleep(SETTLE_S["s3" if storage.is_s3(self._uri) else "local"])
             holder = self._other()
         if holder is not None:
@@ -100,10 +101,16 @@ class Lease:
             yield
         finally:
             self._ended.set()
-            self._thread.join()
+            self._thread.join(END_S)
 
     def release(self) -> None:
-        """Remove it, unless it is another's. Where the store fails it stays, and is dead: that must not end a finished run."""
+        """Remove it, unless it is another's. Where the store fails, or does not answer, it stays, and is dead: that must not end
+        a finished run, nor hold up its end."""
+        thread = threading.Thread(target=self._remove, name="lease", daemon=True)
+        thread.start()
+        thread.join(END_S)
+
+    def _remove(self) -> None:
         with contextlib.suppress(Exception):
             if self._other() is not None:
                 return
@@ -123,9 +130,11 @@ class Lease:
                 return
 
     def _renew(self) -> None:
+        """Nothing is asked of the store between the look and the write."""
+        progress = self.progress()
         other = self._other()
         if other is None:
-            self._write()
+            self._write(progress)
         else:
             self.lost = f"{self._out}: another driver has taken this run over ({other}), this one stops"
 
@@ -137,9 +146,9 @@ class Lease:
         holder = _parsed(content)
         return None if holder.id == self._holder.id else holder
 
-    def _write(self) -> None:
+    def _write(self, progress: dict[str, Any]) -> None:
         self._beats += 1
-        told = {"beat": self._beats, "progress": self.progress()}
+        told = {"beat": self._beats, "progress": progress}
         storage.write_json(self._uri, self._holder.model_copy(update=told).model_dump())
 
 

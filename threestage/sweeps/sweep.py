@@ -93,15 +93,17 @@ def run(requested: Sweep, show: Show) -> dict[str, Any]:
     Raises InputError before anything is trained when the space, the configuration or the cluster does not allow it or another
     driver works on the folder, and StageFailure when no trial has finished.
     """
+    from threestage.ray_backend.sweep import quieten
+
     requested = checked(requested)
     reserve_variables()
+    quieten()
     with lease.held(requested.out, show.warn):
         return _run_alone(requested, show)
 
 
 def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
     from threestage.ray_backend.connect import connected
-    from threestage.ray_backend.sweep import quieten
     from threestage.ray_backend.train import warn_of_traps
 
     key, settings = known(requested), requested.config.registry
@@ -112,7 +114,6 @@ def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
         if left_to_search(requested, trials):
             show.plan(plan_sweep(requested, trials, show.warn))
         key = key or record_sweep(requested)
-        quieten()
         params = flatten(requested.space.model_dump(mode="json"))
         mirror = SweepSync(lambda: registry or open_registry(settings), key, requested.config.name, params, show.warn)
         found: dict[str, Any] = {"files": [], "best": None}
@@ -136,7 +137,7 @@ def _run(requested: Sweep, show: Show, mirror: SweepSync) -> dict[str, Any]:
         show.trial(trial)
         mirror.update(trial, {"space": ",".join(space.search)})
 
-    store = TrialStore(out, space, requested.kept, on_change)
+    store = TrialStore(out, space, requested.kept, on_change, show.warn)
     for trial in store.trials:
         on_change(trial)
     running = _Running(requested, store, show, time.monotonic())

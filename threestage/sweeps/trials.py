@@ -22,7 +22,8 @@ from pydantic import BeforeValidator
 
 from threestage.config import STAGES, Config, StageName, changed, flatten
 from threestage.data import storage
-from threestage.errors import InputError
+from threestage.data.outages import wait_out
+from threestage.errors import InputError, Warn
 from threestage.run_folder.records import StageResult
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
@@ -201,8 +202,9 @@ class _Journal:
             values = None if now.score is None else [now.score]
             self._storage.set_trial_state_values(number, optuna.trial.TrialState[STATES[now.state]], values)
 
-    def publish(self) -> None:
-        storage.write_bytes(self._uri, self._copy.read_bytes())
+    def publish(self, warn: Warn) -> None:
+        """An outage is waited out: nothing follows from a change before it is published."""
+        wait_out("the sweep's record", lambda: storage.write_bytes(self._uri, self._copy.read_bytes()), warn)
 
 
 def _record(space: Space, trial: Trial) -> "optuna.trial.FrozenTrial":
@@ -256,13 +258,16 @@ class TrialStore:
     on_change: is called with a trial after every change.
     """
 
-    def __init__(self, out: str, space: Space, kept: int, on_change: Callable[[Trial], None]) -> None:
+    def __init__(
+        self, out: str, space: Space, kept: int, on_change: Callable[[Trial], None], warn: Warn = print
+    ) -> None:
         self._out, self._space, self._kept, self._on_change = out, space, kept, on_change
+        self._warn = warn
         self._journal = _Journal(out)
         if self._journal.is_new and (before := _trials_before(out)):
             with _refused(storage.join(out, RECORDS_BEFORE)):
                 self._journal.add(_records_of(space, before))
-            self._journal.publish()
+            self._journal.publish(self._warn)
         self._trials = {trial.number: trial for trial in self._journal.trials()}
         self._since: dict[int, tuple[float, float]] = {}  # when its present try began, and the seconds before
         self._ended: dict[int, float] = {}
@@ -370,7 +375,7 @@ class TrialStore:
 
     def _keep(self, trial: Trial) -> None:
         self._trials[trial.number] = trial
-        self._journal.publish()
+        self._journal.publish(self._warn)
         self._on_change(trial)
 
 

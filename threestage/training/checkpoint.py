@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from threestage.data import storage
+from threestage.data.outages import store_away
 from threestage.data.storage_errors import unwritable
 from threestage.errors import StageFailure, UnwritablePlace, Warn
 from threestage.models.network import without_auxiliary
@@ -63,15 +64,15 @@ class TrainState:
     def keep_best(self, mean_iou: float) -> None:
         """Copy the shipped weights, which score so, where no evaluation before scored as high; NaN is no score."""
         if mean_iou > (-1.0 if self.best is None else self.best.mean_iou):
-            self.best = BestWeights(self.step, mean_iou, _copied(without_auxiliary(self.shipped.state_dict())))
+            self.best = BestWeights(self.step, mean_iou, copied(without_auxiliary(self.shipped.state_dict())))
 
     def snapshot(self) -> dict[str, Any]:
         """A copy in host memory that later steps do not change: plain values and tensors."""
         return {
             "format": FORMAT,
-            "student": _copied(self.student.state_dict()),
-            "teacher": None if self.teacher is None else _copied(self.teacher.state_dict()),
-            "optimiser": _copied(self.optimiser.state_dict()),
+            "student": copied(self.student.state_dict()),
+            "teacher": None if self.teacher is None else copied(self.teacher.state_dict()),
+            "optimiser": copied(self.optimiser.state_dict()),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "labelled_images": self.labelled_images,
@@ -101,12 +102,13 @@ class TrainState:
         self.best = BestWeights(**saved["best"]) if saved.get("best") else None
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A copy in host memory that later steps do not change."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def not_finite(tensors: Iterable[Tensor]) -> bool:
@@ -170,18 +172,21 @@ class Checkpoints:
         self._writer.work_is_saved()
 
     def save(self, snapshot: dict[str, Any]) -> None:
-        """Write a snapshot of the state in the background, after the one before; in an outage it takes its place. Raises as
-        `wait`."""
-        self._writer.submit(f"the checkpoint of step {snapshot['step']}", lambda: self._write(snapshot))
+        """Write a snapshot of the state in the background; it takes the place of one that waits. Raises as `wait`."""
+        self._writer.submit("checkpoint", f"the checkpoint of step {snapshot['step']}", lambda: self._write(snapshot))
 
-    def publish(self, write: Callable[[], None]) -> None:
-        """Write what a stage delivers, as checkpoints are written; `wait` says when it is done."""
+    def publish(self, what: str, write: Callable[[], object]) -> None:
+        """Write what a stage delivers, as checkpoints are written, before any that comes later. Raises as `wait`."""
 
         def write_if_ours() -> None:
             self._refuse_when_taken_over()
             write()
 
-        self._writer.submit("the stage's model", write_if_ours)
+        self._writer.submit(what, what, write_if_ours)
+
+    def in_background(self, what: str, work: Callable[[], object]) -> None:
+        """Whatever else needs the stores, such as reading from them. Raises as `wait`."""
+        self._writer.submit(what, what, work, writes=False)
 
     def wait(self, timeout_s: float | None = None) -> WriteState:
         """Until what was saved is written, or for some seconds. Raises UnwritablePlace when the folder takes no writes any more,
@@ -194,10 +199,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What trains the stage, inside: raises UnwritablePlace when its folder takes no writes any more. At the end nothing is
-        tried again."""
+        """What trains the stage, inside: raises UnwritablePlace when its folder takes no writes any more, StoreAway where it
+        needed a store that is away. At the end nothing is tried again."""
         try:
-            yield
+            with store_away():
+                yield
         except OSError as error:
             if (refusal := self.refusal(error)) is not None:
                 raise refusal from error

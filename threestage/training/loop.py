@@ -5,25 +5,24 @@ the last checkpoint.
 """
 
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from threestage.errors import StageFailure
-from threestage.private_folder import private_folder
+from threestage.private_folder import private_folder, reserve_compile_cache
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training import losses
 from threestage.training.background_writer import WriteState
-from threestage.training.checkpoint import Row, TrainState, not_finite
+from threestage.training.checkpoint import Pointer, Row, TrainState, not_finite
 from threestage.training.ema import update_teacher
 from threestage.training.schedule import EmaSettings, OptimiserSettings, ema_decay, learning_rate_factor
 from threestage.training.step import StepInputs, StepSource, micro_batches, piece_sums
@@ -31,6 +30,8 @@ from threestage.training.worker import Worker
 
 NOTICE_LAG = 3  # steps that a GPU may run behind before the loop waits to read its notice
 POLL_S = 1.0  # how often workers that wait for a checkpoint hear of it
+
+Read = TypeVar("Read")
 
 
 class LoopSettings(Settings):
@@ -181,38 +182,57 @@ def _evaluated(state: TrainState, worker: Worker, evaluate: Callable[[nn.Module]
 
 
 def _save(state: TrainState, worker: Worker, wait: bool) -> None:
-    """A checkpoint: weights that are not finite are not saved (on all workers alike). `wait`: until it is written."""
+    """A checkpoint, once the one before is written or the store is away: weights that are not finite are not saved (on all
+    workers alike). `wait`: until it is written."""
     worker.set_phase(state.step, "checkpoint")
     if not_finite(state.student.parameters()):
         raise StageFailure(
             f"weights became infinite or NaN before step {state.step} while the losses were finite; {recovery_hint(worker)}",
             "stage/diverged",
         )
+    _wait_for_store(state.step, worker, ("written", "failing"))
     if worker.rank == 0:
         worker.checkpoints.save(state.snapshot())
-    if wait:
-        await_written(state.step, worker, to_the_end=False)
+    if wait and _wait_for_store(state.step, worker, ("written", "failing")) == "written":
+        worker.noticed(state.step, True)
 
 
-def await_written(step: int, worker: Worker, to_the_end: bool = True) -> None:
-    """All workers wait until rank 0 has written what it saved: in an outage `to_the_end`, or while too much work is unsaved."""
-    state: WriteState = "writing"
-    while state in ("writing", "overdue") or (state == "failing" and to_the_end):
+def _wait_for_store(step: int, worker: Worker, until: Sequence[WriteState]) -> WriteState:
+    """All workers wait alike until what each has to do with the store has come so far; the worst state of any."""
+    while True:
         worker.set_phase(step, "checkpoint")
-        state = worker.gather(worker.checkpoints.wait(POLL_S) if worker.rank == 0 else None)[0]
-        if state != "writing":
-            worker.noticed(step, state == "written")
+        state = max(worker.gather(worker.checkpoints.wait(POLL_S)), key=get_args(WriteState).index)
+        if state in ("failing", "overdue"):
+            worker.noticed(step, False)
+        if state in until:
+            return state
+
+
+def await_written(step: int, worker: Worker) -> None:
+    """All workers wait until what was saved is written, however long the store is away."""
+    _wait_for_store(step, worker, ("written",))
+    worker.noticed(step, True)
+
+
+def read_together(what: str, read: Callable[[], Read], worker: Worker) -> Read:
+    """What `read` returns, on each worker its own. While a store is away it is tried again, and all workers wait alike."""
+    found: list[Read] = []
+    worker.checkpoints.in_background(what, lambda: found.append(read()))
+    _wait_for_store(0, worker, ("written",))
+    return found[-1]
 
 
 def resume(state: TrainState, worker: Worker) -> None:
     """Continue from the stage's last checkpoint, if it has one: the one that rank 0 sees. It alone keeps the best weights."""
-    latest = None
-    if worker.rank == 0:
+
+    def claim() -> Pointer | None:
         worker.checkpoints.claim()
-        latest = worker.checkpoints.latest()
+        return worker.checkpoints.latest()
+
+    latest = read_together("the last checkpoint", claim if worker.rank == 0 else lambda: None, worker)
     step = worker.gather(None if latest is None else latest.step)[0]
     if step is not None:
-        state.restore(worker.checkpoints.read(step))
+        state.restore(read_together(f"the checkpoint of step {step}", lambda: worker.checkpoints.read(step), worker))
     if worker.rank != 0:
         state.best = None
 
@@ -237,8 +257,8 @@ def compiled(network: nn.Module, loop: LoopSettings) -> nn.Module:
     """The network as it is called, of the same parameters."""
     if not loop.compile:
         return network
-    # torch's own choice is a predictable folder in /tmp, whose code another user could write first
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "torchinductor"))
+    private_folder()
+    reserve_compile_cache()  # a process of ours has done that before threads began
     return torch.compile(network)  # type: ignore[return-value]
 
 

@@ -47,7 +47,8 @@ class Worker(Protocol):
         """How many reasons for a checkpoint at once have come so far: processes that will soon be taken away."""
 
     def noticed(self, step: int, saved: bool) -> None:
-        """What follows from a notice, if there was one, once the checkpoint of `step` is written, or could not be."""
+        """What follows from a notice, if there was one, once the checkpoint of `step` (0: there is none yet) is written, or
+        could not be."""
 
     def warn(self, text: str) -> None:
         """Tell the user."""
@@ -104,8 +105,7 @@ class LocalWorker:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-        if self._terminated.is_set():
-            raise StageFailure("stopped by SIGTERM; the same command continues", "stage/stopped")
+        self.noticed(0, False)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
@@ -131,6 +131,8 @@ class LocalWorker:
     def noticed(self, step: int, saved: bool) -> None:
         if not self._terminated.is_set():
             return
+        if step == 0:
+            raise StageFailure("stopped by SIGTERM; the same command continues", "stage/stopped")
         checkpoint = "is saved, the same command continues from it" if saved else "could not be written"
         raise StageFailure(f"stopped by SIGTERM; the checkpoint of step {step} {checkpoint}", "stage/stopped")
 

@@ -7,13 +7,15 @@ import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from tests.refusals import refused
-from threestage.errors import CodedError, InputError, StageFailure
+from tests.store_away import busy
+from threestage.errors import CodedError, InputError, StageFailure, StoreAway
 from threestage.ray_backend.failures import (
     alive_ids,
     cause_of,
     code_of,
     first_line,
     last_line,
+    to_stage_failure,
     to_user_error,
     translate_ray_errors,
 )
@@ -55,6 +57,16 @@ def test_what_ray_data_appends_is_not_told(kind: type[CodedError]) -> None:
     found = to_user_error(in_a_task(pickle.loads(pickle.dumps(own))).as_instanceof_cause(), "predict: ")
     assert type(found) is kind and found.code == "image/bad"
     assert found.message in ("a.jpg: fix it", "predict: a.jpg: fix it; the same command continues")
+
+
+def test_a_store_that_is_away_is_still_that_for_the_driver() -> None:
+    """The driver waits for it, and continues."""
+    with pytest.raises(StoreAway, match="overloaded or down") as caught, translate_ray_errors():
+        raise busy()
+    found = to_stage_failure(in_a_task(caught.value), "pseudo-masks: away", "ray/task-failed")
+    assert type(found) is StoreAway and found.code == "storage/busy"
+    with refused("ray/task-failed", "Is a directory", error=StageFailure), translate_ray_errors():
+        raise OSError(21, "Is a directory")
 
 
 def test_a_line_of_one_of_ours_has_no_code() -> None:

@@ -31,6 +31,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(stall_monitor, "time", clock)
     for name in ("cluster_nodes", "free_nodes"):
         monkeypatch.setattr(stall_monitor, name, lambda: [{"CPU": 1.0}])
+    monkeypatch.setattr(stall_monitor, "alive_ids", lambda: frozenset({"a"}))
+    monkeypatch.setattr(stall_monitor, "are_placed", lambda cluster: False)
     return clock
 
 
@@ -44,6 +46,38 @@ def test_no_worker_is_reported_again_and_again_and_ends(clock: Clock) -> None:
     assert "2 × (CPU 1); the cluster has CPU 1 (1 free) on 1 node: add nodes" in said[0]
     clock.now = 1035.5
     with refused("ray/no-room", "stage1", "36 s for 2", error=NoRoom):
+        waiting.look({})
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_a_slow_start_is_no_lack_of_room(clock: Clock, monkeypatch: pytest.MonkeyPatch, placed: bool) -> None:
+    """An image is pulled, or a node is busy: the room is there, free or given to these workers. Once it is lost it ends."""
+    said, free = list[str](), [{"CPU": 1.0 if placed else 2.0}]
+    monkeypatch.setattr(stall_monitor, "cluster_nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(stall_monitor, "free_nodes", lambda: free)
+    monkeypatch.setattr(stall_monitor, "are_placed", lambda cluster: placed)
+    waiting = StallMonitor("stage1", CLUSTER, said.append)
+    for second in range(200):
+        clock.now = 1000.5 + second
+        waiting.look({})
+    assert len(said) == 19 and all("starting" in line for line in said)
+    free[0]["CPU"], placed = 0.0, False
+    monkeypatch.setattr(stall_monitor, "are_placed", lambda cluster: False)
+    clock.now += 36
+    with refused("ray/no-room", "stage1", "236 s for 2", error=NoRoom):
+        waiting.look({})
+
+
+def test_while_nodes_come_it_waits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoscaler that answers, with too little so far; after the last node it has `start_timeout_s` for the next."""
+    waiting, nodes = StallMonitor("stage1", CLUSTER, lambda text: None), {"a"}
+    monkeypatch.setattr(stall_monitor, "alive_ids", lambda: frozenset(nodes))
+    for second in range(106):
+        nodes |= {"b"} if second == 30 else {"c"} if second == 60 else set()
+        clock.now = 1000.5 + second
+        waiting.look({})
+    clock.now += 2
+    with refused("ray/no-room", "for 2", error=NoRoom):
         waiting.look({})
 
 

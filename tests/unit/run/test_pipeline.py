@@ -14,6 +14,7 @@ import torch
 from tests.conftest import local_config, tiny_config
 from tests.refusals import refused
 from tests.runs import copy_run, run_local
+from tests.store_away import StoreAway
 from threestage.cli.app import main
 from threestage.data import storage
 from threestage.data.batches import SampleSet
@@ -64,6 +65,24 @@ def test_the_pool_is_predicted_in_the_precision_of_training(
     with pytest.raises(Killed):
         run_local(local_config(scenes, training__precision="bfloat16"), str(tmp_path / "run"), quiet)
     assert seen == ["bfloat16"]
+
+
+def test_an_outage_between_the_stages_is_waited_out(
+    scenes: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run then continues from what is done, as the same command would."""
+    store, warnings, out = StoreAway(monkeypatch, "results.json"), list[str](), copy_run(finished_run, tmp_path / "run")
+    (out / "results.json").unlink(missing_ok=True)
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        if "the store is away" in text:
+            store.down.clear()
+
+    store.down.set()
+    run_local(local_config(scenes), str(out), quiet, warn)
+    assert (out / "results.json").is_file() and weights(out) == weights(finished_run)
+    assert store.failed == 1 and any("answers again" in text for text in warnings)
 
 
 def test_results_name_every_stage(undisturbed: Path) -> None:

@@ -14,15 +14,15 @@ import torch
 from tests.conftest import local_config
 from tests.refusals import refused
 from tests.runs import run_local
+from tests.store_away import StoreAway
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.datasets import pool_set
 from threestage.data.pool import IndexRow, least_agreement, load_pool, read_index
 from threestage.data.records import decode_image, decode_mask
-from threestage.models.export import HALFWAY_MODEL, load_model, save_model
+from threestage.models.export import HALFWAY_MODEL, load_model
 from threestage.prediction.pseudo_masks import agreement
 from threestage.ray_backend.pool_reader import FileReader
-from threestage.run import stages
 
 MODEL = Path("stage2/model/model.safetensors")
 
@@ -132,21 +132,18 @@ def test_pseudo_masks_without_agreement_are_not_written_over(scenes: Path, half:
 
 
 @pytest.mark.slow
-def test_weights_of_half_way_that_are_needed_are_written_or_the_stage_stops(
+def test_an_outage_at_half_way_costs_nothing(
     scenes: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(folder: str, *given: object) -> str:
-        if folder.endswith(HALFWAY_MODEL):
-            raise OSError("the store is away")
-        return save_model(folder, *given)  # type: ignore[arg-type]
+    store, warnings, out = StoreAway(monkeypatch, HALFWAY_MODEL), list[str](), tmp_path / "a"
 
-    chosen, out = reliable(scenes, 0.5, training__checkpoint_every=10), tmp_path / "a"
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "save_model", away)
-        with pytest.raises(OSError, match="the store is away"):
-            run(chosen, out)
-        run(reliable(scenes, 1.0), tmp_path / "b")
-    run(chosen, out)
+    def warn(text: str) -> None:
+        warnings.append(text)
+        store.down.clear()
+
+    store.down.set()
+    run_local(reliable(scenes, 0.5, training__checkpoint_every=10), str(out), quiet, warn)
+    assert store.failed and "half-way" in warnings[0]
     assert (out / MODEL).read_bytes() == (half / MODEL).read_bytes()
 
 

@@ -124,6 +124,18 @@ def test_how_runs_ended(tmp_path: Path) -> None:
     assert (found[1].stage, found[1].step, found[1].checkpoint_step) == ("stage2", 10, 10)
 
 
+@pytest.mark.parametrize("name", ["config.json", "stage1/result.json", "stage2/checkpoints/latest.json"])
+def test_a_damaged_run_hides_no_other(tmp_path: Path, name: str) -> None:
+    for run in ("a", "b"):
+        write_run(str(tmp_path / run))
+    (tmp_path / "a" / name).write_text('{"seed": ')
+    damaged, other = read_statuses(find_runs(str(tmp_path)), LeaseObserver())
+    assert (damaged.uri, damaged.state) == (str(tmp_path / "a"), "damaged") and name in str(damaged.why)
+    assert other.state == "dead" and other.mean_iou == {"stage1": 0.5, "stage2": 0.25}
+    listed = CliRunner().invoke(app.app, ["runs", "list", str(tmp_path)], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0 and "damaged" in listed.stdout
+
+
 def test_on_s3(bucket: str) -> None:
     out = write_run(f"{bucket}/runs/a")
     note(out, "failed", "no room")

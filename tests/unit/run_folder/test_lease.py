@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.refusals import refused
+from tests.store_away import StoreAway
 from tests.waiting import wait_for
 from threestage.data import storage
 from threestage.errors import InputError, StageFailure
@@ -189,9 +190,32 @@ def test_a_slow_one_that_writes_late_leaves_one(tmp_path: Path) -> None:
     late = lease.Lease(str(tmp_path), INTERVAL_S)
     taken_over = refused("run/taken-over", error=StageFailure)
     with taken_over, lease.held(str(tmp_path), lambda text: None, INTERVAL_S):
-        late._write()
+        late._write({})
         time.sleep(60)
     assert late._other() is None
+
+
+def test_a_takeover_while_the_progress_is_read_is_seen_at_that_beat(tmp_path: Path) -> None:
+    """Reading it asks the store three times: a beat that followed would take the lease back."""
+
+    def progress() -> dict[str, Any]:
+        elsewhere(str(tmp_path))
+        return {}
+
+    with refused("run/taken-over", error=StageFailure), lease.held(str(tmp_path), print, INTERVAL_S) as held:
+        held.progress = progress
+        time.sleep(60)
+    assert storage.read_json(f"{tmp_path}/{lease.NAME}")["id"] == "other"
+
+
+def test_an_end_does_not_wait_for_a_store_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "END_S", 0.2)
+    store = StoreAway(monkeypatch, lease.NAME)
+    with lease.held(str(tmp_path), print, INTERVAL_S):
+        store.silent.set()
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    store.silent.clear()
 
 
 def test_a_folder_within_another_driver_s_stops_with_it(tmp_path: Path) -> None:

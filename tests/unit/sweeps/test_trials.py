@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tests.refusals import refused
+from tests.store_away import StoreAway
 from threestage.config import load
 from threestage.data import storage
 from threestage.errors import InputError
@@ -63,6 +64,20 @@ def ended(found: TrialStore, number: int, score: float) -> None:
     found.note(number, ["stage2"], ["stage1"])
     found.score(number, 10, score)
     found.end(number, "finished")
+
+
+def test_an_outage_of_the_record_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, warnings = StoreAway(monkeypatch, JOURNAL), list[str]()
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        store.down.clear()
+
+    found = TrialStore(str(tmp_path), SPACE, 1, lambda trial: None, warn)
+    store.down.set()
+    found.add({"a": 1.0}, 0)
+    assert len(in_optuna(tmp_path)) == 1 and store.failed == 1
+    assert "the store is away" in warnings[0] and "answers again" in warnings[1]
 
 
 def with_run(out: Path, number: int) -> Path:

@@ -14,6 +14,7 @@ import torch
 from tests.failing_s3 import ERRORS, failing_s3
 from tests.refusals import refused
 from tests.s3 import variables
+from tests.store_away import busy
 from tests.waiting import wait_for
 from threestage.data import storage
 from threestage.errors import StageFailure, UnwritablePlace
@@ -34,7 +35,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     store.claim()
     for step in (5, 10, 15):
         store.save(snapshot(step))
-    store.wait()
+        store.wait()
     assert store.latest() == Pointer(step=15, unlabelled_images=60)
     assert names(tmp_path) == ["latest.json", "owner.json", "rows.json", "step-000000010.pt", "step-000000015.pt"]
     assert torch.load(io.BytesIO(store.read(10)), weights_only=True)["step"] == 10
@@ -82,7 +83,7 @@ def test_writing_goes_on_beside_the_training_and_an_outage_is_made_up_for(
 
     def failing(uri: str, data: Any) -> None:
         down.wait(10)
-        raise OSError("the store does not answer")
+        raise busy()
 
     monkeypatch.setattr(storage, "write_bytes", failing)
     store.save(snapshot(5))  # returns although nothing can be written yet
@@ -93,7 +94,7 @@ def test_writing_goes_on_beside_the_training_and_an_outage_is_made_up_for(
     monkeypatch.setattr(storage, "write_bytes", write)
     assert store.wait() == "written"
     assert store.latest() == Pointer(step=10, unlabelled_images=40)
-    assert "step 5" in warnings[0] and "does not answer" in warnings[0] and "step 10" in warnings[1]
+    assert "step 5" in warnings[0] and "overloaded or down" in warnings[0] and "step 10" in warnings[1]
 
 
 def test_a_folder_that_takes_no_writes_is_named_with_the_last_good_checkpoint(

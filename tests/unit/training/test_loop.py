@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,13 +16,14 @@ from torch import Tensor
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
 from tests.small_disk import fill
+from tests.store_away import StoreAway
 from tests.waiting import wait_for
-from threestage.data import storage
 from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import StageFailure, UnwritablePlace
 from threestage.models.network import without_auxiliary
+from threestage.private_folder import private_folder, reserve_compile_cache
 from threestage.training import background_writer, loop
-from threestage.training.checkpoint import Row, TrainState
+from threestage.training.checkpoint import Pointer, Row, TrainState
 from threestage.training.loop import LoopSettings, StageLength, fit, lr_scale, resume
 from threestage.training.schedule import EmaSettings, OptimiserSettings
 from threestage.training.step import StepInputs
@@ -244,28 +244,12 @@ def test_a_sigterm_that_no_step_answers_stops_the_run_too(tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Away:
-    """Stands in for a store that is away while `down` is set."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.down, self._write = threading.Event(), storage.write_bytes
-        monkeypatch.setattr(storage, "write_bytes", self.write)
-        monkeypatch.setattr(background_writer, "FIRST_PAUSE_S", 0.01)
-        monkeypatch.setattr(background_writer, "LONGEST_PAUSE_S", 0.01)
-        monkeypatch.setattr(loop, "POLL_S", 0.05)
-
-    def write(self, uri: str, data: Any) -> None:
-        if self.down.is_set():
-            raise OSError("the store does not answer")
-        self._write(uri, data)
-
-
 @pytest.mark.parametrize("limit_s", [100, 0.01])
 def test_an_outage_ends_nothing_and_long_ones_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_s: float
 ) -> None:
     """The store is away from step 6 on: until step 12, or until training says that it waits."""
-    store, down_at, warnings = Away(monkeypatch), list[int](), list[str]()
+    store, down_at, warnings = StoreAway(monkeypatch), list[int](), list[str]()
 
     class Watched(FixedSteps):
         def draw(self, step: int) -> StepInputs:
@@ -295,7 +279,7 @@ def test_an_outage_ends_nothing_and_long_ones_are_waited_for(
 
 
 def test_a_sigterm_ends_the_wait_for_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Away(monkeypatch)
+    store = StoreAway(monkeypatch)
 
     class Terminated(FixedSteps):
         def draw(self, step: int) -> StepInputs:
@@ -308,6 +292,49 @@ def test_a_sigterm_ends_the_wait_for_a_store(tmp_path: Path, monkeypatch: pytest
     ended = refused("stage/stopped", "step 13 could not be written", error=StageFailure)
     with ended, where.listening(), where.checkpoints.writing():
         train(new_state(), where, Terminated(), steps=14)
+
+
+def test_a_store_that_never_answers_holds_no_step_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step 6 to step 12, longer than a checkpoint may take: others of a group would wait for this worker."""
+    store, warnings = StoreAway(monkeypatch), list[str]()
+    monkeypatch.setattr(background_writer, "SILENT_S", 0.05)
+
+    class Watched(FixedSteps):
+        def draw(self, step: int) -> StepInputs:
+            if step == 5:
+                store.silent.set()
+            if step == 12:
+                store.silent.clear()
+            return super().draw(step)
+
+    where = LocalWorker(str(tmp_path), 2, no_images, warn=warnings.append)
+    train(new_state(), where, Watched(), steps=14, checkpoint_every=2)
+    assert where.checkpoints.latest() == Pointer(step=14, unlabelled_images=14 * 4)
+    assert "no answer for" in warnings[0] and "answers again" in warnings[-1]
+
+
+def test_a_stage_that_is_continued_waits_for_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(new_state(), worker(tmp_path), steps=5)
+    store, warnings = StoreAway(monkeypatch), list[str]()
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        store.down.clear()
+
+    store.down.set()
+    again = new_state()
+    resume(again, LocalWorker(str(tmp_path), 2, no_images, warn=warn))
+    assert again.step == 5 and len(warnings) == 2
+    assert "is tried again" in warnings[0] and "training continues" not in warnings[0] and "again" in warnings[1]
+
+
+def test_compiling_changes_no_environment_while_threads_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    reserve_compile_cache()
+    before = dict(os.environ)
+    loop.compiled(torch.nn.Identity(), LoopSettings(compile=True))
+    assert dict(os.environ) == before and Path(before["TORCHINDUCTOR_CACHE_DIR"]).parent == private_folder()
 
 
 def test_a_place_that_is_full_ends_the_stage_at_once(small_disk: Path) -> None:

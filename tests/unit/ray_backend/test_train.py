@@ -1,0 +1,65 @@
+"""Ray Train's controller makes the unlabelled stream anew whenever workers start; what fails there must reach the user."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from tests.conftest import tiny_config
+from tests.store_away import StoreAway
+from threestage.data import storage
+from threestage.errors import StageFailure
+from threestage.ray_backend import train
+from threestage.run.stages import StageTask
+from threestage.training.checkpoint import Pointer
+
+
+class Monitor:
+    """Stands in for the actor: each method has `remote`. `heard` is called with every warning."""
+
+    def __init__(self) -> None:
+        self.warnings, self.failures, self.heard = list[str](), list[StageFailure](), lambda: None
+        self.warn, self.fail = SimpleNamespace(remote=self._warn), SimpleNamespace(remote=self.failures.append)
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.heard()
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageTask:
+    storage.write_json(f"{tmp_path}/stage2/checkpoints/latest.json", {"step": 5, "unlabelled_images": 20})
+    monkeypatch.setattr(ray, "get", lambda done: done)
+    monkeypatch.setattr(train, "unlabelled_stream", lambda task, pointer: pointer)
+    return StageTask(
+        stage="stage2", config=tiny_config(tmp_path).model_dump(mode="json"), manifest_version=1, pool=None,
+        split={"labelled": [], "validation": [], "validation_split": "val"},
+        folder=f"{tmp_path}/stage2", pseudo_masks=None, previous_model=None,
+    )  # fmt: skip
+
+
+def stream(task: StageTask, monitor: Monitor) -> Any:
+    return train._stream_from_last_checkpoint(task, monitor)
+
+
+def test_an_outage_is_waited_out_and_told(task: StageTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, monitor = StoreAway(monkeypatch), Monitor()
+    store.down.set()
+    monitor.heard = store.down.clear
+    assert stream(task, monitor) == Pointer(step=5, unlabelled_images=20)
+    assert "stage2" in monitor.warnings[0] and "overloaded or down" in monitor.warnings[0] and not monitor.failures
+
+
+def test_another_error_is_the_stage_s_end(task: StageTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not tried again in silence until the driver misses its workers."""
+
+    def gone(task: StageTask, pointer: Pointer) -> None:
+        raise IsADirectoryError("pool.parquet")
+
+    monkeypatch.setattr(train, "unlabelled_stream", gone)
+    monitor = Monitor()
+    with pytest.raises(IsADirectoryError):
+        stream(task, monitor)
+    assert "pool.parquet" in monitor.failures[0].message and monitor.warnings == []
