@@ -31,6 +31,7 @@ AREAS = {
     "mlflow",
     "models",
     "network",
+    "next",
     "predict",
     "ray",
     "report",

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 
-from threestage.cli import images, labels, models, results, run_status, runs, submit, train_images
+from threestage.cli import images, labels, models, results, run_status, runs, selection, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.data.parallel import end_process
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
@@ -44,6 +44,7 @@ for command in (
 ):
     app.command()(command)
 app.command("classes")(labels.list_classes)
+app.command("next")(selection.choose_next)
 app.add_typer(labels.app, name="labels")
 app.add_typer(models.app, name="models")
 app.add_typer(run_status.app, name="runs")

@@ -36,7 +36,9 @@ PULLED_MODEL = Output("a pulled model", {"lineage.json": "model_digest"})
 SCORES = Output("scores", {"metrics.json": "per_class_iou"})
 EXPORT_MARK = "export.json"
 EXPORT = Output("exported labels", {EXPORT_MARK: "exported_from"})
-OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES, EXPORT)
+SELECTION_MARK = "next.json"
+SELECTION = Output("images to label next", {SELECTION_MARK: "strategy"})
+OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES, EXPORT, SELECTION)
 
 
 def claim(folder: str, output: Output) -> None:

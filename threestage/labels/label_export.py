@@ -71,8 +71,7 @@ def export_labels(
 
     Raises InputError where there are none, where `out` holds something else, for settings that do not fit, and as `predict`.
     """
-    if settings.to not in WRITERS:
-        raise InputError(f"--to {settings.to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
+    check_format(settings.to)
     if settings.simplify is not None and settings.to == "masks":
         raise InputError("--simplify: masks have no outlines; leave it out, or give another --to", "labels/format")
     wanted = None if settings.images is None else _listed(settings.images)
@@ -99,6 +98,12 @@ def export_labels(
     storage.write_json(storage.join(out, EXPORT_MARK), mark | {"finished": True})
     missing = sorted(wanted or ())[:20]
     return ExportReport(images=done, masks=found.place, not_found=tuple(missing), iou=overlap.iou)
+
+
+def check_format(to: str) -> None:
+    """InputError where there is no such format."""
+    if to not in WRITERS:
+        raise InputError(f"{to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
 
 
 def _refuse_other_exports(out: str, mark: dict[str, Any]) -> None:

@@ -66,14 +66,14 @@ def predicted_masks(place: str, make: Make) -> PredictedMasks:
 def _of_champion(champion: Champion, make: Make) -> Iterator[PredictedMask]:
     predictions = make(champion)
     for file in predictions.files:
-        yield from _pseudo_masks(predictions.folder, file, champion.card)
+        yield from masks_of_file(predictions.folder, file, champion.card)
 
 
 def _classes(card: ModelCard) -> list[tuple[str, Colour]]:
     return list(zip(card.classes, card.colours, strict=True))
 
 
-def _pseudo_masks(folder: str, file: PoolFile, card: ModelCard) -> Iterator[PredictedMask]:
+def masks_of_file(folder: str, file: PoolFile, card: ModelCard) -> Iterator[PredictedMask]:
     """The rows of a pool file that have a pseudo-mask and are not left out."""
     images = ["image_id", "image_uri"] if file.by_reference else ["image_id", "source", "height", "width"]
     replaced = frozenset(file.replaced)

@@ -2,6 +2,7 @@
 
 OUT/predictions/<name of the pool file>    PSEUDO_MASK_SCHEMA, the pool file's rows in their order; null: not asked for, or bad
 OUT/predictions/rejects.parquet            images that could not be used, and why
+OUT/features/…                             the same with the rows of prediction/pool_features.py
 
 A pool file that is predicted is kept, so the same call continues after a kill.
 """
@@ -28,7 +29,7 @@ from threestage.prediction.pseudo_masks import FileReport, PoolTask, file_digest
 from threestage.run_folder.folder import RunFolder
 from threestage.run_folder.reuse import CONFIG_NAME
 
-PREDICTIONS_FOLDER = "predictions"
+PREDICTIONS_FOLDER, FEATURES_FOLDER = "predictions", "features"
 
 PredictPool = Callable[[str, PoolTask, Sequence[PoolFile]], Iterator[FileReport]]
 """Predicts files of a pool anywhere with the model in a folder, as `Backend.predict_pool` of a run does."""
@@ -90,6 +91,19 @@ def champion_predictions(
     if stored is not None or not files:
         return PoolPredictions(stored or out, files)
     task = _task(champion, storage.join(storage.absolute(out), PREDICTIONS_FOLDER))
+    gather(task, files, _reports(champion.model, task, files, predict, show), max_bad_fraction=1)
+    return PoolPredictions(task.destination, files)
+
+
+def champion_features(
+    champion: Champion,
+    out: str,
+    predict: PredictPool = predict_pool_here,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> PoolPredictions:
+    """What `threestage next` chooses by, of the whole pool, as `champion_predictions` makes masks."""
+    files = _pool_of(champion, None)
+    task = _task(champion, storage.join(storage.absolute(out), FEATURES_FOLDER)).model_copy(update={"features": True})
     gather(task, files, _reports(champion.model, task, files, predict, show), max_bad_fraction=1)
     return PoolPredictions(task.destination, files)
 

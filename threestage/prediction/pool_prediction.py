@@ -30,14 +30,16 @@ from threestage.data import storage
 from threestage.data.datasets import unpacked
 from threestage.data.headers import BadImage
 from threestage.data.parallel import ahead
-from threestage.data.pool import AGREEMENT, PSEUDO_MASK_SCHEMA, PoolFile, PoolRow, pseudo_mask_uri, read_pool_rows
-from threestage.data.records import DECODER_ERRORS, decoder_complaint, encode_mask
+from threestage.data.pool import AGREEMENT, PSEUDO_MASK_SCHEMA, PoolFile, PoolRow
+from threestage.data.records import DECODER_ERRORS, decoder_complaint
 from threestage.data.rejects import Reject
 from threestage.data.samples import Decoded, Sample, decode_sample
 from threestage.data.storage_errors import refuse_unwritable
 from threestage.models.export import load_model
 from threestage.models.network import Network, size_multiple
 from threestage.prediction.memory import LEAST_PIXELS, most_pixels
+from threestage.prediction.pool_features import PoolFeatures
+from threestage.prediction.prediction_writer import Encoded, PredictionWriter, Unwritable
 from threestage.prediction.pseudo_masks import (
     DIGEST_KEY,
     REPORT_KEY,
@@ -49,11 +51,10 @@ from threestage.prediction.pseudo_masks import (
     file_digest,
     images_at_once,
     pixel_statistics,
-    predict,
     quantise,
     stored_report,
 )
-from threestage.prediction.tta import TTASettings, predict_in_windows
+from threestage.prediction.tta import predict_in_windows
 from threestage.training.loop import autocast_dtype
 from threestage.training.worker import default_device
 
@@ -61,49 +62,11 @@ WAITING_BYTES = 256 * 2**20
 WAITING_ROWS = 256
 BATCHES_IN_FLIGHT = 2
 UNPUBLISHED_FILES = 4
-Encoded = tuple[bytes | str | int | None, ...]  # a row's columns after its id
 
 
-class Unwritable(Exception):
-    """Raised by `PredictionWriter.encode`: the prediction of one image cannot be written, and others can."""
-
-    def __init__(self, row: PoolRow, reason: str) -> None:
-        super().__init__(reason)
-        self.reject = Reject(image_id=row.image_id, source=row.source, reason=reason)
-
-
-class PredictionWriter:
-    """What becomes of images once they are predicted. This one: pseudo-masks; others derive from it."""
-
-    schema = PSEUDO_MASK_SCHEMA
-    protocol = TTASettings()
-    precision = "auto"
-    other: nn.Module | None = None
-    """A network with whose predictions these are compared: the last column of the schema."""
-    writers = 0
-    """Threads that encode, where that waits for a store; 0: those that decode."""
-
-    def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
-        """The rows of a file in their order, in chunks."""
-        return read_pool_rows(file)
-
-    def uri(self, task: PoolTask, file: PoolFile) -> str:
-        """Of the Parquet file of `schema` that is written when all of a file's rows are encoded."""
-        return pseudo_mask_uri(task.destination, file)
-
-    def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
-        return predict(network, pixels)
-
-    def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
-        """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted. Raises Unwritable
-        where that costs the image only."""
-        return encode_mask(class_ids, fast=True), confidence.tobytes()
-
-
-def pseudo_masks_of(task: PoolTask, device: torch.device) -> PredictionWriter:
+def writer_of(task: PoolTask, device: torch.device) -> PredictionWriter:
     """What a task makes of the pool."""
-    product = PredictionWriter()
+    product = PoolFeatures(task.num_classes) if task.features else PredictionWriter()
     product.precision = task.precision
     if task.halfway_model is not None:
         product.schema = PSEUDO_MASK_SCHEMA.append(AGREEMENT)
@@ -123,7 +86,7 @@ def predict_files(
     A file that was predicted with the same model and settings is kept, and its stored report given. An image that
     cannot be used is a reject and a null row. Raises OSError when the store fails.
     """
-    product = product or pseudo_masks_of(task, device)
+    product = product or writer_of(task, device)
     predictor = _Predictor(network, task, device, product)  # it measures the memory: no other thread may take some yet
     threads = max(2, torch.get_num_threads())
     with ExitStack() as stack:
@@ -260,11 +223,12 @@ def _oldest(waiting: dict[tuple[int, ...], list[_Image]]) -> list[_Image]:
 @dataclass(frozen=True)
 class _Outcome:
     """What a batch gave, on the CPU as soon as `ready`: class ids and confidence (N,H,W) uint8, agreement (N,) uint8, sums as
-    `Statistics.of` takes them."""
+    `Statistics.of` takes them; measured (N,K), see `PredictionWriter.measure`."""
 
     class_ids: Tensor
     confidence: Tensor
     agreement: Tensor | None
+    measured: Tensor | None
     sums: Tensor
     ready: torch.cuda.Event | None
 
@@ -272,7 +236,8 @@ class _Outcome:
         self._wait()
         class_ids, confidence = self.class_ids[index].numpy(), self.confidence[index].numpy()
         agreed = () if self.agreement is None else (int(self.agreement[index]),)
-        return *product.encode(image.row, image.pixels, class_ids, confidence), *agreed
+        measured = () if self.measured is None else product.measured_columns(self.measured[index].numpy())
+        return *product.encode(image.row, image.pixels, class_ids, confidence), *agreed, *measured
 
     def total(self) -> np.ndarray:
         self._wait()
@@ -359,7 +324,9 @@ class _Predictor:
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         pixels = pixels.permute(0, 3, 1, 2)
-        class_ids, confidence, entropy = self._classes(pixels, most_pixels)
+        with self._product.measure(self._network) as measured_of:
+            class_ids, confidence, entropy = self._classes(pixels, most_pixels)
+        measured = measured_of(entropy)
         agreed: Tensor | None = None
         if self._product.other is not None:
             others = self._classes(pixels, most_pixels, self._product.other)[0]
@@ -368,12 +335,14 @@ class _Predictor:
         sums = pixel_statistics(class_ids, confidence, entropy, masks, self._task.num_classes)
         if agreed is not None:
             sums, agreed = torch.cat([sums, agreement_counts(agreed)]), agreed.to("cpu", non_blocking=True)
+        if measured is not None:
+            measured = measured.to("cpu", non_blocking=True)
         if self._void is not None and self._void.shape == class_ids.shape[1:]:
             class_ids = class_ids.masked_fill(self._void, IGNORE_INDEX)
         class_ids, confidence, sums = (
             tensor.to("cpu", non_blocking=True) for tensor in (class_ids, quantise(confidence), sums)
         )
-        return _Outcome(class_ids, confidence, agreed, sums, _recorded_event(self._device))
+        return _Outcome(class_ids, confidence, agreed, measured, sums, _recorded_event(self._device))
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:

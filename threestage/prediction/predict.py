@@ -48,7 +48,8 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network, size_multiple
 from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, output_name, plan_parts, read_part
-from threestage.prediction.pool_prediction import Encoded, PredictionWriter, Unwritable, predict_files
+from threestage.prediction.pool_prediction import predict_files
+from threestage.prediction.prediction_writer import Encoded, PredictionWriter, Unwritable
 from threestage.prediction.pseudo_masks import (
     REJECTS_NAME,
     REPORT_KEY,

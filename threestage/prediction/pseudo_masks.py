@@ -244,6 +244,7 @@ class PoolTask(Settings):
     fixed_void: str | None = None  # pixels that are void in every image of their size; see data/datasets.py
     halfway_model: str | None = None  # folder of the weights with which each image's agreement is measured
     precision: str = "auto"  # training.precision, as in an evaluation
+    features: bool = False  # what `threestage next` chooses by, in place of pseudo-masks
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
@@ -252,6 +253,7 @@ class PoolTask(Settings):
         parts += [] if self.fixed_void is None else ["fixed void", self.fixed_void]
         parts += [] if self.halfway_model is None else ["agreement"]
         parts += [] if self.precision == "auto" else ["precision", self.precision]
+        parts += ["features 1"] if self.features else []
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

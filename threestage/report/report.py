@@ -4,6 +4,7 @@ sections.py decides what it shows, template.html.j2 how."""
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -125,6 +126,20 @@ def render(
     missing: Sequence[str] = (),
 ) -> str:
     """The page. `parts`: of `all_sections`; `missing`: sentences about what it does not show."""
+    return render_page(
+        "template.html.j2",
+        "report",
+        title=f"{name}: {TITLE}",
+        intro=intro,
+        stages=stages,
+        parts=parts,
+        missing=missing,
+        mean_iou_rule=MEAN_IOU_RULE,
+    )
+
+
+def render_page(template: str, command: str, **values: Any) -> str:
+    """A page by a template that extends page.html.j2; `command` made it."""
     pages = Environment(
         loader=PackageLoader("threestage.report", ""),
         autoescape=True,
@@ -133,13 +148,5 @@ def render(
         lstrip_blocks=True,
     )
     pages.filters.update({form.__name__: form for form in sections.FORMS})
-    return pages.get_template("template.html.j2").render(
-        title=f"{name}: {TITLE}",
-        intro=intro,
-        stages=stages,
-        parts=parts,
-        missing=missing,
-        mean_iou_rule=MEAN_IOU_RULE,
-        version=threestage.__version__,
-        now=datetime.datetime.now(datetime.UTC),
-    )
+    now = datetime.datetime.now(datetime.UTC)
+    return pages.get_template(template).render(command=command, version=threestage.__version__, now=now, **values)
