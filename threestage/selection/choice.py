@@ -58,7 +58,7 @@ class Survey:
     @property
     def rarities(self) -> Floats:
         """(C,), 1 for a class that has all pixels."""
-        return 1 / np.sqrt(np.maximum(self.class_shares, np.float32(LEAST_SHARE)))
+        return (np.maximum(self.class_shares, LEAST_SHARE) ** -0.5).astype(np.float32)
 
     def share_below(self, entropy: float) -> float:
         """Of the images that may be chosen, those whose entropy is lower."""
