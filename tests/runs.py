@@ -23,9 +23,10 @@ def run_local(
     record: Callable[[StageOutcome], None] = ignore,
     on_progress: OnProgress = ignore,
     reuse: str | None = None,
+    continue_from: str | None = None,
 ) -> dict[str, Any]:
     on = RunCallbacks(on_metrics, warn, on_progress, record)
-    return pipeline.run(config, str(out), LocalBackend(config, on), on, reuse)
+    return pipeline.run(config, str(out), LocalBackend(config, on), on, reuse, continue_from)
 
 
 class TrainedBy(LocalBackend):

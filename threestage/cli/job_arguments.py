@@ -52,8 +52,9 @@ def _parsed(command: str, arguments: Sequence[str], commands: Mapping[str, Any])
 def _run(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     seed = [] if given["seed"] is None else [f"seed={given['seed']}"]
     config = load(given["config"], [*(given["overrides"] or []), *seed])
-    if given["reuse"] is not None:
-        _reachable("--reuse", given["reuse"])
+    for option in ("reuse", "continue_from"):
+        if given[option] is not None:
+            _reachable(f"--{option.replace('_', '-')}", given[option])
     if given["budget"] is not None:
         parse_budget(given["budget"])
     out = _reachable("--out", given["out"])
@@ -88,7 +89,7 @@ def _evaluate(arguments: tuple[str, ...], given: Mapping[str, Any]) -> Job:
     return Job("evaluate", arguments, f"evaluate-{_last(given['model'])}", out, tracking=_needs_registry(given))
 
 
-INPUTS = ("source", "masks", "class_map", "images", "dataset", "reuse")
+INPUTS = ("source", "masks", "class_map", "images", "dataset", "reuse", "continue_from")
 READERS: dict[str, Callable[[tuple[str, ...], Mapping[str, Any]], Job]] = {
     "run": _run,
     "sweep": _sweep,

@@ -151,6 +151,8 @@ def _add_origin(tree: Tree, node: Mapping[str, Any]) -> None:
     tree.add(
         f"validated on {validation['images']} images of {escape(validation['name'])}, {short_digest(validation['digest'])}"
     )
+    if (before := found.get("continued_from")) is not None:
+        tree.add(f"continues {escape(before['run'])}: {before['stage']}, model {short_digest(before['model_digest'])}")
     masks, teacher = found["learnt_from"], node.get("teacher")
     if masks is not None:
         branch = tree.add(f"pseudo-masks {_masks(masks)}, kept from confidence {found['confidence_threshold']:g}")

@@ -64,6 +64,14 @@ ReuseOption = Annotated[
     str | None,
     typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
 ]
+ContinueOption = Annotated[
+    str | None,
+    typer.Option(
+        "--continue-from",
+        metavar="RUN",
+        help="A run with fewer labels: begin with its champion, keep its validation images.",
+    ),
+]
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", metavar="60m", help="Time in place of steps: 60m, 4h, 2d or 8device-hours."),

@@ -9,6 +9,7 @@ from threestage.cli.models import show_version
 from threestage.cli.options import (
     BudgetOption,
     ConfigArgument,
+    ContinueOption,
     JsonOption,
     LocalOption,
     OutOption,
@@ -63,6 +64,7 @@ def run(
     local: LocalOption = False,
     overrides: SetOption = None,
     reuse: ReuseOption = None,
+    continue_from: ContinueOption = None,
     budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,7 +78,8 @@ def run(
     resolved = load(config, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
     folder = f"runs/{resolved.name}" if out is None else out
     check_places(resolved, folder, local)
-    run_shown(within_budget(budget, resolved, folder, local, overrides or []), folder, local, as_json, reuse)
+    resolved = within_budget(budget, resolved, folder, local, overrides or [])
+    run_shown(resolved, folder, local, as_json, reuse, continue_from)
 
 
 def within_budget(budget: str | None, config: Any, out: str, local: bool, overrides: list[str]) -> Any:
@@ -91,20 +94,24 @@ def within_budget(budget: str | None, config: Any, out: str, local: bool, overri
     return resolved.applied(config)
 
 
-def run_shown(config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None) -> None:
+def run_shown(
+    config: Any, out: str, local: bool, as_json: bool, reuse: str | None = None, continue_from: str | None = None
+) -> None:
     from threestage.cli.progress import StageProgress
-    from threestage.report.scores import rich_table
+    from threestage.report.scores import rich_table, rounds_table
     from threestage.run.backend import RunCallbacks
     from threestage.run.run import run_checked
     from threestage.verdict import verdict_text
 
     with StageProgress(config, Terminal(stderr=True) if as_json else console) as progress:
         on = RunCallbacks(progress.on_metrics, progress.warn, progress.on_progress)
-        results = run_checked(config, out, local, on, reuse)
+        results = run_checked(config, out, local, on, reuse, continue_from)
     if as_json:
         print_json(results)
         return
     console.print(rich_table(results))
+    if "rounds" in results:
+        console.print(rounds_table(results["rounds"]))
     if (verdict := verdict_text(results)) is not None:
         console.print(verdict, highlight=False, markup=False)
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",

@@ -46,7 +46,7 @@ def saved_split(uri: str) -> tuple[Split, dict[str, Any]]:
         ) from None
 
 
-def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
+def make_split(root: str, manifest: Manifest, settings: DataSettings, before: Split | None = None) -> Split:
     """The rule:
 
     1. Candidates are the train rows that have a mask, in the order of sha256("{split_seed}:{image_id}").
@@ -59,6 +59,9 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
 
     With `group`, the order is that of sha256("{split_seed}:{group}") first, the last group of the n may be cut, whole groups are
     carved (see `_carve`), and candidates of a group that the val split has are left out.
+
+    `before`, the split of the run that this one continues: what was carved there validates here too, and nothing else does;
+    images of its groups are no labels.
 
     Raises InputError when there are fewer candidates than asked for, or too few to carve from, or a listed one has no mask.
     """
@@ -76,6 +79,10 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings) -> Split:
             validation_split="val",
             groups={image_id: groups[image_id] for image_id in validation} if groups else {},
         )
+    if before is not None and before.validation_split == "carved":
+        apart = {*before.validation, *before.groups.values()}
+        labelled = (image_id for image_id in chosen if not {image_id, groups.get(image_id)} & apart)
+        return before.model_copy(update={"labelled": tuple(labelled)})
     return _carve(chosen, settings.validation, groups)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ABSENT = "–"
+SHOWN_CLASSES = 3
 
 # ---- The stages of a run
 
@@ -85,6 +86,23 @@ def rich_table(results: Mapping[str, Any]) -> "Table":
         table.add_column(title.replace(" ", "\n"), justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> "Table":
+    """The rounds of labelling that results.json tells of, for a rich console. "changed": of the champion's pseudo-masks."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("round", "run", "data", "labels", "mean IoU", "pixels changed", "most changed")
+    for number, one in enumerate(rounds, 1):
+        corrected = one.get("corrected") or {"pixels_changed": None, "of_class": {}}
+        shares = {name: share for name, share in corrected["of_class"].items() if share}
+        most = sorted(shares, key=lambda name: -shares[name])[:SHOWN_CLASSES]
+        changed = _cell(corrected["pixels_changed"], "{:.1%}".format)
+        cells = (f"v{one['data_version']}", str(one["labelled"]), _cell(one["mean_iou"]), changed)
+        classes = ", ".join(f"{name} {shares[name]:.0%}" for name in most)
+        table.add_row(str(number), escape(one["run"].rsplit("/", 1)[-1]), *cells, escape(classes))
     return table
 
 

@@ -18,6 +18,7 @@ from threestage.data import storage
 from threestage.data.split import saved_split
 from threestage.errors import InputError, Warn
 from threestage.mlflow_sync.run_sync import ATTEMPT_NAME, RECORD, RUN_NAME
+from threestage.run.continuation import CONTINUED_NAME
 from threestage.run_folder import lease
 from threestage.run_folder.events import EVENTS_NAME
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, REUSED
@@ -28,6 +29,7 @@ RUN_FILES = (
     RUN_NAME,
     ATTEMPT_NAME,
     REUSED,
+    CONTINUED_NAME,
     "pool.parquet",
     "results.json",
     "pictures.png",
@@ -35,7 +37,9 @@ RUN_FILES = (
     PAGE_NAME,
     EVENTS_NAME,
 )
-PARTS = {"listing": "listing", RECORD: RECORDS} | {f"pseudo_masks{n}": "pseudo-masks" for n, _ in enumerate(STAGES, 1)}
+PARTS = {"listing": "listing", "predictions": "pseudo-masks", RECORD: RECORDS} | {
+    f"pseudo_masks{n}": "pseudo-masks" for n, _ in enumerate(STAGES, 1)
+}
 OF_STAGES = {"checkpoints": "checkpoints", "ray_train": "Ray Train's"}
 OTHER = "not the run's"
 KEPT_OF_A_SET = ("done.json", "index.parquet", "rejects.parquet")

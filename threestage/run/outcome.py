@@ -71,6 +71,7 @@ def lineage_of(
         learnt_from=learnt_from,
         confidence_threshold=None if learnt_from is None else threshold,
         made=made,
+        continued_from=None if context.continued is None else context.continued.champion,
     )
 
 
@@ -93,6 +94,7 @@ def outcome_of(
             "model_digest": done["model_digest"],
             "code_version": lineage.code_version,
             **pseudo_masks,
+            **({} if context.continued is None else context.continued.tags()),
         },
         lineage=lineage,
     )

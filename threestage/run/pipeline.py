@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import threestage
-from threestage.config import Config, StageName, stage_keys
+from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.outages import wait_out
 from threestage.data.pool import PoolFile, rows_of
@@ -27,6 +27,7 @@ from threestage.prediction.pseudo_masks import (
     set_digest,
     vanished_classes,
 )
+from threestage.run import continuation
 from threestage.run.backend import Backend, RunCallbacks
 from threestage.run.context import RunContext
 from threestage.run.outcome import figures_of, lineage_of, outcome_of
@@ -38,11 +39,19 @@ from threestage.run_folder.reuse import REUSED
 from threestage.verdict import EARLIER_VERSION, NO_CONTROL, judge
 
 
-def run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    out: str,
+    backend: Backend,
+    on: RunCallbacks,
+    reuse: str | None = None,
+    continue_from: str | None = None,
+) -> dict[str, Any]:
     """Run the stages that are not done yet; returns what results.json holds.
 
     `reuse` is the folder of another run: its split serves this one too, its stages as far as they would be computed the
-    same, and with their pseudo-masks its pool. It must stay where it is and is never changed.
+    same, and with their pseudo-masks its pool. It must stay where it is and is never changed. `continue_from`: a run whose
+    champion stage 1 starts from, and whose validation images are kept.
 
     Where a store is away it waits, and then continues from what is done. Raises InputError before any training when the input is
     wrong, or when `out` holds a run with other inputs; UnwritablePlace when `out` takes no writes any more.
@@ -57,10 +66,10 @@ def run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str
 
 def _run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None) -> dict[str, Any]:
     folder = RunFolder.at(out, reuse)
-    context = RunContext.resolve(config, folder)
+    context = RunContext.resolve(config, folder, continuation.read_or_begin(folder, config, continue_from, reuse))
     label_pixels = context.check(on.on_warning)
     folder = folder.with_reuse(context.config, reuse, context.digests)
-    folder.write_split(context.config, context.split)
+    context = context.written_into(folder, backend.predict_pool)
     pool = find_in_background(context.config, folder, context.manifest, backend.map, on.on_warning)
     stages_of = _Stages(context, folder, label_pixels, pool, backend, on)
     stages: dict[StageName, dict[str, Any]] = {}
@@ -103,7 +112,7 @@ class _Stages:
             "code_version": threestage.__version__,
             "pseudo_masks": pseudo_digest,
             **self.context.digests,
-            "keys": stage_keys(self.config, stage),
+            "keys": self.context.keys(stage),
         }
         done = self.folder.is_done(stage)
         self.folder.verify_or_record_inputs(stage, inputs, self.on.on_warning)
@@ -129,7 +138,7 @@ class _Stages:
             folder=self.folder.part(stage),
             pool=self.folder.part("pool.parquet") if sees_pool else None,
             pseudo_masks=None if number == 1 else self.folder.part(f"pseudo_masks{number - 1}"),
-            previous_model=None if number == 1 else storage.join(self.folder.part(f"stage{number - 1}"), "model"),
+            previous_model=_previous_model(self.context, self.folder, number),
         )
 
     def _refuse_too_many(self, stage: StageName) -> None:
@@ -259,12 +268,19 @@ def _warn_of_thresholds(
             warn(f"{stage}: {key} kept no pixel in the whole stage, so its loss taught nothing: lower it")
 
 
+def _previous_model(context: RunContext, folder: RunFolder, number: int) -> str | None:
+    """What a stage may start from: the model of the stage before, or of the run that this one continues."""
+    if number > 1:
+        return storage.join(folder.part(f"stage{number - 1}"), "model")
+    return None if context.continued is None else context.continued.champion.model
+
+
 def _results(
     context: RunContext, folder: RunFolder, stages: Mapping[StageName, Mapping[str, Any]], pool_images: int
 ) -> dict[str, Any]:
     """What results.json holds."""
     config, manifest, split = context.config, context.manifest, context.split
-    return {
+    results = {
         "name": config.name,
         "seed": config.seed,
         "data": {"root": config.data.root, "version": manifest.version, "digest": manifest.digest,
@@ -273,6 +289,10 @@ def _results(
         **_verdict(context, folder, stages),
         "reused": dict(folder.reused_parts),
     }  # fmt: skip
+    if context.continued is None:
+        return results
+    champion = results["verdict"]["choice"] if results["verdict"] else list(stages)[-1]
+    return results | context.continued.results(continuation.round_of(folder.out, champion, results))
 
 
 def _verdict(context: RunContext, folder: RunFolder, stages: Mapping[StageName, Mapping[str, Any]]) -> dict[str, Any]:

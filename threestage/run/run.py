@@ -37,14 +37,22 @@ DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 OWN_DATA = "for images of your own, use `threestage run own_images --set data.root=DATA`"
 
 
-def run(config: Config, out: str, local: bool, on: RunCallbacks, reuse: str | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    out: str,
+    local: bool,
+    on: RunCallbacks,
+    reuse: str | None = None,
+    continue_from: str | None = None,
+) -> dict[str, Any]:
     """Run the three stages, in this process (`local`: nothing is registered) or on Ray with a copy in MLflow.
 
-    `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same.
+    `reuse` is the folder of a run whose finished stages serve this one as far as they would be computed the same;
+    `continue_from` that of a run whose champion this one starts from.
     Writes results.json, pictures.png and report.html into `out`; returns the results, with the versions `registered`.
     """
     check_places(config, out, local)
-    return run_checked(config, out, local, on, reuse)
+    return run_checked(config, out, local, on, reuse, continue_from)
 
 
 def check_places(config: Config, out: str, local: bool) -> None:
@@ -55,7 +63,14 @@ def check_places(config: Config, out: str, local: bool) -> None:
     claim(storage.absolute(out), RUN)  # a busy store passes the check above
 
 
-def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: str | None = None) -> dict[str, Any]:
+def run_checked(
+    config: Config,
+    out: str,
+    local: bool,
+    on: RunCallbacks,
+    reuse: str | None = None,
+    continue_from: str | None = None,
+) -> dict[str, Any]:
     """`run` after `check_places`."""
     config, out = config.with_absolute_paths(), storage.absolute(out)
     _warn_of_the_demos_network(config, on.on_warning)
@@ -70,7 +85,7 @@ def run_checked(config: Config, out: str, local: bool, on: RunCallbacks, reuse: 
         else:
             recorded = recording.enter_context(_sent_to_mlflow(config, out, held, on, registered))
         with _backend(config, out, local, recorded) as backend:
-            results = pipeline.run(config, out, backend, recorded, reuse)
+            results = pipeline.run(config, out, backend, recorded, reuse, continue_from)
         with refuse_unwritable(out):
             wait_out("the run's pictures", lambda: write_pictures(config, out), on.on_warning)
         _write_page(out, on.on_warning)

@@ -71,7 +71,9 @@ class StageTask(Settings):
     folder: str
     pool: str | None = Field(description="the list of the pool's files; none for a stage that is supervised only")
     pseudo_masks: str | None = Field(description="folder of the previous stage's pseudo-masks")
-    previous_model: str | None = Field(description="folder of the previous stage's model, for a warm start")
+    previous_model: str | None = Field(
+        description="folder of the previous stage's model, for a warm start; of stage 1: another run's"
+    )
 
     def settings(self) -> Config:
         return Config.model_validate(self.config)
@@ -169,7 +171,8 @@ def build_state(task: StageTask, config: Config, num_classes: int, device: torch
     """A fresh network, its EMA teacher where the stage has one, and an optimiser with two learning rates."""
     seed = derive_seed(config.seed, task.stage, "network")
     student = build_network(config.network, num_classes, auxiliary(task.stage, config), seed).to(device)
-    if config.stage(task.stage).warm_start and task.previous_model is not None:
+    warm = task.stage == "stage1" or config.stage(task.stage).warm_start
+    if warm and task.previous_model is not None:
         start_from(student, task.previous_model)
     if config.training.channels_last:
         student = student.to(memory_format=torch.channels_last)

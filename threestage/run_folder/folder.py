@@ -12,6 +12,7 @@ stage1/done.json              the marker, written last
 listing/                      of data.unlabelled, where that is a prefix of image files (data/listing.py)
 pool.parquet                  the files of the pool; fixed once stage 2 has begun
 pseudo_masks1/*.parquet       one file per image file, rejects.parquet, index.parquet, then done.json
+continued.json                the run that this one continues (threestage/run/continuation.py)
 reused.json                   which of these lie in the folder of another run (reuse.py)
 results.json                  the table of all stages, and whether the unlabelled images paid (threestage/verdict.py)
 """
@@ -86,8 +87,9 @@ class RunFolder:
         storage.write_json(storage.join(self.out, REUSED), parts)
         return RunFolder(self.out, parts)
 
-    def read_or_make_split(self, config: Config, manifest: Manifest) -> Split:
-        """The run's split: made once, then read, so that a data set that grows does not change it."""
+    def read_or_make_split(self, config: Config, manifest: Manifest, before: Split | None = None) -> Split:
+        """The run's split: made once, then read, so that a data set that grows does not change it. `before`: of the run that this
+        one continues."""
         uri = self.part("split.json")
         if not storage.exists(uri):
             if "split.json" in self.reused_parts:
@@ -95,7 +97,7 @@ class RunFolder:
                     f"{uri} is missing: the run that this one reuses is gone, or is none; correct --reuse",
                     "run/reused-gone",
                 )
-            return make_split(config.data.root, manifest, config.data)
+            return make_split(config.data.root, manifest, config.data, before)
         split, before = saved_split(uri)
         now = _split_settings(config)
         _refuse_difference(uri.removesuffix("/split.json"), "split.json", {"data": before}, {"data": now})

@@ -40,13 +40,22 @@ class Teacher(Settings):
     model: str
 
 
+class ContinuedFrom(Settings):
+    """The model that stage 1 of a later round starts from: the champion of another run."""
+
+    run: str
+    stage: str
+    model_digest: str
+    model: str
+
+
 AT_SIZE = " at 1/"
 """In the name of validation images, before the size that they were reduced to."""
 
 
 class Lineage(Settings):
     """Of one stage's model. Stage 1 has no teacher and learns from no pseudo-masks; `made` is what the model says of the
-    pool, where it was asked."""
+    pool, where it was asked. `continued_from`: of every stage of a run that continues another."""
 
     run: str
     stage: str
@@ -60,6 +69,7 @@ class Lineage(Settings):
     learnt_from: PseudoMaskSet | None
     confidence_threshold: float | None
     made: PseudoMaskSet | None
+    continued_from: ContinuedFrom | None = None
 
 
 def short_digest(digest: str) -> str:

@@ -17,12 +17,12 @@ from threestage.errors import InputError
 IDS = [f"drive/{i:03d}" for i in range(40)]
 
 
-def split_of(root: Path, ids: list[str], val: bool = False, **settings: object) -> Split:
+def split_of(root: Path, ids: list[str], val: bool = False, before: Split | None = None, **settings: object) -> Split:
     files = [write_part(str(root), "images/train-1.parquet", {**dict.fromkeys(ids, b"m"), "unlabelled": None})]
     if val:
         files.append(write_part(str(root), "images/val-1.parquet", {"v2": b"m", "v1": b"m", "v3": None}))
     settings_ = DataSettings.model_validate({"root": str(root), **settings})
-    return make_split(str(root), manifest_of(*files), settings_)
+    return make_split(str(root), manifest_of(*files), settings_, before)
 
 
 def test_the_rule_is_frozen(tmp_path: Path) -> None:
@@ -215,3 +215,23 @@ def test_an_expression_that_is_none_is_refused() -> None:
 def test_one_group_cannot_be_divided(tmp_path: Path) -> None:
     with refused("data/no-validation", "in 1 group by data.group", "data.validation 0.2"):
         split_of(tmp_path, drives(12), group=GROUP)
+
+
+def test_a_run_that_continues_another_keeps_what_was_carved(tmp_path: Path) -> None:
+    """Its champion must not be scored on what it learnt, nor learn what it is scored on."""
+    before = split_of(tmp_path, IDS, labelled=10)
+    for labelled in (25, "all"):
+        now = split_of(tmp_path, [*IDS, "new/1"], before=before, labelled=labelled)
+        assert now.validation == before.validation and not set(now.labelled) & set(now.validation)
+        assert set(before.labelled) < set(now.labelled)
+    whole = split_of(tmp_path, [*IDS, "new/1"], before=before)
+    assert len(whole.labelled) == 41 - len(before.validation)
+
+
+def test_what_shares_a_group_with_the_validation_of_the_run_before_is_no_label(tmp_path: Path) -> None:
+    before = split_of(tmp_path, drives(4, 4, 4), group=GROUP)
+    grown = drives(6, 6, 6, 3)
+    now = split_of(tmp_path, grown, before=before, group=GROUP)
+    apart = set(before.groups.values())
+    assert now.validation == before.validation and now.groups == before.groups
+    assert sorted(now.labelled) == sorted(image_id for image_id in grown if image_id.split("_")[0] not in apart)
