@@ -50,6 +50,7 @@ def threestage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return run
 
 
+@pytest.mark.slow
 def test_one_round(threestage: Command, tmp_path: Path) -> None:
     write_photos(tmp_path, 8)
     for number in range(4, 8):

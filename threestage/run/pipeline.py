@@ -58,13 +58,15 @@ def run(
     """
     return wait_out(
         "the run",
-        lambda: _run(config, out, backend, on, reuse),
+        lambda: _run(config, out, backend, on, reuse, continue_from),
         on.on_warning,
         lambda error: unwritable(storage.absolute(out), error, "what is finished is kept"),
     )
 
 
-def _run(config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None) -> dict[str, Any]:
+def _run(
+    config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None, continue_from: str | None
+) -> dict[str, Any]:
     folder = RunFolder.at(out, reuse)
     context = RunContext.resolve(config, folder, continuation.read_or_begin(folder, config, continue_from, reuse))
     label_pixels = context.check(on.on_warning)

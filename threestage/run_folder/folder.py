@@ -98,9 +98,9 @@ class RunFolder:
                     "run/reused-gone",
                 )
             return make_split(config.data.root, manifest, config.data, before)
-        split, before = saved_split(uri)
+        split, made_with = saved_split(uri)
         now = _split_settings(config)
-        _refuse_difference(uri.removesuffix("/split.json"), "split.json", {"data": before}, {"data": now})
+        _refuse_difference(uri.removesuffix("/split.json"), "split.json", {"data": made_with}, {"data": now})
         return split
 
     def write_split(self, config: Config, split: Split) -> None:
