@@ -92,7 +92,7 @@ def main() -> None:
     ]
     record = read_record(options.record)
     waiting = [job for job in jobs if (job.key, job.digest) not in record]
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         for job, line in zip(waiting, pool.map(measure, waiting), strict=True):
             record[job.key, job.digest] = line
             with options.record.open("a") as file:
@@ -114,7 +114,7 @@ def _tried(text: str) -> tuple[str, Method]:
     return name, Method(preset, tuple(changes))
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """End this process when the one that started it was killed."""
 
     def watch() -> None:
@@ -149,16 +149,16 @@ def _job(options: argparse.Namespace, methods: Mapping[str, Method], method: str
     config = changed(configuration(methods[method], name, draw, options.set), places)
     keys = {stage: stage_keys(config, stage) for stage in config.stage_names}
     without = [{key: value for key, value in of.items() if key != "network.weights"} for of in keys.values()]
-    digest = _digest([without, draw])
-    folder = options.out / name / _file_name(method) / str(draw)
+    digest = digest_of_settings([without, draw])
+    folder = options.out / name / file_name(method) / str(draw)
     return Job((name, method, draw), config.model_dump(mode="json"), digest, str(folder), options.test)
 
 
-def _digest(value: Any) -> str:
+def digest_of_settings(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _file_name(method: str) -> str:
+def file_name(method: str) -> str:
     return "_".join("".join(letter if letter.isalnum() else " " for letter in method).split())
 
 
@@ -174,9 +174,11 @@ def measure(job: Job) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     config, shared = Config.model_validate(job.config), None
     if config.stages > 1:
-        shared = str(Path(job.folder).parents[1] / f"stage1-{_digest([stage_keys(config, 'stage1'), job.key[2]])}")
-        _run(changed(config, {"stages": 1, "pseudo_mask.final_stage": True}), shared, None)
-    results = _run(config, job.folder, shared)
+        shared = str(
+            Path(job.folder).parents[1] / f"stage1-{digest_of_settings([stage_keys(config, 'stage1'), job.key[2]])}"
+        )
+        run_once(changed(config, {"stages": 1, "pseudo_mask.final_stage": True}), shared, None)
+    results = run_once(config, job.folder, shared)
     name, method, draw = job.key
     line = {"set": name, "method": method, "draw": draw, "digest": job.digest, "date": str(date.today())}
     line |= _figures(job, config, results)
@@ -184,7 +186,7 @@ def measure(job: Job) -> dict[str, Any]:
     return line
 
 
-def _run(config: Config, folder: str, reuse: str | None) -> dict[str, Any]:
+def run_once(config: Config, folder: str, reuse: str | None, continue_from: str | None = None) -> dict[str, Any]:
     """A run that is finished is not trained again; two methods that share a first stage wait for each other."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, "rows.jsonl"), "a") as log:
@@ -193,7 +195,7 @@ def _run(config: Config, folder: str, reuse: str | None) -> dict[str, Any]:
         def show(stage: str, row: Mapping[str, float]) -> None:
             print(json.dumps({"stage": stage, **row}), file=log, flush=True)
 
-        return run_local(config, folder, show, warn=lambda text: None, reuse=reuse)
+        return run_local(config, folder, show, warn=lambda text: None, reuse=reuse, continue_from=continue_from)
 
 
 def _figures(job: Job, config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
