@@ -89,10 +89,11 @@ def test_two_parts_with_a_broken_image_and_again(s3_root: str, ray_cluster: None
         predict_on_ray(make_model(tmp_path / "other", seed=1), source, out, settings, cluster)
 
 
+@pytest.mark.parametrize("features", [False, True])
 def test_a_pool_that_a_command_predicts_is_that_of_this_process(
-    ray_cluster: None, scenes: Path, tmp_path: Path
+    features: bool, ray_cluster: None, scenes: Path, tmp_path: Path
 ) -> None:
-    """What `labels export` does where the run has not stored its champion's predictions."""
+    """What `next` does, and `labels export` where the run has not stored its champion's predictions."""
     make_model(tmp_path / "model")
     found = []
     on_ray = partial(predict_pool_connected, cluster=ClusterSettings(workers=2))
@@ -100,6 +101,7 @@ def test_a_pool_that_a_command_predicts_is_that_of_this_process(
         task = PoolTask(
             destination=f"{tmp_path}/{name}", model_digest="m", num_classes=3, downscale=1, batch_size=3,
             max_image_pixels=10_000, used_ids=frozenset(), excluded_ids=frozenset(),
+            features=features,
         )  # fmt: skip
         files = [
             file.model_copy(update={"replaced": (0, 3)})

@@ -17,6 +17,7 @@ from threestage.cli.options import (
     escape,
     predict_pool_with,
     print_json,
+    warn,
 )
 
 
@@ -51,6 +52,8 @@ def choose_next(
             status.update(f"{what} {done:,}{f' of {total:,}' if total else ''} images")
 
         report = next_images(run, out, settings, predict_pool_with(cluster, local), progress)
+    if report.not_exported:
+        warn(f"{report.export}: lacks {', '.join(report.not_exported)}: a list of ids ends them at a comma or tab")
     print_json(report.model_dump(mode="json")) if as_json else _show(report)
 
 

@@ -177,7 +177,8 @@ def with_corrections(
             mask = labelled.decoded(new[row["image_id"]]).maps["mask"]
             if predicted is not None and predicted.shape == mask.shape:
                 known = (predicted != IGNORE_INDEX) & (mask != IGNORE_INDEX)
-                np.add.at(counts, (predicted[known], mask[known]), 1)
+                pairs = predicted[known].astype(np.int64) * len(classes) + mask[known]
+                counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
                 images += 1
     found = continued.model_copy(update={"corrected": _corrections(counts, images, classes)})
     keep(folder, found)

@@ -1,6 +1,9 @@
 """Where a model comes from, as plain JSON: enough to walk from it to its data, its pseudo-masks and its teacher, and back."""
 
 from collections.abc import Mapping
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from threestage.settings import Settings
 
@@ -70,6 +73,12 @@ class Lineage(Settings):
     confidence_threshold: float | None
     made: PseudoMaskSet | None
     continued_from: ContinuedFrom | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Runs that continue no other are recorded as they always were."""
+        tree: dict[str, Any] = serialise(self)
+        return tree if self.continued_from is not None else {k: v for k, v in tree.items() if k != "continued_from"}
 
 
 def short_digest(digest: str) -> str:

@@ -64,7 +64,7 @@ class NextImage(Settings):
 
 
 class NextReport(Settings):
-    """`pool`: images that could be chosen. `export`: folder of the export."""
+    """`pool`: images that could be chosen. `export`: folder of the export; `not_exported`: images that it lacks, at most 20."""
 
     out: str
     run: str
@@ -72,6 +72,7 @@ class NextReport(Settings):
     pool: int
     images: tuple[NextImage, ...]
     export: str | None = None
+    not_exported: tuple[str, ...] = ()
 
 
 def next_images(
@@ -100,10 +101,8 @@ def next_images(
     wanted = frozenset(image.image_id for image in images)
     predictions = champion_predictions(champion, out, wanted, predict, partial(progress, "predicted"))
     write_page(out, done, predictions, champion.card)
-    exported = None if settings.export is None else _export(run, out, settings.export, predict, progress)
-    return NextReport(
-        out=out, run=run, strategy=settings.strategy, pool=done["pool"], images=tuple(images), export=exported
-    )
+    report = NextReport(out=out, run=run, strategy=settings.strategy, pool=done["pool"], images=tuple(images))
+    return report if settings.export is None else _export(report, settings.export, predict, progress)
 
 
 def _read_or_begin(out: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -183,11 +182,12 @@ def _write_lists(out: str, done: dict[str, Any]) -> None:
     storage.write_json(storage.join(out, SELECTION_MARK), done)
 
 
-def _export(run: str, out: str, to: str, predict: PredictPool, progress: Progress) -> str:
-    """The folder of the export; one that is finished stays as it is."""
-    folder = storage.join(out, to)
+def _export(report: NextReport, to: str, predict: PredictPool, progress: Progress) -> NextReport:
+    """The report with the folder of the export; one that is finished stays as it is."""
+    folder, missing = storage.join(report.out, to), tuple[str, ...]()
     mark = storage.join(folder, EXPORT_MARK)
     if not (storage.exists(mark) and storage.read_json(mark, dict[str, Any]).get("finished")):
-        settings = ExportSettings(to=to, images=storage.join(out, LIST_NAME))
-        export_labels(run, folder, settings, lambda what, done: progress(what, done, 0), predict)
-    return folder
+        settings = ExportSettings(to=to, images=storage.join(report.out, LIST_NAME))
+        made = export_labels(report.run, folder, settings, lambda what, done: progress(what, done, 0), predict)
+        missing = made.not_found
+    return report.model_copy(update={"export": folder, "not_exported": missing})
