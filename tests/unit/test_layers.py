@@ -28,7 +28,7 @@ LAYERS = tuple(
         "ray_backend run.budget sweeps",
         "report run",
         "checks.run_check sweeps.sweep ray_backend.job_check ray_backend.sweep selection",
-        "__main__ cli local",
+        "__main__ api cli local",
     )
 )
 """A module may import its own layer and those above it. A package stands for its modules that are not listed themselves."""

@@ -47,7 +47,9 @@ def test_definitions_are_found() -> None:
 
 SAME_NAME = {
     # a command and what it calls
-    "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync",
+    "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync", "train",
+    # of the Python interface, and of a configuration
+    "load",
     # the start of a program
     "main",
     # one meaning for tensors and for Pillow, or for points and for levels

@@ -31,6 +31,7 @@ class StageProgress:
     def __init__(self, config: Config, console: Console) -> None:
         self._config = config
         self._console = console
+        self._live = console.is_terminal or console.is_jupyter
         self._bars: dict[str, TaskID] = {}
         self._last_line = 0.0
         self._progress = Progress(
@@ -41,13 +42,13 @@ class StageProgress:
             TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._starting: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
-        if self._console.is_terminal:  # a bar that moves until there are figures
+        if self._live:  # a bar that moves until there are figures
             self._starting = self._progress.add_task("starting", total=None, figures="")
         return self
 
@@ -59,7 +60,7 @@ class StageProgress:
     def on_metrics(self, stage: str, row: Mapping[str, float]) -> None:
         steps = self._config.stage(stage).steps  # type: ignore[arg-type]
         figures = _figures(row)
-        if self._console.is_terminal:
+        if self._live:
             self._progress.update(self._bar(stage, steps), completed=int(row["step"]), figures=figures)
         elif time.monotonic() - self._last_line > LINE_SECONDS or "mean_iou" in row:
             self._last_line = time.monotonic()
@@ -69,7 +70,7 @@ class StageProgress:
             )
 
     def on_progress(self, what: str, done: int, total: int) -> None:
-        if self._console.is_terminal:
+        if self._live:
             self._progress.update(self._bar(what, total), completed=done, figures="images")
         elif time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
