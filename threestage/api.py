@@ -87,7 +87,7 @@ class Model:
 
     def predict(self, image: str | Path | np.ndarray) -> Prediction:
         """Of a file, an S3 URI, or pixels (H,W,3) uint8 RGB; at the image's own size."""
-        pixels = decode_image(storage.read_bytes(str(image))) if isinstance(image, str | Path) else image
+        pixels = decode_image(storage.read_bytes(str(image))) if isinstance(image, str | Path) else np.array(image)
         device = next(self.network.parameters()).device
         small = torch.from_numpy(downscale_image(pixels, self.card.downscale))
         found = predict(self.network, small.permute(2, 0, 1)[None].to(device))

@@ -1,4 +1,4 @@
-"""The three stages, in this process: python train.py DATASET RUN [a.b=c …]"""
+"""The stages of a run, in this process: python train.py DATASET RUN [a.b=c …]"""
 
 import sys
 

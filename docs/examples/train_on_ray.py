@@ -1,4 +1,4 @@
-"""The three stages, on Ray, with MLflow: python train_on_ray.py DATASET RUN [a.b=c …]"""
+"""The stages of a run, on Ray, with MLflow: python train_on_ray.py DATASET RUN [a.b=c …]"""
 
 import sys
 
