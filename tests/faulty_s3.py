@@ -24,7 +24,7 @@ class Faults:
     def __init__(self) -> None:
         self.unavailable_until = 0.0
         self.resets_left = 0  # of answers larger than 64 KiB: half of the body, then a reset
-        self.refused = self.reset = 0
+        self.refused = self.reset = self.proxied = 0
         self.answer: Answer | None = None  # to every request, instead of the store's
 
     def unavailable_for(self, seconds: float) -> None:
@@ -61,21 +61,25 @@ def _handler(upstream: str, faults: Faults) -> type[BaseHTTPRequestHandler]:
                 self._answer(faults.answer.status, [("Content-Type", "application/xml")], body)
                 return
             connection = http.client.HTTPConnection(upstream, timeout=60)
-            connection.request(self.command, self.path, body, dict(self.headers))
+            path, headers = self.path, dict(self.headers)
+            if path.startswith("http://"):  # as a client asks a proxy
+                faults.proxied += 1
+                path, headers["Host"] = path.partition(urlsplit(path).netloc)[2], upstream
+            connection.request(self.command, path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
             connection.close()
-            headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP]
+            given = [(name, value) for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP]
             if self.command == "HEAD":
                 content_length = answer.getheader("Content-Length") or "0"
-                self._answer(answer.status, headers, b"", content_length)
+                self._answer(answer.status, given, b"", content_length)
             elif self.command == "GET" and len(content) > 65536 and faults.resets_left > 0:
                 faults.resets_left -= 1
                 faults.reset += 1
-                self._answer(answer.status, headers, content[: len(content) // 2], str(len(content)))
+                self._answer(answer.status, given, content[: len(content) // 2], str(len(content)))
                 self._break_off()
             else:
-                self._answer(answer.status, headers, content)
+                self._answer(answer.status, given, content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any
 

@@ -54,6 +54,10 @@ class StoreAway(StageFailure):
     """A store does not answer for now: what needs it is done again when it does (data/outages.py)."""
 
 
+class Stopped(StageFailure):
+    """The process was asked to end by SIGTERM; the same command continues. The CLI exits with 143."""
+
+
 class NoRoom(StageFailure):
     """The cluster had no room for it for as long as the settings allow."""
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from threestage.errors import InputError
 
+TEMPORARY = "/tmp"
 
-def private_folder() -> Path:
-    """/tmp/threestage-UID, made if it is not there. Short: the path of a socket has 107 bytes at most.
+
+def private_folder(within: str | None = None) -> Path:
+    """threestage-UID in TMPDIR, else in /tmp, or `within` a folder; made if it is not there.
 
     Raises InputError when somebody else has made it.
     """
-    folder = _path()
+    folder = _path(within)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -26,5 +28,5 @@ def reserve_compile_cache() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_path() / "torchinductor"))
 
 
-def _path() -> Path:
-    return Path(f"/tmp/threestage-{os.getuid()}")
+def _path(within: str | None = None) -> Path:
+    return Path(f"{within or os.environ.get('TMPDIR') or TEMPORARY}/threestage-{os.getuid()}")

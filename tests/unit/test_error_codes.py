@@ -11,7 +11,7 @@ from tests.package_source import PACKAGE, name_in_package, tree_of
 
 FILES = [file for file in package_source.FILES if file.name != "errors.py"]
 EXEMPT = {"data/records.py"}  # a manifest's own reader says what is wrong with the file
-ERRORS = {"InputError", "StageFailure", "NoRoom", "UnwritablePlace"}
+ERRORS = {"InputError", "StageFailure", "NoRoom", "Stopped", "UnwritablePlace"}
 REASONS = {"BadImage", "BadFile"}  # of one image, for the list of rejects
 CODE = re.compile(r"(?P<area>[a-z]+(-[a-z]+)*)/[a-z0-9]+(-[a-z0-9]+)*")
 AREAS = {

@@ -13,7 +13,7 @@ LAYERS = tuple(
     names.split()
     for names in (
         "threestage allocator errors format hosts plain_text presets private_folder ray_settings redaction "
-        "seeds settings user_files",
+        "seeds settings termination user_files",
         "augment",
         "data labels",
         "run_folder",

@@ -18,6 +18,7 @@ from threestage.data.records import Manifest, load_manifest
 from threestage.errors import CodedError, InputError, reason_of
 from threestage.format import duration, gibibytes
 from threestage.models.program import without_program
+from threestage.redaction import redact
 from threestage.run.budget import bought
 from threestage.run_folder import lease
 from threestage.training.worker import default_device
@@ -50,7 +51,7 @@ def check(
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
     results = try_all([*places(config, out), *([] if local else [tracking(config)])])
-    yield from merged(results)
+    yield from [*merged(results), *_proxy(results)]
     wrong = {result.name for result in results if result.problem}
     if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
         yield run_check("driver", out, lambda: CheckOutcome(lease.refuse_driven(out)))
@@ -63,6 +64,11 @@ def check(
             if wrong
             else run_check("program", config.network.encoder, lambda: _exportable(config))
         )
+
+
+def _proxy(places: Sequence[CheckResult]) -> Iterator[CheckResult]:
+    if (proxy := storage.proxy()) is not None and any(storage.is_s3(place.value) for place in places):
+        yield CheckResult("proxy", f"s3:// goes through {redact(proxy)} (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)")
 
 
 def _exportable(config: Config) -> CheckOutcome:

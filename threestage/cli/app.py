@@ -1,7 +1,7 @@
 """The command line: the list of commands (the files beside this one), and how each ends.
 
 Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 3 the place
-of a run takes no writes any more; 130 Ctrl-C.
+of a run takes no writes any more; 130 Ctrl-C; 143 SIGTERM.
 `submit` has more, see its help.
 """
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from threestage.cli import images, labels, models, results, run_status, runs, selection, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.data.parallel import end_process
-from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, UnwritablePlace
+from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, Stopped, UnwritablePlace
 from threestage.redaction import redact
 
 app = typer.Typer(
@@ -79,6 +79,8 @@ def reported() -> Iterator[None]:
         _fail(error, 2)
     except UnwritablePlace as error:
         _fail(error, 3)
+    except Stopped as error:
+        _fail(error, 143)
     except StageFailure as error:
         _fail(error, 1)
     except OSError as error:  # a path that cannot be read or written, a store or a cluster that does not answer

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from threestage.errors import InputError
 from threestage.plain_text import escape_control_chars
 
 TEXT = """Run a command as a job on a cluster, and follow it.
@@ -23,6 +24,8 @@ must MLFLOW_TRACKING_URI unless registry.tracking_uri is given; credentials are 
 The token is Ray's: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
 
 The same command, given again, follows the job that runs, or continues the run. Ctrl-C detaches; the job goes on.
+--retries N gives it again by itself, after a pause, where the job was killed or the cluster or a store failed; not after
+wrong input, a stage that diverged, or an --out that takes no writes.
 
 Exit code: 0 succeeded, 1 or 2 as the command itself, 143 the job was stopped, 130 detached, 75 the cluster was lost.
 """
@@ -56,6 +59,10 @@ Resources = Annotated[
 WithSecrets = Annotated[
     bool, typer.Option("--with-secrets", help="send files that look like credentials too (.env, *.pem, token, …)")
 ]
+Retries = Annotated[
+    int,
+    typer.Option(min=0, help="Submit a job again that can continue, at most so many times."),
+]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Print the job's id and end.")]
 
 
@@ -68,7 +75,10 @@ def _submit(
     entrypoint_resources: Resources = None,
     with_secrets: WithSecrets = False,
     no_wait: NoWait = False,
+    retries: Retries = 0,
 ) -> None:
+    if no_wait and retries:
+        raise InputError("--retries: somebody must see the job fail; leave --no-wait out", "config/usage")
     from threestage.cli.job_arguments import read_job
     from threestage.ray_backend import job_package
 
@@ -86,13 +96,11 @@ def _submit(
     client = submit.job_client(address)
     _say(_what_travels(working_dir, sizes, wheel))
     package = job_package.JobPackage(working_dir, wheel, variables, resources, sizes)
+    if not no_wait:
+        sys.exit(submit.submit_and_follow(client, job, package, _say, retries))
     job_id = submit.submit(client, job, package, _say)
-    _say(f"job {job_id} on {client.get_address()}")
-    if no_wait:
-        _say(f"to go on with it:\n{submit.commands(client.get_address(), job_id)}")
-        print(job_id)
-        return
-    sys.exit(submit.follow(client, job_id, _say))
+    _say(f"job {job_id} on {client.get_address()}\nto go on with it:\n{submit.commands(client.get_address(), job_id)}")
+    print(job_id)
 
 
 def _what_travels(folder: str, sizes: dict[str, int], wheel: str | None) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -186,6 +187,13 @@ def _chosen() -> _S3:
     )
 
 
+def proxy() -> str | None:
+    """The URL of the proxy to the store that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name, which s3fs reads itself and pyarrow does
+    not; it may hold a password."""
+    url = urlsplit(_chosen().endpoint or "https://s3.amazonaws.com")
+    return None if proxy_bypass_environment(url.netloc) else getproxies_environment().get(url.scheme)
+
+
 @lru_cache
 def s3_filesystem(
     chosen: _S3, attempts: int = S3_ATTEMPTS, connect_timeout_s: float = 10, request_timeout_s: float = 60
@@ -202,6 +210,7 @@ def s3_filesystem(
         retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
         connect_timeout=connect_timeout_s,
         request_timeout=request_timeout_s,
+        proxy_options=proxy(),
         allow_delayed_open=True,  # a small object is one request, not the three of a multipart upload
     )
     files.chosen = chosen

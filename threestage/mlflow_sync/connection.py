@@ -94,8 +94,8 @@ def model_name_of(run_name: str) -> str:
 def resolve_uri(setting: str | None) -> str:
     """The setting, else MLFLOW_TRACKING_URI, else ./mlflow.db; a relative sqlite path is made absolute."""
     uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    path = sqlite_path(uri)
-    return uri if path is None else f"sqlite:///{path}"
+    path, (_, mark, query) = sqlite_path(uri), uri.partition("?")
+    return uri if path is None else f"sqlite:///{path}{mark}{query}"
 
 
 def confirmed_uri(setting: str | None, file: str | None) -> str:
@@ -105,7 +105,9 @@ def confirmed_uri(setting: str | None, file: str | None) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    """Of the file, without what the URI has after it, such as ?timeout=60."""
+    file = uri.partition("?")[0]
+    return Path(file.removeprefix("sqlite:///")).absolute() if file.startswith("sqlite:///") else None
 
 
 def key_of(name: str) -> str:
@@ -140,12 +142,50 @@ def mlflow_session(uri: str, timeout_s: int = CALL_S) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, (*PROBE_ERRORS, ImportError)) or type(error).__module__.startswith(FOREIGN_ERRORS)):
             raise
-        reason = shortened(redact(str(error)).partition("\n")[0], 300)
-        raise InputError(
-            f"tracking store {redact(uri)}: {type(error).__name__}: {reason};"
-            " is it up, and does registry.tracking_uri (MLFLOW_TRACKING_URI) name it?",
-            "mlflow/unavailable",
-        ) from error
+        raise _explained(uri, error) from error
+
+
+def _explained(uri: str, error: Exception) -> InputError:
+    """What a store, or the connection to it, does, as one line with its fix."""
+    store, reason = redact(uri), shortened(redact(str(error)).partition("\n")[0], 300)
+    status = _http_status(error)
+    if "out-of-date database schema" in str(error):
+        return InputError(
+            f"tracking store {store}: an older MLflow made its tables; back it up, then run `mlflow db upgrade {store}`",
+            "mlflow/old-schema",
+        )
+    if status == 401:
+        return InputError(
+            f"tracking store {store}: refuses the credentials (401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN",
+            "mlflow/credentials",
+        )
+    if status == 403:
+        return InputError(
+            f"tracking store {store}: denies it (403: {reason}); give that user the right, choose another registry.experiment, "
+            "or name this host in the server's --allowed-hosts",
+            "mlflow/denied",
+        )
+    if status == 413:
+        return InputError(
+            f"tracking store {store}: takes no upload of this size (413); raise the limit of the proxy before it (nginx: "
+            "client_max_body_size)",
+            "mlflow/too-large",
+        )
+    return InputError(
+        f"tracking store {store}: {type(error).__name__}: {reason}; is it up, and does registry.tracking_uri "
+        "(MLFLOW_TRACKING_URI) name it?",
+        "mlflow/unavailable",
+    )
+
+
+def _http_status(error: Exception) -> int | None:
+    """That a server, or a proxy before it, has answered with."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and (found := re.search(r"error code (\d{3})\b", str(error))):
+        status = found[1]
+    named = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}.get(str(getattr(error, "error_code", "")))
+    return named if status is None else int(status)
 
 
 @contextlib.contextmanager

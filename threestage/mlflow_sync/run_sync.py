@@ -17,7 +17,7 @@ from threestage.data import safe_walk, storage
 from threestage.data.outputs import RUN, is_marked
 from threestage.errors import InputError, Warn, reason_of
 from threestage.mlflow_sync.client import Registry, open_registry
-from threestage.mlflow_sync.connection import Background, redact, redact_tree, reserve_variables, resolve_uri
+from threestage.mlflow_sync.connection import END_S, Background, redact, redact_tree, reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings, StageRecord, StageRows, Status
 from threestage.models.export import CARD, WEIGHTS
 from threestage.run.outcome import StageOutcome
@@ -28,6 +28,7 @@ from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
 BETWEEN_S, RETRY_S = 10.0, 30.0
+STOPPED_S = 10.0  # a run that was asked to end waits so long for MLflow
 FILES = ("results.json", "pictures.png", PAGE_NAME, "split.json")
 
 
@@ -166,7 +167,7 @@ class RunSync:
         """Send what is left and end the run. Returns the versions; where MLflow does not answer, a warning says how the
         rest can be sent."""
         try:
-            self._background.close(lambda: self._finish(status))
+            self._background.close(lambda: self._finish(status), STOPPED_S if status == "KILLED" else END_S)
         except Exception as error:
             self._warn(
                 f"the run is not all in MLflow: {reason_of(error)}; `threestage sync {self._out}` sends the rest"

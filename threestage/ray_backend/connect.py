@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,16 +25,18 @@ from threestage.checks.result import CheckOutcome
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
-from threestage.private_folder import private_folder
+from threestage.private_folder import TEMPORARY, private_folder
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import SPARE_CPUS
 from threestage.ray_settings import ClusterSettings
+from threestage.termination import handler_kept
 
 # ---- Does the cluster answer, and does it let us in?
 
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN to the cluster's"
 OPEN = "it asks for no token: whoever reaches it can run programs there; start it with RAY_AUTH_MODE=token"
 AUTO = "auto"  # Ray's name for the cluster that this machine is a node of
+LOCAL = "local"  # Ray's name for one that is started on this machine
 
 
 def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
@@ -42,10 +45,13 @@ def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
     Raises InputError for an address that only a file names (hosts.py)."""
     if ray.is_initialized():
         return "cluster.address", ray.get_runtime_context().gcs_address
+    if cluster.address == LOCAL:
+        return None
     if cluster.address is not None:
         refuse_unconfirmed("cluster.address", cluster.address, cluster.host_from)
         return "cluster.address", cluster.address
-    return ("RAY_ADDRESS", os.environ["RAY_ADDRESS"]) if os.environ.get("RAY_ADDRESS") else None
+    named = os.environ.get("RAY_ADDRESS", "")
+    return ("RAY_ADDRESS", named) if named not in ("", LOCAL) else None
 
 
 def probe_cluster(name: str, address: str) -> CheckOutcome:
@@ -146,12 +152,14 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
         options |= {"num_cpus": max(os.cpu_count() or 1, runs * (wanted + SPARE_CPUS)), "dashboard_host": "127.0.0.1"}
-        options["_temp_dir"] = str(private_folder() / "ray")
+        options["_temp_dir"] = str(sessions := _sessions_folder())
+        remove_dead_sessions(sessions)
         if not any(name in os.environ for name in TOKEN_VARIABLES):
             keep_token_private(Path.home() / ".ray" / "auth_token")
     with contextlib.nullcontext() if named else ray_internals.loopback_only():
         try:
-            ray.init(address=named[1] if named else "local", **options)
+            with handler_kept():
+                ray.init(address=named[1] if named else LOCAL, **options)
         except (RuntimeError, OSError) as error:
             if named is None:
                 raise
@@ -160,6 +168,8 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
             yield
         finally:
             leave()
+        if named is None:
+            remove_dead_sessions(sessions, ended=os.getpid())
 
 
 def _not_connected(name: str, address: str, error: Exception) -> InputError:
@@ -222,13 +232,46 @@ def quiet_ray_data() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-# ---- Ray started here: its token
+# ---- Ray started here: its sessions and its token
+
+LONGEST_SOCKET = 107  # bytes of the path, on Linux
+IN_A_SESSION = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+
+
+def _sessions_folder() -> Path:
+    """In TMPDIR, unless its path is too long for sockets."""
+    folder = private_folder() / "ray"
+    return folder if len(str(folder)) + IN_A_SESSION <= LONGEST_SOCKET else private_folder(TEMPORARY) / "ray"
+
+
+def remove_dead_sessions(folder: Path, ended: int | None = None) -> None:
+    """Delete what Ray has left of sessions whose process is gone: their logs and sockets. `ended`: a process whose session is
+    over too. That of a run that failed stays until the next one starts."""
+    for session in folder.glob("session_*_*_*_*"):
+        process = session.name.rpartition("_")[2]
+        if process == str(ended) or not Path(f"/proc/{process}").exists():
+            shutil.rmtree(session, ignore_errors=True)
+
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def keep_token_private(file: Path) -> None:
-    """Make Ray's token where there is none, and take it from other users of the machine: Ray itself lets them read it."""
+    """Make Ray's token where there is none, and take it from other users of the machine: Ray itself lets them read it.
+
+    Raises InputError where it cannot be written.
+    """
+    try:
+        _keep_private(file)
+    except OSError as error:
+        raise InputError(
+            f"{file}: Ray keeps its token there, and it cannot be written ({error.strerror}); set RAY_AUTH_TOKEN_PATH to a "
+            f"file of yours that holds one, or HOME (now {os.environ.get('HOME')}) to a folder that can be written",
+            "ray/token-file",
+        ) from None
+
+
+def _keep_private(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

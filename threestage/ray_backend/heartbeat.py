@@ -56,7 +56,7 @@ class _Monitor:
         self._warnings: list[str] = []
         self._failure: StageFailure | None = None
         self._signs: dict[int, tuple[WorkerStatus, float]] = {}
-        self._checkpoint_requests = self._groups = 0
+        self._checkpoint_requests = self._requests_met = self._groups = 0
         self._controller: Any = None
 
     def join(self, stage: str, rank: int, world_size: int) -> bool:
@@ -87,8 +87,17 @@ class _Monitor:
         """Ray Train's controller, or None before it has started."""
         return self._controller
 
-    def request_checkpoint(self) -> None:
+    def request_checkpoint(self) -> int:
+        """The number of requests so far."""
         self._checkpoint_requests += 1
+        return self._checkpoint_requests
+
+    def checkpoint_saved(self, requests: int) -> None:
+        """A checkpoint is written that so many requests have asked for."""
+        self._requests_met = requests
+
+    def requests_met(self) -> int:
+        return self._requests_met
 
     def news(self) -> MonitorUpdate:
         now = time.monotonic()  # of this process: the driver gets ages, since no two clocks are compared

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,8 +29,15 @@ ANSWER_S, UPLOAD_S = 10.0, 600.0
 SILENCE_S = 60.0  # without a word of the job: it is asked whether it lives, and its log is opened anew
 PATIENCE_S = 600.0  # without an answer of the cluster
 PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+STOP_S = "30"  # `ray job stop` lets a job save a checkpoint for so long; Ray's own 3 s are too few
 OVER = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 STOPPED, DETACHED, LOST = 143, 130, 75  # exit codes beside the job's own: of SIGTERM, of Ctrl-C, EX_TEMPFAIL
+OWN = (1, 2, 3, STOPPED)  # exit codes of the commands; with any other, the process was killed
+RETRY_PAUSES_S = (30.0, 60.0, 120.0, 300.0, 600.0)
+MAY_PASS = ("ray/", "storage/", "stage/training-failed")
+"""Codes of errors after which the same command may continue: of the cluster and of the store, not of the work itself."""
+ERROR_LINE = re.compile(r"^error: (.*) \[([a-z-]+/[a-z0-9-]+)\]$", re.MULTILINE)
+LONGEST_LINE, LONGEST_TAIL = 2000, 10_000
 NO_CONNECTION = (requests.RequestException, aiohttp.ClientError, OSError, RuntimeError)  # the last: an answer of 5xx
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -117,7 +126,8 @@ def submit(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say)
             return running
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(copied_files(package.folder, package.files))
-            environment: dict[str, Any] = {"working_dir": folder, "env_vars": dict(package.variables)}
+            variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_S, **package.variables}
+            environment: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
             if package.wheel is not None:
                 environment["py_modules"] = [stack.enter_context(unpacked_wheel(package.wheel))]
             return answer_of(
@@ -148,32 +158,67 @@ def commands(url: str, job_id: str) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def follow(client: JobSubmissionClient, job_id: str, say: Say) -> int:
+class JobEnd(NamedTuple):
+    """`retry`: why it failed, where the same command may continue; else None."""
+
+    code: int
+    retry: str | None = None
+
+
+def submit_and_follow(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say, retries: int) -> int:
+    """The exit code of the job, or of the last of those that were submitted again after it, at most `retries`. What cannot
+    continue is not tried again."""
+    for tries in range(retries + 1):
+        job_id = submit(client, job, package, say)
+        say(f"job {job_id} on {client.get_address()}")
+        ended = follow(client, job_id, say)
+        if ended.retry is None or tries == retries:
+            break
+        pause = RETRY_PAUSES_S[min(tries, len(RETRY_PAUSES_S) - 1)]
+        say(f"{job_id} can continue ({ended.retry}): submitted again in {pause:.0f} s, {tries + 1} of {retries}")
+        time.sleep(pause)
+        if job.command == "sweep" and "--resume" not in job.arguments:
+            job = replace(job, arguments=(*job.arguments, "--resume"))
+    return ended.code
+
+
+def follow(client: JobSubmissionClient, job_id: str, say: Say) -> JobEnd:
     """Print the job's log until it ends; its exit code, or STOPPED, DETACHED after Ctrl-C, LOST when the cluster has not
     answered for PATIENCE_S. InputError when it does not take the token any more."""
-    url = client.get_address()
+    url, log = client.get_address(), _Log(client, job_id, say)
     try:
-        ended = _Log(client, job_id, say).follow()
+        ended = log.follow()
     except AuthenticationError as error:  # a cluster made anew has another token
         raise _explained(url, error) from None
     except KeyboardInterrupt:
         say(f"detached: {job_id} goes on; the same command follows it again, and so does\n{commands(url, job_id)}")
-        return DETACHED
+        return JobEnd(DETACHED)
     if ended is None:
         say(f"{url} has not answered for {PATIENCE_S / 60:.0f} minutes; {job_id} may go on:\n{commands(url, job_id)}")
-        return LOST
-    return _exit_code(ended, say)
+        return JobEnd(LOST)
+    return _job_end(ended, log.tail, say)
 
 
-def _exit_code(ended: JobDetails, say: Say) -> int:
+def _job_end(ended: JobDetails, tail: str, say: Say) -> JobEnd:
+    """tail: of its log."""
+    job, code = ended.submission_id, ended.driver_exit_code
     if ended.status == JobStatus.SUCCEEDED:
-        return 0
+        return JobEnd(0)
     if ended.status == JobStatus.STOPPED:
-        say(f"{ended.submission_id} was stopped; the same command goes on with it, a sweep with --resume")
-        return STOPPED
-    if ended.driver_exit_code is None:
-        say(f"{ended.submission_id} failed: {ray_reason(ended.message)}")
-    return ended.driver_exit_code if ended.driver_exit_code in (1, 2, 3) else 1
+        say(f"{job} was stopped; the same command goes on with it, a sweep with --resume")
+        return JobEnd(STOPPED)
+    if code is None:  # its supervisor or its node was lost
+        reason = shown(ended.message)[:LONGEST_LINE]
+        say(
+            f"{job} failed: {reason}; the same command continues, a sweep with --resume; --retries N submits it again by itself"
+        )
+        return JobEnd(1, reason)
+    if code not in OWN:
+        return JobEnd(1, f"its process was killed, exit code {code}")
+    errors = ERROR_LINE.findall(tail)
+    if code == 1 and errors and errors[-1][1].startswith(MAY_PASS):
+        return JobEnd(code, errors[-1][0])
+    return JobEnd(code)
 
 
 class _Log:
@@ -182,6 +227,7 @@ class _Log:
     def __init__(self, client: JobSubmissionClient, job_id: str, say: Say) -> None:
         self._client, self._id, self._say = client, job_id, say
         self._printed = 0
+        self.tail = ""
         self._answered = time.monotonic()
         self._failures = 0
 
@@ -215,7 +261,7 @@ class _Log:
                 seen += len(text)
                 self._printed = max(self._printed, seen)
                 self._heard()
-                _write(new)
+                self._write(new)
         except TimeoutError:
             return None
         except NO_CONNECTION as error:
@@ -225,7 +271,13 @@ class _Log:
     def _print_rest(self) -> None:
         """What a connection that broke off has left out."""
         with contextlib.suppress(*NO_CONNECTION, AuthenticationError):
-            _write(answer_of(UPLOAD_S, self._client.get_job_logs, self._id)[self._printed :])
+            self._write(answer_of(UPLOAD_S, self._client.get_job_logs, self._id)[self._printed :])
+
+    def _write(self, log: str) -> None:
+        shown_log = visible_log(log)
+        self.tail = (self.tail + shown_log)[-LONGEST_TAIL:]
+        sys.stdout.write(shown_log)
+        sys.stdout.flush()
 
     def _heard(self) -> None:
         if self._failures:
@@ -249,11 +301,6 @@ def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:
                 yield text
         finally:
             loop.run(log.aclose())
-
-
-def _write(log: str) -> None:
-    sys.stdout.write(visible_log(log))
-    sys.stdout.flush()
 
 
 def _refuse_unknown(job_id: str, error: Exception) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import secrets
-import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from threestage.config import Config
 from threestage.data import storage
 from threestage.data.outages import wait_out
+from threestage.data.parallel import in_daemon_thread
 from threestage.data.pool import PoolFile
-from threestage.errors import InputError, StageFailure, Warn, reason_of
+from threestage.errors import InputError, StageFailure, Stopped, Warn, reason_of
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.capacity import room_there, warn_of_folders
@@ -31,9 +33,11 @@ from threestage.ray_backend.tasks import map_function
 from threestage.ray_backend.worker import train_worker
 from threestage.run.backend import Item, OnMetrics, Result, RunCallbacks
 from threestage.run.stages import StageTask
+from threestage.termination import sigterm_noted
 from threestage.training.checkpoint import Checkpoints, Pointer, checkpoint_folder
 
 POLL_SECONDS = 0.5
+SAVE_SECONDS = 12.0  # a driver that is to end waits so long for a checkpoint
 
 TrainWorker = Callable[[dict[str, Any]], None]
 
@@ -116,33 +120,36 @@ def _watch_fit(
     monitor = start_monitor()
     trainer = make_trainer(task, monitor, function, driver)
     patience, membership = StallMonitor(task.stage, cluster, warn), Membership(cluster)
-    outcome: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+    training = in_daemon_thread(trainer.fit)
     try:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            if membership.look():
-                monitor.request_checkpoint.remote()
-            news = ray.get(monitor.news.remote())
-            _pass_on(news, task.stage, show, warn)
-            if thread.is_alive():
-                patience.look(news.signs)
+        with sigterm_noted() as terminated:
+            while not training.done() and not terminated.is_set():
+                wait([training], POLL_SECONDS)
+                if membership.look():
+                    monitor.request_checkpoint.remote()
+                news = ray.get(monitor.news.remote())
+                _pass_on(news, task.stage, show, warn)
+                if not training.done():
+                    patience.look(news.signs)
+            if terminated.is_set():
+                raise _stopped(task.stage, monitor, training)
         _pass_on(ray.get(monitor.news.remote()), task.stage, show, warn)
-        if outcome[0] is not None:
-            raise outcome[0]
+        training.result()
     finally:
-        if thread.is_alive():
+        if not training.done():
             _abort(monitor)
         ray.kill(monitor)
+
+
+def _stopped(stage: str, monitor: Any, training: Future[Any]) -> Stopped:
+    """The end of a driver that got SIGTERM: once the workers have saved a checkpoint, if they can within SAVE_SECONDS."""
+    saved, deadline = False, time.monotonic() + SAVE_SECONDS
+    wanted = ray.get(monitor.request_checkpoint.remote())
+    while not training.done() and not saved and time.monotonic() < deadline:
+        wait([training], POLL_SECONDS)
+        saved = ray.get(monitor.requests_met.remote()) >= wanted
+    checkpoint = "a checkpoint is saved" if saved else "no checkpoint could be saved in time"
+    return Stopped(f"{stage}: stopped by SIGTERM; {checkpoint}, the same command continues", "stage/stopped")
 
 
 def _abort(monitor: Any) -> None:

@@ -113,14 +113,18 @@ class RayWorker:
             yield batch if share.count == size else batch.first(share.count)
 
     def checkpoint_requests(self) -> int:
-        """What the driver has noticed: nodes that drain, and for an elastic group those that have come."""
+        """What the driver has noticed: nodes that drain, for an elastic group those that have come, and its own SIGTERM."""
         return self._pulse.checkpoint_requests
 
     def noticed(self, step: int, saved: bool) -> None:
         """Training goes on until the node is gone; Ray then starts the workers elsewhere, from this checkpoint."""
-        before, self._answered = self._answered, self.checkpoint_requests()
-        if self.rank == 0 and saved and self._answered > before:
-            self.warn(f"{self._task.stage}: a node leaves or joins; the checkpoint of step {step} is saved")
+        requests = self.checkpoint_requests()
+        if self.rank == 0 and saved and requests > self._answered:
+            self._answered = requests
+            self._monitor.checkpoint_saved.remote(requests)
+            self.warn(
+                f"{self._task.stage}: a node leaves or joins, or the run is stopped; the checkpoint of step {step} is saved"
+            )
 
     def warn(self, text: str) -> None:
         self._monitor.warn.remote(text)

@@ -14,13 +14,14 @@ from typing import Any
 
 from threestage.config import STAGES, Config
 from threestage.data import storage
-from threestage.errors import InputError, reason_of
+from threestage.errors import InputError, Stopped, reason_of
 from threestage.mlflow_sync.connection import Background
 from threestage.redaction import redact
 from threestage.run.backend import RunCallbacks
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
 from threestage.run_folder.events import EVENTS_NAME, read_events
+from threestage.termination import STOPPED, Terminated
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 MOST_EVENTS = 2000
@@ -129,8 +130,9 @@ def noted(
     try:
         yield _with_notes(log, progress, on)
         log.note("finished", "all stages are done", **progress.held())
-    except KeyboardInterrupt:
-        log.note("stopped", "Ctrl-C", **progress.held())
+    except (KeyboardInterrupt, Terminated, Stopped) as error:
+        texts = {KeyboardInterrupt: "Ctrl-C", Terminated: STOPPED}
+        log.note("stopped", texts.get(type(error)) or reason_of(error), **progress.held())
         raise
     except Exception as error:
         log.note("failed", reason_of(error), **progress.held())

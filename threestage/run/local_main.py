@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from threestage.config import load
 from threestage.data.storage_errors import explain
-from threestage.errors import InputError, StageFailure, UnwritablePlace
+from threestage.errors import InputError, StageFailure, Stopped, UnwritablePlace
 from threestage.plain_text import escape_control_chars, one_line
 from threestage.redaction import redact
 from threestage.run.backend import RunCallbacks
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load(options.config, [*options.set, *seed])
         results = run(config, options.out, True, RunCallbacks(_print_row, _print, _print_count))
     except (InputError, StageFailure) as error:
-        return _failed(error, 3 if isinstance(error, UnwritablePlace) else 1 if isinstance(error, StageFailure) else 2)
+        kinds = {UnwritablePlace: 3, Stopped: 143, StageFailure: 1, InputError: 2}
+        return _failed(error, next(code for kind, code in kinds.items() if isinstance(error, kind)))
     except OSError as error:
         return _failed(explain(None, error), 2)
     if (verdict := verdict_text(results)) is not None:

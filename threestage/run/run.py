@@ -16,7 +16,7 @@ from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.storage_errors import refuse_unwritable
 from threestage.data.synthetic import CLASSES, write_scenes
-from threestage.errors import InputError, StageFailure, Warn, reason_of
+from threestage.errors import InputError, StageFailure, Stopped, Warn, reason_of
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, Status
@@ -32,6 +32,7 @@ from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME
+from threestage.termination import Terminated, sigterm_stops
 
 DEMO_SCENES: dict[SplitName, int] = {"train": 600, "val": 200, "test": 200}
 OWN_DATA = "for images of your own, use `threestage run own_images --set data.root=DATA`"
@@ -78,7 +79,7 @@ def run_checked(
     reserve_compile_cache()
     registered: list[RegisteredVersion] = []
     before = lease.last_holder(out)
-    with lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:
+    with sigterm_stops(), lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:
         on = recording.enter_context(noted(config, out, held, before, 1 if local else config.cluster.devices, on))
         if local:
             recorded = _recorded(out, _settings(config), on)
@@ -117,6 +118,9 @@ def _sent_to_mlflow(
         status = "FINISHED"
     except InputError:
         refused = not mirror.notified
+        raise
+    except (KeyboardInterrupt, Terminated, Stopped):
+        status = "KILLED"
         raise
     finally:
         if held.lost is None and not refused:

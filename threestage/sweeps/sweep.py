@@ -16,7 +16,7 @@ from threestage.data import storage
 from threestage.data.outputs import SWEEP, claim
 from threestage.data.pool import load_pool, rows_of
 from threestage.data.records import Manifest, load_manifest, pool_files
-from threestage.errors import InputError, StageFailure, Warn
+from threestage.errors import InputError, StageFailure, Stopped, Warn
 from threestage.mlflow_sync.client import open_registry
 from threestage.mlflow_sync.connection import reserve_variables
 from threestage.mlflow_sync.records import Status
@@ -39,6 +39,7 @@ from threestage.sweeps.trials import (
     run_folder,
     shared_folder,
 )
+from threestage.termination import sigterm_stops
 
 MAX_CONSECUTIVE_FAILURES = 4
 """Beside those that run at once: so many in a row that fail before they are evaluated end a sweep."""
@@ -98,7 +99,7 @@ def run(requested: Sweep, show: Show) -> dict[str, Any]:
     requested = checked(requested)
     reserve_variables()
     quieten()
-    with lease.held(requested.out, show.warn):
+    with sigterm_stops(), lease.held(requested.out, show.warn):
         return _run_alone(requested, show)
 
 
@@ -121,6 +122,8 @@ def _run_alone(requested: Sweep, show: Show) -> dict[str, Any]:
         try:
             found = _run(requested, show, mirror)
             status = "FINISHED"
+        except Stopped:
+            raise
         except Exception:
             status = "FAILED"
             raise

@@ -2,18 +2,17 @@
 
 import contextlib
 import math
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from threestage.data.batches import Batch, BatchSlice
-from threestage.errors import StageFailure
+from threestage.errors import Stopped
+from threestage.termination import STOPPED, sigterm_noted
 from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
 
 
@@ -91,20 +90,9 @@ class LocalWorker:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is a notice inside it, where the interpreter allows a handler (in its main thread). One that no step
-        has answered ends it with a StageFailure."""
-
-        def on_term(number: int, frame: FrameType | None) -> None:
-            self._terminated.set()
-
-        if threading.current_thread() is not threading.main_thread():
+        """SIGTERM is a notice inside it. One that no step has answered ends it with Stopped."""
+        with sigterm_noted() as self._terminated:
             yield
-            return
-        before = signal.signal(signal.SIGTERM, on_term)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
         self.noticed(0, False)
 
     def wrap(self, network: nn.Module) -> nn.Module:
@@ -132,9 +120,9 @@ class LocalWorker:
         if not self._terminated.is_set():
             return
         if step == 0:
-            raise StageFailure("stopped by SIGTERM; the same command continues", "stage/stopped")
+            raise Stopped(STOPPED, "stage/stopped")
         checkpoint = "is saved, the same command continues from it" if saved else "could not be written"
-        raise StageFailure(f"stopped by SIGTERM; the checkpoint of step {step} {checkpoint}", "stage/stopped")
+        raise Stopped(f"stopped by SIGTERM; the checkpoint of step {step} {checkpoint}", "stage/stopped")
 
     def set_phase(self, step: int, what: str) -> None:
         pass

@@ -428,7 +428,7 @@ def follow(
 
     def run(cluster: Cluster) -> tuple[int, str, str]:
         said: list[str] = []
-        code = submit.follow(cluster, "demo-1", said.append)
+        code = submit.follow(cluster, "demo-1", said.append).code
         return code, capsys.readouterr().out, "\n".join(said)
 
     return run
@@ -480,6 +480,39 @@ def test_it_ends_as_the_job(
     assert found[0] == code and words in found[2] and "demo-1 waits: it waits" in found[2]
 
 
+@pytest.mark.parametrize(
+    ("state", "log", "tries", "why"),
+    [
+        (details(JobStatus.FAILED, message="x" * 400 + " out of memory"), "", 3, "out of memory"),
+        (details(JobStatus.FAILED, -9), "", 3, "was killed"),
+        (details(JobStatus.FAILED, 1), "error: stage1: no room [ray/no-room]\n", 3, "stage1: no room"),
+        (details(JobStatus.FAILED, 1), "error: [ray/no-room]\nerror: a NaN [stage/diverged]\n", 1, ""),
+        (details(JobStatus.FAILED, 1), "Traceback\n", 1, ""),
+        (details(JobStatus.FAILED, 2), "error: data.root=x: wrong [storage/not-found]\n", 1, ""),
+        (details(JobStatus.FAILED, 3), "error: /x: full [stage/unwritable]\n", 1, ""),
+        (details(JobStatus.STOPPED), "", 1, ""),
+        (details(JobStatus.SUCCEEDED, 0), "", 1, ""),
+    ],
+)
+def test_what_can_continue_is_submitted_again(
+    monkeypatch: pytest.MonkeyPatch, state: Any, log: str, tries: int, why: str
+) -> None:
+    submitted, said = list[tuple[str, ...]](), list[str]()
+
+    def note(client: Any, job: job_package.Job, *rest: Any) -> str:
+        submitted.append(job.arguments)
+        return "demo-1"
+
+    monkeypatch.setattr(submit, "submit", note)
+    monkeypatch.setattr(submit, "RETRY_PAUSES_S", (0.0,))
+    job, package = read("sweep", *COMMANDS["sweep"][0]), job_package.JobPackage(".", variables={})
+    cluster = Cluster([[log]] * 3, [state])
+    code = submit.submit_and_follow(cluster, job, package, said.append, 2)
+    assert code == submit._job_end(state, log, said.append).code and len(submitted) == tries
+    assert ["--resume" in arguments for arguments in submitted] == [False, True, True][:tries]
+    assert any(why in line and "submitted again" in line for line in said) == (tries > 1)
+
+
 def test_a_cluster_that_has_forgotten_the_job(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
     with refused("submit/unknown-job", "demo-1", "--resume", error=StageFailure):
         follow(Cluster([], [RuntimeError("Request failed with status code 404: Job demo-1 does not exist.")]))
@@ -529,7 +562,10 @@ def test_the_same_run_is_followed_and_another_is_refused(project: Path) -> None:
     assert not submitted
     for new in (client(JobStatus.STOPPED), client(JobStatus.RUNNING, out="s3://bucket/other")):
         assert ask(new) == submitted[-1]["submission_id"]
-    assert submitted[0]["files"] == ["mine.yaml"] and submitted[0]["runtime_env"]["env_vars"] == {"A": "b"}
+    assert submitted[0]["files"] == ["mine.yaml"] and submitted[0]["runtime_env"]["env_vars"] == {
+        "A": "b",
+        "RAY_JOB_STOP_WAIT_TIME_S": submit.STOP_S,
+    }
     assert submitted[0]["entrypoint"] == job.entrypoint and submitted[0]["metadata"]["threestage.out"] == OUT
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.conditional_write import one_of_two_writes, the_store_compares
 from tests.failing_s3 import ERRORS, failing_s3
+from tests.faulty_s3 import faulty_s3
 from tests.refusals import refused
 from tests.s3 import variables
 from threestage.data import storage
@@ -507,3 +508,24 @@ def test_other_errors_are_raised_at_once_as_os_errors(monkeypatch: pytest.Monkey
             waits_of_a_request(monkeypatch, client_error(status), again)
     with pytest.raises(ZeroDivisionError):
         waits_of_a_request(monkeypatch, ZeroDivisionError(), again)
+
+
+def test_a_store_behind_a_proxy(bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pyarrow and by s3fs alike; NO_PROXY counts."""
+    with faulty_s3(s3_endpoint) as (proxy, faults):
+        for name, value in variables("http://s3.corp.invalid:9000").items():
+            monkeypatch.setenv(name, value)
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.delenv("no_proxy", raising=False)
+        storage.s3_filesystem.cache_clear()
+        assert storage.proxy() == proxy
+        uri = "s3://bucket/behind/a"
+        storage.write_bytes(uri, b"proxied")
+        by_pyarrow = faults.proxied
+        storage.delete(uri, "s3://bucket/behind")  # s3fs
+        assert by_pyarrow and faults.proxied > by_pyarrow and not storage.exists(uri)
+        monkeypatch.setenv("NO_PROXY", "corp.invalid")
+        assert storage.proxy() is None
+    storage.s3_filesystem.cache_clear()

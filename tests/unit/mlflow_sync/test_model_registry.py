@@ -1,18 +1,23 @@
 """Why: what reaches a tracking store is seen by many and never taken back: secrets and limits are decided here."""
 
+import contextlib
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
 from threestage.config import validated
-from threestage.mlflow_sync.client import open_registry
+from threestage.mlflow_sync.client import open_models, open_registry
 from threestage.mlflow_sync.connection import (
     MAX_PARAM,
     TIMEOUT,
@@ -103,6 +108,7 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere:5000")
     assert resolve_uri(None) == "http://somewhere:5000"
     assert resolve_uri("sqlite:///sub/x.db") == f"sqlite:///{tmp_path}/sub/x.db"
+    assert resolve_uri("sqlite:///sub/x.db?timeout=60") == f"sqlite:///{tmp_path}/sub/x.db?timeout=60"
 
 
 def test_a_model_name_that_no_uri_can_hold_is_refused() -> None:
@@ -116,6 +122,70 @@ def test_a_failing_store_is_the_users_error_and_our_own_is_not(tmp_path: Path) -
         raise ConnectionResetError("http://me:pw@host hung up")
     with pytest.raises(KeyError), mlflow_session(uri):
         raise KeyError("a bug")
+
+
+def test_what_follows_the_path_of_a_database_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
+) -> None:
+    """SQLAlchemy's way to wait for a database that is locked."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    settings = RegistrySettings(tracking_uri="sqlite:///mlflow.db?timeout=60", experiment="other")
+    assert open_models(settings).versions() == []
+    open_registry(settings)
+    assert [path.name for path in tmp_path.iterdir() if "?" in path.name] == []
+
+
+def answered(status: int, body: str) -> Exception:
+    """What MLflow makes of it."""
+    from mlflow.utils.rest_utils import verify_rest_response
+
+    response = requests.Response()
+    response.status_code, response._content = status, body.encode()
+    try:
+        verify_rest_response(response, "/api/2.0/mlflow/runs/search")
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "named"),
+    [
+        (lambda: answered(401, "You are not authenticated."), "mlflow/credentials", "MLFLOW_TRACKING_PASSWORD"),
+        (lambda: answered(403, "Invalid Host header"), "mlflow/denied", "Invalid Host header"),
+        (lambda: answered(403, '{"error_code": "PERMISSION_DENIED", "message": "no"}'), "mlflow/denied", "403"),
+        (
+            lambda: answered(413, "<html>413 Request Entity Too Large</html>"),
+            "mlflow/too-large",
+            "client_max_body_size",
+        ),
+        (lambda: answered(502, "<html>502 Bad Gateway</html>"), "mlflow/unavailable", "502"),
+        (lambda: upload_refused(413), "mlflow/too-large", "client_max_body_size"),
+    ],
+)
+def test_what_a_server_refuses_has_its_own_line(
+    tmp_path: Path, error: Callable[[], Exception], code: str, named: str
+) -> None:
+    uri = f"sqlite:///{tmp_path}/x.db"
+    with refused(code, "tracking store sqlite", named), mlflow_session(uri):
+        raise error()
+
+
+def upload_refused(status: int) -> Exception:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("413 Client Error: for url: http://mlflow/artifacts", response=response)
+
+
+def test_tables_of_an_older_mlflow_are_named(tmp_path: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        database.commit()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with refused("mlflow/old-schema", f"mlflow db upgrade {uri}"):
+        open_registry(RegistrySettings(tracking_uri=uri))
 
 
 def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Why: a cluster that refuses is found out in seconds; Ray's token on this machine is for its owner's eyes."""
 
+import contextlib
+import os
 import platform
 import stat
 from collections.abc import Iterator
@@ -35,6 +37,13 @@ def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
     assert file.read_text() == made and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of some clusters have none."""
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    with refused("ray/token-file", "/proc/nohome/.ray/auth_token", "RAY_AUTH_TOKEN_PATH"):
+        keep_token_private(Path.home() / ".ray" / "auth_token")
+
+
 @pytest.mark.filterwarnings("default")  # Ray's own
 def test_the_token_of_a_ray_that_is_started_here(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,6 +60,49 @@ def test_the_token_of_a_ray_that_is_started_here(
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     with connect.connected(config.cluster):
         assert token.exists()
+
+
+def test_sessions_of_processes_that_are_gone_are_removed(tmp_path: Path) -> None:
+    """Each holds logs and sockets of some 10 MB; those of drivers that live stay."""
+    names = [f"session_2026-01-01_00-00-00_00000{number}_{pid}" for number, pid in enumerate((os.getpid(), 2**22 + 1))]
+    for name in (*names, "session_of_somebody", "other"):
+        (tmp_path / name / "logs").mkdir(parents=True)
+    (tmp_path / "session_latest").symlink_to(tmp_path / names[0])
+    connect.remove_dead_sessions(tmp_path)
+    kept = {"session_of_somebody", "other", "session_latest"}
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *kept}
+    connect.remove_dead_sessions(tmp_path, ended=os.getpid())
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_session_of_a_run_goes_with_it(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """TMPDIR is honoured. The logs of a run that failed are needed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    monkeypatch.setattr(connect, "LONGEST_SOCKET", 1000)
+    monkeypatch.setattr(connect, "leave", lambda: None)
+    made = list[Path]()
+
+    def init(_temp_dir: str, **options: Any) -> None:
+        made.append(Path(_temp_dir) / f"session_2026-01-01_00-00-00_000000_{os.getpid()}")
+        made[0].mkdir(parents=True)
+
+    monkeypatch.setattr(ray, "init", init)
+    with contextlib.suppress(KeyError), connect.connected(config.cluster):
+        if fails:
+            raise KeyError
+    assert made[0].parent == private_folder() / "ray" and made[0].is_relative_to(tmp_path)
+    assert made[0].exists() == fails
+
+
+def test_a_path_that_is_too_long_for_sockets_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(connect, "LONGEST_SOCKET", len(str(tmp_path)) + 10)
+    assert connect._sessions_folder() == private_folder("/tmp") / "ray"
 
 
 def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +124,13 @@ def test_a_folder_that_somebody_else_has_made(tmp_path: Path, monkeypatch: pytes
 def test_which_cluster(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert connect.address_of(config.cluster) is None
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert connect.address_of(config.cluster) is None, "Ray's own word for a cluster of this machine"
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert connect.address_of(config.cluster) == ("RAY_ADDRESS", "head:6379")
     named = changed(config, {"cluster.address": "other:6379"}).cluster
     assert connect.address_of(named) == ("cluster.address", "other:6379")
+    assert connect.address_of(changed(config, {"cluster.address": "local"}).cluster) is None
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])

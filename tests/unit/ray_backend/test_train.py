@@ -1,5 +1,6 @@
 """Ray Train's controller makes the unlabelled stream anew whenever workers start; what fails there must reach the user."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import ray
 from tests.conftest import tiny_config
 from tests.store_away import StoreAway
 from threestage.data import storage
+from threestage.data.parallel import in_daemon_thread
 from threestage.errors import StageFailure
-from threestage.ray_backend import train
+from threestage.ray_backend import heartbeat, train
 from threestage.run.stages import StageTask
 from threestage.training.checkpoint import Pointer
 
@@ -63,3 +65,29 @@ def test_another_error_is_the_stage_s_end(task: StageTask, monkeypatch: pytest.M
     with pytest.raises(IsADirectoryError):
         stream(task, monitor)
     assert "pool.parquet" in monitor.failures[0].message and monitor.warnings == []
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_driver_that_is_stopped_waits_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+    """Not for ever, and not for workers that are gone."""
+    monkeypatch.setattr(ray, "get", lambda done: done)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.2)
+    monkeypatch.setattr(train, "POLL_SECONDS", 0.01)
+    heartbeats = heartbeat._Monitor()
+    heartbeats.request_checkpoint()
+    heartbeats.checkpoint_saved(1)  # for a node that joined
+    ended, asked = threading.Event(), list[int]()
+
+    def request() -> int:
+        asked.append(heartbeats.request_checkpoint())
+        if saved:
+            heartbeats.checkpoint_saved(asked[-1])
+        return asked[-1]
+
+    monitor = SimpleNamespace(
+        request_checkpoint=SimpleNamespace(remote=request), requests_met=SimpleNamespace(remote=heartbeats.requests_met)
+    )
+    found = train._stopped("stage2", monitor, in_daemon_thread(ended.wait))
+    ended.set()
+    assert asked == [2] and found.code == "stage/stopped"
+    assert ("a checkpoint is saved" if saved else "no checkpoint could be saved") in found.message

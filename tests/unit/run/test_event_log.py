@@ -17,6 +17,7 @@ from threestage.run.backend import RunCallbacks
 from threestage.run.event_log import noted
 from threestage.run_folder import lease
 from threestage.run_folder.events import read_events
+from threestage.termination import STOPPED, Terminated
 
 ROW = {"step": 3.0, "steps_per_second": 2.0}
 
@@ -38,7 +39,11 @@ def kinds(out: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
-    [(StageFailure("NaN in step 2"), "failed", "NaN in step 2"), (KeyboardInterrupt(), "stopped", "Ctrl-C")],
+    [
+        (StageFailure("NaN in step 2"), "failed", "NaN in step 2"),
+        (KeyboardInterrupt(), "stopped", "Ctrl-C"),
+        (Terminated(), "stopped", STOPPED),
+    ],
 )
 def test_how_it_ended(config: Config, tmp_path: Path, error: BaseException, kind: str, text: str) -> None:
     def work(on: RunCallbacks) -> None:
