@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from threestage.data.storage_errors import explain, is_outage
-from threestage.errors import StoreAway, Warn, reason_of
+from threestage.errors import StoreAway, Warn
 from threestage.format import duration
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -62,16 +62,16 @@ def wait_out(
     outage = Outage(warn)
     while True:
         try:
-            found = work()
-        except (OSError, StoreAway) as error:
-            if isinstance(error, OSError) and (end := refusal(error)) is not None:
-                raise end from error
-            if isinstance(error, OSError) and not is_outage(error):
-                raise
-            known = explain(None, error) if isinstance(error, OSError) else error
-            outage.begin(what, reason_of(known))
+            with store_away():
+                found = work()
+        except StoreAway as error:
+            outage.begin(what, error.message)
             outage.remind(f"{what} waits for it")
             time.sleep(outage.pause_s())
+        except OSError as error:
+            if (end := refusal(error)) is not None:
+                raise end from error
+            raise
         else:
             outage.end(what)
             return found

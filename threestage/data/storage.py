@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -191,7 +191,7 @@ def proxy() -> str | None:
     """The URL of the proxy to the store that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name, which s3fs reads itself and pyarrow does
     not; it may hold a password."""
     url = urlsplit(_chosen().endpoint or "https://s3.amazonaws.com")
-    return None if proxy_bypass_environment(url.netloc) else getproxies_environment().get(url.scheme)
+    return None if proxy_bypass(url.netloc) else getproxies().get(url.scheme)
 
 
 @lru_cache

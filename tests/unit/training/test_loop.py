@@ -3,8 +3,10 @@
 import io
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from tests.fixed_steps import FixedSteps, network, new_state
 from tests.refusals import refused
 from tests.small_disk import fill
-from tests.store_away import StoreAway
+from tests.store_away import StoreAway, busy
 from tests.waiting import wait_for
 from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import StageFailure, UnwritablePlace
@@ -335,6 +337,39 @@ def test_compiling_changes_no_environment_while_threads_live(monkeypatch: pytest
     before = dict(os.environ)
     loop.compiled(torch.nn.Identity(), LoopSettings(compile=True))
     assert dict(os.environ) == before and Path(before["TORCHINDUCTOR_CACHE_DIR"]).parent == private_folder()
+
+
+class Rank(LocalWorker):
+    """One of two, in a thread of its own."""
+
+    def __init__(self, folder: Path, rank: int, said: list[Any], both: threading.Barrier) -> None:
+        super().__init__(str(folder), 2, no_images, warn=lambda text: None)
+        self.rank, self._said, self._both, self.gathered = rank, said, both, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self._said[self.rank] = value
+        self._both.wait(10)
+        found, self.gathered = list(self._said), self.gathered + 1
+        self._both.wait(10)
+        return found
+
+
+def test_all_workers_wait_for_the_one_that_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others would give it up while they wait in a collective call."""
+    store, both, tries = StoreAway(monkeypatch), threading.Barrier(2), list[int]()
+    said: list[Any] = [None, None]
+    ranks = [Rank(tmp_path, rank, said, both) for rank in range(2)]
+
+    def read(rank: int) -> int:
+        if rank == 1 and len(tries) < 30:
+            tries.append(rank)
+            raise busy()
+        return rank
+
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda worker: loop.read_together("labels", lambda: read(worker.rank), worker), ranks)
+        assert list(found) == [0, 1]
+    assert ranks[0].gathered == ranks[1].gathered > 1 and not store.failed
 
 
 def test_a_place_that_is_full_ends_the_stage_at_once(small_disk: Path) -> None:
