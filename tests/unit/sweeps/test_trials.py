@@ -1,8 +1,10 @@
 """A sweep's record must survive the driver at any moment and can be opened by Optuna; proposals repeat nothing and can be
 replayed; losers must not keep storage."""
 
+import errno
 import json
 import logging
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from tests.refusals import refused
 from tests.store_away import StoreAway
 from threestage.config import load
 from threestage.data import storage
-from threestage.errors import InputError
+from threestage.errors import InputError, UnwritablePlace
 from threestage.sweeps.space import Space, check_space, load_space
 from threestage.sweeps.trials import (
     JOURNAL,
@@ -78,6 +80,19 @@ def test_an_outage_of_the_record_is_waited_out(tmp_path: Path, monkeypatch: pyte
     found.add({"a": 1.0}, 0)
     assert len(in_optuna(tmp_path)) == 1 and store.failed == 1
     assert "the store is away" in warnings[0] and "answers again" in warnings[1]
+
+
+def test_a_record_that_cannot_be_written_any_more_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = journal(tmp_path)
+
+    def full(uri: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    with refused("stage/unwritable", tmp_path, error=UnwritablePlace):
+        found.add({"a": 1.0}, 0)
 
 
 def with_run(out: Path, number: int) -> Path:
