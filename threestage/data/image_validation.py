@@ -4,7 +4,7 @@ Images and masks that are decoded at the same time share PIXELS, so that memory 
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,14 @@ class BadFile(CodedError):
     """Why a file is refused, in words for the user."""
 
 
+class UnknownValues(BadFile):
+    """A mask has values that its class map does not know. `pixels`: how many of each."""
+
+    def __init__(self, message: str, pixels: Mapping[str, int]) -> None:
+        super().__init__(message, "mask/unknown-value")
+        self.pixels = pixels
+
+
 @dataclass(frozen=True)
 class CheckedImage:
     """`data` are the file's own bytes, unless it had to be turned by EXIF, or made RGB of CMYK, palette or opaque alpha."""
@@ -71,13 +79,14 @@ def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) ->
         _refuse_mask(image, layout, size)
         values = _source_values(upright(image), layout, lookup)
         result = lookup(values)
-        if isinstance(result, Unknown):
-            raise BadImage(
-                f"holds {'colour' if values.ndim == 3 else 'id'} {result.value} at ({result.row}, {result.column}), "
-                f"not in class map {lookup.name}: add it, or map it to ignore",
-                "mask/unknown-value",
-            )
-        return result
+    if isinstance(result, Unknown):
+        others = f" (and {len(result.pixels) - 1} other values)" if len(result.pixels) > 1 else ""
+        raise UnknownValues(
+            f"mask {name} holds {'colour' if values.ndim == 3 else 'id'} {result.value} at ({result.row}, {result.column})"
+            f"{others}, not in class map {lookup.name}: add it, or map it to ignore",
+            result.pixels,
+        )
+    return result
 
 
 def check_label_image(data: bytes, size: tuple[int, int]) -> npt.NDArray[np.integer]:

@@ -42,6 +42,7 @@ from threestage.data.data_set_checks import (
 )
 from threestage.data.drawings import DRAWINGS, write_drawings
 from threestage.data.formats import LABELLING_TOOLS, IngestSettings, SourceItem, discover, missing, passed_over
+from threestage.data.included_classes import INCLUDED, included_class_map
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
 from threestage.data.publish import (
@@ -115,7 +116,7 @@ def ingest(
             progress(added.checked, plan.images)
     made = None
     try:
-        _refuse_too_many(job, source, plan.images - added.gone, rejects, settings.max_bad_fraction)
+        _refuse_too_many(job, source, added, plan.images, rejects, settings.max_bad_fraction)
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
         warnings += check_copies(root, job.index, current.files if current else (), added.files)
         manifest = publish(root, current, next_manifest(current, job.class_map, settings.name, added))
@@ -136,12 +137,23 @@ def ingest(
     )
 
 
-def _refuse_too_many(job: IngestJob, source: str, images: int, rejects: RejectList, max_bad_fraction: float) -> None:
-    """Raise InputError when more than the share allowed of so many images is bad."""
-    complaint = rejects.count and rejects.complaint(images, max_bad_fraction, _rejects_uri(job.root))
+def _refuse_too_many(
+    job: IngestJob, source: str, added: Additions, images: int, rejects: RejectList, max_bad_fraction: float
+) -> None:
+    """Raise InputError when more than the share allowed of the images that are there is bad."""
+    complaint = rejects.count and rejects.complaint(images - added.gone, max_bad_fraction, _rejects_uri(job.root))
     if complaint:
         forget(_listing_folder(job, source))  # files corrected or deleted now are looked for again
-        raise InputError(f"{source}: {complaint}", "data/bad-images")
+        raise InputError(f"{source}: {complaint}{_unknown_values(job, added)}", "data/bad-images")
+
+
+def _unknown_values(job: IngestJob, added: Additions) -> str:
+    """The end of a complaint: all values that the class map does not know, the commonest first."""
+    if not added.unknown:
+        return ""
+    values = sorted(added.unknown.items(), key=lambda entry: (-entry[1][0], entry[0]))
+    listed = ", ".join(f"{value} ({pixels} pixels in {masks} masks)" for value, (pixels, masks) in values)
+    return f"; values that class map {job.map_name} does not know: {listed}; add them, or map them to ignore"
 
 
 def _write_rejects(root: str, rejects: RejectList, made: Manifest | None) -> str | None:
@@ -162,11 +174,13 @@ def _rejects_uri(root: str, made: Manifest | None = None) -> str:
     return storage.join(root, "rejected", f"v{there + 1 if made is None else made.version:04d}.parquet")
 
 
-def _class_map(settings: IngestSettings) -> tuple[ClassMap | None, str]:
+def _class_map(source: str, settings: IngestSettings) -> tuple[ClassMap | None, str]:
     if settings.class_map is not None:
         return load_class_map(settings.class_map), settings.class_map
     if settings.format in SHIPPED:
         return shipped_class_map(settings.format), settings.format
+    if settings.format in INCLUDED:
+        return included_class_map(settings.format, source)
     if settings.format == "folders":
         raise InputError(
             "class_map is not given: format folders needs --class-map FILE, a YAML that says which id or colour is which "
@@ -244,7 +258,7 @@ def _begin(
     if not storage.exists(source):
         raise missing(source, "images")
     labels = _labels(source, settings, current) if settings.format in LABELLING_TOOLS else None
-    class_map, map_name = _class_map(settings) if labels is None else (labels.class_map, settings.masks or "")
+    class_map, map_name = _class_map(source, settings) if labels is None else (labels.class_map, settings.masks or "")
     _check_classes(root, current, class_map)
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None

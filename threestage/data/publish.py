@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, Self
@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from threestage.data import parquet, storage
-from threestage.data.classes import ClassMap, Lookup
+from threestage.data.classes import MAX_UNKNOWN, ClassMap, Lookup
 from threestage.data.drawings import read_drawings
 from threestage.data.formats import SPLITS, SourceItem, each_id_once
-from threestage.data.image_validation import BadFile, check_image, check_mask
+from threestage.data.image_validation import BadFile, UnknownValues, check_image, check_mask
 from threestage.data.parallel import Item, Result, map_ahead
 from threestage.data.records import (
     MANIFEST_NAME,
@@ -112,7 +112,7 @@ class ShardReport(Settings):
     set, `newly_labelled`: of these labels, those of images that had none, less the images that lost theirs. `skipped`: images
     that the data set had. `gone`: images that were listed and are no longer there. `heights`, `widths`: of the new images.
     `masks`: digest of the masks that its images were given, new or not (`masks_digest`), None for none; `labelled`: how many
-    these are; `pixels`: their pixels of each class.
+    these are; `pixels`: their pixels of each class. `unknown`: pixels and masks of each value that the class map does not know.
     """
 
     base: str | None
@@ -129,6 +129,12 @@ class ShardReport(Settings):
     masks: str | None = None
     labelled: int = 0
     pixels: tuple[int, ...] = ()
+    unknown: dict[str, tuple[int, int]] = Field({})
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `unknown` where there is none: an earlier version reads it."""
+        return {key: value for key, value in handler(self).items() if key != "unknown" or value}
 
     @property
     def checked(self) -> int:
@@ -145,6 +151,7 @@ class ShardReport(Settings):
             masks=self.masks,
             labelled=self.labelled,
             pixels=self.pixels,
+            unknown=self.unknown,
         )
 
 
@@ -220,6 +227,14 @@ def row_digests(root: str, file: DataFile) -> list[tuple[str, str, str | None]]:
     return [(image_id, image, mask) for image_id, (image, mask) in zip(ids, digests, strict=True)]
 
 
+def add_unknown(total: dict[str, tuple[int, int]], more: Mapping[str, tuple[int, int]]) -> None:
+    """Add pixels and masks of unknown values; of MAX_UNKNOWN values at most."""
+    for value, (pixels, masks) in more.items():
+        if value in total or len(total) < MAX_UNKNOWN:
+            before = total.get(value, (0, 0))
+            total[value] = (before[0] + pixels, before[1] + masks)
+
+
 def masks_digest(masks: Sequence[tuple[str, str | None]]) -> str:
     """Of (image id, digest of its mask) in order."""
     return digest_of(json.dumps(masks).encode())
@@ -236,9 +251,11 @@ class Additions:
         self.pixels = np.zeros(0, np.int64)
         self.newly_labelled: dict[SplitName, int] = {"train": 0, "val": 0, "test": 0}
         self.heights = self.widths = SizeRange()
+        self.unknown: dict[str, tuple[int, int]] = {}
         self._files: list[DataFile] = []
 
     def add(self, report: ShardReport) -> None:
+        add_unknown(self.unknown, report.unknown)
         self.checked += report.checked
         self.images += report.images
         self.labels += report.labels
@@ -530,6 +547,7 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
     rejected: list[Reject] = []
     masks: list[tuple[str, str | None]] = []
     pixels = np.zeros(len(job.class_map.classes) if job.class_map else 0, np.int64)
+    unknown: dict[str, tuple[int, int]] = {}
     skipped = gone = 0
     for item, outcome in zip(items, _outcomes(job, shard, items), strict=True):
         if isinstance(outcome, Gone):
@@ -537,6 +555,8 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
             continue
         if isinstance(outcome, BadFile):
             rejected.append(Reject(image_id=item.image_id, source=item.image_uri, reason=str(outcome)))
+            if isinstance(outcome, UnknownValues):
+                add_unknown(unknown, {value: (number, 1) for value, number in outcome.pixels.items()})
             continue
         if outcome.row is None:
             skipped += 1
@@ -547,7 +567,7 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
             pixels += outcome.pixels
     labelled = sum(digest is not None for _, digest in masks)
     given = {"masks": masks_digest(masks), "labelled": labelled, "pixels": tuple(pixels.tolist())} if masks else {}
-    report = writer.report(job.base, rejected, skipped=skipped, gone=gone, **given)
+    report = writer.report(job.base, rejected, skipped=skipped, gone=gone, unknown=unknown, **given)
     storage.write_json(report_uri(job.root, shard.digest), report.model_dump(mode="json"))
     return report
 

@@ -69,6 +69,8 @@ def format_of(paths: Paths) -> str | None:
     uri = next((uri for path, uri in paths.items() if path.lower().endswith(".json")), None)
     if uri is None:
         return None
+    if "meta.json" in names and any("ann" in path.split("/")[:-1] for path in paths):
+        return "supervisely"
     keys = {key for key, _ in islice(elements(uri), 50)}
     return "label-studio" if keys == {""} else "labelme" if "shapes" in keys else "coco"
 

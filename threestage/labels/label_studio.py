@@ -1,4 +1,4 @@
-"""Label Studio: the JSON export, with brushes, polygons and ellipses.
+"""Label Studio: the JSON export, with brushes, polygons and ellipses; or with the PNGs of brushes (label_studio_pngs.py).
 
 Of a task's annotations the one marked as ground truth counts, else the last that was not cancelled. Predictions are no labels.
 """
@@ -17,6 +17,7 @@ from threestage.errors import InputError
 from threestage.labels.annotations import Annotations
 from threestage.labels.export_files import CODE, ExportFiles, ToolModel, as_model
 from threestage.labels.json_stream import elements
+from threestage.labels.label_studio_pngs import add_brush_pngs, brush_pngs
 from threestage.labels.output_files import (
     Add,
     ExportedImage,
@@ -50,17 +51,29 @@ class TaskAnnotation(ToolModel):
 
 
 class Task(ToolModel):
-    data: dict[str, Any]
+    """`data` is missing in JSON-MIN, where its keys are the task's."""
+
+    id: int | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
     annotations: tuple[TaskAnnotation, ...] = ()
 
 
 def read_label_studio(files: ExportFiles, into: Annotations) -> None:
-    """The tasks of every JSON file there."""
+    """The tasks of every JSON file there; where the brushes lie beside it as PNGs, those."""
+    pngs = brush_pngs(files)
     for uri in files.ending(".json").values():
         for number, (_, value) in enumerate(elements(uri)):
-            _add_task(as_model(value, Task, f"{uri}: task {number}"), f"{uri}:{number}", into)
+            task, key = as_model(value, Task, f"{uri}: task {number}"), f"{uri}:{number}"
+            if not pngs:
+                _add_task(task, key, into)
+            elif task.id in pngs:
+                into.add_image(key, _image_name(task.data or value), None)
+                add_brush_pngs(pngs.pop(task.id), files, value, key, into)
     if not into.images:
-        raise files.wrong("no task in a JSON file there; export the project as JSON")
+        beside = ", beside the PNGs, which name only their tasks" if pngs else ""
+        raise files.wrong(f"no task in a JSON file there; export the project as JSON{beside}")
+    if pngs:
+        into.passed_over["masks of tasks that no JSON file there has"] += sum(map(len, pngs.values()))
 
 
 def _add_task(task: Task, key: str, into: Annotations) -> None:

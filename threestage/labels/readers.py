@@ -10,6 +10,7 @@ from threestage.labels.cvat import read_cvat
 from threestage.labels.export_files import ExportFiles
 from threestage.labels.label_studio import read_label_studio
 from threestage.labels.labelme import read_labelme
+from threestage.labels.supervisely import read_supervisely
 from threestage.labels.yolo import read_yolo
 
 Reader = Callable[[ExportFiles, Annotations], None]
@@ -21,6 +22,7 @@ READERS: dict[str, Reader] = {
     "cvat": read_cvat,
     "label-studio": read_label_studio,
     "labelme": read_labelme,
+    "supervisely": read_supervisely,
     "yolo": read_yolo,
 }
 

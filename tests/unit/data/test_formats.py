@@ -14,7 +14,7 @@ from tests.refusals import refused
 from threestage.data.classes import ClassMap, Lookup, load_class_map, shipped_class_map
 from threestage.data.formats import IngestSettings, SourceItem, discover
 from threestage.data.headers import BadImage
-from threestage.data.image_validation import BadFile, check_image, check_mask
+from threestage.data.image_validation import BadFile, UnknownValues, check_image, check_mask
 from threestage.data.records import decode_image
 
 
@@ -436,6 +436,10 @@ def test_bad_masks_are_named_with_value_and_place() -> None:
     ids = np.array([[1, 2, 1], [2, 37, 0]], np.uint8)
     with refused("mask/unknown-value", "m.png", "id 37 at (1, 1)", "class map map", error=BadFile):
         mask_of(encoded(Image.fromarray(ids)), (2, 3))
+    several = np.array([[[7, 0, 0], [7, 0, 1]], [[7, 0, 0], [9, 9, 9]]], np.uint8)
+    with pytest.raises(UnknownValues) as error:
+        mask_of(encoded(Image.fromarray(several)), (2, 2))
+    assert error.value.pixels == {"[7, 0, 0]": 2, "[7, 0, 1]": 1}
     colours = np.array([[[9, 9, 9], [7, 0, 0]]], np.uint8)
     with refused("mask/unknown-value", "colour [7, 0, 0] at (0, 1)", error=BadFile):
         mask_of(encoded(Image.fromarray(colours)), (1, 2))

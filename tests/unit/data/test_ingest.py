@@ -362,6 +362,16 @@ def test_bad_files_are_listed_and_the_good_ones_kept(source: Path) -> None:
     assert second.source.endswith("images/05.png") and second.reason.endswith(" [image/undecodable]")
 
 
+def test_all_unknown_values_are_listed_with_their_counts(source: Path) -> None:
+    draw(source, "01", 1, mask_value=37)
+    draw(source, "02", 2, mask_value=38)
+    draw(source, "03", 3, mask_value=37)
+    for _ in range(2):  # the second time the shard's report is read
+        with refused("data/bad-images", "37 (2 pixels in 2 masks), 38 (1 pixels in 1 masks)"):
+            run(source, max_bad_fraction=0.1)
+    assert run(source, max_bad_fraction=0.5).bad == 3
+
+
 def test_too_many_bad_files_fail_and_change_nothing(source: Path) -> None:
     (source / "images" / "05.png").write_bytes(b"")
     with refused("data/bad-images", "1 of 10 images", "10.0%", "2.0%", "05.png: is empty; ", "v0001.parquet"):

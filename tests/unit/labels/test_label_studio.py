@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.refusals import refused
 from tests.unit.labels.exports import read
@@ -69,3 +70,35 @@ def test_a_relation_has_no_value_and_a_damaged_shape_is_named(tmp_path: Path) ->
     damaged = tasks(tmp_path / "t.json", {"result": [result({"polygonlabels": ["thing"]})]})
     with refused("data/annotations", f"{tmp_path}/t.json", "polygonlabels", "points"):
         things(damaged)
+
+
+def brush(path: Path, *pixels: tuple[int, int]) -> None:
+    mask = np.zeros((10, 20), np.uint8)
+    for pixel in pixels:
+        mask[pixel] = 255
+    Image.fromarray(mask).save(path)
+
+
+@pytest.mark.parametrize("minimal", [False, True])
+def test_pngs_of_brushes_are_named_back_to_their_images_by_the_json_beside_them(minimal: bool, tmp_path: Path) -> None:
+    labels = [{"brushlabels": ["big-thing"], "format": "rle"}]
+    task: dict[str, Any] = {"id": 12, "image": "/data/upload/1/0a1b2c3d-a.jpg", "tag": labels, "annotation_id": 5}
+    if not minimal:
+        task = {
+            "id": 12,
+            "data": {"image": "in/a.jpg"},
+            "annotations": [{"id": 5, "result": [result(labels[0], "brushlabels")]}],
+        }
+    (tmp_path / "t.json").write_text(json.dumps([task]))
+    brush(tmp_path / "task-12-annotation-4-by-1-tag-ground-0.png", (9, 9))  # an annotation that was replaced
+    brush(tmp_path / "task-12-annotation-5-by-a-b@c.org-tag-big-thing-0.png", (0, 0))
+    brush(tmp_path / "task-12-annotation-5-by-a-b@c.org-tag-big-thing-1.png", (1, 2))
+    brush(tmp_path / "task-12-annotation-5-by-a-b@c.org-tag-ground-0.png", (1, 3))
+    brush(tmp_path / "task-13-annotation-6-by-1-tag-ground-0.png", (1, 3))
+    masks, notes = read("label-studio", tmp_path, SIZES, ["ground", "big-thing"])
+    assert np.argwhere(masks["in/a"] == 1).tolist() == [[0, 0], [1, 2]]
+    assert np.argwhere(masks["in/a"] == 0).tolist() == [[1, 3]]
+    assert notes[-1].endswith("not read: 1 masks of tasks that no JSON file there has")
+    (tmp_path / "t.json").unlink()
+    with refused("data/annotations", tmp_path, "beside the PNGs"):
+        read("label-studio", tmp_path, SIZES)
