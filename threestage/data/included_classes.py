@@ -1,7 +1,7 @@
 """Class maps that a data set brings along: ADE20K's objectInfo150.txt, and the config of Mapillary Vistas."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from pydantic import BaseModel
 
@@ -45,7 +45,7 @@ def included_class_map(format: str, source: str) -> tuple[ClassMap, str]:
     return _as_map(classes, [number for number, label in enumerate(labels) if not label.evaluate]), uri
 
 
-def _as_map(classes: dict[int, tuple[str, Colour | None]], ignored: list[int]) -> ClassMap:
+def _as_map(classes: Mapping[int, tuple[str, Colour | None]], ignored: list[int]) -> ClassMap:
     given = dict(classes.values())
     colours = each_its_colour(list(given), given)
     entries = [ClassEntry(name=name, colour=colours[name], ids=(number,)) for number, (name, _) in classes.items()]

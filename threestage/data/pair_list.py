@@ -57,7 +57,7 @@ def _rows(uri: str) -> Iterator[tuple[str, str]]:
         rows = csv.DictReader(storage.read_lines(uri))
     except FileNotFoundError:
         raise InputError(
-            f"masks={uri}: no such file; give a {SUFFIX} file with the columns image and mask", "storage/not-found"
+            f"masks={uri}: no such file; give a .csv file with the columns image and mask", "storage/not-found"
         ) from None
     try:
         for row in rows:
@@ -65,7 +65,7 @@ def _rows(uri: str) -> Iterator[tuple[str, str]]:
             if image and mask:
                 yield image, mask
     except csv.Error as error:
-        raise InputError(f"masks={uri}: is no {SUFFIX} file ({error}); write it again", "data/pair-columns") from None
+        raise InputError(f"masks={uri}: is no .csv file ({error}); write it again", "data/pair-columns") from None
     if not {"image", "mask"} <= set(rows.fieldnames or ()):
         raise InputError(
             f"masks={uri}: its first line has the columns {rows.fieldnames or 'none'}; name them image and mask",
