@@ -55,8 +55,8 @@ def ingest(
         str,
         typer.Option(
             "--format",
-            help="folders, images, camvid, voc, cityscapes, ade20k, vistas, coco, cvat, labelme, label-studio, supervisely, "
-            "yolo or binary-masks.",
+            help="folders, images, camvid, voc, cityscapes, ade20k, vistas, huggingface, coco, cvat, labelme, label-studio, "
+            "supervisely, yolo or binary-masks.",
         ),
     ] = "folders",
     masks: Annotated[

@@ -11,6 +11,7 @@ list names (VOC2012 has those of other tasks) are unlabelled train images.
 images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScripts makes, are not read.
 `ade20k`: ADEChallengeData2016: images/{training,validation} and annotations/{training,validation}.
 `vistas`: Mapillary Vistas: {training,validation}/images with the labels of version 2.0, else of 1.2; testing/images.
+`huggingface`: Parquet files of images and masks, unpacked as in `camvid` (`threestage.data.hugging_face`).
 LABELLING_TOOLS: images anywhere below the source, and the export of a tool, which `threestage.labels` reads.
 """
 
@@ -46,6 +47,7 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+SetFormat = Literal["folders", "images", "camvid", "voc", "cityscapes", "ade20k", "vistas", "huggingface"]
 LabellingTool = Literal["binary-masks", "coco", "cvat", "label-studio", "labelme", "supervisely", "yolo"]
 LABELLING_TOOLS: tuple[str, ...] = get_args(LabellingTool)
 LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -54,6 +56,7 @@ LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
     "cityscapes": ("leftImg8bit/train/", "leftImg8bit/val/"),
     "ade20k": ("",),
     "vistas": ("training/", "validation/"),
+    "huggingface": ("",),
     **dict.fromkeys(LABELLING_TOOLS, ("",)),
 }
 """By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
@@ -76,7 +79,7 @@ class IngestSettings(Settings):
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
 
-    format: Literal["folders", "images", "camvid", "voc", "cityscapes", "ade20k", "vistas", LabellingTool]
+    format: Literal[SetFormat, LabellingTool]
     masks: str | None = None
     mask_suffix: str = ""
     class_map: str | None = None
@@ -169,6 +172,7 @@ def discover(
         "cityscapes": partial(_cityscapes, notes),
         "ade20k": partial(_ade20k, notes),
         "vistas": partial(_vistas, notes),
+        "huggingface": partial(_camvid, notes),
     }
     paths = _listing(source, "images", stamps)
     read = readers.get(settings.format, _images)

@@ -1,16 +1,19 @@
-"""Class maps that a data set brings along: ADE20K's objectInfo150.txt, and the config of Mapillary Vistas."""
+"""Class maps that a data set brings along: ADE20K's objectInfo150.txt, the config of Mapillary Vistas, and the id2label.json of
+sets of Hugging Face."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
 
 from pydantic import BaseModel
 
+from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.classes import ClassEntry, ClassMap, Colour, Ignored
 from threestage.data.palette import each_its_colour
 from threestage.errors import InputError
 
-INCLUDED = ("ade20k", "vistas")
+INCLUDED = ("ade20k", "vistas", "huggingface")
+ID2LABEL = "id2label.json"
 ADE20K_NAMES = "objectInfo150.txt"
 VISTAS_CONFIGS = {"v2.0/labels": "config_v2.0.json", "v1.2/labels": "config_v1.2.json", "labels": "config.json"}
 CODE = "data/layout"
@@ -35,6 +38,8 @@ def included_class_map(format: str, source: str) -> tuple[ClassMap, str]:
     if format == "ade20k":
         uri = storage.join(source, ADE20K_NAMES)
         return _as_map({number: (name, None) for number, name in _ade20k_names(uri).items()}, [0]), uri
+    if format == "huggingface":
+        return _id2label(storage.join(source, ID2LABEL))
     folders = [labels for labels in VISTAS_CONFIGS if storage.first_names(storage.join(source, "training", labels), 1)]
     uri = storage.join(source, VISTAS_CONFIGS[folders[0] if folders else "labels"])
     try:
@@ -50,6 +55,18 @@ def _as_map(classes: Mapping[int, tuple[str, Colour | None]], ignored: list[int]
     colours = each_its_colour(list(given), given)
     entries = [ClassEntry(name=name, colour=colours[name], ids=(number,)) for number, (name, _) in classes.items()]
     return ClassMap(classes=tuple(entries), ignore=Ignored(ids=tuple(ignored)))
+
+
+def _id2label(uri: str) -> tuple[ClassMap, str]:
+    try:
+        names: dict[int, str] = storage.read_json(uri, dict[int, str])
+    except FileNotFoundError:
+        raise InputError(
+            f"class_map is not given: {uri} is missing, which would name the classes; give --class-map FILE",
+            "class-map/missing",
+        ) from None
+    ignored = [IGNORE_INDEX] if IGNORE_INDEX not in names else []
+    return _as_map({number: (name, None) for number, name in names.items()}, ignored), uri
 
 
 def _ade20k_names(uri: str) -> dict[int, str]:

@@ -18,6 +18,7 @@ shards/<digest>.json    reports. They stay, for they make an unchanged rerun che
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
 index/                  what the data set holds (`threestage.data.publish`), until an ingest has extended it
+unpacked-<digest>/      of a set of Hugging Face: its images and masks, until they are read
 drawings-<digest>/      of an export of a labelling tool: what is drawn of each image, until the ingest ends
 
 Parquet files of an ingest that was given up stay too; no manifest names them.
@@ -42,6 +43,7 @@ from threestage.data.data_set_checks import (
 )
 from threestage.data.drawings import DRAWINGS, write_drawings
 from threestage.data.formats import LABELLING_TOOLS, IngestSettings, SourceItem, discover, missing, passed_over
+from threestage.data.hugging_face import HUGGING_FACE, unpack_set
 from threestage.data.included_classes import INCLUDED, included_class_map
 from threestage.data.listing import Each, forget, list_images, suffixes_passed_over
 from threestage.data.outputs import DATA_SET, DATA_SET_MARK, claim, mark
@@ -123,8 +125,8 @@ def ingest(
         made = None if manifest is current else manifest
     finally:
         listed = _write_rejects(root, rejects, made)
-    for done in ([storage.join(root, "index")] if made else []) + ([plan.drawings] if plan.drawings else []):
-        storage.delete(done, root)
+    for folder in [*([storage.join(root, "index")] if made else []), *plan.used_up(rejects.count)]:
+        storage.delete(folder, root)
     return IngestReport(
         manifest=manifest,
         added_images=added.images,
@@ -242,13 +244,18 @@ def _class_notes(
 
 class IngestPlan(NamedTuple):
     """`images`: how many are in all shards. `items`: they themselves, none of a listing. `notes`: for the user. `drawings`: the
-    folder of what is drawn of them."""
+    folder of what is drawn of them; `unpacked`: the folder that they lie in, where it is ours."""
 
     shards: list[Shard]
     images: int
     items: Sequence[SourceItem] = ()
     notes: Sequence[str] = ()
     drawings: str | None = None
+    unpacked: str | None = None
+
+    def used_up(self, bad: int) -> list[str]:
+        """What may be deleted; the user looks at `bad` images in the unpacked folder."""
+        return [folder for folder in (self.drawings, None if bad else self.unpacked) if folder is not None]
 
 
 def _begin(
@@ -263,9 +270,13 @@ def _begin(
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
-    if current is None and settings.format == "images":
-        mark(root, DATA_SET_MARK, "threestage ingest")  # a listing is written first
-    plan = _plan(job, source, settings, each, labels)
+    if current is None and settings.format in ("images", HUGGING_FACE):
+        mark(root, DATA_SET_MARK, "threestage ingest")  # a listing, or what is unpacked, is written first
+    if settings.format == HUGGING_FACE:
+        folder = unpack_set(source, root, settings.split)
+        plan = _plan(job, folder, settings, each, labels)._replace(unpacked=folder)
+    else:
+        plan = _plan(job, source, settings, each, labels)
     if current is None:
         mark(root, DATA_SET_MARK, "threestage ingest")
     return job, plan
