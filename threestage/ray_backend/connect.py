@@ -134,11 +134,7 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     """A connection to the cluster of the settings, or to one started on this machine with room for so many runs at once;
     an existing one is kept. Raises InputError when the cluster does not let this process in, or this machine is no node of
     it."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    os.environ.setdefault(
-        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2"
-    )  # a node that is lost with notice costs no failure
-    _set_start_timeout(cluster)  # here, not per stage: see mlflow_sync.connection.reserve_variables
+    reserve_ray_variables(cluster)
     quiet_ray_data()
     if ray.is_initialized():
         yield
@@ -147,7 +143,6 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if named is not None:
         check_connection(*named)
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the same variables
         options["runtime_env"] = {"env_vars": storage.environment(storage.StorageSettings())}
     else:
         wanted = int((cluster.most_workers + cluster.number_of_predictors) * cluster.cpus_per_worker)
@@ -170,6 +165,14 @@ def connected(cluster: ClusterSettings, runs: int = 1) -> Iterator[None]:
             leave()
         if named is None:
             remove_dead_sessions(sessions, ended=os.getpid())
+
+
+def reserve_ray_variables(cluster: ClusterSettings) -> None:
+    """What Ray reads from the environment: before threads begin, see mlflow_sync.connection.reserve_variables."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")  # a node lost with notice costs no failure
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job may have been given the variables of storage
+    _set_start_timeout(cluster)
 
 
 def _not_connected(name: str, address: str, error: Exception) -> InputError:

@@ -77,6 +77,10 @@ def run_checked(
     _warn_of_the_demos_network(config, on.on_warning)
     reserve_variables()
     reserve_compile_cache()
+    if not local:
+        from threestage.ray_backend.connect import reserve_ray_variables
+
+        reserve_ray_variables(config.cluster)
     registered: list[RegisteredVersion] = []
     before = lease.last_holder(out)
     with sigterm_stops(), lease.held(out, on.on_warning) as held, contextlib.ExitStack() as recording:

@@ -94,10 +94,12 @@ def run(requested: Sweep, show: Show) -> dict[str, Any]:
     Raises InputError before anything is trained when the space, the configuration or the cluster does not allow it or another
     driver works on the folder, and StageFailure when no trial has finished.
     """
+    from threestage.ray_backend.connect import reserve_ray_variables
     from threestage.ray_backend.sweep import quieten
 
     requested = checked(requested)
     reserve_variables()
+    reserve_ray_variables(requested.config.cluster)
     quieten()
     with sigterm_stops(), lease.held(requested.out, show.warn):
         return _run_alone(requested, show)

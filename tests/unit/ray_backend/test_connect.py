@@ -37,6 +37,21 @@ def test_a_token_is_made_and_kept_from_others(tmp_path: Path) -> None:
     assert file.read_text() == made and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_connecting_adds_no_variable_while_threads_live(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may be looking one up, as every request to S3 does."""
+    connect.reserve_ray_variables(config.cluster)
+    before = dict(os.environ)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(connect, "leave", lambda: None)
+    monkeypatch.setattr(connect.ray_internals, "loopback_only", contextlib.nullcontext)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    with connect.connected(config.cluster):
+        assert os.environ.keys() == before.keys()
+
+
 def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers of some clusters have none."""
     monkeypatch.setenv("HOME", "/proc/nohome")
