@@ -64,7 +64,7 @@ class Stage:
 class Run:
     """`data_root` is None where neither the results nor the settings name it; `rejected`: by the part of the run that
     could not use them; `missing`: sentences for the reader; `verdict`: whether the unlabelled images paid, of a finished run
-    that used some."""
+    that used some; `rounds`: of labelling, of a run that continues another (run/continuation.py)."""
 
     uri: str
     name: str
@@ -78,6 +78,7 @@ class Run:
     missing: tuple[str, ...]
     finished: bool
     verdict: str | None
+    rounds: Sequence[Mapping[str, Any]] = ()
 
 
 def read_run(uri: str) -> Run:
@@ -112,6 +113,7 @@ def read_run(uri: str) -> Run:
         missing=tuple(_missing(folders, stages)),
         finished=finished,
         verdict=verdict_text(results) if finished else None,
+        rounds=results.get("rounds", ()),
     )
 
 

@@ -147,6 +147,7 @@ def overview(run: Run, label_pixels: Sequence[int] | None) -> Section:
         "validation_images": len(run.split.validation),
         "carved": run.split.validation_split == "carved",
         "facts": {name: value for name, value in facts.items() if value is not None},
+        "rounds": [{**one, "run": redact(one["run"]), "corrected": one.get("corrected") or {}} for one in run.rounds],
     }
 
 

@@ -47,7 +47,8 @@ def _seen(predictions: PoolPredictions, card: ModelCard, wanted: set[str]) -> It
 
 
 def _pictures(row: PoolRow, mask: PredictedMask, colours: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """(width and height, kind, source, description, caption) of each."""
+    """(width and height, kind, source, description, caption) of each. The kind `confidence` is hidden by the style sheet where a
+    page has no box that is ticked for it."""
     assert mask.confidence is not None
     sure = f"mean confidence {mask.confidence.mean() / 255:.3f}"
     size = mask.class_ids.shape[::-1]
@@ -60,5 +61,5 @@ def _pictures(row: PoolRow, mask: PredictedMask, colours: Sequence[Any]) -> list
             f"Mask of {row.image_id}",
             "pseudo-mask",
         ),
-        (size, "confidence", mask_images.confidence_map(mask.confidence), f"Confidence: {sure}", sure),
+        (size, "certainty", mask_images.confidence_map(mask.confidence), f"Confidence: {sure}", sure),
     ]

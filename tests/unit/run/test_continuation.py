@@ -16,6 +16,7 @@ from threestage.data import storage
 from threestage.data.split import saved_split
 from threestage.models.export import read_weights
 from threestage.prediction.champion import champion_of
+from threestage.report.report import write_report
 from threestage.report.scores import rounds_table
 from threestage.run.continuation import _corrections
 from threestage.run.outcome import StageOutcome
@@ -70,6 +71,8 @@ def test_the_rounds_and_the_lineage_are_told(
     assert outcome.tags["round"] == "2" and outcome.tags["continued_from"] == str(finished_run)
     assert json.loads((out / "results.json").read_text()) == results
     assert rounds_table(results["rounds"]).row_count == 2
+    write_report(str(out))
+    assert "Rounds of labelling" in (out / "report.html").read_text()
 
 
 def test_the_share_that_was_corrected_is_of_the_labels_that_came(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def test_the_lists_hold_unlabelled_images(report: NextReport, finished_run: Path
 def test_the_page_and_the_export_show_them(report: NextReport) -> None:
     page = Path(report.out, "next.html").read_text()
     assert page.count("<img ") == 3 * 5 and all(image.image_id in page for image in report.images)
+    hidden = {kind for rule in re.findall(r":not\(:has\(#[^{]*", page) for kind in re.findall(r"\) \.(\w+)", rule)}
+    assert hidden and not hidden & set(re.findall(r'class="picture (\w+)"', page)), (
+        "the style sheet hides nothing of it"
+    )
     assert report.export is not None
     content = json.loads(Path(report.export, "annotations.json").read_text())
     assert len(content["images"]) == 5 and content["annotations"]
