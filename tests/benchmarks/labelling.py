@@ -40,8 +40,6 @@ FIRST_LABELS = {"camvid": 12, "neu_seg": 10}
 FULL_LABELS = {"camvid": 46, "neu_seg": 40}
 """For which the preset's steps are meant."""
 ROUNDS = 3
-FASTER = {"pseudo_mask.final_stage": False}
-"""No figure of the table is of the last stage's pseudo-masks."""
 BASELINE: StrategyName = "random"
 
 
@@ -121,7 +119,7 @@ def _options() -> argparse.Namespace:
 
 def _job(options: argparse.Namespace, name: str, strategy: StrategyName, start: int) -> Job:
     places = {"data.root": options.sets[name], "network.weights": options.weights}
-    config = changed(configuration(METHODS["own_images"], name, start, options.set), places | FASTER)
+    config = changed(configuration(METHODS["own_images"], name, start, options.set), places)
     return Job(name, strategy, start, config.model_dump(mode="json"), str(options.out / name), options.test)
 
 
