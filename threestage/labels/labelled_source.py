@@ -16,7 +16,7 @@ from threestage.labels.rasterise import encode_drawing
 
 IGNORE = "ignore"
 SHOWN = 3
-MAX_LISTED = 50
+MAX_LISTED = 1000
 MAX_REGION_BYTES = 2**26  # of one image, as text
 
 

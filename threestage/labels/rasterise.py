@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threestage.data import storage
+from threestage.data.classes import MAX_UNKNOWN
 from threestage.data.headers import BadImage
 from threestage.data.image_validation import BadFile, check_label_image
 from threestage.data.parallel import PIXELS
@@ -214,7 +215,9 @@ def _values(shape: Mapping[str, Any], size: Size) -> Iterator[Patch]:
         yield Patch(0, 0, inside, class_id)
     if not known.all():
         unknown, counts = np.unique(numbers[~known], return_counts=True)
-        shown = ", ".join(f"{value} ({count} pixels)" for value, count in zip(unknown[:9], counts, strict=False))
+        shown = ", ".join(
+            f"{value} ({count} pixels)" for value, count in zip(unknown[:MAX_UNKNOWN], counts, strict=False)
+        )
         raise BadImage(f"has values in {_file_name(shape['uri'])} that mean no category: {shown}", "mask/unknown-value")
 
 
