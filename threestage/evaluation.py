@@ -20,7 +20,7 @@ from threestage.data.records import Manifest, SplitName, labelled_rows, load_man
 from threestage.data.samples import samples_of
 from threestage.errors import InputError
 from threestage.models.export import ModelCard
-from threestage.models.network import Network, size_multiple
+from threestage.models.network import size_multiple
 from threestage.prediction.pseudo_masks import batches_by_size, best_class
 from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
 from threestage.training.metrics import (
@@ -135,7 +135,7 @@ def summarise(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, object]:
 
 
 def evaluate_model(
-    network: Network,
+    network: nn.Module,
     card: ModelCard,
     dataset: str,
     split: SplitName,

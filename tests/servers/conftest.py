@@ -26,5 +26,6 @@ def exported_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "write_program", remembered)
         patch.setattr("threestage.checks.run_check.without_program", lambda network: None)
+        patch.setattr("threestage.checks.run_check.without_onnx", lambda network: None)
         patch.setattr("threestage.run.run.without_program", lambda network: None)
         yield

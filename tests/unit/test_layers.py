@@ -23,7 +23,7 @@ LAYERS = tuple(
         "mlflow_sync.records report.mask_images",
         "mlflow_sync report.scores prediction.predict sweeps.trials sweeps.space",
         "prediction.champion",
-        "labels.label_export labels.predicted_masks run.continuation",
+        "labels.label_export labels.predicted_masks run.continuation models.model_export",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",

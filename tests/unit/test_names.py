@@ -50,6 +50,8 @@ SAME_NAME = {
     "check", "clean", "evaluate", "ingest", "predict", "promote", "run", "sync", "train",
     # of the Python interface, and of a configuration
     "load",
+    # commands of two groups
+    "export",
     # the start of a program
     "main",
     # one meaning for tensors and for Pillow, or for points and for levels

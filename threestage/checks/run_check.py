@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from threestage.data import storage
 from threestage.data.records import Manifest, load_manifest
 from threestage.errors import CodedError, InputError, reason_of
 from threestage.format import duration, gibibytes
-from threestage.models.program import without_program
+from threestage.models.onnx_model import missing_packages
+from threestage.models.program import without_onnx, without_program
+from threestage.models.settings import NetworkSettings
 from threestage.redaction import redact
 from threestage.run.budget import bought
 from threestage.run_folder import lease
@@ -58,12 +60,25 @@ def check(
     yield from _check_input(config, out, wrong)
     manifest = None if "data.root" in wrong else _manifest(config)
     yield from _check_here(config, manifest, budget) if local else _check_cluster(config, out, manifest, budget)
-    if not local:  # last, since it takes longest
-        yield (
-            not_tried(["program"], sorted(wrong))
-            if wrong
-            else run_check("program", config.network.encoder, lambda: _exportable(config))
+    yield from _exports(config, local, sorted(wrong))  # last, since they take longest
+
+
+def _exports(config: Config, local: bool, wrong: list[str]) -> Iterator[CheckResult]:
+    """Whether the models can be registered with their exported program and, with the extra `onnx`, exported to ONNX."""
+    names = [*([] if local else ["program"]), *([] if missing_packages() else ["onnx"])]
+    if wrong:
+        yield from [not_tried(names, wrong)] if names else []
+        return
+    fails = False
+    if "program" in names:
+        line = run_check(
+            "program", config.network.encoder, lambda: _exportable(config, "for mlflow.pyfunc", without_program)
         )
+        fails = line.warning is not None
+        yield line
+    if "onnx" in names:
+        onnx = partial(run_check, "onnx", config.network.encoder, lambda: _exportable(config, "to ONNX", without_onnx))
+        yield not_tried(["onnx"], ["program"]) if fails else onnx()  # it begins with the program
 
 
 def _proxy(places: Sequence[CheckResult]) -> Iterator[CheckResult]:
@@ -71,10 +86,9 @@ def _proxy(places: Sequence[CheckResult]) -> Iterator[CheckResult]:
         yield CheckResult("proxy", f"s3:// goes through {redact(proxy)} (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)")
 
 
-def _exportable(config: Config) -> CheckOutcome:
-    """Whether the models can be registered with their exported program."""
+def _exportable(config: Config, where: str, without: Callable[[NetworkSettings], str | None]) -> CheckOutcome:
     try:
-        return CheckOutcome(f"{config.network.encoder} is exported for mlflow.pyfunc", without_program(config.network))
+        return CheckOutcome(f"{config.network.encoder} is exported {where}", without(config.network))
     except InputError:  # the line of the input says why
         return CheckOutcome("", "not tried: needs input")
 

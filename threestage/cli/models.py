@@ -1,4 +1,4 @@
-"""Registered models: list, pull, promote, lineage."""
+"""Trained models: list, pull, promote, lineage of the registered ones; export of any."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -7,10 +7,23 @@ import typer
 from rich.table import Table
 from rich.tree import Tree
 
-from threestage.cli.options import JsonOption, RegisteredArgument, TrackingOption, console, escape, print_json, warn
+from threestage.cli.options import (
+    JsonOption,
+    ModelArgument,
+    RegisteredArgument,
+    TrackingOption,
+    console,
+    counter,
+    escape,
+    print_json,
+    warn,
+)
 from threestage.run_folder.lineage import short_digest
 
-app = typer.Typer(help="Registered models: list, pull, promote, lineage.", no_args_is_help=True)
+MOST_LOST = 0.005
+"""Of the mean IoU by eight bits, before a warning."""
+
+app = typer.Typer(help="Trained models: list, pull, promote, lineage, export.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -61,6 +74,43 @@ def pull(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[str, typer.Argument(help="File of the export, e.g. camvid.onnx.")],
+    to: Annotated[str, typer.Option(help="onnx, onnx-int8 (eight-bit integers) or program (torch.export).")] = "onnx",
+    class_ids: Annotated[bool, typer.Option("--class-ids", help="Give each pixel's class in place of logits.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA_SET", help="For onnx-int8: its pool sets the ranges, its masks show the loss."),
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model as one file that runs without this package; its logits are checked against the network's.
+
+    Example: threestage models export runs/camvid camvid.onnx --to onnx
+    """
+    from threestage.config import validated
+    from threestage.mlflow_sync.records import RegistrySettings
+    from threestage.models.model_export import ModelExportSettings, export_model
+    from threestage.prediction.predict import read_model
+
+    settings = validated(ModelExportSettings, {"to": to, "class_ids": class_ids, "data": data})
+    files = read_model(model, RegistrySettings(tracking_uri=tracking_uri))
+    with console.status(f"exporting {escape(model)}") as status:
+        report = export_model(files, out, settings, counter(status, "scored"))
+    if report.int8 is not None and report.int8.lost > MOST_LOST:
+        warn(
+            f"{out}: eight bits lose {100 * report.int8.lost:.1f} points of mean IoU; use --to onnx where that is too much"
+        )
+    if as_json:
+        print_json({"model": model, **report.model_dump(mode="json")})
+        return
+    for line in report.lines():
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Exporting a model in a process of its own, with a deadline: torch.export fails for some networks and never ends for others.
 
-python -m threestage.models.program FOLDER     # writes FOLDER/program.pt2 from its model.json and, where it is there, its weights
+python -m threestage.models.program FOLDER [NAME]     # writes FOLDER/program.pt2, or model.onnx
+                                                      # from FOLDER/model.json and, where it is there, its weights
 """
 
 import json
@@ -14,18 +15,19 @@ from pathlib import Path
 from threestage.errors import reason_of
 from threestage.models.export import CARD, PROGRAM, WEIGHTS, ModelCard, load_card, load_model, program_of
 from threestage.models.network import build_network, check_settings
+from threestage.models.onnx_model import ONNX, onnx_of
 from threestage.models.settings import NetworkSettings
 
 EXPORT_S = 300.0
 LONGEST_REASON = 300
 
 
-def write_program(folder: Path, seconds: float = EXPORT_S) -> str | None:
-    """Write `program.pt2` into a local folder with `model.json` and, unless random ones do, `model.safetensors`.
+def write_program(folder: Path, seconds: float = EXPORT_S, name: str = PROGRAM) -> str | None:
+    """Write `program.pt2`, or `model.onnx`, into a local folder with `model.json` and `model.safetensors`, or random weights.
 
-    Returns None, or why there is no program.
+    Returns None, or why there is no such file.
     """
-    command = [sys.executable, "-m", __name__, str(folder)]
+    command = [sys.executable, "-m", __name__, str(folder), name]
     with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
@@ -40,9 +42,9 @@ def write_program(folder: Path, seconds: float = EXPORT_S) -> str | None:
             return f"torch.export did not end within {seconds:.0f} s"
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    if done.returncode == 0 and (folder / PROGRAM).is_file():
+    if done.returncode == 0 and (folder / name).is_file():
         return None
-    (folder / PROGRAM).unlink(missing_ok=True)
+    (folder / name).unlink(missing_ok=True)
     if done.returncode < 0:
         return f"the exporting process was killed by signal {-done.returncode}; is there enough memory?"
     return lines[-1][:LONGEST_REASON] if lines else f"the exporting process ended with exit code {done.returncode}"
@@ -53,19 +55,25 @@ def without_program(network: NetworkSettings, seconds: float = EXPORT_S) -> str 
 
     InputError where no network can be made of the settings.
     """
-    check_settings(network)
-    reason = _why_not(network.model_copy(update={"weights": None, "pretrained": False}), seconds)
+    reason = _why_not(network, seconds, PROGRAM)
     if reason is None:
         return None
     return f"models of {network.encoder} are registered without program.pt2, which mlflow.pyfunc needs: {reason}"
 
 
-def _why_not(settings: NetworkSettings, seconds: float) -> str | None:
-    colours = ((0, 0, 0), (255, 255, 255))
+def without_onnx(network: NetworkSettings, seconds: float = EXPORT_S) -> str | None:
+    """As `without_program`, of the export to ONNX."""
+    reason = _why_not(network, seconds, ONNX)
+    return None if reason is None else f"models of {network.encoder} cannot be exported to ONNX: {reason}"
+
+
+def _why_not(network: NetworkSettings, seconds: float, name: str) -> str | None:
+    check_settings(network)
+    settings, colours = network.model_copy(update={"weights": None, "pretrained": False}), ((0, 0, 0), (255, 255, 255))
     card = ModelCard(network=settings, classes=("a", "b"), colours=colours, downscale=1, stage="stage1")
     with tempfile.TemporaryDirectory() as temporary:
         Path(temporary, CARD).write_text(card.model_dump_json())
-        return write_program(Path(temporary), seconds)
+        return write_program(Path(temporary), seconds, name)
 
 
 def least_side(program: Path) -> int:
@@ -76,14 +84,14 @@ def least_side(program: Path) -> int:
     return max(int(found["min_val"]) for found in ranges.values())
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, name: str = PROGRAM) -> int:
     try:
+        card = load_card(str(folder))
         if (folder / WEIGHTS).exists():
             network, _ = load_model(str(folder))
         else:
-            card = load_card(str(folder))
             network = build_network(card.network, len(card.classes)).eval()
-        (folder / PROGRAM).write_bytes(program_of(network))
+        (folder / name).write_bytes(onnx_of(network, card) if name == ONNX else program_of(network))
     except Exception as error:  # whatever torch.export ends with, as the line that write_program returns
         print(reason_of(error).partition("\n")[0], file=sys.stderr)
         return 1
@@ -91,4 +99,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -34,7 +34,9 @@ def config(scenes: Path, tmp_path: Path) -> Config:
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(checks, "without_program", lambda network: None)  # seconds each
+    for name in ("without_program", "without_onnx"):  # seconds each
+        monkeypatch.setattr(checks, name, lambda network: None)
+    monkeypatch.setattr(checks, "missing_packages", lambda: None)
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def lines_of(config: Config, out: Path, local: bool = False) -> dict[str, CheckR
 def test_all_is_well(config: Config, no_steps: None, tmp_path: Path) -> None:
     found = lines_of(config, tmp_path / "run")
     assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster",
-                           "stage1", "stage2", "stage3", "duration", "program"]  # fmt: skip
+                           "stage1", "stage2", "stage3", "duration", "program", "onnx"]  # fmt: skip
     assert not any(line.problem for line in found.values())
     assert "8 labelled images, 6 to validate on" in found["input"].value
     assert "Ray will be started here" in found["cluster"].value
@@ -85,8 +87,19 @@ def test_a_network_that_cannot_be_exported_is_a_doubt(
     monkeypatch.setattr(
         checks, "without_program", lambda network: f"models of {network.encoder} are registered without"
     )
-    line = lines_of(config, tmp_path / "run")["program"]
-    assert (line.problem, line.warning) == (None, f"models of {config.network.encoder} are registered without")
+    found = lines_of(config, tmp_path / "run")
+    assert found["program"].warning == f"models of {config.network.encoder} are registered without"
+    assert (found["program"].problem, found["onnx"].warning) == (None, "not tried: needs program")
+
+
+def test_onnx_is_tried_without_a_registry_too_but_not_without_its_extra(
+    config: Config, no_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "without_onnx", lambda network: f"models of {network.encoder} cannot be exported")
+    line = lines_of(config, tmp_path / "run", local=True)["onnx"]
+    assert (line.problem, line.warning) == (None, f"models of {config.network.encoder} cannot be exported")
+    monkeypatch.setattr(checks, "missing_packages", lambda: "onnx not installed")
+    assert "onnx" not in lines_of(config, tmp_path / "run", local=True)
 
 
 def test_what_fails_hides_nothing_that_does_not_need_it(config: Config, no_steps: None, tmp_path: Path) -> None:
@@ -117,7 +130,7 @@ def test_without_a_data_set_only_the_rest_is_tried(config: Config, no_steps: Non
     found = lines_of(changed(config, "data", root=str(tmp_path / "absent")), tmp_path / "run")
     assert [name for name, line in found.items() if line.problem] == ["data.root"]
     doubts = {name: line.warning for name, line in found.items() if line.warning}
-    assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration", "program"}
+    assert set(doubts) == {"input", "classes, split", "stage1, stage2, stage3, duration", "program, onnx"}
     assert set(doubts.values()) == {"not tried: needs data.root"}
 
 
