@@ -14,6 +14,7 @@ from threestage.cli.options import (
     GpusOption,
     JsonOption,
     ModelArgument,
+    OverlapOption,
     PredictorsOption,
     ScalesOption,
     StartTimeoutOption,
@@ -159,6 +160,7 @@ def evaluate(
     split: Annotated[SplitChoice, typer.Option(help="Which part of the data set.")] = SplitChoice.val,
     window: WindowOption = None,
     stride: StrideOption = None,
+    overlap: OverlapOption = "mean",
     flip: FlipOption = False,
     scales: ScalesOption = None,
     out: Annotated[
@@ -177,7 +179,7 @@ def evaluate(
     from threestage.prediction.predict import open_model
     from threestage.report.scores import score_tables, write_scores
 
-    protocol = protocol_of(window, stride, flip, scales)
+    protocol = protocol_of(window, stride, flip, scales, overlap)
     if out is not None:
         claim(out, SCORES)  # before the work
     network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
@@ -212,6 +214,7 @@ def predict(
     no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Masks only (format png).")] = False,
     window: WindowOption = None,
     stride: StrideOption = None,
+    overlap: OverlapOption = "mean",
     flip: FlipOption = False,
     scales: ScalesOption = None,
     max_bad_fraction: Annotated[
@@ -236,7 +239,7 @@ def predict(
     settings = validated(
         PredictSettings,
         {
-            "protocol": protocol_of(window, stride, flip, scales),
+            "protocol": protocol_of(window, stride, flip, scales, overlap),
             "format": format,
             "input_format": None if input_format is None else input_format.replace("-", " "),
             "overlays": not no_overlays,

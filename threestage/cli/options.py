@@ -97,6 +97,7 @@ WindowOption = Annotated[
 StrideOption = Annotated[
     str | None, typer.Option("--stride", metavar="H,W", help="Between windows; two thirds of them by default.")
 ]
+OverlapOption = Annotated[str, typer.Option("--overlap", help="How windows are blended: mean, or hann (weighted).")]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")]
 ScalesOption = Annotated[
     str | None, typer.Option("--scales", metavar="S,S,…", help="Average over these sizes, e.g. 0.75,1,1.25.")
@@ -117,14 +118,14 @@ def counter(status: Any, done: str) -> Callable[[int, int], None]:
     return lambda number, total: status.update(f"{done} {number:,} of {total:,} images")
 
 
-def protocol_of(window: str | None, stride: str | None, flip: bool, scales: str | None) -> Any:
+def protocol_of(window: str | None, stride: str | None, flip: bool, scales: str | None, overlap: str = "mean") -> Any:
     """How images are given to the network, from the options' text."""
     from threestage.config import validated
     from threestage.prediction.tta import TTASettings
 
     lists = {"window": _sides("--window", window), "stride": _sides("--stride", stride), "scales": _numbers(scales)}
     given = {name: values for name, values in lists.items() if values is not None}
-    return validated(TTASettings, {"flip": flip, **given})
+    return validated(TTASettings, {"flip": flip, "overlap": overlap, **given})
 
 
 def cluster_of(address: str | None, workers: int, gpus_per_worker: float, start_timeout_s: int) -> "ClusterSettings":

@@ -1,7 +1,8 @@
 """Test-time augmentation: predict an image whole or in windows, mirrored too, and at several scales. Evaluation and
 `threestage predict` share it.
 
-Windows: their logits are averaged where they overlap. Mirrored and scaled views: the softmax probabilities of all views
+Windows: their logits are averaged where they overlap, plainly or with weights that fall towards a window's border (Hann), where
+the network sees least around a pixel. Mirrored and scaled views: the softmax probabilities of all views
 are averaged at the image's size. Images are scaled as training scales them: bilinear, without a low-pass filter.
 """
 
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from types import EllipsisType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,16 +28,18 @@ Size = tuple[PositiveInt, PositiveInt]
 Scale = Annotated[float, Field(gt=0, le=16)]
 LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 VIEW_PIXELS = 2**22
+BLENDED = {"mean": "averaged", "hann": "averaged with Hann weights"}
 WINDOW_SIDE = 2048
 """Of windows that an image is cut into because it does not fit into the memory."""
 
 
 class TTASettings(Settings):
     """`window`, `stride`: height and width in pixels; without a window the whole image, without a stride two thirds of
-    the window. `scales`: of the image's sides."""
+    the window. `overlap`: how windows are blended. `scales`: of the image's sides."""
 
     window: Size | None = None
     stride: Size | None = None
+    overlap: Literal["mean", "hann"] = "mean"
     flip: bool = False
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
 
@@ -44,12 +47,20 @@ class TTASettings(Settings):
     def _possible(self) -> "TTASettings":
         if self.stride is not None and self.window is None:
             raise InputError(f"stride={_sides(self.stride)} is of windows; give a window too", "predict/stride")
+        if self.overlap != "mean" and self.window is None:
+            raise InputError(f"overlap={self.overlap} is of windows; give a window too", "predict/stride")
         if self.window is not None and any(s > w for s, w in zip(self.step, self.window, strict=True)):
             raise InputError(
                 f"stride={_sides(self.step)} leaves gaps between windows of {_sides(self.window)}; make it smaller",
                 "predict/stride",
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_overlap(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests and records of plain means are those of the versions that knew nothing else."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if (key, value) != ("overlap", "mean")}
 
     @property
     def step(self) -> tuple[int, int]:
@@ -65,7 +76,9 @@ class TTASettings(Settings):
         """In words, for titles."""
         parts = ["whole image"]
         if self.window is not None:
-            parts = [f"windows of {_sides(self.window)} every {_sides(self.step)} pixels (logits averaged)"]
+            parts = [
+                f"windows of {_sides(self.window)} every {_sides(self.step)} pixels (logits {BLENDED[self.overlap]})"
+            ]
         scales = ", ".join(f"{scale:g}" for scale in self.scales)
         parts.append("single scale" if self.scales == (1.0,) else f"scale{'s' * (len(self.scales) > 1)} {scales}")
         if self.flip:
@@ -149,8 +162,8 @@ def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tu
 def _bands(
     score: Callable[[Tensor], Tensor], image: Tensor, protocol: TTASettings, long: int
 ) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
-    """The mean of the scores of the windows that cover a pixel, in bands that follow each other along the side `long` (0: the
-    height): where they are, and (N,C,h,w) of them. `score`: of a window, (N,C,h,w) float32."""
+    """The mean of the scores of the windows that cover a pixel, weighted as the protocol says, in bands that follow each other
+    along the side `long` (0: the height): where they are, and (N,C,h,w) of them. `score`: of a window, (N,C,h,w) float32."""
     assert protocol.window is not None
     size = (image.shape[-2], image.shape[-1])
     starts = [window_starts(*sides) for sides in zip(size, protocol.window, protocol.step, strict=True)]
@@ -165,13 +178,24 @@ def _bands(
                 sides[long], sides[1 - long] = band.stop - start, size[1 - long]
                 total, count = scores.new_zeros((*scores.shape[:2], *sides)), scores.new_zeros(sides)
             place = _at(long, slice(0, band.stop - start), across)
-            total[place] += scores
-            count[place[1:]] += 1
+            if protocol.overlap == "mean":
+                total[place] += scores
+                count[place[1:]] += 1
+            else:
+                weight = hann_weights((scores.shape[-2], scores.shape[-1])).to(scores.device)
+                total[place] += scores * weight
+                count[place[1:]] += weight
         assert total is not None
         done = _at(long, slice(0, following - start), slice(None))
         yield _at(long, slice(start, following), slice(None)), total[done] / count[done[1:]]
         kept = _at(long, slice(following - start, None), slice(None))
         total, count = _moved(total, kept, long), _moved(count, kept[1:], long)
+
+
+def hann_weights(size: tuple[int, int]) -> Tensor:
+    """Of a window's pixels, (h,w) in ]0,1]: Hann's window at their centres, so that none is 0."""
+    rows, columns = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side) ** 2 for side in size)
+    return rows[:, None] * columns
 
 
 def _at(long: int, along: slice, across: slice) -> tuple[EllipsisType | slice, ...]:

@@ -80,6 +80,42 @@ def test_overlaps_are_averaged() -> None:
     assert set(network.sizes) == {(10, 16)}
 
 
+@pytest.mark.parametrize("sides", [(64, 64), (40, 96), (97, 35)])
+def test_hann_weights_leave_no_seam(sides: tuple[int, int]) -> None:
+    """Zeros around a window change what the network sees near its border: plain means keep a part of that as seams."""
+    image = images(1, *sides).float() / 255
+    whole = Toy()(image)[0]
+
+    def off(overlap: str) -> Tensor:
+        """By how much the logits of windows are others than the whole image's, away from the image's own border."""
+        protocol = TTASettings.model_validate({"window": (32, 32), "stride": (16, 16), "overlap": overlap})
+        return (window_logits(Toy(), image, protocol) - whole).abs()[..., 2:-2, 2:-2]
+
+    plain, weighted = off("mean"), off("hann")
+    assert plain.max() > 0.25 * whole.abs().mean(), "there are seams to take away"
+    assert weighted.max() < 0.1 * plain.max()
+    assert weighted.mean() < 0.1 * plain.mean()
+
+
+@pytest.mark.parametrize("sides", [(23, 31), (31, 23)])
+def test_hann_weights_of_an_image_that_is_too_large(sides: tuple[int, int]) -> None:
+    protocol, picture = TTASettings(window=(12, 10), stride=(7, 5), overlap="hann"), images(1, *sides)
+    expected = predict_with_tta(Toy(), picture, protocol, 1)
+    for mine, theirs in zip(predict_in_windows(Toy(), picture, protocol, 1, 200), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_means_are_recorded_as_ever() -> None:
+    """A digest of older predictions holds no `overlap`."""
+    old = '{"window":[8,8],"stride":null,"flip":false,"scales":[1.0]}'
+    assert TTASettings(window=(8, 8)).model_dump_json() == old
+    hann = TTASettings(window=(8, 8), overlap="hann")
+    assert TTASettings.model_validate_json(hann.model_dump_json()) == hann
+    assert "averaged with Hann weights" in hann.describe()
+    with refused("predict/stride", "overlap=hann"):
+        validated(TTASettings, {"overlap": "hann"})
+
+
 def test_windows_of_an_image_smaller_in_one_direction() -> None:
     network = Toy()
     logits = window_logits(network, images().float(), TTASettings(window=(40, 16)))
