@@ -19,8 +19,9 @@ from threestage.errors import InputError, did_you_mean
 from threestage.hosts import CONFIRMING, host_of, refuse_unconfirmed
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.network import crop_fits, size_multiple
-from threestage.models.settings import NetworkSettings
+from threestage.models.settings import InferenceSettings, NetworkSettings
 from threestage.prediction.pseudo_masks import PseudoMaskSettings
+from threestage.prediction.tta import check_protocol
 from threestage.presets import preset_names as preset_names
 from threestage.ray_settings import ClusterSettings
 from threestage.settings import Settings, current_key, warn_of_old_names, with_current_names
@@ -70,6 +71,9 @@ KEYS_ADDED_LATER: dict[str, Any] = {
     "pseudo_mask.head": "auxiliary",
     "stage2.reliable_share": 1.0,
     "stage3.reliable_share": 1.0,
+    "inference.window": None,
+    "inference.stride": None,
+    "inference.overlap": "mean",
 }
 """Keys that the first runs did not have, by the names that records have for them, and the value that they continue with."""
 RENAMED_KEYS = {
@@ -195,6 +199,7 @@ class Config(Settings):
     supervised: SupervisedSettings = SupervisedSettings()
     consistency: ConsistencySettings = ConsistencySettings()
     pseudo_mask: PseudoMaskSettings = PseudoMaskSettings()
+    inference: InferenceSettings = InferenceSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: SelfTrainingSettings = SelfTrainingSettings()
     stage3: SelfTrainingSettings = SelfTrainingSettings()
@@ -218,6 +223,7 @@ class Config(Settings):
                 f"for network.encoder={self.network.encoder}; give {nearest}, for example",
                 "network/size-multiple",
             )
+        check_protocol(self.inference, self.network)
         return self
 
     @model_validator(mode="after")
@@ -302,7 +308,7 @@ def recorded_key(key: str) -> str:
 def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     """The dotted keys, with their values, that decide what a stage computes; worker counts, endpoints and names do not."""
     config = config.for_stage(stage)
-    sections: set[str] = {"network", "augment", "optimiser", "supervised", stage}
+    sections: set[str] = {"network", "augment", "optimiser", "supervised", "inference", stage}
     sees_pool = config.stage(stage).unlabelled_batch > 0
     if config.stage(stage).has_teacher:
         sections |= {"ema"}

@@ -1,4 +1,4 @@
-"""Scores on labelled images: while training exact pixel counts (whole image, single scale), shared out over the workers;
+"""Scores on labelled images: while training exact pixel counts (single scale), shared out over the workers;
 of a finished model everything, under any protocol."""
 
 import math
@@ -21,8 +21,9 @@ from threestage.data.samples import samples_of
 from threestage.errors import InputError
 from threestage.models.export import ModelCard
 from threestage.models.network import size_multiple
+from threestage.models.settings import InferenceSettings
 from threestage.prediction.pseudo_masks import batches_by_size, best_class
-from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
+from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta, protocol_for, window_logits
 from threestage.training.metrics import (
     RELIABILITY_BINS,
     absent_class_shares,
@@ -68,8 +69,9 @@ def evaluate(
     share: WorkerShare = WorkerShare(),
     batch_size: int = BATCH,
     dtype: torch.dtype = torch.float32,
+    inference: InferenceSettings = InferenceSettings(),
 ) -> Evaluation:
-    """Counts over all samples, each counted once; `dtype`: that of autocast.
+    """Counts over all samples, each counted once; `dtype`: that of autocast; `inference`: whole images, or windows.
 
     Chunks are cut from the whole set and dealt out to the workers, so that the result does not depend on their number.
     """
@@ -79,7 +81,7 @@ def evaluate(
 
     def class_ids(images: Tensor) -> tuple[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return (best_class(network(images.float() / 255)[0]),)
+            return (best_class(window_logits(network, images.float() / 255, inference)),)
 
     for places, images, masks in _batches(samples, batch_size, share.rank, share.world_size):
         (found,) = _fitting(class_ids, images.to(device))
@@ -147,6 +149,7 @@ def evaluate_model(
     Raises InputError where the split has no masks, the data set's classes are not the model's, or the protocol does not
     suit the network.
     """
+    protocol = protocol_for(protocol, card.inference)
     check_protocol(protocol, card.network)
     manifest = load_manifest(dataset)
     if manifest.classes != card.classes:

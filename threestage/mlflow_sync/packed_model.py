@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
             )
         card = json.loads((folder / "model.json").read_text())
         self.downscale = card["downscale"]
+        self.inference = card.get("inference") or {"window": None}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mean = torch.tensor(card["network"]["mean"], device=self.device).view(3, 1, 1)
         self.network, self.least_side = _load_program(folder / "program.pt2", self.device)
@@ -69,7 +70,7 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         """uint8 RGB images (N,H,W,3), or N PNG or JPEG files of one size in base64 → uint8 class ids (N,H,W).
 
         With params {"confidence": True}: a dict of "class_ids" and "confidence", float32 (N,H,W) in [0,1]. Images are
-        looked at whole, at a single scale.
+        looked at whole, or in the windows that the model was trained with, at a single scale.
         """
         files = _encoded(model_input)
         images = _as_bytes(model_input) if files is None else _decoded(files)
@@ -90,17 +91,49 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
     def _ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Class ids and confidences, at the size that the network looks at."""
         import torch
-        from torch.nn import functional
 
         pixels = torch.from_numpy(_reduced(images, self.downscale)).to(self.device).permute(0, 3, 1, 2).float() / 255
-        height, width = pixels.shape[-2:]
-        missing = (0, max(0, self.least_side - width), 0, max(0, self.least_side - height))
         with torch.inference_mode():
-            if any(missing):
-                pixels = functional.pad(pixels - self.mean, missing) + self.mean
-            logits = self.network(pixels)[..., :height, :width]
+            logits = _in_windows(self._logits, pixels, self.inference)
             confidence, class_ids = logits.float().log_softmax(dim=1).max(dim=1)
         return class_ids.to(torch.uint8).cpu().numpy(), confidence.exp().cpu().numpy()
+
+    def _logits(self, pixels: Any) -> Any:
+        """Of images (N,3,H,W), or of a window of them; a side below the program's least is padded with the mean colour."""
+        from torch.nn import functional
+
+        height, width = pixels.shape[-2:]
+        missing = (0, max(0, self.least_side - width), 0, max(0, self.least_side - height))
+        if any(missing):
+            pixels = functional.pad(pixels - self.mean, missing) + self.mean
+        return self.network(pixels)[..., :height, :width]
+
+
+def _in_windows(ask: Callable[[Any], Any], pixels: Any, inference: Mapping[str, Any]) -> Any:
+    """Logits (N,C,H,W) as the model's card says that images are given to it: whole, or the mean of windows."""
+    import torch
+
+    size, window = pixels.shape[-2:], inference["window"]
+    if window is None or all(side <= most for side, most in zip(size, window, strict=True)):
+        return ask(pixels)
+    stride = inference["stride"] or [-(-2 * side // 3) for side in window]
+    tops, lefts = (
+        [0] if side <= most else [*range(0, side - most, step), side - most]
+        for side, most, step in zip(size, window, stride, strict=True)
+    )
+    total, count = None, torch.zeros(size, device=pixels.device)
+    for top in tops:
+        for left in lefts:
+            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = ask(pixels[place]).float()
+            weight = torch.ones(logits.shape[-2:], device=pixels.device)
+            if inference["overlap"] == "hann":
+                rows, columns = (torch.sin(torch.pi * (torch.arange(n) + 0.5) / n) ** 2 for n in logits.shape[-2:])
+                weight = (rows[:, None] * columns).to(pixels.device)
+            total = logits.new_zeros((*logits.shape[:2], *size)) if total is None else total
+            total[place] += logits * weight
+            count[place] += weight
+    return total / count
 
 
 def _encoded(model_input: Any) -> list[str | bytes] | None:

@@ -4,18 +4,18 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.models.encoders import traceable
 from threestage.models.network import Network, build_network
-from threestage.models.settings import NetworkSettings
+from threestage.models.settings import InferenceSettings, NetworkSettings
 from threestage.models.weights import parse_safetensors
 from threestage.settings import Settings, raised_by
 
@@ -31,7 +31,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class ModelCard(Settings):
-    """What a model's weights do not say. `downscale`: how many times smaller than an image the network's input is."""
+    """What a model's weights do not say. `downscale`: how many times smaller than an image the network's input is.
+    `inference`: how images were given to it when it was trained and scored."""
 
     format: Literal[1] = 1
     network: NetworkSettings
@@ -39,6 +40,13 @@ class ModelCard(Settings):
     colours: Annotated[tuple[tuple[Byte, Byte, Byte], ...], Field(max_length=255)]
     downscale: Annotated[int, Field(ge=1, le=1024)]
     stage: str
+    inference: InferenceSettings = InferenceSettings()
+
+    @model_serializer(mode="wrap")
+    def _without_default_inference(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The card of a model that sees whole images is that of the versions that knew nothing else."""
+        found: dict[str, Any] = handler(self)
+        return found if self.inference.window is not None else {k: v for k, v in found.items() if k != "inference"}
 
     @model_validator(mode="after")
     def _a_colour_per_class(self) -> "ModelCard":

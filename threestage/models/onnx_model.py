@@ -75,7 +75,7 @@ def onnx_of(network: Network, card: ModelCard) -> bytes:
 
 def _metadata(card: ModelCard, least_side: int) -> dict[str, str]:
     """`downscale`: how many times an image is reduced, by the mean of each block, before the model sees it; `least_side`: the
-    shortest side, in pixels, that it takes."""
+    shortest side, in pixels, that it takes; `inference`: the windows in which images are to be given to it."""
     return {
         "classes": json.dumps(card.classes),
         "colours": json.dumps(card.colours),
@@ -83,6 +83,7 @@ def _metadata(card: ModelCard, least_side: int) -> dict[str, str]:
         "least_side": str(least_side),
         "encoder": card.network.encoder,
         "stage": card.stage,
+        "inference": card.inference.model_dump_json(),
         "threestage": threestage.__version__,
     }
 

@@ -1,13 +1,14 @@
 """The settings of a network."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
 from threestage.errors import InputError
 from threestage.settings import Settings
 
+Size = tuple[PositiveInt, PositiveInt]
 Deviation = Annotated[float, Field(ge=1e-3, allow_inf_nan=False)]
 WEIGHTS_KEYS = {"path", "mean", "std"}
 
@@ -68,3 +69,39 @@ class NetworkSettings(Settings):
     def has_live_batch_norm(self) -> bool:
         """Whether a training step depends on its batch's statistics: deeplabv3plus has batch norm of its own."""
         return self.batch_norm == "live" or self.head == "deeplabv3plus"
+
+
+class InferenceSettings(Settings):
+    """How an image is given to the network wherever a run predicts: when it evaluates, for pseudo-masks, and when its models are
+    used. In windows, or whole."""
+
+    window: Size | None = Field(
+        None, description="height and width in pixels, after `data.downscale`; null: the whole image"
+    )
+    stride: Size | None = Field(None, description="pixels from window to window; null: two thirds of the window")
+    overlap: Literal["mean", "hann"] = Field(
+        "mean", description="where windows overlap their logits are averaged, plainly or with Hann weights (no seams)"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.stride is not None and self.window is None:
+            raise InputError(f"stride={sides(self.stride)} is of windows; give a window too", "predict/stride")
+        if self.overlap != "mean" and self.window is None:
+            raise InputError(f"overlap={self.overlap} is of windows; give a window too", "predict/stride")
+        if self.window is not None and any(s > w for s, w in zip(self.step, self.window, strict=True)):
+            raise InputError(
+                f"stride={sides(self.step)} leaves gaps between windows of {sides(self.window)}; make it smaller",
+                "predict/stride",
+            )
+        return self
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """The stride of the windows; (0,0) without any."""
+        height, width = self.window or (0, 0)
+        return self.stride or (-(-2 * height // 3), -(-2 * width // 3))
+
+
+def sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -174,6 +174,7 @@ def _task(champion: Champion, destination: str) -> PoolTask:
         excluded_ids=frozenset(split.validation),
         fixed_void=_static_void(config, split),
         precision=config.for_stage(champion.stage).training.precision,
+        inference=config.inference,
     )
 
 

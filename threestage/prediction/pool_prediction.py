@@ -54,7 +54,7 @@ from threestage.prediction.pseudo_masks import (
     quantise,
     stored_report,
 )
-from threestage.prediction.tta import predict_in_windows
+from threestage.prediction.tta import TTASettings, predict_in_windows
 from threestage.training.loop import autocast_dtype
 from threestage.training.worker import default_device
 
@@ -68,6 +68,7 @@ def writer_of(task: PoolTask, device: torch.device) -> PredictionWriter:
     """What a task makes of the pool."""
     product = PoolFeatures(task.num_classes) if task.features else PredictionWriter()
     product.precision = task.precision
+    product.protocol = TTASettings.model_validate(task.inference.model_dump())
     if task.halfway_model is not None:
         product.schema = PSEUDO_MASK_SCHEMA.append(AGREEMENT)
         product.other = load_model(task.halfway_model)[0].to(device)

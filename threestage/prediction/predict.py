@@ -58,7 +58,7 @@ from threestage.prediction.pseudo_masks import (
     file_digest,
     stored_report,
 )
-from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta
+from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta, protocol_for
 from threestage.report.mask_images import overlay
 from threestage.run_folder.reuse import resolve_part
 from threestage.settings import Settings
@@ -210,6 +210,7 @@ def predict_input(
     """
     source, out = storage.absolute(source), storage.absolute(out)
     card = ModelCard.model_validate_json(model[CARD])
+    settings = settings.model_copy(update={"protocol": protocol_for(settings.protocol, card.inference)})
     check_protocol(settings.protocol, card.network)
     kind = kind_of(source, settings.input_format)
     if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from threestage.data.pool import PSEUDO_MASK_SCHEMA, PoolFile, PoolRow, pseudo_mask_uri, read_pool_rows
 from threestage.data.records import encode_mask
 from threestage.data.rejects import Reject
-from threestage.prediction.pseudo_masks import PoolTask, predict
-from threestage.prediction.tta import TTASettings
+from threestage.prediction.pseudo_masks import PoolTask, class_confidence_entropy
+from threestage.prediction.tta import TTASettings, window_logits
 
 Encoded = tuple[bytes | str | int | float | None, ...]  # a row's columns after its id
 Measured = Callable[[Tensor], Tensor | None]
@@ -45,8 +45,8 @@ class PredictionWriter:
         return pseudo_mask_uri(task.destination, file)
 
     def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them."""
-        return predict(network, pixels)
+        """(N,3,H,W) uint8 → class, confidence, entropy, as `pseudo_masks.predict` gives them of whole images."""
+        return class_confidence_entropy(window_logits(network, pixels.float() / 255, self.protocol))
 
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Called in a thread: pixels (H,W,3), class ids and confidence (H,W), uint8 each, the size predicted. Raises Unwritable

@@ -24,6 +24,7 @@ from threestage.data import storage
 from threestage.data.pool import IndexRow, PoolFile, rows_of, write_index
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
+from threestage.models.settings import InferenceSettings
 from threestage.settings import Settings
 from threestage.training.losses import Normaliser, ThresholdRule
 from threestage.training.metrics import mean_iou
@@ -245,6 +246,7 @@ class PoolTask(Settings):
     halfway_model: str | None = None  # folder of the weights with which each image's agreement is measured
     precision: str = "auto"  # training.precision, as in an evaluation
     features: bool = False  # what `threestage next` chooses by, in place of pseudo-masks
+    inference: InferenceSettings = InferenceSettings()  # whole images, or windows
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
@@ -254,6 +256,7 @@ class PoolTask(Settings):
         parts += [] if self.halfway_model is None else ["agreement"]
         parts += [] if self.precision == "auto" else ["precision", self.precision]
         parts += ["features 1"] if self.features else []
+        parts += [] if self.inference.window is None else ["inference", self.inference.model_dump_json()]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

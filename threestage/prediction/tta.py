@@ -11,20 +11,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from types import EllipsisType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from threestage.errors import InputError
 from threestage.models.network import crop_fits, size_multiple
-from threestage.models.settings import NetworkSettings
+from threestage.models.settings import InferenceSettings, NetworkSettings, sides
 from threestage.prediction.pseudo_masks import class_confidence_entropy
-from threestage.settings import Settings
 
-Size = tuple[PositiveInt, PositiveInt]
 Scale = Annotated[float, Field(gt=0, le=16)]
 LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
 VIEW_PIXELS = 2**22
@@ -33,40 +31,18 @@ WINDOW_SIDE = 2048
 """Of windows that an image is cut into because it does not fit into the memory."""
 
 
-class TTASettings(Settings):
+class TTASettings(InferenceSettings):
     """`window`, `stride`: height and width in pixels; without a window the whole image, without a stride two thirds of
     the window. `overlap`: how windows are blended. `scales`: of the image's sides."""
 
-    window: Size | None = None
-    stride: Size | None = None
-    overlap: Literal["mean", "hann"] = "mean"
     flip: bool = False
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
-
-    @model_validator(mode="after")
-    def _possible(self) -> "TTASettings":
-        if self.stride is not None and self.window is None:
-            raise InputError(f"stride={_sides(self.stride)} is of windows; give a window too", "predict/stride")
-        if self.overlap != "mean" and self.window is None:
-            raise InputError(f"overlap={self.overlap} is of windows; give a window too", "predict/stride")
-        if self.window is not None and any(s > w for s, w in zip(self.step, self.window, strict=True)):
-            raise InputError(
-                f"stride={_sides(self.step)} leaves gaps between windows of {_sides(self.window)}; make it smaller",
-                "predict/stride",
-            )
-        return self
 
     @model_serializer(mode="wrap")
     def _without_default_overlap(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Digests and records of plain means are those of the versions that knew nothing else."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if (key, value) != ("overlap", "mean")}
-
-    @property
-    def step(self) -> tuple[int, int]:
-        """The stride of the windows; (0,0) without any."""
-        height, width = self.window or (0, 0)
-        return self.stride or (-(-2 * height // 3), -(-2 * width // 3))
 
     @property
     def single_view(self) -> bool:
@@ -77,7 +53,7 @@ class TTASettings(Settings):
         parts = ["whole image"]
         if self.window is not None:
             parts = [
-                f"windows of {_sides(self.window)} every {_sides(self.step)} pixels (logits {BLENDED[self.overlap]})"
+                f"windows of {sides(self.window)} every {sides(self.step)} pixels (logits {BLENDED[self.overlap]})"
             ]
         scales = ", ".join(f"{scale:g}" for scale in self.scales)
         parts.append("single scale" if self.scales == (1.0,) else f"scale{'s' * (len(self.scales) > 1)} {scales}")
@@ -87,18 +63,21 @@ class TTASettings(Settings):
         return ", ".join(parts) + (" (probabilities averaged)" if averaged else "")
 
 
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def protocol_for(asked: TTASettings, model: InferenceSettings) -> TTASettings:
+    """What was asked for; without windows, those that the model was trained with."""
+    if asked.window is not None or model.window is None:
+        return asked
+    return asked.model_copy(update={name: getattr(model, name) for name in InferenceSettings.model_fields})
 
 
-def check_protocol(protocol: TTASettings, settings: NetworkSettings) -> None:
+def check_protocol(protocol: InferenceSettings, settings: NetworkSettings) -> None:
     """InputError when the sides of the windows do not suit the network, see `size_multiple`."""
     if protocol.window is None or crop_fits(settings, protocol.window):
         return
     multiple = size_multiple(settings)
     near = ",".join(str(multiple * max(1, round(side / multiple))) for side in protocol.window)
     raise InputError(
-        f"window={_sides(protocol.window)}: {settings.encoder} takes sides that are multiples of {multiple}; try {near}",
+        f"window={sides(protocol.window)}: {settings.encoder} takes sides that are multiples of {multiple}; try {near}",
         "network/size-multiple",
     )
 
@@ -160,7 +139,7 @@ def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tu
 
 
 def _bands(
-    score: Callable[[Tensor], Tensor], image: Tensor, protocol: TTASettings, long: int
+    score: Callable[[Tensor], Tensor], image: Tensor, protocol: InferenceSettings, long: int
 ) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
     """The mean of the scores of the windows that cover a pixel, weighted as the protocol says, in bands that follow each other
     along the side `long` (0: the height): where they are, and (N,C,h,w) of them. `score`: of a window, (N,C,h,w) float32."""
@@ -253,7 +232,7 @@ def _resize(value: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(value, size=size, mode="bilinear", align_corners=False)
 
 
-def window_logits(network: nn.Module, image: Tensor, protocol: TTASettings) -> Tensor:
+def window_logits(network: nn.Module, image: Tensor, protocol: InferenceSettings) -> Tensor:
     """Logits (N,C,H,W) of images (N,3,H,W) float in [0,1]: of the whole, or the mean of the windows that cover a pixel.
 
     Memory: that of a band of windows, and the logits once more.

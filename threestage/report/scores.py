@@ -15,6 +15,7 @@ from threestage.errors import InputError
 from threestage.models.export import BEST_MODEL
 from threestage.prediction.tta import TTASettings
 from threestage.run_folder.records import Results, SavedScores
+from threestage.run_folder.reuse import CONFIG_NAME
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,7 +231,9 @@ def seeds_table(runs: Sequence[str], evaluated: Sequence[str] = ()) -> str:
 
     Raises InputError where a seed, or a model under one protocol, is there twice.
     """
-    figures = [figure for uri in runs for figure in figures_of_run(_json(uri, "results.json", Results))]
+    figures = [
+        figure for uri in runs for figure in figures_of_run(_json(uri, "results.json", Results), _validated_in(uri))
+    ]
     figures += [figure for uri in evaluated for figure in figures_of_scores(_json(uri, "metrics.json", SavedScores))]
     return markdown_table(rows_over_seeds(figures))
 
@@ -244,7 +247,14 @@ def _json(folder: str, name: str, shape: Any) -> Any:
     return storage.read_json(uri, shape)
 
 
-def figures_of_run(results: Mapping[str, Any]) -> list[Figure]:
+def _validated_in(run: str) -> str:
+    """How a run's images were given to the network, in words."""
+    uri = storage.join(storage.absolute(run), CONFIG_NAME)
+    settings = storage.read_json(uri, dict[str, Any]) if storage.exists(uri) else {}
+    return TTASettings.model_validate(settings.get("inference", {})).describe()
+
+
+def figures_of_run(results: Mapping[str, Any], protocol: str = TTASettings().describe()) -> list[Figure]:
     """From results.json: of every stage the shipped network at the last step and at its best evaluation, and the student;
     of an older version's run the first alone."""
     figures = []
@@ -254,7 +264,7 @@ def figures_of_run(results: Mapping[str, Any]) -> list[Figure]:
         names["student_mean_iou"] = "student, last step"
         for key, name in names.items():
             if key in values:
-                measured = SeedScore(stage, name, "validation", TTASettings().describe())
+                measured = SeedScore(stage, name, "validation", protocol)
                 figures.append(Figure(measured, f"seed {results['seed']}", values[key]))
     return figures
 

@@ -145,6 +145,7 @@ def overview(run: Run, label_pixels: Sequence[int] | None) -> Section:
     return {
         "summary": list(in_sentences(run, label_pixels)),
         "validation_images": len(run.split.validation),
+        "seen": "in windows" if run.settings.get("inference.window") else "whole images",
         "carved": run.split.validation_split == "carved",
         "facts": {name: value for name, value in facts.items() if value is not None},
         "rounds": [{**one, "run": redact(one["run"]), "corrected": one.get("corrected") or {}} for one in run.rounds],

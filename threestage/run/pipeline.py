@@ -216,6 +216,7 @@ class _Stages:
             excluded_ids=frozenset(self.context.split.validation),
             fixed_void=self.context.static_void,
             precision=self.config.for_stage(stage).training.precision,
+            inference=self.config.inference,
         )
         chooser = self.config.choosing_after(stage)
         if chooser is None:

@@ -102,7 +102,8 @@ def train_stage(task: StageTask, worker: Worker) -> None:
         worker.set_phase(state.step, "evaluation")
         share = WorkerShare(worker.rank, worker.world_size, worker.sum)
         dtype = autocast_dtype(config.training.precision, worker.device)
-        return evaluate(network, data.validation, classes, worker.device, share, config.pseudo_mask.batch_size, dtype)
+        batch = config.pseudo_mask.batch_size
+        return evaluate(network, data.validation, classes, worker.device, share, batch, dtype, config.inference)
 
     def at_half() -> None:
         if task.stage != STAGES[-1]:  # whatever comes after it in this run: a later one may go on from it
@@ -136,6 +137,7 @@ def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
         colours=manifest.colours,
         downscale=config.data.downscale,
         stage=task.stage,
+        inference=config.inference,
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tests.refusals import refused
 from threestage.config import validated
 from threestage.models.network import build_network
-from threestage.models.settings import NetworkSettings
+from threestage.models.settings import InferenceSettings, NetworkSettings
 from threestage.prediction import pseudo_masks
 from threestage.prediction.tta import (
     TTASettings,
@@ -22,6 +22,7 @@ from threestage.prediction.tta import (
     predict_in_windows,
     predict_probabilities,
     predict_with_tta,
+    protocol_for,
     scaled_size,
     window_logits,
     window_starts,
@@ -114,6 +115,15 @@ def test_plain_means_are_recorded_as_ever() -> None:
     assert "averaged with Hann weights" in hann.describe()
     with refused("predict/stride", "overlap=hann"):
         validated(TTASettings, {"overlap": "hann"})
+
+
+def test_a_models_own_windows_are_taken_unless_others_are_asked_for() -> None:
+    model = InferenceSettings(window=(16, 16), overlap="hann")
+    taken = protocol_for(TTASettings(flip=True), model)
+    assert (taken.window, taken.overlap, taken.flip) == ((16, 16), "hann", True)
+    asked = TTASettings(window=(32, 32))
+    assert protocol_for(asked, model) == asked
+    assert protocol_for(TTASettings(), InferenceSettings()) == TTASettings()
 
 
 def test_windows_of_an_image_smaller_in_one_direction() -> None:
