@@ -24,7 +24,7 @@ from threestage.prediction.tta import TTASettings, window_logits
 from threestage.training.metrics import mean_iou
 
 CPU = torch.device("cpu")
-WINDOWS = InferenceSettings(window=(40, 48), stride=(16, 24), overlap="hann")
+WINDOWS = InferenceSettings(window=(32, 64), stride=(16, 24), overlap="hann")
 SETTINGS = {"inference": WINDOWS.model_dump(mode="json")}
 
 
@@ -41,7 +41,7 @@ def test_evaluation_in_a_run_and_afterwards_are_one(scenes: Path) -> None:
     samples = SampleSet(samples_of(labelled_rows(str(scenes), manifest, "val").to_pydict()), 1)
     found = evaluate(network, samples, len(card.classes), CPU, inference=WINDOWS).confusion
     later = evaluate_model(network, card, str(scenes), "val")
-    assert later["confusion_matrix"] == found.tolist() and later["protocol"].startswith("windows of 40x48")
+    assert later["confusion_matrix"] == found.tolist() and later["protocol"].startswith("windows of 32x64")
     whole = evaluate(network, samples, len(card.classes), CPU).confusion
     assert not torch.equal(found, whole) and later["mean_iou"] == mean_iou(found)
 

@@ -121,7 +121,8 @@ def _in_windows(ask: Callable[[Any], Any], pixels: Any, inference: Mapping[str, 
         [0] if side <= most else [*range(0, side - most, step), side - most]
         for side, most, step in zip(size, window, stride, strict=True)
     )
-    total, count = None, torch.zeros(size, device=pixels.device)
+    total: Any = None
+    count = torch.zeros(size, device=pixels.device)
     for top in tops:
         for left in lefts:
             place = (..., slice(top, top + window[0]), slice(left, left + window[1]))

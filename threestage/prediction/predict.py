@@ -210,8 +210,7 @@ def predict_input(
     """
     source, out = storage.absolute(source), storage.absolute(out)
     card = ModelCard.model_validate_json(model[CARD])
-    settings = settings.model_copy(update={"protocol": protocol_for(settings.protocol, card.inference)})
-    check_protocol(settings.protocol, card.network)
+    settings = _for_model(settings, card)
     kind = kind_of(source, settings.input_format)
     if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):
         raise InputError(
@@ -234,6 +233,13 @@ def predict_input(
         task = task.model_copy(update={"crowded": crowded})
     report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
     return report.model_copy(update={"warnings": tuple(warnings)})
+
+
+def _for_model(settings: PredictSettings, card: ModelCard) -> PredictSettings:
+    """In the model's own windows, unless others are asked for. InputError where the windows do not suit the network."""
+    protocol = protocol_for(settings.protocol, card.inference)
+    check_protocol(protocol, card.network)
+    return settings.model_copy(update={"protocol": protocol})
 
 
 def _task(

@@ -101,8 +101,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     def score(network: nn.Module) -> Evaluation:
         worker.set_phase(state.step, "evaluation")
         share = WorkerShare(worker.rank, worker.world_size, worker.sum)
-        dtype = autocast_dtype(config.training.precision, worker.device)
-        batch = config.pseudo_mask.batch_size
+        batch, dtype = config.pseudo_mask.batch_size, autocast_dtype(config.training.precision, worker.device)
         return evaluate(network, data.validation, classes, worker.device, share, batch, dtype, config.inference)
 
     def at_half() -> None:
