@@ -18,7 +18,7 @@ from threestage.data.samples import samples_of
 from threestage.evaluation import evaluate, evaluate_model
 from threestage.models.export import ModelCard, load_card, parse_card
 from threestage.models.settings import InferenceSettings
-from threestage.prediction.pool_prediction import pseudo_masks_of
+from threestage.prediction.pool_prediction import writer_of
 from threestage.prediction.pseudo_masks import PoolTask
 from threestage.prediction.tta import TTASettings, window_logits
 from threestage.training.metrics import mean_iou
@@ -49,7 +49,7 @@ def test_evaluation_in_a_run_and_afterwards_are_one(scenes: Path) -> None:
 def test_pseudo_masks_are_made_in_the_windows() -> None:
     network = small_network(4)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
-    product = pseudo_masks_of(pool_task(WINDOWS), CPU)
+    product = writer_of(pool_task(WINDOWS), CPU)
     expected = window_logits(network, pixels.float() / 255, TTASettings(**WINDOWS.model_dump()))
     assert torch.equal(product.predict(network, pixels)[0].long(), expected.argmax(dim=1))
 
