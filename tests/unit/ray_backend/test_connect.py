@@ -46,7 +46,7 @@ def test_connecting_adds_no_variable_while_threads_live(
     before = dict(os.environ)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(connect, "leave", lambda: None)
-    monkeypatch.setattr(connect.ray_internals, "loopback_only", contextlib.nullcontext)
+    monkeypatch.setattr(ray_internals, "loopback_only", contextlib.nullcontext)
     monkeypatch.setattr(ray, "init", lambda **options: None)
     with connect.connected(config.cluster):
         assert os.environ.keys() == before.keys()
