@@ -156,8 +156,10 @@ def _recorded(
         """When the first stage has really begun: before, they may be refused."""
         nonlocal written
         if not written:
-            keep_settings(out, settings)
-            written = True
+            # tried again with the next row: whether the place takes writes is for the checkpoints to say
+            with contextlib.suppress(OSError):
+                keep_settings(out, settings)
+                written = True
         on.on_metrics(stage, row)
         then()
 
