@@ -67,10 +67,12 @@ def quick() -> Iterator[None]:
     """One thread. Files need not be on the disk: no test outlives the power. What a pixel takes is measured with small images."""
     import torch
 
+    from threestage.data import parallel
     from threestage.prediction import memory
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "ASK_STORES", ())  # a command in this process must not end it: see end_process
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(memory, "PROBE_SIDES", (32, 64))
         yield

@@ -86,7 +86,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     outcomes = json.loads(done.stdout)
     assert [outcome["name"] for outcome in outcomes] == [
         "data.root", "data.unlabelled", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster", "stage1",
-        "duration", "program",
+        "duration", "program", "onnx",
     ]  # fmt: skip
     assert all(outcome["problem"] is None for outcome in outcomes)
     assert keys() == before and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -121,7 +121,7 @@ def test_mlflow_that_is_not_there(config: Config, bucket: str, tmp_path: Path) -
     found = problems(changed(config, "registry", tracking_uri=uri), f"{bucket}/run")
     assert uri in found["registry.tracking_uri"] and "registry.tracking_uri (MLFLOW_TRACKING_URI)" in str(found)
     names = [line.name for line in check(config, f"{bucket}/run", local=True)]
-    assert names == ["data.root", "data.unlabelled", "--out", "input", "classes", "split", "duration"]
+    assert names == ["data.root", "data.unlabelled", "--out", "input", "classes", "split", "duration", "onnx"]
     (tmp_path / "mlflow.db").write_text("no database")
     wrong = changed(config, "registry", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     assert "not a database" in problems(wrong, f"{bucket}/run")["registry.tracking_uri"]

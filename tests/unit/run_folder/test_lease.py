@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import tiny_config
 from tests.refusals import refused
 from tests.store_away import StoreAway
 from tests.waiting import wait_for
@@ -231,7 +232,7 @@ def test_a_folder_within_another_driver_s_stops_with_it(tmp_path: Path) -> None:
 
 def test_a_sweep_has_one_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "checked", lambda asked: asked)
-    asked: Any = SimpleNamespace(out=str(tmp_path))
+    asked: Any = SimpleNamespace(out=str(tmp_path), config=tiny_config(tmp_path))
     show: Any = SimpleNamespace(warn=lambda text: None)
     with lease.held(asked.out, show.warn), refused("run/another-driver", tmp_path):
         sweep.run(asked, show)
