@@ -120,6 +120,15 @@ def test_a_store_that_refuses(program: str, scenes: Path, tmp_path: Path, faults
     assert f"of step {driver_step('s3://bucket/run')};" in line
 
 
+def warnings_of(out: str) -> list[str]:
+    """Those of the events, once they have been written: their thread, too, waits for a store that was away."""
+    for _ in range(60):
+        if warnings := [event["text"] for event in read_events(out) if event["kind"] == "warning"]:
+            return warnings
+        time.sleep(1)
+    return []
+
+
 @pytest.mark.parametrize(("seconds", "limit_s"), [(20, 900), (150, 5)])
 def test_a_store_that_is_away(
     program: str, scenes: Path, tmp_path: Path, faults: Faults, seconds: int, limit_s: int
@@ -135,8 +144,7 @@ def test_a_store_that_is_away(
         f"\n503 for {seconds} s, limit {limit_s} s: {before} -> {after}, {time.monotonic() - begun:.1f} s after it was back"
     )
     driver.wait_for_checkpoint(after)
-    time.sleep(2)
-    warnings = [event["text"] for event in read_events("s3://bucket/run") if event["kind"] == "warning"]
+    warnings = warnings_of("s3://bucket/run")
     print(warnings)
     assert any("training waits" in text for text in warnings) == (seconds > 100)
     driver.stop()

@@ -135,6 +135,9 @@ classes nowhere                                      | data/no-files | nowhere
 classes empty                                        | data/annotations | empty
 labels export nowhere out --to coco                  | labels/no-masks | nowhere
 labels export nowhere out --to coc                   | labels/format | --to coc | coco
+models export nowhere out.onnx --to onnx             | models/no-model | nowhere
+next nowhere --out chosen                            | run/no-champion | nowhere
+train nowhere --masks masks --ignore white           | config/usage | --ignore white | 255,255,255
 ingest nowhere out --format images --local           | data/no-files | nowhere
 ingest file out --format images --local              | storage/not-found | file
 ingest empty out --format images --local             | data/no-images | empty | .jpg

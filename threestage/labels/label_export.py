@@ -103,7 +103,7 @@ def export_labels(
 def check_format(to: str) -> None:
     """InputError where there is no such format."""
     if to not in WRITERS:
-        raise InputError(f"{to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
+        raise InputError(f"--to {to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
 
 
 def _refuse_other_exports(out: str, mark: dict[str, Any]) -> None:
