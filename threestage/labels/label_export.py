@@ -100,10 +100,10 @@ def export_labels(
     return ExportReport(images=done, masks=found.place, not_found=tuple(missing), iou=overlap.iou)
 
 
-def check_format(to: str) -> None:
+def check_format(to: str, option: str = "--to") -> None:
     """InputError where there is no such format."""
     if to not in WRITERS:
-        raise InputError(f"--to {to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
+        raise InputError(f"{option} {to}: unknown format; give one of {', '.join(WRITERS)}", "labels/format")
 
 
 def _refuse_other_exports(out: str, mark: dict[str, Any]) -> None:

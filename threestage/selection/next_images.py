@@ -89,7 +89,7 @@ def next_images(
     """
     run, out = storage.absolute(run), storage.absolute(out)
     if settings.export is not None:
-        check_format(settings.export)
+        check_format(settings.export, "--export")
     champion = champion_of(run)
     record = {"run": run, "model": champion.model, **settings.model_dump(mode="json", exclude={"export"})}
     claim(out, SELECTION)
