@@ -1,4 +1,4 @@
-"""A store that is away for a while: what needs it is tried again until it answers, and the user is told."""
+"""A store that is away for a while: what needs it is tried again until it answers, and the user is warned."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Outage:
-    """What a user is told of a store that is away: when it begins, every REMIND_S while it lasts, and when it is over."""
+    """The warnings about a store that is away: when it begins, every REMIND_S while it lasts, and when it is over."""
 
     def __init__(self, warn: Warn) -> None:
         self._warn = warn

@@ -8,6 +8,7 @@ data/           the data set
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from threestage.config import Config, load, validated
 from threestage.data import storage
@@ -39,6 +40,11 @@ class OwnImages:
     unlabelled: str | None = None
     classes: str | None = None
     ignored: tuple[Colour, ...] = ()
+
+    @cached_property
+    def _format(self) -> str:
+        """Of the masks, which are listed once for it."""
+        return format_at(self.masks)
 
     @property
     def data(self) -> str:
@@ -84,7 +90,7 @@ class OwnImages:
 
     def _ingests(self, class_map: str | None) -> list[tuple[str, dict[str, str]]]:
         """Source and settings of each ingest."""
-        labelled = {"format": format_at(self.masks), "masks": self.masks}
+        labelled = {"format": self._format, "masks": self.masks}
         if class_map is not None:
             labelled["class_map"] = class_map
         found = [(self.images, labelled)]
@@ -94,7 +100,7 @@ class OwnImages:
 
     def _class_map(self) -> str | None:
         """The class map; one is proposed for masks, and none needed for an export, which names its classes."""
-        if self.classes is not None or format_at(self.masks) != "folders":
+        if self.classes is not None or self._format != "folders":
             return self.classes
         uri = storage.join(self.out, CLASSES)
         if not storage.exists(uri):

@@ -15,7 +15,7 @@ from threestage.data import storage
 from threestage.data.outages import wait_out
 from threestage.data.pool import PoolFile, rows_of
 from threestage.data.rejects import RejectList
-from threestage.data.storage_errors import unwritable
+from threestage.data.storage_errors import refuse_unwritable
 from threestage.errors import InputError, StageFailure
 from threestage.models.export import HALFWAY_MODEL
 from threestage.prediction.pseudo_masks import (
@@ -56,12 +56,8 @@ def run(
     Where a store is away it waits, and then continues from what is done. Raises InputError before any training when the input is
     wrong, or when `out` holds a run with other inputs; UnwritablePlace when `out` takes no writes any more.
     """
-    return wait_out(
-        "the run",
-        lambda: _run(config, out, backend, on, reuse, continue_from),
-        on.on_warning,
-        lambda error: unwritable(storage.absolute(out), error, "what is finished is kept"),
-    )
+    with refuse_unwritable(storage.absolute(out)):
+        return wait_out("the run", lambda: _run(config, out, backend, on, reuse, continue_from), on.on_warning)
 
 
 def _run(

@@ -142,7 +142,7 @@ def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
 
 def _keep_halfway(task: StageTask, state: TrainState, card: ModelCard, worker: Worker) -> None:
     """By what these weights and the last ones agree on, the next stage may choose its images (`reliable_share`). They are
-    written before any later checkpoint: a stage that goes on from one has them."""
+    written before any later checkpoint: a stage that continues from one has them."""
     weights = copied(state.shipped.main_state_dict())  # type: ignore[operator]
     folder = storage.join(task.folder, HALFWAY_MODEL)
     worker.checkpoints.publish("the model of half-way", lambda: save_weights(folder, weights, card))

@@ -40,7 +40,7 @@ def test_what_is_no_outage_is_not_tried_again() -> None:
 
 
 def test_what_is_delivered_is_written_before_the_checkpoints_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a stage that goes on from one of these would lack the weights of half-way."""
+    """Else a stage that continues from one of these would lack the weights of half-way."""
     monkeypatch.setattr(outages, "FIRST_PAUSE_S", 0.01)
     written, back = list[str](), threading.Event()
 
