@@ -48,7 +48,8 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-docs: .venv/installed  ## the site, in runs/site
+docs: .venv/installed  ## how the pages read, and the site, in runs/site
+	$(BIN)/python docs/check_prose.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/installed  ## what a step, its views, the teacher, evaluation, pseudo-masks and a start cost beside plain ways; JSON in runs/
