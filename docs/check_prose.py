@@ -42,7 +42,6 @@ NOT_YET = {
     "docs/examples.md",
     "docs/getting-started.md",
     "docs/models.md",
-    "docs/reliability.md",
     "docs/research/plan.md",
     "docs/research/searches-2026.md",
     "docs/results.md",
