@@ -35,7 +35,7 @@ def test_a_cluster(
     before = storage.list_files(s3_root)
     found = {line.name: line for line in check(config, f"{s3_root}/run", local=False)}
     assert list(found) == ["data.root", "--out", "registry.tracking_uri", "input", "classes", "split", "cluster.address",
-                           "cluster", "nodes", "stage1", "stage2", "duration", "program"]  # fmt: skip
+                           "cluster", "nodes", "stage1", "stage2", "duration", "program", "onnx"]  # fmt: skip
     assert not any(line.problem for line in found.values()), found
     assert "the cluster has CPU 8 (" in found["cluster"].value and "4 images a step: " in found["stage2"].value
     large = {line.name: line for line in check(changed(config, {"cluster.workers": 9}), f"{s3_root}/run", local=False)}

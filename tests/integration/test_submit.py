@@ -26,7 +26,7 @@ from tests.conftest import copy_to, tiny_config
 from tests.listening import listening
 from threestage.data import storage
 from threestage.ray_backend.job_package import EXPECTED
-from threestage.ray_backend.submit import DETACHED, STOPPED
+from threestage.ray_backend.submit import DETACHED, STOP_S, STOPPED
 
 pytestmark = [
     pytest.mark.integration,
@@ -251,7 +251,8 @@ def test_the_cluster_shows_no_secret(place: Place) -> None:
         jobs = json.load(answer)
     (run, *_) = [job for job in jobs if (job["metadata"] or {}).get("threestage.out") == OUT]
     names = "AWS_ENDPOINT_URL_S3|AWS_ENDPOINT_URL,AWS_ACCESS_KEY_ID?,AWS_SECRET_ACCESS_KEY?,MLFLOW_S3_ENDPOINT_URL?"
-    assert run["runtime_env"]["env_vars"] == {"AWS_REGION": "us-east-1", EXPECTED: names}
+    given = {"AWS_REGION": "us-east-1", "RAY_JOB_STOP_WAIT_TIME_S": STOP_S, EXPECTED: names}
+    assert run["runtime_env"]["env_vars"] == given
     assert run["metadata"]["threestage.name"] == "tiny" and token not in json.dumps(jobs)
 
 

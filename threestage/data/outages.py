@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from threestage.data.storage_errors import explain, is_outage
 from threestage.errors import StoreAway, Warn
@@ -11,8 +11,6 @@ from threestage.format import duration
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 REMIND_S = 300.0
-
-Result = TypeVar("Result")
 
 
 class Outage:
@@ -51,30 +49,25 @@ class Outage:
         self._since, self._pause_s = None, FIRST_PAUSE_S
 
 
-def wait_out(
-    what: str,
-    work: Callable[[], Result],
-    warn: Warn,
-    refusal: Callable[[OSError], Exception | None] = lambda error: None,
-) -> Result:
-    """What `work` returns, which is done again while a store is away. Any other error is raised, or what `refusal` makes of
-    it."""
+def tries(what: str, warn: Warn) -> Iterator[AbstractContextManager[None]]:
+    """`for attempt in tries(what, warn): with attempt: …` does the block again while a store is away. Other errors pass."""
     outage = Outage(warn)
-    while True:
-        try:
-            with store_away():
-                found = work()
-        except StoreAway as error:
-            outage.begin(what, error.message)
-            outage.remind(f"{what} waits for it")
-            time.sleep(outage.pause_s())
-        except OSError as error:
-            if (end := refusal(error)) is not None:
-                raise end from error
-            raise
-        else:
-            outage.end(what)
-            return found
+    yield _attempt(what, outage)
+    while outage.lasts:
+        yield _attempt(what, outage)
+
+
+@contextlib.contextmanager
+def _attempt(what: str, outage: Outage) -> Iterator[None]:
+    try:
+        with store_away():
+            yield
+    except StoreAway as error:
+        outage.begin(what, error.message)
+        outage.remind(f"{what} waits for it")
+        time.sleep(outage.pause_s())
+    else:
+        outage.end(what)
 
 
 @contextlib.contextmanager

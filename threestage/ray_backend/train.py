@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from threestage.config import Config
 from threestage.data import storage
-from threestage.data.outages import wait_out
+from threestage.data.outages import tries
 from threestage.data.parallel import in_daemon_thread
 from threestage.data.pool import PoolFile
 from threestage.errors import InputError, StageFailure, Stopped, Warn, reason_of
@@ -216,16 +216,14 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
 def _stream_from_last_checkpoint(task: StageTask, monitor: Any) -> ray.data.Dataset:
     """Runs in the controller, for which an error is the end: an outage is waited out, any other error ends the stage."""
     checkpoints = Checkpoints(checkpoint_folder(task.folder))
-    what = f"{task.stage}: the unlabelled stream"
     try:
-        return wait_out(
-            what,
-            lambda: unlabelled_stream(task, checkpoints.latest() or Pointer()),
-            monitor.warn.remote,
-            checkpoints.refusal,
-        )
-    except (OSError, StageFailure) as error:
-        ray.get(
-            monitor.fail.remote(error if isinstance(error, StageFailure) else StageFailure(reason_of(error), FAILED))
-        )
+        for attempt in tries(f"{task.stage}: the unlabelled stream", monitor.warn.remote):
+            with attempt:
+                stream = unlabelled_stream(task, checkpoints.latest() or Pointer())
+    except OSError as error:
+        ray.get(monitor.fail.remote(checkpoints.refusal(error) or StageFailure(reason_of(error), FAILED)))
         raise
+    except StageFailure as error:
+        ray.get(monitor.fail.remote(error))
+        raise
+    return stream

@@ -12,7 +12,7 @@ from typing import Any
 import threestage
 from threestage.config import Config, StageName
 from threestage.data import storage
-from threestage.data.outages import wait_out
+from threestage.data.outages import tries
 from threestage.data.pool import PoolFile, rows_of
 from threestage.data.rejects import RejectList
 from threestage.data.storage_errors import refuse_unwritable
@@ -56,36 +56,22 @@ def run(
     Where a store is away it waits, and then continues from what is done. Raises InputError before any training when the input is
     wrong, or when `out` holds a run with other inputs; UnwritablePlace when `out` takes no writes any more.
     """
-    with refuse_unwritable(storage.absolute(out)):
-        return wait_out("the run", lambda: _run(config, out, backend, on, reuse, continue_from), on.on_warning)
-
-
-def _run(
-    config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None, continue_from: str | None
-) -> dict[str, Any]:
-    folder = RunFolder.at(out, reuse)
-    context = RunContext.resolve(config, folder, continuation.read_or_begin(folder, config, continue_from, reuse))
-    label_pixels = context.check(on.on_warning)
-    folder = folder.with_reuse(context.config, reuse, context.digests)
-    context = context.written_into(folder, backend.predict_pool)
-    pool = find_in_background(context.config, folder, context.manifest, backend.map, on.on_warning)
-    stages_of = _Stages(context, folder, label_pixels, pool, backend, on)
-    stages: dict[StageName, dict[str, Any]] = {}
-    previous: dict[str, Any] | None = None
-    pseudo_masks: PseudoMaskSet | None = None
-    for number, stage in enumerate(context.config.stage_names, 1):
-        learnt_from = pseudo_masks
-        done = stages_of.train(stage, number, None if learnt_from is None else learnt_from.digest)
-        if previous is not None:
-            stages_of.check_progress(stage, done["mean_iou"], previous["mean_iou"])
-        pseudo_masks = stages_of.predict(stage, number, done["model_digest"]) if stages_of.predicts(stage) else None
-        stages[stage] = figures_of(done, pseudo_masks, len(folder.rejects(stage)))
-        lineage = lineage_of(context, folder, stage, done, previous, learnt_from, pseudo_masks)
-        summary = {key: value for key, value in stages[stage].items() if key != "per_class_iou"}
-        on.on_stage_done(outcome_of(context, folder, summary, done, lineage))
-        previous = done
-    results = _results(context, folder, stages, rows_of(pool()))
-    storage.write_json(storage.join(folder.out, "results.json"), results)
+    for attempt in tries("the run", on.on_warning):
+        with attempt, refuse_unwritable(storage.absolute(out)):
+            stages_of = _Stages.prepare(config, out, backend, on, reuse, continue_from)
+            stages: dict[StageName, dict[str, Any]] = {}
+            previous: dict[str, Any] | None = None
+            pseudo_masks: PseudoMaskSet | None = None
+            for number, stage in enumerate(config.stage_names, 1):
+                learnt_from = pseudo_masks
+                done = stages_of.train(stage, number, None if learnt_from is None else learnt_from.digest)
+                if previous is not None:
+                    stages_of.check_progress(stage, done["mean_iou"], previous["mean_iou"])
+                pseudo_masks = stages_of.predict(stage, number, done["model_digest"])
+                stages[stage] = stages_of.report(stage, done, previous, learnt_from, pseudo_masks)
+                previous = done
+            results = _results(stages_of.context, stages_of.folder, stages, rows_of(stages_of.pool()))
+            storage.write_json(storage.join(stages_of.folder.out, "results.json"), results)
     return results
 
 
@@ -99,6 +85,19 @@ class _Stages:
     pool: Callable[[], list[PoolFile]]
     backend: Backend
     on: RunCallbacks
+
+    @classmethod
+    def prepare(
+        cls, config: Config, out: str, backend: Backend, on: RunCallbacks, reuse: str | None, continue_from: str | None
+    ) -> "_Stages":
+        """Read, check and write down what the run works with."""
+        folder = RunFolder.at(out, reuse)
+        context = RunContext.resolve(config, folder, continuation.read_or_begin(folder, config, continue_from, reuse))
+        label_pixels = context.check(on.on_warning)
+        folder = folder.with_reuse(context.config, reuse, context.digests)
+        context = context.written_into(folder, backend.predict_pool)
+        pool = find_in_background(context.config, folder, context.manifest, backend.map, on.on_warning)
+        return cls(context, folder, label_pixels, pool, backend, on)
 
     @property
     def config(self) -> Config:
@@ -162,14 +161,13 @@ class _Stages:
             text = f"{stage} scores {score:.3f} mean IoU, less than the {before:.3f} of the stage before"
             check_collapse(self.config.pseudo_mask.on_collapse, text, self.on.on_warning)
 
-    def predicts(self, stage: StageName) -> bool:
-        """The last stage's pseudo-masks are not trained on: they are what the final model says of the pool."""
-        return stage != self.config.stage_names[-1] or self.config.pseudo_mask.final_stage
-
-    def predict(self, stage: StageName, number: int, model_digest: str) -> PseudoMaskSet:
-        """Predict the pool with a stage's model, unless that is done."""
+    def predict(self, stage: StageName, number: int, model_digest: str) -> PseudoMaskSet | None:
+        """Predict the pool with a stage's model, unless that is done; after the last stage, for which no stage learns from it,
+        only where `pseudo_mask.final_stage` asks for it."""
+        if stage == self.config.stage_names[-1] and not self.config.pseudo_mask.final_stage:
+            return None
         part, files = f"pseudo_masks{number}", self.pool()
-        task = self._pool_task(stage, part, model_digest)
+        task = _pool_task(self.context, self.folder, stage, part, model_digest)
         digest, found = set_digest(task, files), self.folder.set_digest(part, self.config.stage_names)
         comparing = task.model_copy(update={"halfway_model": ""})  # made for a run that compares, they serve any
         as_before = task.model_copy(update={"precision": "auto"})  # an older threestage predicted every pool so
@@ -199,33 +197,20 @@ class _Stages:
             statistics=statistics.summary(),
         )
 
-    def _pool_task(self, stage: StageName, part: str, model_digest: str) -> PoolTask:
-        """With the weights by which the next stage chooses its images, if it does."""
-        task = PoolTask(
-            destination=self.folder.part(part),
-            model_digest=model_digest,
-            num_classes=len(self.context.manifest.classes),
-            downscale=self.config.data.downscale,
-            max_image_pixels=self.config.data.max_image_pixels,
-            batch_size=self.config.pseudo_mask.batch_size,
-            used_ids=frozenset(self.context.split.labelled),
-            excluded_ids=frozenset(self.context.split.validation),
-            fixed_void=self.context.static_void,
-            precision=self.config.for_stage(stage).training.precision,
-            inference=self.config.inference,
-        )
-        chooser = self.config.choosing_after(stage)
-        if chooser is None:
-            return task
-        halfway = storage.join(self.folder.part(stage), HALFWAY_MODEL)
-        if not storage.exists(storage.join(halfway, "model.json")):
-            raise InputError(
-                f"{chooser}.reliable_share={self.config.stage(chooser).reliable_share}: {halfway} is missing, an "
-                f"older threestage trained {stage}; set it to 1, or delete {self.folder.part(stage)} and what "
-                "follows it",
-                "run/no-halfway-weights",
-            )
-        return task.model_copy(update={"halfway_model": halfway})
+    def report(
+        self,
+        stage: StageName,
+        done: Mapping[str, Any],
+        previous: Mapping[str, Any] | None,
+        learnt_from: PseudoMaskSet | None,
+        made: PseudoMaskSet | None,
+    ) -> dict[str, Any]:
+        """Pass a finished stage to the callbacks; returns its figures. The arguments are those of `lineage_of`."""
+        figures = figures_of(done, made, len(self.folder.rejects(stage)))
+        lineage = lineage_of(self.context, self.folder, stage, done, previous, learnt_from, made)
+        summary = {key: value for key, value in figures.items() if key != "per_class_iou"}
+        self.on.on_stage_done(outcome_of(self.context, self.folder, summary, done, lineage))
+        return figures
 
     def _check_set(self, stage: StageName, part: str, statistics: Statistics) -> None:
         """Warn of images that were left out; warn, or stop, when a class has vanished from the pseudo-masks."""
@@ -238,6 +223,36 @@ class _Stages:
         if vanished:
             text = f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks"
             check_collapse(self.config.pseudo_mask.on_collapse, text, self.on.on_warning)
+
+
+def _pool_task(context: RunContext, folder: RunFolder, stage: StageName, part: str, model_digest: str) -> PoolTask:
+    """With the weights by which the next stage chooses its images, if it does."""
+    config = context.config
+    task = PoolTask(
+        destination=folder.part(part),
+        model_digest=model_digest,
+        num_classes=len(context.manifest.classes),
+        downscale=config.data.downscale,
+        max_image_pixels=config.data.max_image_pixels,
+        batch_size=config.pseudo_mask.batch_size,
+        used_ids=frozenset(context.split.labelled),
+        excluded_ids=frozenset(context.split.validation),
+        fixed_void=context.static_void,
+        precision=config.for_stage(stage).training.precision,
+        inference=config.inference,
+    )
+    chooser = config.choosing_after(stage)
+    if chooser is None:
+        return task
+    halfway = storage.join(folder.part(stage), HALFWAY_MODEL)
+    if not storage.exists(storage.join(halfway, "model.json")):
+        raise InputError(
+            f"{chooser}.reliable_share={config.stage(chooser).reliable_share}: {halfway} is missing, an "
+            f"older threestage trained {stage}; set it to 1, or delete {folder.part(stage)} and what "
+            "follows it",
+            "run/no-halfway-weights",
+        )
+    return task.model_copy(update={"halfway_model": halfway})
 
 
 def _counted(

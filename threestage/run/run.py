@@ -11,7 +11,7 @@ from threestage.checks.store import check_store, check_writable
 from threestage.config import Config, load, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
-from threestage.data.outages import wait_out
+from threestage.data.outages import tries
 from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
 from threestage.data.storage_errors import refuse_unwritable
@@ -91,8 +91,9 @@ def run_checked(
             recorded = recording.enter_context(_sent_to_mlflow(config, out, held, on, registered))
         with _backend(config, out, local, recorded) as backend:
             results = pipeline.run(config, out, backend, recorded, reuse, continue_from)
-        with refuse_unwritable(out):
-            wait_out("the run's pictures", lambda: write_pictures(config, out), on.on_warning)
+        for attempt in tries("the run's pictures", on.on_warning):
+            with attempt, refuse_unwritable(out):
+                write_pictures(config, out)
         _write_page(out, on.on_warning)
     return results | {"registered": [asdict(version) for version in registered]}
 

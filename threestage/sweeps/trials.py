@@ -22,7 +22,7 @@ from pydantic import BeforeValidator
 
 from threestage.config import STAGES, Config, StageName, changed, flatten
 from threestage.data import storage
-from threestage.data.outages import wait_out
+from threestage.data.outages import tries
 from threestage.data.storage_errors import refuse_unwritable
 from threestage.errors import InputError, Warn
 from threestage.run_folder.records import StageResult
@@ -205,8 +205,9 @@ class _Journal:
 
     def publish(self, warn: Warn) -> None:
         """An outage is waited out: nothing follows from a change before it is published. Raises UnwritablePlace."""
-        with refuse_unwritable(self._uri.removesuffix(f"/{JOURNAL}")):
-            wait_out("the sweep's record", lambda: storage.write_bytes(self._uri, self._copy.read_bytes()), warn)
+        for attempt in tries("the sweep's record", warn):
+            with attempt, refuse_unwritable(self._uri.removesuffix(f"/{JOURNAL}")):
+                storage.write_bytes(self._uri, self._copy.read_bytes())
 
 
 def _record(space: Space, trial: Trial) -> "optuna.trial.FrozenTrial":
