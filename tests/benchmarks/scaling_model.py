@@ -301,7 +301,7 @@ def tables(c: Constants, m: Coordination | None = None) -> str:
     if m is None:
         lines += ["", NOT_MEASURED]
     else:
-        title = f"Coordination, {m.date}, {m.machine}: what a step that sleeps {m.sleep_ms:g} ms takes longer; last, the fit"
+        title = f"Coordination, {m.date}, {m.machine}: extra time of a step that sleeps {m.sleep_ms:g} ms, and the fit"
         whole = [f"{value:.2f}" for value in m.overhead_ms_per_step]
         coordination = [*m.coordination_ms(), *(1000 * m.seconds(n) for n in (8, 64, 512))]
         rows = [["ms a step", *whole, "", "", ""], ["coordination", *(f"{value:.2f}" for value in coordination)]]
@@ -318,7 +318,7 @@ def tables(c: Constants, m: Coordination | None = None) -> str:
         ["", "1 GPU, h", "8, h", "64, h", "512, h", "8, min (7,500 steps)", "64, min (938)", "512, min (117)"],
         [[w.name, *(short(hours(c, row(c, w, n, m))) for n in (1, 8, 64, 512)),
           *(short(60 / n * hours(c, row(c, w, n, m))) for n in (8, 64, 512))] for w in WORKLOADS])
-    lines += table("How many GPUs each limit feeds, and the images a step needs on a GPU before kernel launches are hidden",
+    lines += table("How many GPUs each limit feeds, and images a GPU needs in a step to hide kernel launches",
         ["", "300 blocks/s", "1,000", "3,000", "1,024 read tasks", "a prefix by reference", "cores a GPU", "images a GPU"],
         [feeding_cells(c, w) for w in WORKLOADS])
     free = replace(c, stream_tasks=10**9, blocks_per_s=1e9, prefixes=10**6)
