@@ -16,13 +16,18 @@ from threestage.config import Config
 from threestage.settings import Settings
 
 PAGE = Path(__file__).parent / "configuration.md"
+LINE_WIDTH = 100
 INTRODUCTION = """# Every setting
 
-Written by `python docs/make_configuration.py` from the models that check a configuration; do not edit it by hand.
+- **One setting**: `--set a.b=c`.
+- **Your own file**: YAML with nested keys. `base: PRESET` gives the keys that the file leaves out.
+- **All values**: `threestage config PRESET` prints a whole configuration.
 
-`threestage config PRESET` prints a whole configuration, `--set a.b=c` changes one key, and a YAML file holds your own:
-nested, as the keys below say, with `base: PRESET` for what it does not name. Unknown keys and wrong values are refused with
-the keys that are valid there. "Faithful" is what the paper's authors did ([the method](method.md)).
+Unknown keys and wrong values are errors that name the valid ones. "Paper: 0" is the value of the
+published runs ([the method](method.md)).
+
+`python docs/make_configuration.py` writes this page from the models that check a configuration. Do
+not edit it by hand.
 """
 NAMES = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", NoneType: "`null`"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -31,7 +36,7 @@ BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def page() -> str:
     """The whole page: a section for each section of the configuration, the keys of the top first."""
     top = {name: field for name, field in Config.model_fields.items() if _section(field) is None}
-    parts = [INTRODUCTION, "## Of the run\n", _table(_rows(top, Config, ""))]
+    parts = [INTRODUCTION, "## Run\n", _table(_rows(top, Config, ""))]
     for name, field in Config.model_fields.items():
         if (model := _section(field)) is not None:
             parts += [f"## {name}\n", *_purpose(model), _table(_keys(model, f"{name}."))]
@@ -45,7 +50,8 @@ def _section(field: FieldInfo) -> type[Settings] | None:
 
 def _purpose(model: type[Settings]) -> list[str]:
     """The first paragraph of a model's docstring, if it has one of its own."""
-    return [] if model.__doc__ is None else [" ".join(model.__doc__.split("\n\n")[0].split()) + "\n"]
+    text = " ".join((model.__doc__ or "").split("\n\n")[0].split())
+    return [textwrap.fill(text, LINE_WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"] if text else []
 
 
 def _keys(model: type[Settings], prefix: str) -> Iterator[tuple[str, ...]]:
@@ -64,7 +70,7 @@ def _rows(fields: dict[str, FieldInfo], model: type[Settings], prefix: str) -> I
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> str:
-    lines = ["| key | values | default | |", "|---|---|---|---|"]
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -114,7 +120,7 @@ def _yaml(value: Any) -> str:
 
 
 def _docstrings(model: type[Settings]) -> dict[str, str]:
-    """What a model says of its keys outside of `description`: the string below a key, or "`key`: …" in its own."""
+    """The descriptions of keys that have no `description`: the string below a key, or "`key`: …" in the model's docstring."""
     told = {}
     for key, text in re.findall(r"`(\w+)`: (.+?)(?=\s+`\w+`: |\Z)", model.__doc__ or "", re.DOTALL):
         told[key] = " ".join(text.split()).rstrip(".")

@@ -90,69 +90,64 @@ STAGES: tuple[StageName, ...] = ("stage1", "stage2", "stage3")
 
 
 class SupervisedSettings(Settings):
-    weight: float = Field(0.5, ge=0, description="w_sup of stages 2 and 3")
+    weight: float = Field(0.5, ge=0, description="weight w_sup of the supervised loss in stages 2 and 3")
     strong_view: bool = Field(
         False,
-        description="stages 2 and 3 learn the strong view of labelled images beside the weak one; off is faithful",
+        description="also train stages 2 and 3 on the strong view of labelled images; paper: false",
     )
     class_weight: float = Field(
-        0.0, ge=0, le=1, description="a labelled pixel counts ∝ the pixels of its class^-class_weight; 0 is faithful"
+        0.0, ge=0, le=1, description="weight labelled pixels ∝ (pixels of their class)^-class_weight; paper: 0"
     )
     hard_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each labelled image's pixels, those of highest loss, that are learnt (OHEM)",
+        description="share of each labelled image's pixels to train on, those of highest loss (OHEM)",
     )
-    dice: float = Field(0.0, ge=0, description="weight of the soft Dice loss of labelled images; 0 is faithful")
+    dice: float = Field(0.0, ge=0, description="weight of the soft Dice loss of labelled images; paper: 0")
 
 
 class ConsistencySettings(Settings):
-    weight: float = Field(0.25, ge=0, description="w_con")
+    weight: float = Field(0.25, ge=0, description="weight w_con of the consistency loss")
     confidence_threshold: float = Field(
-        0.0, ge=0, le=1, description="teacher pixels below it become 255; 0 is faithful"
+        0.0, ge=0, le=1, description="ignore teacher pixels of lower confidence; paper: 0"
     )
     threshold_rule: ThresholdRule = Field(
-        "fixed", description="what scales the threshold: nothing (faithful), a batch's mean confidence, or each class's"
+        "fixed",
+        description="factor on the threshold: 1 (fixed; paper), the mean confidence of the batch (dynamic) or of each class",
     )
-    weight_by_confidence: bool = Field(
-        False, description="a pixel counts for the teacher's confidence; off is faithful"
-    )
-    ramp_up: float = Field(
-        0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; 0 is faithful"
-    )
-    strong_views: int = Field(1, ge=1, le=2, description="of each unlabelled image, for L_con; 1 is faithful")
+    weight_by_confidence: bool = Field(False, description="weight each pixel by the teacher's confidence; paper: false")
+    ramp_up: float = Field(0.0, ge=0, le=1, description="share of a stage's steps over which w_con rises; paper: 0")
+    strong_views: int = Field(1, ge=1, le=2, description="strong views of each unlabelled image in L_con; paper: 1")
     feature_dropout: float = Field(
-        0.0, ge=0, lt=1, description="of channels, in a weak view that L_con takes beside the strong one; 0 is faithful"
+        0.0, ge=0, lt=1, description="channel dropout of a weak view that L_con also uses; 0: no such view (paper)"
     )
     feature_weight: float | None = Field(
-        None, ge=0, description="weight of the feature_dropout view as a term of its own; null: it is a part of L_con"
+        None, ge=0, description="weight of the feature_dropout view as a separate term; null: part of L_con"
     )
     complementary_dropout: bool = Field(
-        False, description="of two strong views each sees the feature channels that the other loses; off is faithful"
+        False, description="each of two strong views keeps the feature channels that the other drops; paper: false"
     )
-    labelled: bool = Field(True, description="whether L_con is of labelled images too; on is faithful")
+    labelled: bool = Field(True, description="compute L_con of labelled images too; paper: true")
     normaliser: Normaliser = Field(
-        "kept", description="pixels that L_con is divided by: those above the threshold (faithful), or all"
+        "kept", description="pixels to divide L_con by: those above the threshold (kept; paper), or all"
     )
     cutmix: float = Field(
-        0.0, ge=0, le=1, description="chance that a box of an unlabelled strong view shows another; 0 is faithful"
+        0.0, ge=0, le=1, description="probability that a box of an unlabelled strong view shows another image; paper: 0"
     )
 
 
 class Stage1Settings(Settings):
     steps: int = Field(20_000, ge=1, description="optimiser steps")
-    labelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch_scope)")
-    strong_view: bool = Field(
-        False, description="learn the strong view beside the weak one (the control of the method)"
-    )
+    labelled_batch: int = Field(4, ge=1, description="labelled images per step and worker (training.batch_scope)")
+    strong_view: bool = Field(False, description="also train on the strong view (the control of the method)")
     unlabelled_batch: int = Field(
         0,
         ge=0,
-        description="above 0 stage 1 learns the pool too, by consistency alone (one-stage methods such as UniMatch)",
+        description="unlabelled images per step and worker: one-stage training by consistency on the pool; paper: 0",
     )
     ema: bool = Field(
-        False, description="ship the moving average of the weights, as later stages do (ema.decay); off is faithful"
+        False, description="deliver the moving average of the weights, as later stages do (ema.decay); paper: false"
     )
     warm_start: ClassVar[bool] = False
     reliable_share: ClassVar[float] = 1.0
@@ -165,18 +160,18 @@ class Stage1Settings(Settings):
 
 class SelfTrainingSettings(Settings):
     steps: int = Field(60_000, ge=1, description="optimiser steps")
-    labelled_batch: int = Field(1, ge=1, description="images per step, of each worker (training.batch_scope)")
-    unlabelled_batch: int = Field(4, ge=1, description="images per step, of each worker (training.batch_scope)")
-    warm_start: bool = Field(False, description="start from the previous stage's weights; off is faithful")
+    labelled_batch: int = Field(1, ge=1, description="labelled images per step and worker (training.batch_scope)")
+    unlabelled_batch: int = Field(4, ge=1, description="unlabelled images per step and worker (training.batch_scope)")
+    warm_start: bool = Field(False, description="start from the previous stage's weights; paper: false")
     reliable_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="learn from this share of the pool: the images on which the stage before agreed most with its own weights of "
-        "half-way (ST++); 1, all, is faithful",
+        description="share of the pool to train on: the images on which the previous stage agrees most with its half-way weights "
+        "(ST++); paper: 1",
     )
     overrides: dict[Section, dict[str, Any]] = Field(
-        {}, description="settings that this stage alone has, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
+        {}, description="settings of this stage only, e.g. {pseudo_mask: {confidence_threshold: 0.9}}"
     )
     has_teacher: ClassVar[bool] = True
 
@@ -187,10 +182,10 @@ class Config(Settings):
     name: str = Field(
         "run",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="of runs/NAME and, unless registry.model_name says otherwise, of the registered model",
+        description="name of the run: of its folder runs/NAME, and of the registered model unless registry.model_name is set",
     )
-    seed: int = Field(0, description="of networks, batches and augmentation")
-    stages: Annotated[int, Field(ge=1, le=3)] = Field(3, description="run this many of the three")
+    seed: int = Field(0, description="random seed of networks, batches and augmentation")
+    stages: Annotated[int, Field(ge=1, le=3)] = Field(3, description="number of stages to run")
     data: DataSettings
     network: NetworkSettings = NetworkSettings()
     augment: AugmentSettings

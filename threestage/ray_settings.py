@@ -9,20 +9,26 @@ from threestage.settings import Settings
 
 
 class ClusterSettings(Settings):
-    address: str | None = Field(None, description="of a running cluster; none starts one on this machine")
+    address: str | None = Field(None, description="address of a running cluster; null starts one on this machine")
     workers: int | tuple[int, int] = Field(
-        1, description="training processes; [least, most]: goes on with fewer when nodes are lost, takes new ones in"
+        1, description="training processes; [least, most]: continues with fewer when nodes are lost, and adds new ones"
     )
-    cpus_per_worker: float = Field(1, gt=0, description="of a training worker, and of a predictor")
-    gpus_per_worker: float = Field(0, ge=0, description="the same; 0 trains on the CPU")
-    resources_per_worker: dict[str, float] = Field({}, description="what else a worker takes, in Ray's names: memory …")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker, and of a predictor")
+    gpus_per_worker: float = Field(
+        0, ge=0, description="GPUs of a training worker, and of a predictor; 0 trains on the CPU"
+    )
+    resources_per_worker: dict[str, float] = Field(
+        {}, description="other resources of a worker, in Ray's names: memory …"
+    )
     accelerator: str | None = Field(None, description="type of the GPUs in Ray's names, e.g. H100 or A10G")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="workers on few nodes or on many; STRICT: on one, or each on its own"
+        "PACK", description="few nodes (PACK) or many (SPREAD); STRICT: one node, or one per worker"
     )
-    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="communication library; auto: nccl on GPUs, gloo on CPUs"
+    )
     sync_batch_norm: bool | None = Field(
-        None, description="batch norm over the images of all workers; null: on GPUs, where some is live"
+        None, description="batch norm over the images of all workers; null: on GPUs, if some batch norm is live"
     )
     predictors: int | None = Field(
         None, ge=1, description="processes that predict pseudo-masks; null: as many as workers"
@@ -30,23 +36,20 @@ class ClusterSettings(Settings):
     max_failures: int = Field(
         3,
         ge=-1,
-        description="times a stage is restarted from its last checkpoint, or files are begun again whose process was lost; "
-        "-1: always",
+        description="maximum restarts of a stage from its last checkpoint, and of files whose process was lost; -1: no limit",
     )
     start_timeout_s: int = Field(
         300,
         ge=1,
-        description="how long a run waits without room for its workers, and without a new node, before it fails",
+        description="seconds without room for the workers and without a new node after which the run fails",
     )
-    report_after_s: int = Field(
-        30, ge=1, description="when missing resources are reported, and again each time it has passed"
-    )
-    collective_timeout_s: int = Field(600, ge=1, description="how long workers wait for one that is cut off")
-    hang_after_s: int = Field(300, ge=1, description="without a step, every worker writes its stack to its log")
+    report_after_s: int = Field(30, ge=1, description="seconds between reports of missing resources")
+    collective_timeout_s: int = Field(600, ge=1, description="seconds that workers wait for an unreachable one")
+    hang_after_s: int = Field(300, ge=1, description="seconds without a step after which every worker logs its stack")
     resize_after_s: float = Field(
         600,
         ge=0,
-        description="how often an elastic group takes new nodes in; it then starts again from its last checkpoint",
+        description="seconds between additions of new nodes to an elastic group, which then restarts from its last checkpoint",
     )
 
     @property

@@ -31,18 +31,18 @@ class StrongSettings(Settings):
     """RandAugment and cutout; the defaults are the paper's."""
 
     operations: int = Field(3, ge=0, description="operations drawn per image, with replacement")
-    probability: float = Field(0.5, ge=0, le=1, description="chance that a drawn operation is applied")
-    levels: tuple[int, int] = Field((1, 9), description="least and greatest level; the magnitude is level / 10")
-    cutouts: int = Field(3, ge=0, description="squares cut out per image; their pixels keep their labels")
+    probability: float = Field(0.5, ge=0, le=1, description="probability that a drawn operation is applied")
+    levels: tuple[int, int] = Field((1, 9), description="smallest and largest level; the magnitude is level / 10")
+    cutouts: int = Field(3, ge=0, description="squares cut out of each image; their pixels keep their labels")
     cutout_size: int = Field(32, ge=0, description="side of a cutout in pixels")
     jitter: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="chance of colour jitter (brightness, contrast, saturation 0.5, hue 0.25); 0 is faithful",
+        description="probability of colour jitter (brightness, contrast, saturation 0.5, hue 0.25); paper: 0",
     )
-    grey: float = Field(0.0, ge=0, le=1, description="chance that a view is grey; 0 is faithful")
-    blur: float = Field(0.0, ge=0, le=1, description="chance of a blur of sigma 0.1 to 2 pixels; 0 is faithful")
+    grey: float = Field(0.0, ge=0, le=1, description="probability that a view is grey; paper: 0")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a blur of sigma 0.1 to 2 pixels; paper: 0")
 
     @model_validator(mode="after")
     def _ordered(self) -> "StrongSettings":

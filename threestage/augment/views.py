@@ -25,18 +25,20 @@ FILL = 128
 
 
 class AugmentSettings(Settings):
-    """What a training batch is cropped to, and how its views differ from the images."""
+    """Crops and views of training images."""
 
     crop_size: tuple[int, int] = Field(description="height and width of every view in pixels")
-    scale: tuple[float, float] = Field((1.0, 1.0), description="least and greatest random scale; 1, 1 keeps the pixels")
-    scale_step: float = Field(0.1, ge=0, description="scales are drawn in these steps; 0 is continuous")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="chance of a horizontal flip")
+    scale: tuple[float, float] = Field(
+        (1.0, 1.0), description="smallest and largest random scale; 1, 1 keeps the pixels"
+    )
+    scale_step: float = Field(0.1, ge=0, description="step between random scales; 0: continuous")
+    flip_probability: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     class_balance: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="labelled crops are drawn around a pixel of a class of chance ∝ its pixels^-class_balance (near 0: every "
-        "class alike; 1: the rarest most); 0, faithful: every image in turn, cut anywhere",
+        description="draw labelled crops around a pixel of a class, with probability ∝ (its pixels)^-class_balance. Near 0: all "
+        "classes equally often; 1: the rarest most; 0: off (paper)",
     )
     strong: StrongSettings = StrongSettings()
 

@@ -83,35 +83,33 @@ LabelledIds = Annotated[str, Field(min_length=1)]
 
 
 class DataSettings(Settings):
-    """Which data set, and which of its labels a run may see.
+    """The data set, and the labels that a run may use.
 
-    `labelled`: which masks the run may use: a count, a fraction of those that exist, "all", or a path or URI of a text file
-    with an image id at the beginning of each line (with or without a suffix, as published splits have it). Where the set has no
-    val split, the share `validation` of them is carved off to validate on. `downscale`: whole factor by which images
-    and masks are made smaller: the mean of the pixels, the majority of the ids.
-    `fixed_void`: a pixel that is void in at least this share of the labelled masks is void in every pseudo-mask of their
-    size (a camera's own vehicle); null: none is.
-    `unlabelled`: where more images for the pool lie: a folder or prefix of image files, which is listed, or a data set.
-    `max_bad_fraction`: the job fails when more than this share of the pool's images cannot be used.
-    `max_image_pixels`: a larger image is not decoded (a decompression bomb).
+    `labelled`: masks that the run may use: a count, a fraction, "all", or the path or URI of a text file with an image id at
+    the start of each line, with or without a suffix. `downscale`: integer factor by which images and masks are reduced: mean
+    of the pixels, majority of the ids.
+    `fixed_void`: pixels that are void in at least this share of the labelled masks are void in every pseudo-mask of the same
+    size (the camera's own vehicle); null: none.
+    `unlabelled`: more images for the pool: a folder or prefix of image files, or a data set.
+    `max_bad_fraction`: share of unusable images in the pool above which the run fails.
+    `max_image_pixels`: larger images are not decoded (decompression bombs).
     """
 
-    root: str = Field(description="the data set that `threestage ingest` made: a path or s3://bucket/prefix")
+    root: str = Field(description="data set made by `threestage ingest`: a path or s3://bucket/prefix")
     unlabelled: str | None = None
     labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | LabelledIds = "all"
-    split_seed: int = Field(0, description="decides which labels a count or fraction takes")
+    split_seed: int = Field(0, description="random seed of the labels that a count or fraction takes")
     validation: float = Field(
         default=0.2,
         ge=0,
         lt=1,
-        description="share of the labels set aside to validate on, where the data set has no val split",
+        description="share of the labels set aside for validation if the data set has no val split",
     )
     group: str | None = Field(
         default=None,
         min_length=1,
-        description="what images of one scene share, so that they stay on one side of training and validation: a regular "
-        "expression on the image id (its first group in brackets, else all that matches), or a path or URI of a .csv file with "
-        "the columns image_id and group",
+        description="scene of an image; a scene stays on one side of training and validation. A regular expression on the image "
+        "id (its first group in brackets, else the whole match), or a .csv file with the columns image_id and group",
     )
     downscale: int = Field(default=1, ge=1)
     fixed_void: float | None = Field(default=None, gt=0, le=1)

@@ -58,12 +58,12 @@ ANONYMOUS_VARIABLE = "THREESTAGE_S3_ANONYMOUS"
 
 
 class StorageSettings(Settings):
-    """How s3:// is reached. Credentials come from the environment or the node's role, never from here."""
+    """Access to s3://. Credentials come from the environment or the node's role, never from settings."""
 
     endpoint: str | None = Field(None, description="URL of a store that is not AWS; null: AWS_ENDPOINT_URL")
-    region: str | None = Field(None, description="null: AWS_REGION, else us-east-1")
+    region: str | None = Field(None, description="region; null: AWS_REGION, else us-east-1")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
-        "auto", description="auto: path where an endpoint is given, else virtual"
+        "auto", description="URL style of buckets; auto: path if an endpoint is set, else virtual"
     )
     anonymous: bool = Field(False, description="send no credentials (public buckets)")
 

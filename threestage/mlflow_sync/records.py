@@ -14,13 +14,13 @@ Row = Mapping[str, float]
 
 
 class RegistrySettings(Settings):
-    """Where runs and models are recorded."""
+    """MLflow, which records runs and models."""
 
     tracking_uri: str | None = None
-    """null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder, which `mlflow ui` there shows."""
-    experiment: str = Field("threestage", description="its name in MLflow")
+    """Address of MLflow; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder (`mlflow ui` shows it)."""
+    experiment: str = Field("threestage", description="name of the MLflow experiment")
     model_name: str | None = Field(default=None, pattern=r"^[^/:@]+$")
-    """Of the registered model, one for a project; null: the run's name."""
+    """Name of the registered model, one per project; null: the run's name."""
 
 
 @dataclass(frozen=True)

@@ -14,39 +14,39 @@ WEIGHTS_KEYS = {"path", "mean", "std"}
 
 
 class NetworkSettings(Settings):
-    """Which network, and where its weights come from. `head: linear` or `dpt` and `align_corners: false` suit a ViT."""
+    """The network and its initial weights. For a ViT take `head=linear` or `dpt`, and `align_corners=false`."""
 
     encoder: str = "resnet101"
-    """A timm name."""
+    """Timm name of the encoder."""
     weights: str | None = None
     """Path or URI of a .safetensors or .pth file with the encoder's weights, or {path, mean, std}; null: see `pretrained`."""
     pretrained: bool = False
-    """Fetch timm's own weights from its hub; without `weights` and this the encoder starts from random numbers."""
+    """Download timm's weights; without this and `weights` the encoder starts from random numbers."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
     head: Literal["deeplabv2", "deeplabv3plus", "linear", "dpt"] = "deeplabv2"
-    """Of the logits: the paper's, a newer one, one 1×1 convolution (for a ViT), or DPT on four maps of a ViT."""
+    """Decoder: the paper's (deeplabv2), a newer one, one 1×1 convolution (for a ViT), or DPT on four maps of a ViT."""
     dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=64)] = (
         6,
         12,
         18,
         24,
     )
-    """Of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
+    """Dilations of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
     head_width: Annotated[int, Field(ge=1, le=8192)] = 256
-    """Channels inside deeplabv3plus; a tiny encoder does with fewer."""
+    """Channels inside deeplabv3plus; a tiny encoder needs fewer."""
     batch_norm: Literal["frozen", "live"] = "frozen"
-    """Of the encoder and the branch; frozen fixes statistics, scale and shift. Train from scratch with live."""
+    """Batch norm of the encoder and the branch; frozen fixes statistics, scale and shift. From scratch take live."""
     freeze_encoder: bool = False
-    """Train the heads only. The branch keeps its copy of the encoder's last stage as it is, too."""
+    """Train the heads only. The branch's copy of the encoder's last stage is frozen too."""
     gradient_checkpointing: bool = False
-    """Compute a ViT's blocks again in the backward pass: less memory, more time."""
+    """Recompute a ViT's blocks in the backward pass: less memory, more time."""
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.485, 0.456, 0.406)
-    """As `std`."""
+    """Mean of RGB in [0,1] that the encoder's weights expect."""
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
-    """What the encoder's weights expect of RGB in [0,1]."""
+    """Standard deviation of RGB in [0,1] that the encoder's weights expect."""
     align_corners: bool = True
-    """Of the bilinear upsampling of the logits."""
+    """Align corners in the bilinear upsampling of the logits."""
 
     @model_validator(mode="before")
     @classmethod
@@ -72,15 +72,14 @@ class NetworkSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """How an image is given to the network wherever a run predicts: when it evaluates, for pseudo-masks, and when its models are
-    used. In windows, or whole."""
+    """Whole images or windows, wherever a run predicts: in evaluation, for pseudo-masks, and when its models are used."""
 
     window: Size | None = Field(
-        None, description="height and width in pixels, after `data.downscale`; null: the whole image"
+        None, description="height and width of a window in pixels, after `data.downscale`; null: the whole image"
     )
-    stride: Size | None = Field(None, description="pixels from window to window; null: two thirds of the window")
+    stride: Size | None = Field(None, description="pixels between windows; null: two thirds of the window")
     overlap: Literal["mean", "hann"] = Field(
-        "mean", description="where windows overlap their logits are averaged, plainly or with Hann weights (no seams)"
+        "mean", description="average of the logits where windows overlap: plain, or with Hann weights (no seams)"
     )
 
     @model_validator(mode="after")

@@ -39,26 +39,28 @@ BATCH_PIXELS = 2**24  # of the images of a forward pass, at most, where it is mo
 
 
 class PseudoMaskSettings(Settings):
-    weight: float = Field(0.25, ge=0, description="w_pm")
+    weight: float = Field(0.25, ge=0, description="weight w_pm of the pseudo-mask loss")
     confidence_threshold: float = Field(
-        0.0, ge=0, le=1, description="pixels below it become 255 in L_pm; 0 is faithful"
+        0.0, ge=0, le=1, description="ignore pixels of lower confidence in L_pm; paper: 0"
     )
     threshold_rule: ThresholdRule = Field(
-        "fixed", description="what scales the threshold: nothing (faithful), a batch's mean confidence, or each class's"
+        "fixed",
+        description="factor on the threshold: 1 (fixed; paper), the mean confidence of the batch (dynamic) or of each class",
     )
-    weight_by_confidence: bool = Field(False, description="a pixel counts for its confidence in L_pm; off is faithful")
+    weight_by_confidence: bool = Field(False, description="weight each pixel of L_pm by its confidence; paper: false")
     normaliser: Normaliser = Field(
-        "kept", description="pixels that L_pm is divided by: those above the threshold (faithful), or all"
+        "kept", description="pixels to divide L_pm by: those above the threshold (kept; paper), or all"
     )
     head: Literal["auxiliary", "main"] = Field(
-        "auxiliary", description="which head learns them; main, with consistency.weight=0, is plain self-training"
+        "auxiliary",
+        description="head that trains on pseudo-masks; main, with consistency.weight=0, is plain self-training",
     )
     on_collapse: Literal["ignore", "warn", "stop"] = Field(
         "warn",
-        description="what to do when a labelled class vanishes from the pseudo-masks or a stage scores below the last",
+        description="reaction if a labelled class vanishes from the pseudo-masks or a stage scores below the previous one",
     )
     batch_size: int = Field(8, ge=1, description="images per forward pass of prediction and evaluation")
-    final_stage: bool = Field(True, description="predict the pool with the last stage too, which no stage learns from")
+    final_stage: bool = Field(True, description="predict the pool after the last stage too; no stage trains on it")
 
 
 class Statistics(Settings):

@@ -36,27 +36,31 @@ Read = TypeVar("Read")
 
 class LoopSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 on GPUs that have it, else float32"
+        "auto", description="number format; auto: bfloat16 on GPUs that support it, else float32"
     )
-    channels_last: bool = Field(False, description="memory format of networks and views; faster on GPUs with bfloat16")
+    channels_last: bool = Field(
+        False, description="channels-last memory format of networks and views; faster on GPUs with bfloat16"
+    )
     compile: bool = Field(
-        False, description="torch.compile student and teacher: minutes at a stage's start, faster steps"
+        False, description="compile student and teacher (torch.compile): minutes at a stage's start, faster steps"
     )
     batch_scope: Literal["per_worker", "global"] = Field(
-        "per_worker", description="whether a stage's batch sizes are each worker's, or all workers' together"
+        "per_worker", description="batch sizes of a stage count per worker, or for all workers together"
     )
     learning_rate_rule: Literal["none", "sqrt", "linear"] = Field(
-        "none", description="what a per_worker batch multiplies the learning rates by: 1, √workers or workers"
+        "none", description="factor on the learning rates for per_worker batches: 1, √workers or workers"
     )
-    accumulate: int = Field(1, ge=1, description="pieces that a worker computes its batch in, to need less memory")
-    log_every: int = Field(50, ge=1, description="steps")
-    checkpoint_every: int = Field(500, ge=1, description="steps")
-    checkpoints_kept: int = Field(2, ge=1, description="newest checkpoints of a stage that stay")
-    evaluate_every: int = Field(1000, ge=1, description="steps; the last step is always evaluated")
+    accumulate: int = Field(1, ge=1, description="pieces of a worker's batch, computed one by one to save memory")
+    log_every: int = Field(50, ge=1, description="steps between logged rows")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    checkpoints_kept: int = Field(2, ge=1, description="newest checkpoints of a stage to keep")
+    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations; the last step is always evaluated")
     unsaved_limit_s: float = Field(
-        900, gt=0, description="seconds of work that may be unsaved while the store is away; training then waits for it"
+        900, gt=0, description="seconds of unsaved work before training waits for an unreachable store"
     )
-    loss_limit: float = Field(100.0, gt=0, description="mean nats per pixel of a term; above it the stage has diverged")
+    loss_limit: float = Field(
+        100.0, gt=0, description="mean nats per pixel of a loss term above which the stage has diverged"
+    )
 
 
 # ---- The loop

@@ -10,34 +10,30 @@ from threestage.settings import Settings
 
 
 class OptimiserSettings(Settings):
-    """AdamW. Without weight decay, as is faithful, it is Adam."""
+    """AdamW, which is Adam without weight decay, as in the paper."""
 
-    algorithm: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9 (UniMatch V1)")
-    learning_rate: float = Field(3e-5, gt=0, description="of new layers")
-    encoder_learning_rate: float = Field(3e-6, gt=0, description="of pretrained layers")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW); 0 is faithful")
-    decay_norms: bool = Field(
-        True, description="weight decay on norms, biases, class tokens and position embeddings too"
-    )
+    algorithm: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9 (UniMatch V1)")
+    learning_rate: float = Field(3e-5, gt=0, description="learning rate of new layers")
+    encoder_learning_rate: float = Field(3e-6, gt=0, description="learning rate of pretrained layers")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, decoupled from the gradient (AdamW); paper: 0")
+    decay_norms: bool = Field(True, description="decay norms, biases, class tokens and position embeddings too")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="of a ViT: factor on the rate of each block further from the head"
+        1.0, gt=0, le=1, description="factor on the rate of each ViT block further from the head"
     )
     schedule: Literal["constant", "poly"] = Field(
-        "constant", description="of both learning rates: constant (faithful), or poly, (1 - t)^0.9"
+        "constant", description="schedule of both learning rates: constant (paper), or poly, (1 - t)^0.9"
     )
-    warm_up_steps: int = Field(0, ge=0, description="linear from 0")
-    clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    warm_up_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    clip_norm: float | None = Field(None, gt=0, description="maximum norm of the whole gradient")
 
 
 class EmaSettings(Settings):
-    """Decay by step: pairs of (first step, decay), the first at step 0."""
+    """The teacher's decay by step: pairs of (first step, decay), the first at step 0."""
 
-    decay: tuple[tuple[int, float], ...] = Field(
-        ((0, 0.99),), description="weight kept from the old teacher, from a step on"
-    )
+    decay: tuple[tuple[int, float], ...] = Field(((0, 0.99),), description="weight of the old teacher, from a step on")
     warm_up: bool = Field(
         False,
-        description="decay of step t at most 1 - 1/(t+1), so that short schedules forget the start; off is faithful",
+        description="limit the decay at step t to 1 - 1/(t+1), so that short schedules forget the start; paper: false",
     )
 
     @model_validator(mode="after")
