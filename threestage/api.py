@@ -10,29 +10,19 @@ Wrong input raises `threestage.errors.InputError`, a stage that fails `StageFail
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 
 from threestage.cli.init import project_name
 from threestage.cli.progress import StageProgress
 from threestage.config import changed
-from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.data.ingest import IngestReport
 from threestage.data.ingest import ingest as ingest_here
-from threestage.data.palette import palette_png
-from threestage.data.records import decode_image, downscale_image
 from threestage.mlflow_sync.records import RegistrySettings
-from threestage.models.export import ModelCard
-from threestage.models.network import Network
-from threestage.prediction.predict import enlarged, open_model
-from threestage.prediction.pseudo_masks import predict
-from threestage.report.mask_images import overlay
+from threestage.prediction.image_model import Model, Prediction
+from threestage.prediction.predict import open_model
 from threestage.run.backend import RunCallbacks
 from threestage.run.budget import resolve
 from threestage.run.own_images import OwnImages
@@ -52,47 +42,6 @@ class IngestedImages:
     @property
     def root(self) -> str:
         return self.own.data
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of one image: `pixels` (H,W,3), `class_ids` (H,W) and `confidence` (H,W) of 0 to 255, uint8 each."""
-
-    pixels: np.ndarray
-    class_ids: np.ndarray
-    confidence: np.ndarray
-    classes: tuple[str, ...]
-    colours: tuple[Colour, ...]
-
-    def overlay(self) -> Image.Image:
-        """The image under the colours of its classes."""
-        return Image.fromarray(overlay(self.pixels, self.class_ids, self.colours))
-
-    def shares(self) -> dict[str, float]:
-        """Class → share of the pixels."""
-        counts = np.bincount(self.class_ids.reshape(-1), minlength=len(self.classes))
-        return dict(zip(self.classes, (counts / self.class_ids.size).tolist(), strict=False))
-
-    def save(self, path: str | Path) -> None:
-        """The class ids as a PNG with a palette."""
-        storage.write_bytes(str(path), palette_png(self.class_ids, self.colours))
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained network, on the GPU where there is one."""
-
-    network: Network
-    card: ModelCard
-
-    def predict(self, image: str | Path | np.ndarray) -> Prediction:
-        """Of a file, an S3 URI, or pixels (H,W,3) uint8 RGB; at the image's own size."""
-        pixels = decode_image(storage.read_bytes(str(image))) if isinstance(image, str | Path) else np.array(image)
-        device = next(self.network.parameters()).device
-        small = torch.from_numpy(downscale_image(pixels, self.card.downscale))
-        found = predict(self.network, small.permute(2, 0, 1)[None].to(device))
-        class_ids, confidence = (enlarged(one[0].cpu().numpy(), self.card.downscale, pixels.shape) for one in found[:2])
-        return Prediction(pixels, class_ids, confidence, self.card.classes, self.card.colours)
 
 
 @dataclass(frozen=True)

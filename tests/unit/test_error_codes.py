@@ -36,6 +36,7 @@ AREAS = {
     "ray",
     "report",
     "run",
+    "serve",
     "stage",
     "storage",
     "submit",

@@ -22,7 +22,8 @@ LAYERS = tuple(
         "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
         "mlflow_sync.records report.mask_images",
         "mlflow_sync report.scores prediction.predict sweeps.trials sweeps.space",
-        "prediction.champion",
+        "prediction.champion prediction.image_model",
+        "serving",
         "labels.label_export labels.predicted_masks run.continuation models.model_export",
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",

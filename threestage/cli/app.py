@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 
-from threestage.cli import images, labels, models, results, run_status, runs, selection, submit, train_images
+from threestage.cli import images, labels, models, results, run_status, runs, selection, serve, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.data.parallel import end_process
 from threestage.errors import CodedError, InputError, RenamedSetting, StageFailure, Stopped, UnwritablePlace
@@ -38,6 +38,7 @@ for command in (
     runs.config,
     images.evaluate,
     images.predict,
+    serve.serve,
     results.report,
     results.sync,
     results.clean,

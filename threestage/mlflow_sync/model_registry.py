@@ -181,6 +181,12 @@ class Models(_Lookups):
                     (folder / name).unlink(missing_ok=True)  # of an earlier pull: it belongs to other weights
         return folder
 
+    def pinned(self, model_uri: str) -> str:
+        """models:/NAME/VERSION of the version that a URI, such as models:/NAME@champion, names now."""
+        with mlflow_session(self.uri):
+            version = self._find(model_uri)
+        return f"models:/{version.name}/{version.version}"
+
     def promote(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Make a version the champion, whatever it scores. Returns its row, and that of the champion before."""
         with mlflow_session(self.uri):

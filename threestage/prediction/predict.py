@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from threestage.allocator import disable_malloc_trim
 from threestage.config import STAGES, StageName
 from threestage.data import storage
+from threestage.data.classes import Colour
 from threestage.data.formats import passed_over
 from threestage.data.listing import Each, suffixes_passed_over
 from threestage.data.outputs import PREDICTIONS, claim
@@ -436,7 +437,7 @@ class Predictions(PredictionWriter):
         if task.confidences:
             contents[f"confidence/{name}.png"] = lambda: encode_mask(confidence)
         if task.overlays:
-            contents[f"overlays/{name}.jpg"] = lambda: _jpeg(overlay(*_for_jpeg(pixels, mask), colours))
+            contents[f"overlays/{name}.jpg"] = lambda: overlay_jpeg(pixels, mask, colours)
         for path, encode in contents.items():
             try:
                 content = encode()
@@ -461,13 +462,9 @@ def enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarr
     return np.pad(whole, [(0, long - short) for long, short in zip(size, whole.shape, strict=False)], mode="edge")
 
 
-def _for_jpeg(pixels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th row and column of an image whose sides are too long for a JPEG."""
-    step = -(-max(mask.shape) // JPEG_SIDE)
-    return pixels[::step, ::step], mask[::step, ::step]
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
+def overlay_jpeg(pixels: np.ndarray, mask: np.ndarray, colours: Sequence[Colour]) -> bytes:
+    """The image under the colours of its mask; every n-th row and column where the sides are too long for a JPEG."""
+    step, stream = -(-max(mask.shape) // JPEG_SIDE), io.BytesIO()
+    picture = overlay(pixels[::step, ::step], mask[::step, ::step], colours)
     Image.fromarray(picture).save(stream, format="JPEG", quality=90)
     return stream.getvalue()

@@ -1,0 +1,58 @@
+"""Images of many threads, predicted by one: what waits while it works is its next batch."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from threestage.evaluation import BATCH
+from threestage.prediction.pseudo_masks import images_at_once
+
+Result = TypeVar("Result")
+
+
+class Batcher(Generic[Result]):
+    """`predict`: images (H,W,3) of one size → a result for each. No image waits for others to come."""
+
+    def __init__(self, predict: Callable[[Sequence[np.ndarray]], Sequence[Result]], batch_size: int = BATCH) -> None:
+        self._predict, self._batch_size = predict, batch_size
+        self._asked: SimpleQueue[tuple[np.ndarray, Future[Result]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="batcher", daemon=True).start()
+
+    def submit(self, image: np.ndarray) -> Future[Result]:
+        """The result to come, or what the prediction of this image raises."""
+        future: Future[Result] = Future()
+        self._asked.put((image, future))
+        return future
+
+    def _run(self) -> None:
+        waiting: deque[tuple[np.ndarray, Future[Result]]] = deque()
+        while True:
+            if not waiting:
+                waiting.append(self._asked.get())
+            while not self._asked.empty():
+                waiting.append(self._asked.get())
+            size = waiting[0][0].shape  # of the one that waits longest
+            most, batch, others = images_at_once(size, self._batch_size), [], deque()
+            for entry in waiting:
+                (batch if entry[0].shape == size and len(batch) < most else others).append(entry)
+            waiting = others
+            self._settle(batch)
+
+    def _settle(self, batch: list[tuple[np.ndarray, Future[Result]]]) -> None:
+        """A batch that fails is tried image by image: it may be too large for the memory."""
+        try:
+            results = self._predict([image for image, _ in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            else:
+                for entry in batch:
+                    self._settle([entry])
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            future.set_result(result)
