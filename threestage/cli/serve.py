@@ -46,9 +46,9 @@ def serve(
     """
     from threestage.config import validated
     from threestage.mlflow_sync.records import RegistrySettings
-    from threestage.serving.settings import ServeSettings, refuse_missing_packages
+    from threestage.serving.settings import ServeSettings, require_serve_extra
 
-    refuse_missing_packages(on_ray=not local)
+    require_serve_extra(on_ray=not local)
     from threestage.serving.followed_model import model_uri
     from threestage.serving.web_server import serve_here, token_for
 

@@ -1,7 +1,6 @@
 """Images of many threads, predicted by one: what waits while it works is its next batch."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -30,17 +29,16 @@ class Batcher(Generic[Result]):
         return future
 
     def _run(self) -> None:
-        waiting: deque[tuple[np.ndarray, Future[Result]]] = deque()
+        waiting: list[tuple[np.ndarray, Future[Result]]] = []
         while True:
             if not waiting:
                 waiting.append(self._asked.get())
             while not self._asked.empty():
                 waiting.append(self._asked.get())
             size = waiting[0][0].shape  # of the one that waits longest
-            most, batch, others = images_at_once(size, self._batch_size), [], deque()
-            for entry in waiting:
-                (batch if entry[0].shape == size and len(batch) < most else others).append(entry)
-            waiting = others
+            batch = [entry for entry in waiting if entry[0].shape == size][: images_at_once(size, self._batch_size)]
+            taken = {id(future) for _, future in batch}
+            waiting = [entry for entry in waiting if id(entry[1]) not in taken]
             self._settle(batch)
 
     def _settle(self, batch: list[tuple[np.ndarray, Future[Result]]]) -> None:

@@ -1,4 +1,4 @@
-"""The version of a model that answers now. Where an alias names it, a newer one takes its place while requests go on."""
+"""The version of a model that answers now. Where an alias names it, a newer one takes its place while requests are answered."""
 
 import re
 import threading
@@ -87,7 +87,7 @@ class FollowedModel:
         except Exception as error:  # whatever it is, the old version answers
             if not (isinstance(error, InputError) and str(error.code).startswith(AWAY)):
                 self._refused = newest
-            self._warn_once(f"{newest} cannot be used ({reason_of(error)}): {self.version} goes on answering")
+            self._warn_once(f"{newest} cannot be used ({reason_of(error)}): {self.version} keeps answering")
 
     def _warn_once(self, text: str) -> None:
         if text != self._warned:

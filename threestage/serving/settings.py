@@ -24,7 +24,7 @@ class ServeSettings(Settings):
     drain_s: int = Field(default=30, ge=0)
 
 
-def refuse_missing_packages(on_ray: bool) -> None:
+def require_serve_extra(on_ray: bool) -> None:
     """Raise InputError where the extra `serve` is not installed."""
     wanted = PACKAGES + (RAY_PACKAGES if on_ray else ())
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:

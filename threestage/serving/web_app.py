@@ -61,11 +61,12 @@ def web_app(service: ImageService, version: Callable[[], str]) -> FastAPI:
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", service.metrics, responses={200: {"content": {"text/plain": {}}}})
     answers = {media: FILE for media in MEDIA_TYPES.values()} | {"application/json": {"example": FIGURES}}
+    responses: dict[int | str, dict[str, Any]] = {status: {"description": why} for status, why in REFUSALS.items()}
     app.add_api_route(
         "/predict",
         service.predict,
         methods=["POST"],
-        responses={200: {"content": answers}} | {status: {"description": why} for status, why in REFUSALS.items()},
+        responses={200: {"content": answers}, **responses},
         openapi_extra={"requestBody": BODY},
     )
     return app

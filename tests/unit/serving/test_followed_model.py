@@ -1,4 +1,4 @@
-"""Why: a new champion must take over while requests go on, and a bad one must not."""
+"""Why: a new champion must take over while requests are answered, and a bad one must not."""
 
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def test_a_store_that_is_away_is_asked_again_and_reported_once(store: Store) -> 
     store.champion = InputError("tracking store: away", "mlflow/unavailable")
     followed.check()
     followed.check()
-    assert len(warnings) == 1 and "models:/shapes/1 goes on answering" in warnings[0]
+    assert len(warnings) == 1 and "models:/shapes/1 keeps answering" in warnings[0]
     store.champion = "models:/shapes/2"
     followed.check()
     assert followed.version == "models:/shapes/2"

@@ -6,7 +6,7 @@ import pytest
 
 from tests.refusals import refused
 from threestage.serving import settings as settings_module
-from threestage.serving.settings import ServeSettings, refuse_missing_packages
+from threestage.serving.settings import ServeSettings, require_serve_extra
 from threestage.serving.web_server import TOKEN_VARIABLE, listening, token_for
 
 
@@ -40,4 +40,4 @@ def test_it_listens_on_loopback_and_says_that_a_port_is_taken() -> None:
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings_module, "PACKAGES", ("fastapi", "no_such_package"))
     with refused("serve/missing-package", "no_such_package not installed; pip install 'threestage[serve]'"):
-        refuse_missing_packages(on_ray=False)
+        require_serve_extra(on_ray=False)
