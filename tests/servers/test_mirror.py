@@ -143,7 +143,7 @@ def test_a_server_that_dies_and_comes_back_has_all_of_the_run(scenes: Path, serv
     assert seen == ["RUNNING"], "a stage is seen while it trains"
     assert waited < WAIT_S
     assert [version.alias for version in versions] == ["stage1", "stage2", "stage3"]
-    assert len(warnings) == 1 and "the run goes on without MLflow" in warnings[0]
+    assert len(warnings) == 1 and "the run continues without MLflow" in warnings[0]
     assert_all_there(config, out)
 
 

@@ -1,8 +1,7 @@
-"""The command line: the list of commands (the files beside this one), and how each ends.
+"""The command line: its commands (the modules beside this one) and its exit codes.
 
-Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 the user's mistake, or a place that does not answer; 3 the place
-of a run takes no writes any more; 130 Ctrl-C; 143 SIGTERM.
-`submit` has more, see its help.
+Exit codes: 0 done; 1 a stage, a sweep or an ingest failed; 2 wrong input, or a place that does not answer; 3 the run's folder
+takes no more writes; 130 Ctrl-C; 143 SIGTERM. `submit` has more, see its help.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from threestage.errors import CodedError, InputError, RenamedSetting, StageFailu
 from threestage.redaction import redact
 
 app = typer.Typer(
-    help="A few labelled images and many unlabelled ones into a good segmentation model, in three stages.",
+    help="Train a semantic-segmentation model from a few labelled images and many unlabelled ones, in three stages.",
     epilog="Start with: threestage demo, or threestage train --help",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -50,39 +50,39 @@ class InputChoice(StrEnum):
 
 
 def ingest(
-    source: Annotated[str, typer.Argument(help="Folder of the images, or of a data set as it is distributed.")],
-    out: Annotated[str, typer.Argument(help="Where the data set goes; one that is there gets a new version.")],
+    source: Annotated[str, typer.Argument(help="folder of images, or of a published data set")],
+    out: Annotated[str, typer.Argument(help="folder of the data set; an existing one gets a new version")],
     format: Annotated[
         str,
         typer.Option(
             "--format",
-            help="folders, images, camvid, voc, cityscapes, ade20k, vistas, huggingface, coco, cvat, labelme, label-studio, "
-            "supervisely, yolo or binary-masks.",
+            help="layout of SOURCE: folders, images, camvid, voc, cityscapes, ade20k, vistas, huggingface, coco, cvat, labelme, "
+            "label-studio, supervisely, yolo or binary-masks",
         ),
     ] = "folders",
     masks: Annotated[
         str | None,
-        typer.Option(help="Folder of the masks or a CSV list of pairs (format folders), or a labelling tool's export."),
+        typer.Option(help="folder of masks or CSV list of pairs (format folders), or the export of a labelling tool"),
     ] = None,
-    mask_suffix: Annotated[
-        str, typer.Option(help="What a mask's name has behind the image's: _mask for a.jpg and a_mask.png.")
-    ] = "",
-    class_map: Annotated[str | None, typer.Option(help="YAML: classes with their ids, colours or categories.")] = None,
+    mask_suffix: Annotated[str, typer.Option(help="suffix of mask names, e.g. _mask for a.jpg and a_mask.png")] = "",
+    class_map: Annotated[
+        str | None, typer.Option(help="YAML file of classes with their ids, colours or categories")
+    ] = None,
     unlabelled_pixels: Annotated[
-        str, typer.Option(help="Of a labelling tool's export: ignore, or the class of pixels without a region.")
+        str, typer.Option(help="class of pixels without a region in the export of a labelling tool, or ignore")
     ] = "ignore",
-    split: Annotated[str, typer.Option(help="train, val or test (formats without splits of their own).")] = "train",
-    labelled_only: Annotated[bool, typer.Option("--labelled-only", help="Leave images without a mask out.")] = False,
+    split: Annotated[str, typer.Option(help="train, val or test, for formats without splits")] = "train",
+    labelled_only: Annotated[bool, typer.Option("--labelled-only", help="skip images without a mask")] = False,
     max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
+        float, typer.Option(min=0, max=1, help="share of bad images above which the command fails")
     ] = 0.02,
-    rows_per_file: Annotated[int, typer.Option(min=1, help="Images per Parquet file.")] = 256,
-    name: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="images per Parquet file")] = 256,
+    name: Annotated[str | None, typer.Option(help="name of the data set")] = None,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a data set: checks every file, writes the good ones as Parquet, lists the bad ones. Rerun it after a kill.
+    """Make a data set: check every file, write the good ones as Parquet, list the bad ones. Repeat it after a kill.
 
     Example: threestage ingest photos data/photos --masks masks --class-map classes.yaml
     """
@@ -156,20 +156,20 @@ def show_ingested(reports: "Sequence[IngestReport]", out: str) -> None:
 
 def evaluate(
     model: ModelArgument,
-    dataset: Annotated[str, typer.Argument(help="A data set made by `threestage ingest`.")],
-    split: Annotated[SplitChoice, typer.Option(help="Which part of the data set.")] = SplitChoice.val,
+    dataset: Annotated[str, typer.Argument(help="data set made by `threestage ingest`")],
+    split: Annotated[SplitChoice, typer.Option(help="split to score")] = SplitChoice.val,
     window: WindowOption = None,
     stride: StrideOption = None,
     overlap: OverlapOption = "mean",
     flip: FlipOption = False,
     scales: ScalesOption = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="URI", help="Folder for metrics.json and reliability.png.")
+        str | None, typer.Option("--out", metavar="URI", help="folder for metrics.json and reliability.png")
     ] = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on a data set: IoU, boundaries, calibration. Whole images at one scale, unless you say otherwise.
+    """Score a model on a data set: IoU, boundaries, calibration. Default: whole images at one scale.
 
     Example: threestage evaluate runs/camvid data/camvid --split test --flip --scales 0.75,1,1.25
     """
@@ -203,22 +203,24 @@ def evaluate(
 def predict(
     model: ModelArgument,
     images: Annotated[
-        str, typer.Argument(help="Folder or prefix of images, an image, a data set, or Parquet with a column image.")
+        str, typer.Argument(help="folder or prefix of images, an image, a data set, or Parquet with a column image")
     ],
-    out: Annotated[str, typer.Argument(help="Gets the predictions; the same one continues them.")],
-    format: Annotated[str, typer.Option("--format", help="png: a mask and an overlay for each; or parquet.")] = "png",
+    out: Annotated[str, typer.Argument(help="folder of the predictions; the same folder continues them")],
+    format: Annotated[
+        str, typer.Option("--format", help="png (a mask and an overlay for each image) or parquet")
+    ] = "png",
     input_format: Annotated[
-        InputChoice | None, typer.Option("--input-format", help="Of a folder that holds more than one of them.")
+        InputChoice | None, typer.Option("--input-format", help="kind of input, for a folder that holds several kinds")
     ] = None,
-    confidence: Annotated[bool, typer.Option("--confidence", help="Write each pixel's confidence too.")] = False,
-    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Masks only (format png).")] = False,
+    confidence: Annotated[bool, typer.Option("--confidence", help="also write the confidence of each pixel")] = False,
+    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="write masks only (format png)")] = False,
     window: WindowOption = None,
     stride: StrideOption = None,
     overlap: OverlapOption = "mean",
     flip: FlipOption = False,
     scales: ScalesOption = None,
     max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Fail when more than this share of the images is bad.")
+        float, typer.Option(min=0, max=1, help="share of bad images above which the command fails")
     ] = 0.02,
     local: WithoutRayOption = False,
     address: AddressOption = None,
@@ -228,7 +230,7 @@ def predict(
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict any number of images: a mask for each. Rerun it after a kill; what is done is kept.
+    """Predict a mask for any number of images. Repeat it after a kill: finished images are kept.
 
     Example: threestage predict models:/camvid@champion photos predictions --local
     """

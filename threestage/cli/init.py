@@ -1,4 +1,4 @@
-"""A new project: a configuration, a class map, a sweep, job and cluster files, as a folder to go on from."""
+"""A new project: a configuration, a class map, a sweep, job and cluster files, as a folder."""
 
 import os
 import re
@@ -54,12 +54,12 @@ def summary(paths: Iterable[str]) -> list[str]:
 
 
 def next_commands(folder: str) -> list[str]:
-    """What the README of the project begins with."""
+    """The first commands of the project's README."""
     return [
         f"  cd {shlex.quote(folder)}   # edit classes.yaml and config.yaml",
         f"  threestage ingest images data/{project_name(folder)} --masks masks --class-map classes.yaml",
         "  threestage check config.yaml",
-        "  threestage run config.yaml   # README.md goes on from there",
+        "  threestage run config.yaml   # README.md has the next steps",
     ]
 
 

@@ -29,16 +29,14 @@ def read_job(command: str, arguments: Sequence[str], folder: str, commands: Mapp
     for argument in arguments:
         if without_secrets(argument) != argument or may_be_secret(argument.rpartition("=")[2]):
             raise InputError(
-                f"{without_secrets(argument)}: holds a credential, and Ray's dashboard shows the arguments of a job; leave it "
+                f"{without_secrets(argument)}: is a credential, and Ray's dashboard shows the arguments of a job; leave it "
                 "out, and set it in the cluster's environment",
                 "submit/secret-setting",
             )
     with contextlib.chdir(folder):
         given = _parsed(command, arguments, commands)
         if given.get("local"):
-            raise InputError(
-                "--local: is for one machine without Ray; leave it out of what is submitted", "config/usage"
-            )
+            raise InputError("--local: a job runs on Ray; leave --local out", "config/usage")
         for option in INPUTS:
             is_shared_uri(given.get(option) or ".")
         return READERS[command](tuple(arguments), given)
@@ -113,7 +111,7 @@ def _reachable(option: str, uri: str | None) -> str:
         what = (
             f"{option}: is not given"
             if uri is None
-            else f"{option} {uri}: is below the job's copy of the working directory, which Ray deletes"
+            else f"{option} {uri}: is in the job's copy of the working directory, which Ray deletes"
         )
         raise InputError(
             f"{what}; give s3://bucket/prefix, or an absolute path that all nodes share", "submit/unshared-place"
@@ -129,8 +127,8 @@ def _refuse_what_travels(config: Config) -> None:
     for key, place in {**places, "network.weights": config.network.weights}.items():
         if place is not None and not is_shared_uri(place):
             raise InputError(
-                f"{key}={place}: would be read from the job's copy of the working directory, which the next job has elsewhere, "
-                "so that it could not continue the run; give s3://bucket/…, or an absolute path that all nodes share"
+                f"{key}={place}: is in the job's copy of the working directory, so the next job could not resume the run; "
+                "give s3://bucket/…, or an absolute path that all nodes share"
                 + (", or network.pretrained=true" if key == "network.weights" else ""),
                 "submit/unshared-place",
             )

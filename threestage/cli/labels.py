@@ -1,4 +1,4 @@
-"""Labels of other tools: export masks to them, and the classes of theirs."""
+"""Commands for labelling tools: export masks, list classes."""
 
 from typing import Annotated
 
@@ -21,13 +21,13 @@ from threestage.cli.options import (
 )
 from threestage.errors import InputError
 
-app = typer.Typer(help="Masks out to labelling tools.", no_args_is_help=True)
+app = typer.Typer(help="Export masks to labelling tools.", no_args_is_help=True)
 
 
 def list_classes(
-    masks: Annotated[str, typer.Argument(help="Folder of masks, or the export of a labelling tool.")],
+    masks: Annotated[str, typer.Argument(help="folder of masks, or the export of a labelling tool")],
 ) -> None:
-    """Print a class map with every value, colour or category that masks or an export hold, to correct and give to ingest.
+    """Print a class map of all values, colours or categories in masks or an export. Edit it and give it to ingest.
 
     Example: threestage classes masks
     """
@@ -38,16 +38,18 @@ def list_classes(
 
 @app.command()
 def export(
-    masks: Annotated[str, typer.Argument(help="Folder of a run (its pseudo-masks) or of predictions.")],
-    out: Annotated[str, typer.Argument(help="Folder of the export.")],
-    to: Annotated[str, typer.Option(help="coco, cvat, labelme, label-studio or masks.")],
-    images: Annotated[str | None, typer.Option(metavar="LIST", help="Text file of image ids, one a line.")] = None,
+    masks: Annotated[str, typer.Argument(help="folder of a run (its pseudo-masks) or of predictions")],
+    out: Annotated[str, typer.Argument(help="folder of the export")],
+    to: Annotated[str, typer.Option(help="format: coco, cvat, labelme, label-studio or masks")],
+    images: Annotated[
+        str | None, typer.Option(metavar="LIST", help="text file of image ids to export, one a line")
+    ] = None,
     below: Annotated[
-        str | None, typer.Option(metavar="0.8=ignore", help="Leave pixels out that are less certain than this.")
+        str | None, typer.Option(metavar="0.8=ignore", help="leave out pixels of lower confidence")
     ] = None,
     simplify: Annotated[
         float | None,
-        typer.Option(min=0, metavar="PIXELS", help="Polygons in place of masks, moved by so much at most."),
+        typer.Option(min=0, metavar="PIXELS", help="write polygons instead of masks; maximum deviation in pixels"),
     ] = None,
     local: WithoutRayOption = False,
     address: AddressOption = None,
@@ -56,7 +58,7 @@ def export(
     start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:
-    """Write predictions, or those of a run's champion, as a start for a labelling tool. What the run lacks is predicted.
+    """Write predictions, or those of a run's champion, for a labelling tool. Missing predictions are made first.
 
     Example: threestage labels export predictions tasks --to label-studio --below 0.8=ignore
     """

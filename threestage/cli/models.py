@@ -1,4 +1,4 @@
-"""Trained models: list, pull, promote, lineage of the registered ones; export of any."""
+"""Commands on trained models: list, pull, promote, lineage, export."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -21,14 +21,14 @@ from threestage.cli.options import (
 from threestage.run_folder.lineage import short_digest
 
 MOST_LOST = 0.005
-"""Of the mean IoU by eight bits, before a warning."""
+"""Loss of mean IoU by eight bits above which a warning appears."""
 
-app = typer.Typer(help="Trained models: list, pull, promote, lineage, export.", no_args_is_help=True)
+app = typer.Typer(help="List, pull, promote and export trained models; show their lineage.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
-    """List the registered models: aliases, mean IoU, and what it was measured on.
+    """List registered models with aliases, mean IoU and the data of the mean IoU.
 
     Example: threestage models list --json
     """
@@ -56,12 +56,12 @@ def list_models(tracking_uri: TrackingOption = None, as_json: JsonOption = False
 @app.command()
 def pull(
     model: RegisteredArgument,
-    out: Annotated[str, typer.Argument(help="Folder on this machine.")],
-    program: Annotated[bool, typer.Option("--program", help="Fetch the exported program, which is code, too.")] = False,
+    out: Annotated[str, typer.Argument(help="folder on this machine")],
+    program: Annotated[bool, typer.Option("--program", help="also fetch the exported program, which is code")] = False,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a model as a folder that needs no MLflow: weights, lineage, model card; every file is checked.
+    """Download a model as a folder that needs no MLflow: weights, lineage, model card. Every file is checked.
 
     Example: threestage models pull models:/camvid@champion camvid-model
     """
@@ -79,17 +79,21 @@ def pull(
 @app.command()
 def export(
     model: ModelArgument,
-    out: Annotated[str, typer.Argument(help="File of the export, e.g. camvid.onnx.")],
-    to: Annotated[str, typer.Option(help="onnx, onnx-int8 (eight-bit integers) or program (torch.export).")] = "onnx",
-    class_ids: Annotated[bool, typer.Option("--class-ids", help="Give each pixel's class in place of logits.")] = False,
+    out: Annotated[str, typer.Argument(help="file to write, e.g. camvid.onnx")],
+    to: Annotated[
+        str, typer.Option(help="format: onnx, onnx-int8 (eight-bit integers) or program (torch.export)")
+    ] = "onnx",
+    class_ids: Annotated[
+        bool, typer.Option("--class-ids", help="output the class of each pixel instead of logits")
+    ] = False,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA_SET", help="For onnx-int8: its pool sets the ranges, its masks show the loss."),
+        typer.Option(metavar="DATA_SET", help="data set for onnx-int8: its pool gives the ranges, its masks the loss"),
     ] = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model as one file that runs without this package; its logits are checked against the network's.
+    """Write a model as one file that runs without this package. Its logits are compared with the network's.
 
     Example: threestage models export runs/camvid camvid.onnx --to onnx
     """
@@ -115,7 +119,7 @@ def export(
 
 @app.command()
 def promote(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
-    """Make a version the champion by hand, whatever it scores.
+    """Make a version the champion, whatever it scores.
 
     Example: threestage models promote models:/camvid/7
     """
@@ -129,7 +133,7 @@ def promote(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_j
 
 @app.command()
 def lineage(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
-    """Show where a model comes from: data, pseudo-masks, teachers; and which models learnt from it.
+    """Show the origin of a model: data, pseudo-masks, teachers; and the models that learnt from it.
 
     Example: threestage models lineage models:/camvid@champion
     """

@@ -46,61 +46,59 @@ def complete_preset(incomplete: str) -> list[str]:
 
 ConfigArgument = Annotated[
     str,
-    typer.Argument(
-        help="A preset's name (threestage config lists them) or a YAML file.", autocompletion=complete_preset
-    ),
+    typer.Argument(help="preset (threestage config lists them) or YAML file", autocompletion=complete_preset),
 ]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one setting; repeat it for more.")
-]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="change one setting; repeatable")]
 OutOption = Annotated[
-    str | None, typer.Option("--out", metavar="URI", help="Folder of the run; the same one continues it.")
+    str | None, typer.Option("--out", metavar="URI", help="folder of the run; the same folder resumes it")
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Of networks, batches and augmentation.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="random seed")]
 LocalOption = Annotated[
-    bool, typer.Option("--local", help="Run in this process, without Ray and MLflow; nothing is registered.")
+    bool, typer.Option("--local", help="run in this process, without Ray and MLflow; registers nothing")
 ]
 ReuseOption = Annotated[
     str | None,
-    typer.Option("--reuse", metavar="URI", help="Another run: its stages serve as far as the settings are the same."),
+    typer.Option("--reuse", metavar="RUN", help="reuse the stages of RUN whose settings match"),
 ]
 ContinueOption = Annotated[
     str | None,
     typer.Option(
         "--continue-from",
         metavar="RUN",
-        help="A run with fewer labels: begin with its champion, keep its validation images.",
+        help="start from the champion of RUN, a run with fewer labels, and keep its validation images",
     ),
 ]
 BudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", metavar="60m", help="Time in place of steps: 60m, 4h, 2d or 8device-hours."),
+    typer.Option("--budget", metavar="60m", help="training time instead of steps: 60m, 4h, 2d or 8device-hours"),
 ]
-WithoutRayOption = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")]
-AddressOption = Annotated[str | None, typer.Option("--address", help="Of a running Ray cluster; none starts one here.")]
-PredictorsOption = Annotated[int, typer.Option("--workers", min=1, help="Processes that predict, of one CPU each.")]
-GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs that each of them takes.")]
+WithoutRayOption = Annotated[bool, typer.Option("--local", help="run in this process, without Ray")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="address of a running Ray cluster; without it one starts here")
+]
+PredictorsOption = Annotated[int, typer.Option("--workers", min=1, help="processes that predict, with one CPU each")]
+GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each process")]
 StartTimeoutOption = Annotated[
-    int, typer.Option("--start-timeout-s", min=1, help="Seconds to wait for room on the cluster.")
+    int, typer.Option("--start-timeout-s", min=1, help="seconds to wait for room on the cluster")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-ModelArgument = Annotated[
-    str, typer.Argument(help="models:/NAME@champion, or the folder of a run, a stage or a model.")
-]
-RegisteredArgument = Annotated[str, typer.Argument(help="models:/NAME@champion (or another alias), or models:/NAME/3.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+ModelArgument = Annotated[str, typer.Argument(help="models:/NAME@champion, or the folder of a run, a stage or a model")]
+RegisteredArgument = Annotated[str, typer.Argument(help="models:/NAME@champion (or another alias), or models:/NAME/3")]
 TrackingOption = Annotated[
-    str | None, typer.Option("--tracking-uri", help="Of MLflow; MLFLOW_TRACKING_URI if not set.")
+    str | None, typer.Option("--tracking-uri", help="address of MLflow; default: MLFLOW_TRACKING_URI")
 ]
 WindowOption = Annotated[
-    str | None, typer.Option("--window", metavar="H,W", help="Look through windows of this size, not at whole images.")
+    str | None, typer.Option("--window", metavar="H,W", help="size of windows; default: whole images")
 ]
 StrideOption = Annotated[
-    str | None, typer.Option("--stride", metavar="H,W", help="Between windows; two thirds of them by default.")
+    str | None, typer.Option("--stride", metavar="H,W", help="step between windows; default: two thirds of the window")
 ]
-OverlapOption = Annotated[str, typer.Option("--overlap", help="How windows are blended: mean, or hann (weighted).")]
-FlipOption = Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")]
+OverlapOption = Annotated[
+    str, typer.Option("--overlap", help="average where windows overlap: mean, or hann (weighted)")
+]
+FlipOption = Annotated[bool, typer.Option("--flip", help="average with the mirrored image")]
 ScalesOption = Annotated[
-    str | None, typer.Option("--scales", metavar="S,S,…", help="Average over these sizes, e.g. 0.75,1,1.25.")
+    str | None, typer.Option("--scales", metavar="S,S,…", help="average over these scales, e.g. 0.75,1,1.25")
 ]
 
 

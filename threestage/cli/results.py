@@ -1,4 +1,4 @@
-"""What a run has left: report, sync, clean."""
+"""Commands on the folder of a run: report, sync, clean."""
 
 import re
 from dataclasses import asdict
@@ -13,20 +13,20 @@ from threestage.errors import InputError
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="The folder of a run, finished or not.")],
-    images: Annotated[int, typer.Option("--images", min=1, help="How many validation images to show.")] = 9,
+    run: Annotated[str, typer.Argument(help="folder of a run, finished or not")],
+    images: Annotated[int, typer.Option("--images", min=1, help="number of validation images to show")] = 9,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html if not set.")
+        str | None, typer.Option("--out", metavar="FILE", help="file of the page; default: RUN/report.html")
     ] = None,
     measure: Annotated[
         int | None,
-        typer.Option("--measure", min=1, help="Measure on so many validation images; all of them, but fewer on a CPU."),
+        typer.Option("--measure", min=1, help="number of validation images to measure; default: all, fewer on a CPU"),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="URI", help="The data set, if it has moved.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="Of MLflow; the run's if not set.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="URI", help="data set, if it was moved")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="address of MLflow; default: that of the run")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a run's stages on one HTML page: pictures, curves, calibration, pseudo-masks. Works for unfinished runs too.
+    """Write an HTML page that compares the stages of a run: pictures, curves, calibration, pseudo-masks.
 
     Example: threestage report runs/demo-0 --images 12
     """
@@ -45,11 +45,11 @@ def report(
 
 
 def sync(
-    run: Annotated[str, typer.Argument(help="The folder of a run, finished or not, of --local too.")],
+    run: Annotated[str, typer.Argument(help="folder of a run, finished or not, also of --local")],
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send MLflow what a run's folder holds and MLflow does not: metrics, models, report. For a store that was away.
+    """Send MLflow what it lacks of a run: metrics, models, report. Use this after MLflow was unreachable.
 
     Example: threestage sync runs/demo-0 --tracking-uri http://mlflow:5000
     """
@@ -63,27 +63,25 @@ def sync(
     for version in versions:
         show_version(asdict(version))
     if not versions:
-        console.print("no stage is finished yet; what its checkpoints hold is sent", highlight=False)
+        console.print("no stage is finished yet; the rows of its checkpoints are sent", highlight=False)
 
 
 def clean(
-    run: Annotated[str, typer.Argument(help="The folder of a run.")],
+    run: Annotated[str, typer.Argument(help="folder of a run")],
     everything: Annotated[
-        bool, typer.Option("--all", help="All that the run wrote: models, results and pseudo-masks too.")
+        bool, typer.Option("--all", help="delete everything that the run wrote, also models, results and pseudo-masks")
     ] = False,
     pseudo_masks: Annotated[
-        bool, typer.Option("--pseudo-masks", help="The pseudo-masks too that no stage needs any more.")
+        bool, typer.Option("--pseudo-masks", help="also delete pseudo-masks that no stage needs")
     ] = False,
     older_than: Annotated[
         str | None,
-        typer.Option(
-            "--older-than", metavar="30d", help="Of all runs in the folder, those whose newest file is older."
-        ),
+        typer.Option("--older-than", metavar="30d", help="clean all runs in the folder whose newest file is older"),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask. Without it, --json only shows.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask; without it, --json only lists")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a run left, then remove what nothing reads any more: checkpoints and Ray Train's files of finished stages.
+    """List the files of a run, then delete those that nothing needs: checkpoints and Ray Train's files of finished stages.
 
     Example: threestage clean runs/demo-0
     """
@@ -113,7 +111,7 @@ def _clean_one(run: str, everything: bool, pseudo_masks: bool, yes: bool, as_jso
     def agreed(left: Any) -> bool:
         if not as_json:
             _show_left(left)
-        return yes or typer.confirm("Remove it?")
+        return yes or typer.confirm("Delete these files?")
 
     if as_json and not yes:
         left, removed = what_is_left(run, everything, pseudo_masks), False
@@ -122,14 +120,16 @@ def _clean_one(run: str, everything: bool, pseudo_masks: bool, yes: bool, as_jso
     if not as_json:
         if not left.deleted:
             _show_left(left)
-        text = "removed" if removed else "nothing was removed" if left.deleted else "nothing to remove"
+        text = "deleted" if removed else "nothing deleted" if left.deleted else "nothing to delete"
         console.print(text, highlight=False)
     kinds = [{"name": k.name, "files": k.files, "bytes": k.bytes, "goes": k.will_delete} for k in left.kinds]
     return {"folder": left.folder, "kinds": kinds, "gone": left.deleted, "removed": removed}
 
 
 def _show_left(left: Any) -> None:
-    table = Table("what", "files", "MB", "", title=escape(left.folder))
+    table = Table("files of", "number", "MB", "action", title=escape(left.folder))
     for kind in left.kinds:
-        table.add_row(kind.name, f"{kind.files:,}", f"{kind.bytes / 1e6:,.1f}", "goes" if kind.will_delete else "stays")
+        table.add_row(
+            kind.name, f"{kind.files:,}", f"{kind.bytes / 1e6:,.1f}", "delete" if kind.will_delete else "keep"
+        )
     console.print(table)

@@ -1,4 +1,4 @@
-"""Runs from outside: list, show, compare, cost."""
+"""Commands on the state of runs: list, show, compare, cost."""
 
 import time
 from collections.abc import Callable
@@ -10,15 +10,13 @@ from rich.table import Table
 from threestage.cli.options import JsonOption, console, escape, print_json
 from threestage.format import duration
 
-app = typer.Typer(help="The state of runs: list, show, compare, cost.", no_args_is_help=True)
+app = typer.Typer(help="Show the state of runs: list, show, compare, cost.", no_args_is_help=True)
 REFRESH_S = 10.0
 COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "dead": "red", "damaged": "red"}
 LAST_EVENTS = 20
 
-PrefixArgument = Annotated[
-    str, typer.Argument(metavar="PREFIX", help="The folder of a run, or the folder that holds runs.")
-]
-WatchOption = Annotated[bool, typer.Option("--watch", help="Show it again every 10 s, until Ctrl-C.")]
+PrefixArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="folder of a run, or folder that holds runs")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="refresh every 10 s, until Ctrl-C")]
 
 
 @app.command("list")
@@ -38,7 +36,7 @@ def list_runs(prefix: PrefixArgument = "runs", watch: WatchOption = False, as_js
 
 @app.command()
 def show(prefix: PrefixArgument, watch: WatchOption = False, as_json: JsonOption = False) -> None:
-    """Show one run: its state, and its last events: warnings, lost workers, restarts, outages.
+    """Show one run: its state and last events (warnings, lost workers, restarts, outages).
 
     Example: threestage runs show s3://bucket/runs/streets --watch
     """
@@ -59,10 +57,10 @@ def show(prefix: PrefixArgument, watch: WatchOption = False, as_json: JsonOption
 
 @app.command()
 def compare(
-    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX…", help="Runs, or folders that hold runs.")],
+    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX…", help="runs, or folders that hold runs")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs: the settings that differ, beside mean IoU and device-hours.
+    """Compare runs: settings that differ, mean IoU and device-hours.
 
     Example: threestage runs compare runs/demo-0 runs/demo-1
     """
@@ -87,12 +85,10 @@ def compare(
 @app.command()
 def cost(
     prefix: PrefixArgument,
-    price: Annotated[
-        float, typer.Option("--price-per-hour", min=0, help="Of one device for an hour, in any currency.")
-    ],
+    price: Annotated[float, typer.Option("--price-per-hour", min=0, help="price of a device-hour, in any currency")],
     as_json: JsonOption = False,
 ) -> None:
-    """Sum up what runs cost: device-hours times a price.
+    """Sum up the cost of runs: device-hours times a price.
 
     Example: threestage runs cost s3://bucket/runs --price-per-hour 2.5
     """

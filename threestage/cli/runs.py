@@ -27,12 +27,12 @@ from threestage.cli.options import (
 
 def demo(
     out: OutOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the scenes, networks, batches and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="random seed, also of the scenes")] = 0,
     local: LocalOption = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make synthetic scenes, few of them labelled, and run the three stages on them.
+    """Make synthetic scenes, a few of them labelled, and run the three stages on them.
 
     Example: threestage demo --local --out runs/demo
     """
@@ -46,8 +46,10 @@ def demo(
     run_shown(config, folder, local, as_json)
 
 
-def init(folder: Annotated[str, typer.Argument(metavar="DIR", help="Made if it is not there.")]) -> None:
-    """Write a new project into a folder: configuration, class map, sweep, job and cluster files. Overwrites nothing.
+def init(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="folder of the project; created if missing")],
+) -> None:
+    """Make a folder for a new project: configuration, class map, sweep, job and cluster files. Overwrites nothing.
 
     Example: threestage init streets
     """
@@ -68,7 +70,7 @@ def run(
     budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the three stages. What is finished is skipped and what is half done goes on: rerun the same command after a kill.
+    """Run the stages of a configuration. Repeat the same command after a kill: it skips finished stages and resumes.
 
     Example: threestage run camvid --set data.root=data/camvid --set network.weights=MOBILENETV2_100.pth --out runs/camvid
     """
@@ -124,22 +126,22 @@ def run_shown(
 
 
 def sweep(
-    space: Annotated[str, typer.Argument(help="A space that ships (thresholds, loss_weights, …) or a YAML file.")],
+    space: Annotated[str, typer.Argument(help="built-in space (thresholds, loss_weights, …) or YAML file")],
     config: ConfigArgument,
     out: OutOption = None,
     overrides: SetOption = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Instead of the space's.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Trials at a time, instead of the space's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that --out holds.")] = False,
+    trials: Annotated[int | None, typer.Option(min=1, help="number of trials; default: that of the space")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="concurrent trials; default: that of the space")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the sweep in --out")] = False,
     repeat: Annotated[
         int,
-        typer.Option(min=0, help="Run the best three again with so many other seeds, and choose among them by that."),
+        typer.Option(min=0, help="repeat the best three trials with so many other seeds, and choose among them"),
     ] = 0,
-    promote: Annotated[bool, typer.Option("--promote", help="Register the models of the best trial.")] = False,
+    promote: Annotated[bool, typer.Option("--promote", help="register the models of the best trial")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search thresholds, loss weights and other settings on the validation images. The stages before are trained once.
+    """Search thresholds, loss weights and other settings on the validation images. Earlier stages are trained once.
 
     Example: threestage sweep thresholds_and_weights my.yaml --set cluster.workers=2 --out s3://bucket/sweep
     """
@@ -188,14 +190,14 @@ def check(
         typer.Option(
             "--address",
             metavar="HOST:PORT|URL",
-            help="Of a cluster; the URL of its dashboard has all of it tried there, by a job.",
+            help="address of a cluster; with the URL of its dashboard, a job runs all checks there",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Try what a run needs before anything is spent: storage, MLflow, the data set, the cluster, a step of each stage.
+    """Check what a run needs: storage, MLflow, the data set, the cluster, a step of each stage.
 
-    ✓ is well, ✗ is wrong, ! may be wrong or was not tried. Exit code 2 when something is wrong.
+    ✓ is right, ✗ is wrong, ! may be wrong or was not checked. The exit code is 2 if something is wrong.
 
     Example: threestage check mine.yaml --out s3://bucket/run --address http://127.0.0.1:8265
     """
@@ -234,14 +236,12 @@ def _show_check(line: Any) -> None:
 def config(
     preset: Annotated[
         str | None,
-        typer.Argument(
-            help="A preset or a YAML file; without it, the presets are listed.", autocompletion=complete_preset
-        ),
+        typer.Argument(help="preset or YAML file; without it, list the presets", autocompletion=complete_preset),
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the whole resolved configuration, or the list of presets.
+    """Print a whole configuration, or the list of presets.
 
     Example: threestage config demo --set stage1.steps=1000
     """

@@ -1,4 +1,4 @@
-"""What to label next."""
+"""The command `next`: images to label next."""
 
 import shlex
 from typing import Annotated, Any
@@ -22,14 +22,14 @@ from threestage.cli.options import (
 
 
 def choose_next(
-    run: Annotated[str, typer.Argument(help="The folder of a run that has trained at least one stage.")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Gets the list, the page and the export.")],
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
-    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random.")] = "combined",
+    run: Annotated[str, typer.Argument(help="folder of a run with at least one trained stage")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="folder for the list, the page and the export")],
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 20,
+    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random")] = "combined",
     export: Annotated[
-        str | None, typer.Option(help="The masks as a start too: coco, cvat, labelme, label-studio or masks.")
+        str | None, typer.Option(help="also export the masks to correct: coco, cvat, labelme, label-studio or masks")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the strategy random, and of ties.")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed of the strategy random, and of ties")] = 0,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
@@ -37,7 +37,7 @@ def choose_next(
     start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose which images of a run's pool to label next: uncertain, unlike each other, with rare classes. Rerun it after a kill.
+    """Choose images of a run's pool to label next: uncertain, different, with rare classes. Repeat it after a kill.
 
     Example: threestage next runs/streets --out rounds/2 --count 20 --export cvat
     """

@@ -11,23 +11,24 @@ from threestage.plain_text import escape_control_chars
 
 TEXT = """Run a command as a job on a cluster, and follow it.
 
-`threestage submit run camvid --set … --out s3://bucket/run --address http://127.0.0.1:8265`: the options below may stand
-anywhere after the command; all else is the command's own (`threestage run --help`), read as in --working-dir.
+`threestage submit run camvid --set … --out s3://bucket/run --address http://127.0.0.1:8265`: give the command's own arguments
+(`threestage run --help`) and, anywhere after its name, the options below. Paths are relative to --working-dir.
 
-The working directory travels (less what .gitignore and .rayignore name; 100 MiB at most). Links that lead out of it are
-refused, and so are files that look like credentials, unless --with-secrets is given. The code is that of the
-cluster's image, or --wheel. Of the environment nothing travels: storage and MLflow are reached there with what the nodes
-have (a Secret, the node's role). --env NAME makes sure that NAME is set there, --env NAME=VALUE sends a value that is
-no secret, such as an endpoint: Ray shows it in its dashboard. An S3 endpoint that is set here must be set there, and so
-must MLFLOW_TRACKING_URI unless registry.tracking_uri is given; credentials are missed with a warning.
+Files: the working directory is uploaded, without what .gitignore and .rayignore list; 100 MiB at most. Links that lead out of
+it are refused. So are files that look like credentials, unless you give --with-secrets. The code is that of the cluster's
+image, or of --wheel.
 
-The token is Ray's: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
+Variables: none are sent. Storage and MLflow use the credentials of the nodes (a Secret, the node's role). --env NAME fails the
+job if the cluster lacks NAME; --env NAME=VALUE sends a value. Send no secret: Ray's dashboard shows it. The cluster needs its own
+S3 endpoint if one is set here, and MLFLOW_TRACKING_URI unless registry.tracking_uri is given. Missing credentials are a warning.
 
-The same command, given again, follows the job that runs, or continues the run. Ctrl-C detaches; the job goes on.
---retries N gives it again by itself, after a pause, where the job was killed or the cluster or a store failed; not after
-wrong input, a stage that diverged, or an --out that takes no writes.
+Token: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
 
-Exit code: 0 succeeded, 1 or 2 as the command itself, 143 the job was stopped, 130 detached, 75 the cluster was lost.
+Repeat the command to follow a running job or to resume the run. Ctrl-C detaches; the job continues. --retries N repeats the
+command, after a pause, if the job was killed or the cluster or a store failed. It does not after wrong input, a stage that
+diverged, or an --out that takes no writes.
+
+Exit code: 0 succeeded, 1, 2 or 3 as the command itself, 143 the job was stopped, 130 detached, 75 the cluster was lost.
 """
 
 HELP = "\n\n".join(" ".join(paragraph.split()) for paragraph in TEXT.split("\n\n"))
@@ -39,31 +40,38 @@ Address = Annotated[
     typer.Option(
         "--address",
         metavar="URL",
-        help="Of the cluster's dashboard; RAY_API_SERVER_ADDRESS, or a URL in RAY_ADDRESS, if not given.",
+        help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or a URL in RAY_ADDRESS",
     ),
 ]
-WorkingDir = Annotated[str, typer.Option("--working-dir", metavar="DIR", help="What travels with the job.")]
+WorkingDir = Annotated[str, typer.Option("--working-dir", metavar="DIR", help="folder to upload with the job")]
 Wheel = Annotated[
     str | None,
     typer.Option(
-        "--wheel", metavar="FILE", help="Of threestage, in place of the image's; what it needs is the image's."
+        "--wheel",
+        metavar="FILE",
+        help="wheel of threestage to use instead of the image's; its dependencies stay the image's",
     ),
 ]
 Env = Annotated[
-    list[str] | None, typer.Option("--env", metavar="NAME[=VALUE]", help="The cluster must have it, or: is sent.")
+    list[str] | None,
+    typer.Option(
+        "--env", metavar="NAME[=VALUE]", help="variable that the cluster must have, or with a value: variable to send"
+    ),
 ]
 Resources = Annotated[
     str | None,
-    typer.Option("--entrypoint-resources", metavar="JSON", help='Of the node for its driver, e.g. {"driver": 1}.'),
+    typer.Option(
+        "--entrypoint-resources", metavar="JSON", help='resources of the node for the driver, e.g. {"driver": 1}'
+    ),
 ]
 WithSecrets = Annotated[
-    bool, typer.Option("--with-secrets", help="send files that look like credentials too (.env, *.pem, token, …)")
+    bool, typer.Option("--with-secrets", help="also upload files that look like credentials (.env, *.pem, token, …)")
 ]
 Retries = Annotated[
     int,
-    typer.Option(min=0, help="Submit a job again that can continue, at most so many times."),
+    typer.Option(min=0, help="maximum number of times to resubmit a failed job that can resume"),
 ]
-NoWait = Annotated[bool, typer.Option("--no-wait", help="Print the job's id and end.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="print the job's id and exit")]
 
 
 def _submit(
@@ -78,7 +86,7 @@ def _submit(
     retries: Retries = 0,
 ) -> None:
     if no_wait and retries:
-        raise InputError("--retries: somebody must see the job fail; leave --no-wait out", "config/usage")
+        raise InputError("--retries: cannot watch a job with --no-wait; leave --no-wait out", "config/usage")
     from threestage.cli.job_arguments import read_job
     from threestage.ray_backend import job_package
 
@@ -90,7 +98,7 @@ def _submit(
     secret = job_package.check_secrecy(working_dir, sizes, links, with_secrets)
     job_package.check_package(working_dir, sizes, job.files)
     for path in secret:
-        _say(f"warning: {path} looks like a credential and travels with the job")
+        _say(f"warning: {path} looks like a credential and is uploaded with the job")
     from threestage.ray_backend import submit
 
     client = submit.job_client(address)
@@ -99,7 +107,7 @@ def _submit(
     if not no_wait:
         sys.exit(submit.submit_and_follow(client, job, package, _say, retries))
     job_id = submit.submit(client, job, package, _say)
-    _say(f"job {job_id} on {client.get_address()}\nto go on with it:\n{submit.commands(client.get_address(), job_id)}")
+    _say(f"job {job_id} on {client.get_address()}\nto follow it:\n{submit.commands(client.get_address(), job_id)}")
     print(job_id)
 
 

@@ -1,4 +1,4 @@
-"""From folders of images and masks to a model in one command: `threestage train`."""
+"""The command `train`: from folders of images and masks to a model."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def train(
         str | None, typer.Option(metavar="YAML", help="class map; without it each value or colour becomes a class")
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="R,G,B", help="colour of the masks that is no class; repeatable")
+        list[str] | None, typer.Option(metavar="R,G,B", help="colour of unlabelled pixels in the masks; repeatable")
     ] = None,
     budget: BudgetOption = None,
     out: OutOption = None,

@@ -192,7 +192,7 @@ class RunSync:
             self._connected().send()
 
     def _say_lost(self, error: Exception) -> None:
-        self._warn(f"the run goes on without MLflow, which is tried again: {reason_of(error)}")
+        self._warn(f"the run continues without MLflow and retries: {reason_of(error)}")
 
 
 def sync(run: str, tracking_uri: str | None = None, warn: Warn = print) -> list[RegisteredVersion]:

@@ -93,7 +93,7 @@ class SweepSync:
         )
 
     def _say_lost(self, error: Exception) -> None:
-        self._warn(f"the sweep goes on without MLflow, which is tried again: {reason_of(error)}")
+        self._warn(f"the sweep continues without MLflow and retries: {reason_of(error)}")
 
     def _send(self) -> None:
         """Send what is not sent, by number; what a failure leaves is sent the next time."""

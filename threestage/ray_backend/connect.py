@@ -88,7 +88,7 @@ def _versions_there(name: str, address: str) -> dict[str, str]:
             socket.create_connection((host, int(port)), ray_internals.ANSWER_S).close()
         return there or {}
     except ray.exceptions.AuthenticationError:
-        raise InputError(f"{name}={address}: wants a token, and none was found; {TOKEN}", "ray/no-token") from None
+        raise InputError(f"{name}={address}: requires a token, and none was found; {TOKEN}", "ray/no-token") from None
     except (grpc.RpcError, OSError) as error:
         reason = error.code().name if isinstance(error, grpc.RpcError) else str(error)
         if reason == "UNAUTHENTICATED":

@@ -112,7 +112,7 @@ def job_environment(job: Job, asked: Sequence[str], here: Mapping[str, str]) -> 
     for text in asked:
         name, given, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise InputError(f"--env {name}: write NAME, which the cluster has, or NAME=VALUE", "config/usage")
+            raise InputError(f"--env {name}: write NAME, a variable of the cluster, or NAME=VALUE", "config/usage")
         if given:
             sent[name] = _harmless(name, value)
         else:
@@ -140,7 +140,7 @@ def resources(text: str | None) -> dict[str, float]:
         found = json.loads(text or "{}")
         return {str(name): float(amount) for name, amount in found.items()}
     except (ValueError, TypeError, AttributeError):
-        fix = 'write {"NAME": AMOUNT} with a resource of the nodes that it may run on'
+        fix = 'write {"NAME": AMOUNT} with a resource of the nodes for the driver'
         raise InputError(f"--entrypoint-resources {text}: {fix}", "config/usage") from None
 
 
@@ -148,7 +148,7 @@ def _harmless(name: str, value: str) -> str:
     is_digest = re.search(r"(?i)commit|sha|digest|hash|revision", name) and re.fullmatch(r"[0-9a-f]+", value)
     if SECRET_NAME.search(name) or without_secrets(value) != value or (may_be_secret(value) and not is_digest):
         raise InputError(
-            f"--env {name}=…: Ray shows a job's variables in its dashboard and its logs, and this looks like a credential; set "
+            f"--env {name}=…: looks like a credential, and Ray shows a job's variables in its dashboard and its logs; set "
             f"{name} in the cluster's environment (a Secret, the node's role) and give --env {name}",
             "submit/secret-variable",
         )
@@ -162,7 +162,7 @@ def check_environment(here: Mapping[str, str], warn: Callable[[str], None]) -> N
         if any(one in here for one in names):
             continue
         if name.endswith("?"):
-            warn(f"{names[0]} is set where this job was submitted, and not here")
+            warn(f"{names[0]} is set where this job was submitted, but not on the cluster")
             continue
         also = "" if SECRET_NAME.search(names[0]) else f", or submit with --env {names[0]}=VALUE"
         raise InputError(
@@ -223,14 +223,14 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
     for file in (*files, *_code_that_travels(folder, sizes)):
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(
-                f"{file}: is not named from within the working directory {folder}, which is all that travels; copy it there "
-                "and name it relative to it, or give another --working-dir",
+                f"{file}: is outside the working directory {folder}, the only folder that is uploaded; copy it there and give "
+                "its relative path, or give another --working-dir",
                 "submit/file-outside",
             )
         if str(Path(file)) not in sizes:
             raise InputError(
-                f"{file}: is kept from travelling by a .gitignore or .rayignore in {folder}; take it out there (a pattern that "
-                "begins with / is of that folder alone)",
+                f"{file}: is excluded by a .gitignore or .rayignore in {folder}; remove the pattern (one that begins with / "
+                "applies to its own folder only)",
                 "submit/file-ignored",
             )
     total = sum(sizes.values())
@@ -238,8 +238,8 @@ def check_package(folder: str, sizes: Mapping[str, int], files: Sequence[str]) -
         largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN_FILES]
         shown = ", ".join(f"{path} ({mebibytes(sizes[path])})" for path in largest)
         raise InputError(
-            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray takes "
-            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; name what the job does not need in {folder}/.rayignore, or "
+            f"--working-dir {folder}: {mebibytes(total)} in {len(sizes):,} files would be uploaded, Ray accepts "
+            f"{mebibytes(LIMIT_BYTES)}, the largest: {shown}; list what the job does not need in {folder}/.rayignore, or "
             "give a smaller --working-dir",
             "submit/too-large",
         )
@@ -252,15 +252,15 @@ def check_secrecy(folder: str, paths: Collection[str], links: Collection[str], w
     """
     if links:
         raise InputError(
-            f"--working-dir {folder}: {_some(links)} would put files from outside the folder into the job's package: remove "
-            f"the link, or name it in {folder}/.rayignore",
+            f"--working-dir {folder}: {_some(links)} would upload files from outside the folder; remove the link, or "
+            f"list it in {folder}/.rayignore",
             "submit/link-outside",
         )
     found = sorted(path for path in paths if SECRET_FILES.search(path))
     if found and not with_secrets:
         raise InputError(
-            f"--working-dir {folder}: {_some(found)} would travel, and whoever may see the cluster's jobs can read it; name it "
-            f"in {folder}/.rayignore, or give --with-secrets",
+            f"--working-dir {folder}: {_some(found)} would be uploaded for everybody who can see the cluster's jobs; list "
+            f"it in {folder}/.rayignore, or give --with-secrets",
             "submit/secret-file",
         )
     return found
@@ -322,9 +322,11 @@ def _unpack(archive: zipfile.ZipFile, wheel: str, folder: str) -> None:
     members = [info for info in archive.infolist() if info.filename.startswith("threestage/")]
     if not any(info.filename == "threestage/__main__.py" for info in members):
         raise InputError(
-            f"--wheel {wheel}: it holds no threestage that can be submitted; build it again", "submit/wheel"
+            f"--wheel {wheel}: contains no threestage that can be submitted; build it again", "submit/wheel"
         )
     size = sum(info.file_size for info in members)
     if size > LIMIT_BYTES:
-        raise InputError(f"--wheel {wheel}: {mebibytes(size)}, Ray takes {mebibytes(LIMIT_BYTES)}", "submit/too-large")
+        raise InputError(
+            f"--wheel {wheel}: {mebibytes(size)}, Ray accepts {mebibytes(LIMIT_BYTES)}", "submit/too-large"
+        )
     archive.extractall(folder, members)

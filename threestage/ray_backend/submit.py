@@ -97,7 +97,7 @@ def _explained(url: str, error: Exception) -> Exception:
     if isinstance(error, AuthenticationError) and "Authentication failed" in text:
         return InputError(f"{url}: refuses the token; {TOKEN}", "ray/wrong-token")
     if isinstance(error, AuthenticationError) or "RAY_AUTH_TOKEN" in text:
-        return InputError(f"{url}: wants a token, and none was found; {TOKEN}", "ray/no-token")
+        return InputError(f"{url}: requires a token, and none was found; {TOKEN}", "ray/no-token")
     if "404" in text or "ersion" in text:
         return InputError(
             f"{url}: answers, but not as Ray's job API ({ray_reason(error)}); correct the address", "ray/other-service"
@@ -122,7 +122,7 @@ def submit(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say)
     try:
         running = _running(client, job)
         if running is not None:
-            say(f"{running} works on {job.out} already: following it, nothing was submitted")
+            say(f"{running} already writes to {job.out}: following it, nothing was submitted")
             return running
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(copied_files(package.folder, package.files))
@@ -144,8 +144,9 @@ def _running(client: JobSubmissionClient, job: Job) -> str | None:
         if other.status not in OVER and (other.metadata or {}).get("threestage.out") == job.out:
             if other.entrypoint != job.entrypoint:
                 raise InputError(
-                    f"--out {job.out}: {other.submission_id} works on it with other arguments ({other.entrypoint}); wait for it, "
-                    f"stop it (ray job stop --address {client.get_address()} {other.submission_id}), or give another --out",
+                    f"--out {job.out}: {other.submission_id} already writes to it with other arguments "
+                    f"({other.entrypoint}); wait for it, stop it (ray job stop --address "
+                    f"{client.get_address()} {other.submission_id}), or give another --out",
                     "submit/other-arguments",
                 )
             return str(other.submission_id)
@@ -153,7 +154,7 @@ def _running(client: JobSubmissionClient, job: Job) -> str | None:
 
 
 def commands(url: str, job_id: str) -> str:
-    """How to go on without this process."""
+    """Ray's commands to follow the job, ask for its state and stop it."""
     lines = (f"ray job {verb} --address {url} {job_id}" for verb in ("logs --follow", "status", "stop"))
     return "\n".join(f"  {line}" for line in lines)
 
@@ -175,7 +176,9 @@ def submit_and_follow(client: JobSubmissionClient, job: Job, package: JobPackage
         if ended.retry is None or tries == retries:
             break
         pause = RETRY_PAUSES_S[min(tries, len(RETRY_PAUSES_S) - 1)]
-        say(f"{job_id} can continue ({ended.retry}): submitted again in {pause:.0f} s, {tries + 1} of {retries}")
+        say(
+            f"{job_id} can resume ({ended.retry}): submitting it again in {pause:.0f} s, retry {tries + 1} of {retries}"
+        )
         time.sleep(pause)
         if job.command == "sweep" and "--resume" not in job.arguments:
             job = replace(job, arguments=(*job.arguments, "--resume"))
@@ -191,10 +194,10 @@ def follow(client: JobSubmissionClient, job_id: str, say: Say) -> JobEnd:
     except AuthenticationError as error:  # a cluster made anew has another token
         raise _explained(url, error) from None
     except KeyboardInterrupt:
-        say(f"detached: {job_id} goes on; the same command follows it again, and so does\n{commands(url, job_id)}")
+        say(f"detached: {job_id} continues; repeat the command to follow it, or use\n{commands(url, job_id)}")
         return JobEnd(DETACHED)
     if ended is None:
-        say(f"{url} has not answered for {PATIENCE_S / 60:.0f} minutes; {job_id} may go on:\n{commands(url, job_id)}")
+        say(f"{url}: no answer for {PATIENCE_S / 60:.0f} minutes; {job_id} may still run:\n{commands(url, job_id)}")
         return JobEnd(LOST)
     return _job_end(ended, log.tail, say)
 
@@ -205,12 +208,12 @@ def _job_end(ended: JobDetails, tail: str, say: Say) -> JobEnd:
     if ended.status == JobStatus.SUCCEEDED:
         return JobEnd(0)
     if ended.status == JobStatus.STOPPED:
-        say(f"{job} was stopped; the same command goes on with it, a sweep with --resume")
+        say(f"{job} was stopped; the same command resumes it (a sweep: with --resume)")
         return JobEnd(STOPPED)
     if code is None:  # its supervisor or its node was lost
         reason = shown(ended.message)[:LONGEST_LINE]
         say(
-            f"{job} failed: {reason}; the same command continues, a sweep with --resume; --retries N submits it again by itself"
+            f"{job} failed: {reason}; the same command resumes it (a sweep: with --resume); --retries N does so by itself"
         )
         return JobEnd(1, reason)
     if code not in OWN:
@@ -281,12 +284,12 @@ class _Log:
 
     def _heard(self) -> None:
         if self._failures:
-            self._say("connected again")
+            self._say("reconnected")
         self._answered, self._failures = time.monotonic(), 0
 
     def _pause(self, error: Exception) -> None:
         if self._failures == 0:
-            self._say(f"the connection is lost, {self._id} goes on; connecting again ({ray_reason(error)})")
+            self._say(f"connection lost, {self._id} continues; reconnecting ({ray_reason(error)})")
         pause = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
         self._failures += 1
         time.sleep(pause)
@@ -306,7 +309,7 @@ def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:
 def _refuse_unknown(job_id: str, error: Exception) -> None:
     if "status code 404" in str(error):
         raise StageFailure(
-            f"{job_id}: the cluster does not know it any more, its head has been replaced; the same command continues the run, "
-            "a sweep with --resume",
+            f"{job_id}: unknown to the cluster, whose head was replaced; the same command resumes the run (a sweep: with "
+            "--resume)",
             "submit/unknown-job",
         ) from None

@@ -105,7 +105,7 @@ def train_on_ray(task: StageTask, show: OnMetrics, warn: Warn, function: TrainWo
                 raise StageFailure(
                     f"{task.stage}: Ray Train's controller was lost {failures} times: {error}", "ray/process-lost"
                 ) from error
-            warn(f"{task.stage}: Ray Train's controller was lost; the stage goes on from its last checkpoint")
+            warn(f"{task.stage}: Ray Train's controller was lost; the stage resumes from its last checkpoint")
 
 
 def _watch_fit(

@@ -1,8 +1,8 @@
-"""The whole pipeline in this process: for a debugger, and for machines that have neither Ray nor MLflow.
+"""Run the whole pipeline in this process: for a debugger, and for machines without Ray and MLflow.
 
     python -m threestage.local PRESET_OR_YAML --out FOLDER [--seed N] [--set a.b=c …]
 
-needs torch, timm, pyarrow and pydantic only, and segmentation-models-pytorch for network.head=deeplabv3plus.
+This needs only torch, timm, pyarrow and pydantic, and segmentation-models-pytorch for network.head=deeplabv3plus.
 """
 
 import argparse
@@ -30,9 +30,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m threestage.local", description=__doc__.splitlines()[0], epilog=EXAMPLE)
-    parser.add_argument("config", help="a preset or a YAML file")
-    parser.add_argument("--out", required=True, help="folder of the run; the same folder continues it")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("config", help="preset or YAML file")
+    parser.add_argument("--out", required=True, help="folder of the run; the same folder resumes it")
+    parser.add_argument("--seed", type=int, help="random seed")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one setting; repeatable")
     options = parser.parse_args(arguments)
     seed = [] if options.seed is None else [f"seed={options.seed}"]

@@ -189,7 +189,7 @@ def test_a_store_that_is_away_at_the_start_is_found_later(registry: Registry, mo
     mirror = SweepSync(connect, KEY, "shapes", PARAMS, warnings.append)
     mirror.update(trial(0, state="finished"), TAGS)
     wait_for(lambda: warnings)
-    assert "goes on without MLflow, which is tried again: no MLflow there" in warnings[0]
+    assert "continues without MLflow and retries: no MLflow there" in warnings[0]
     away[0] = False
     wait_for(lambda: "0" in runs_of(registry))
     assert mirror.close("FINISHED", {}, {})

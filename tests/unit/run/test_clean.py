@@ -186,6 +186,6 @@ def test_the_command_asks(run: Path) -> None:
     assert not shown["removed"] and "stage1/checkpoints" in shown["gone"]
     assert threestage(answer="n\n").exit_code == 0 and threestage().exit_code == 1, "nobody is there to answer"
     assert _files(run) == before
-    assert threestage(answer="y\n").stdout.endswith("removed\n")
-    assert "nothing to remove" in threestage("--yes").stdout
+    assert threestage(answer="y\n").stdout.endswith("deleted\n")
+    assert "nothing to delete" in threestage("--yes").stdout
     assert json.loads(threestage("--all", "--yes", "--json").stdout)["removed"] and not run.exists()
