@@ -21,26 +21,30 @@ from threestage.cli.options import (
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="NAME@champion, models:/NAME/3, or the folder of a run, a stage or a model.")
+        str, typer.Argument(help="NAME@champion, models:/NAME/3, or the folder of a run, a stage or a model")
     ],
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine's need a token.")
+        str, typer.Option(help="address to listen at; any but this machine's own needs a token")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    no_token: Annotated[bool, typer.Option("--no-token", help="Let all programs of this machine ask.")] = False,
-    max_requests: Annotated[int, typer.Option(min=1, help="Open at a time; others are answered with 429.")] = 32,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0 takes a free one")] = 8000,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="accept requests of all programs of this machine")
+    ] = False,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="maximum number of open requests; more are answered with 429")
+    ] = 32,
     max_mb: Annotated[
-        float, typer.Option(min=0.001, help="Megabytes of an image file; more is answered with 413.")
+        float, typer.Option(min=0.001, help="maximum size of an image file in MB; larger ones are answered with 413")
     ] = 32,
     local: WithoutRayOption = False,
     address: AddressOption = None,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that predict, of one CPU each.")] = 1,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="processes that predict, with one CPU each")] = 1,
     gpus_per_worker: GpusOption = 0,
     start_timeout_s: StartTimeoutOption = 300,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer images over HTTP with masks, figures or overlays, until SIGTERM. An alias is followed to its next version.
+    """Answer images over HTTP with masks, figures or overlays, until SIGTERM. New versions of an alias are loaded.
 
     Example: threestage serve camvid@champion --local
     """
