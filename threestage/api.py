@@ -23,6 +23,7 @@ from threestage.data.ingest import ingest as ingest_here
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.image_model import Model, Prediction
 from threestage.prediction.predict import open_model
+from threestage.report.data_set_preview import write_preview
 from threestage.run.backend import RunCallbacks
 from threestage.run.budget import resolve
 from threestage.run.own_images import OwnImages
@@ -66,14 +67,17 @@ def ingest(
     classes: str | None = None,
     ignore: Sequence[Colour] = (),
 ) -> IngestedImages:
-    """Check images and masks and keep the good ones as a data set below `out`, the later run's folder (runs/IMAGES).
+    """Check images and masks and keep the good ones as a data set below `out`, the later run's folder (runs/IMAGES), with a
+    picture of the labels, data/preview.png.
 
     Args:
         images, masks, unlabelled: folders or prefixes; `masks` may be the export of a labelling tool.
         classes: a class map; without it each value or colour becomes a class, but for the colours in `ignore`.
     """
     own = OwnImages(images, masks, out or f"runs/{project_name(images)}", unlabelled, classes, tuple(ignore))
-    return IngestedImages(own, own.make_data_set(ingest_here))
+    reports = own.make_data_set(ingest_here)
+    write_preview(own.data)
+    return IngestedImages(own, reports)
 
 
 def train(

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from threestage.errors import InputError
 from threestage.settings import Settings
@@ -14,8 +14,10 @@ class ClusterSettings(Settings):
         1, description="training processes; [least, most]: continues with fewer when nodes are lost, and adds new ones"
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker, and of a predictor")
-    gpus_per_worker: float = Field(
-        0, ge=0, description="GPUs of a training worker, and of a predictor; 0 trains on the CPU"
+    gpus_per_worker: Literal["auto"] | NonNegativeFloat = Field(
+        "auto",
+        description="GPUs of a training worker, and of a predictor; 0 trains on the CPU; auto: 1 if Ray is started on this "
+        "machine and it has one for each, else 0",
     )
     resources_per_worker: dict[str, float] = Field(
         {}, description="other resources of a worker, in Ray's names: memory …"
@@ -64,19 +66,24 @@ class ClusterSettings(Settings):
     def number_of_predictors(self) -> int:
         return self.predictors or self.most_workers
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 while they are `auto`, in place of which `ray_backend.connect.with_gpus` puts a number."""
+        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
+
     def synchronises(self, live: bool) -> bool:
         """Whether batch norm is over the images of all workers, where a network has a `live` one."""
-        return live and (self.gpus_per_worker > 0 if self.sync_batch_norm is None else self.sync_batch_norm)
+        return live and (self.gpus > 0 if self.sync_batch_norm is None else self.sync_batch_norm)
 
     @property
     def devices(self) -> float:
         """The most GPUs that a run has, or workers where those have none."""
-        return self.most_workers * (self.gpus_per_worker or 1)
+        return self.most_workers * (self.gpus or 1)
 
     @property
     def worker_resources(self) -> dict[str, float]:
         """What one worker takes, in Ray's names."""
-        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        gpus = {"GPU": self.gpus} if self.gpus else {}
         return {"CPU": self.cpus_per_worker, **gpus, **self.resources_per_worker}
 
     @property
@@ -85,7 +92,7 @@ class ClusterSettings(Settings):
         others = dict(self.resources_per_worker)
         return {
             "num_cpus": self.cpus_per_worker,
-            "num_gpus": self.gpus_per_worker,
+            "num_gpus": self.gpus,
             "memory": others.pop("memory", None),
             "resources": others,
             "accelerator_type": self.accelerator,
@@ -97,14 +104,14 @@ class ClusterSettings(Settings):
             raise InputError(
                 f"workers={self.workers}: at least 1, or [least, most] with least ≤ most", "config/invalid-value"
             )
-        if self.sync_batch_norm and not self.gpus_per_worker:
+        if self.sync_batch_norm and not self.gpus:
             raise InputError(
                 "sync_batch_norm=true: needs GPUs, torch has none for CPUs; set gpus_per_worker, or sync_batch_norm=null",
                 "config/conflict",
             )
-        if self.backend == "nccl" and not self.gpus_per_worker:
+        if self.backend == "nccl" and not self.gpus:
             raise InputError("backend=nccl: needs GPUs; set gpus_per_worker, or backend=gloo", "config/conflict")
-        if self.accelerator is not None and not self.gpus_per_worker:
+        if self.accelerator is not None and not self.gpus:
             raise InputError(
                 f"accelerator={self.accelerator}: needs GPUs; set gpus_per_worker, or accelerator=null",
                 "config/conflict",

@@ -119,6 +119,7 @@ def _check_input(config: Config, out: str, wrong: Set[str]) -> Iterator[CheckRes
 def _check_cluster(config: Config, out: str, manifest: Manifest | None, budget: str | None) -> Iterator[CheckResult]:
     from threestage.ray_backend import capacity, connect, node_checks
 
+    config = connect.with_gpus(config)
     address = connect.address_of(config.cluster)
     if address is None:
         room = run_check("cluster", "", lambda: capacity.room_here(config))
@@ -145,7 +146,7 @@ def _check_connected(config: Config, out: str, manifest: Manifest | None, budget
     if manifest is None:
         yield not_tried([*config.stage_names, "duration"], ["data.root"])
         return
-    found = StepSpecification(config=config, manifest=manifest, use_gpu=config.cluster.gpus_per_worker > 0)
+    found = StepSpecification(config=config, manifest=manifest, use_gpu=config.cluster.gpus > 0)
     yield from _steps(found, measure_there(found), 1, budget)
 
 
@@ -158,7 +159,7 @@ def _check_here(
     if manifest is None or room is False:
         yield not_tried([*config.stage_names, "duration"], ["data.root" if manifest is None else "cluster"])
         return
-    use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus_per_worker > 0
+    use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus > 0
     workers = 1 if alone else config.cluster.most_workers
     found = StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu)
     yield from _steps(found, measure_here(found), workers, budget)
@@ -208,12 +209,12 @@ def step_line(config: Config, measured: MeasuredStep, workers: int, seconds: flo
 
 def _too_much(config: Config, measured: MeasuredStep, workers: int) -> str | None:
     """Of several workers on one device."""
-    sharing = max(1, int(1 / config.cluster.gpus_per_worker)) if 0 < config.cluster.gpus_per_worker < 1 else 1
+    sharing = max(1, int(1 / config.cluster.gpus)) if 0 < config.cluster.gpus < 1 else 1
     together = measured.memory_bytes * (sharing if measured.on_gpu else workers)
     if together <= measured.device_bytes:
         return None
     many = sharing if measured.on_gpu else workers
-    whose = f"a GPU (cluster.gpus_per_worker={config.cluster.gpus_per_worker:g})" if measured.on_gpu else "this machine"
+    whose = f"a GPU (cluster.gpus_per_worker={config.cluster.gpus:g})" if measured.on_gpu else "this machine"
     return (
         f"{many} workers on {whose} need {gibibytes(together)} and there are {gibibytes(measured.device_bytes)}: "
         f"fewer cluster.workers, or {_less(measured)}"

@@ -1,12 +1,15 @@
 """Data sets and models on images: ingest, evaluate, predict."""
 
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.columns import Columns
 from rich.table import Table
+from rich.text import Text
 
 from threestage.cli.options import (
     AddressOption,
@@ -30,6 +33,7 @@ from threestage.cli.options import (
     protocol_of,
     warn,
 )
+from threestage.plain_text import escape_control_chars
 
 if TYPE_CHECKING:
     from threestage.data.ingest import IngestReport, IngestSettings
@@ -88,6 +92,7 @@ def ingest(
     """
     from threestage.config import validated
     from threestage.data.ingest import IngestSettings
+    from threestage.report.data_set_preview import write_preview
 
     settings = validated(
         IngestSettings,
@@ -105,7 +110,22 @@ def ingest(
         },
     )
     report = ingest_shown(source, out, settings, local, address)
-    _end(report, as_json, partial(show_ingested, [report], out))
+    preview = write_preview(out)
+
+    def show() -> None:
+        show_ingested([report], out, preview)
+        console.print(f"next:  {_after_ingest(report, out, local)}", highlight=False, markup=False, soft_wrap=True)
+
+    _end(report, as_json, show)
+
+
+def _after_ingest(report: "IngestReport", out: str, local: bool) -> str:
+    """The command that comes next."""
+    from threestage.run.own_images import PRESET
+
+    if not any(counts.labelled for counts in report.manifest.counts.values()):
+        return shlex.join(["threestage", "ingest", "IMAGES", out, "--masks", "MASKS", "--class-map", "classes.yaml"])
+    return shlex.join(["threestage", "check", PRESET, "--set", f"data.root={out}", *["--local"] * local])
 
 
 def ingest_shown(source: str, out: str, settings: "IngestSettings", local: bool, address: str | None) -> "IngestReport":
@@ -135,8 +155,8 @@ def _end(report: "IngestReport | PredictReport", as_json: bool, show: Callable[[
         show()
 
 
-def show_ingested(reports: "Sequence[IngestReport]", out: str) -> None:
-    """What came of one source after the other; the data set as the last one left it."""
+def show_ingested(reports: "Sequence[IngestReport]", out: str, preview: str | None) -> None:
+    """What came of one source after the other; the data set as the last one left it, and where a picture of its labels is."""
     for report in reports:
         _show_left_out(report.rejected)
         if report.bad:
@@ -152,6 +172,25 @@ def show_ingested(reports: "Sequence[IngestReport]", out: str) -> None:
         for name in ("added_images", "added_labels", "skipped", "bad")
     )  # fmt: skip
     console.print(f"{images} images and {labels} labels added, {skipped} were there already, {bad} left out")
+    for report in reports:
+        if report.class_counts:
+            _show_classes(report)
+    if preview is not None:
+        console.print(f"look at the labels: {escape(preview)}", highlight=False, soft_wrap=True)
+
+
+def _show_classes(report: "IngestReport") -> None:
+    """The classes that an ingest was given, the commonest first, in as many columns as fit."""
+    total = sum(one.pixels for one in report.class_counts) or 1
+    width = max(len(one.name) for one in report.class_counts)
+    colours = dict(zip(report.manifest.classes, report.manifest.colours, strict=True))
+    lines = [
+        Text.assemble(("■ ", "rgb({},{},{})".format(*colours[one.name])), escape_control_chars(one.name).ljust(width),
+                      f" {one.pixels / total:6.1%} {one.images:4}")
+        for one in sorted(report.class_counts, key=lambda one: -one.pixels)
+    ]  # fmt: skip
+    console.print(f"share of the labelled pixels, and images that show it, of {report.labelled} with a mask:")
+    console.print(Columns(lines, padding=(0, 3), column_first=True))
 
 
 def evaluate(
@@ -225,7 +264,7 @@ def predict(
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
-    gpus_per_worker: GpusOption = 0,
+    gpus_per_worker: GpusOption = None,
     start_timeout_s: StartTimeoutOption = 300,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,

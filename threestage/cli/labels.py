@@ -54,7 +54,7 @@ def export(
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
-    gpus_per_worker: GpusOption = 0,
+    gpus_per_worker: GpusOption = None,
     start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:

@@ -77,7 +77,12 @@ AddressOption = Annotated[
     str | None, typer.Option("--address", help="address of a running Ray cluster; without it one starts here")
 ]
 PredictorsOption = Annotated[int, typer.Option("--workers", min=1, help="processes that predict, with one CPU each")]
-GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each process")]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker", min=0, help="GPUs of each process; default: one of this machine's if Ray starts here"
+    ),
+]
 StartTimeoutOption = Annotated[
     int, typer.Option("--start-timeout-s", min=1, help="seconds to wait for room on the cluster")
 ]
@@ -126,7 +131,9 @@ def protocol_of(window: str | None, stride: str | None, flip: bool, scales: str 
     return validated(TTASettings, {"flip": flip, "overlap": overlap, **given})
 
 
-def cluster_of(address: str | None, workers: int, gpus_per_worker: float, start_timeout_s: int) -> "ClusterSettings":
+def cluster_of(
+    address: str | None, workers: int, gpus_per_worker: float | None, start_timeout_s: int
+) -> "ClusterSettings":
     """What a command that predicts asks of Ray."""
     from threestage.config import validated
     from threestage.ray_settings import ClusterSettings
@@ -134,7 +141,7 @@ def cluster_of(address: str | None, workers: int, gpus_per_worker: float, start_
     settings = {
         "address": address,
         "workers": workers,
-        "gpus_per_worker": gpus_per_worker,
+        "gpus_per_worker": "auto" if gpus_per_worker is None else gpus_per_worker,
         "start_timeout_s": start_timeout_s,
     }
     return validated(ClusterSettings, settings)

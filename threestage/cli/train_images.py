@@ -1,6 +1,5 @@
 """The command `train`: from folders of images and masks to a model."""
 
-import os
 import re
 from functools import partial
 from typing import Annotated, Any
@@ -50,12 +49,13 @@ def train(
     """
     from threestage.checks.run_check import check
     from threestage.checks.store import check_writable
+    from threestage.report.data_set_preview import write_preview
     from threestage.run.own_images import OwnImages, described
     from threestage.run.run import check_places
 
     folder = f"runs/{project_name(images)}" if out is None else out
     own = OwnImages(images, masks, folder, unlabelled, classes, tuple(map(_colour, ignore or [])))
-    given = [*_gpu(local, overrides or []), *(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    given = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     config = own.config(project_name(folder), given)
     check_writable(config, folder)
     shown = Terminal(stderr=True, soft_wrap=True) if as_json else console
@@ -63,8 +63,9 @@ def train(
     reports = own.make_data_set(partial(ingest_shown, local=local, address=config.cluster.address))
     for warning in (text for report in reports for text in report.warnings):
         warn(warning)
+    preview = write_preview(own.data)
     if not as_json:
-        show_ingested(reports, own.data)
+        show_ingested(reports, own.data, preview)
     check_places(config, folder, local)
     for name, text in described(config, _device(config, local)):
         shown.print(f"  {name:8} {escape(text)}", highlight=False, soft_wrap=True)
@@ -87,19 +88,12 @@ def _colour(text: str) -> tuple[int, int, int]:
     return parts[0], parts[1], parts[2]
 
 
-def _gpu(local: bool, overrides: list[str]) -> list[str]:
-    """A cluster that is started on this machine takes one of its GPUs, unless --set says what a worker takes."""
-    if local or os.environ.get("RAY_ADDRESS") or any(text.startswith("cluster.") for text in overrides):
-        return []
-    import torch
-
-    return ["cluster.gpus_per_worker=1"] if torch.cuda.is_available() else []
-
-
 def _device(config: Any, local: bool) -> str:
-    import torch
-
     if local:
+        import torch
+
         return "a GPU" if torch.cuda.is_available() else f"a CPU with {torch.get_num_threads()} threads"
-    workers, gpus = config.cluster.most_workers, config.cluster.gpus_per_worker
+    from threestage.ray_backend.connect import gpus_taken
+
+    workers, gpus = config.cluster.most_workers, gpus_taken(config.cluster).gpus
     return f"{workers} Ray worker(s), " + (f"{gpus:g} GPU each" if gpus else "CPU only")

@@ -1,4 +1,4 @@
-"""Faults of a data set as a whole: classes without a labelled pixel, and images that it has more than once.
+"""Faults of a data set as a whole: classes with few labelled pixels or none, and images that it has more than once.
 
 A class that no mask shows cannot be learned, and one class alone is no task. The same bytes under several ids lie across
 splits, or have other masks; near-copies make scores too good.
@@ -19,12 +19,22 @@ from threestage.data.formats import SPLITS, SourceItem
 from threestage.data.image_validation import BadFile, check_mask
 from threestage.data.parallel import map_ahead
 from threestage.data.publish import Entries, entries_of_files, id_hash, index_parts, row_digests
-from threestage.data.records import DECODER_ERRORS, DataFile, Manifest, decode_mask, files_with_masks, open_image
+from threestage.data.records import (
+    DECODER_ERRORS,
+    DataFile,
+    Manifest,
+    SizeStatistics,
+    decode_mask,
+    files_with_masks,
+    open_image,
+)
 from threestage.errors import InputError
 
 LEAST_CLASSES = 2
 SAMPLE = 64  # masks
 SOURCE_SAMPLE = 16
+TINY = 0.001  # share of the labelled pixels
+OTHER_SIZE = 1.25  # factor between two sides
 FEW_IDS = 8
 FIX = (
     "correct the class map and ingest again (for masks of 0 and 255: `ids: [0]` for the background, `ids: [255]` for the "
@@ -55,6 +65,47 @@ def check_class_pixels(
             "data/one-class",
         )
     return f"{where}: no labelled pixel of {absent} in {seen}: label images that show it, or {fix}" if absent else None
+
+
+def note_rare_classes(root: str, shown: Sequence[tuple[str, int, int]], labelled: int) -> list[str]:
+    """Notes that name classes in one image only, and those with a tiny share of the labelled pixels.
+
+    shown: name, pixels and images of each class in all `labelled` masks of the data set.
+    """
+    once = [name for name, _, images in shown if images == 1 < labelled]
+    total = sum(pixels for _, pixels, _ in shown)
+    tiny = [f"{name} {pixels / total:.2%}" for name, pixels, images in shown if images > 1 and pixels < TINY * total]
+    notes = []
+    if once:
+        notes.append(
+            f"{root}: one image only shows {', '.join(once)}: such a class is trained or validated, not both; label more "
+            "images that show it, or merge it with another class in the class map"
+        )
+    if tiny:
+        notes.append(
+            f"{root}: few of the labelled pixels are {', '.join(tiny)}: check its ids or colours in the class map, or label "
+            "more images that show it"
+        )
+    return notes
+
+
+Extent = tuple[tuple[int, int], tuple[int, int]]
+"""Least and most pixels in height, and in width."""
+
+
+def note_other_sizes(root: str, labelled: Extent, sizes: SizeStatistics) -> list[str]:
+    """A note where all labelled images have one size and others differ from it by OTHER_SIZE or more. `sizes`: of all images."""
+    (height, most_height), (width, most_width) = labelled
+    if (height, width) != (most_height, most_width):
+        return []
+    sides = ((height, sizes.min_height, sizes.max_height), (width, sizes.min_width, sizes.max_width))
+    if not any(side >= OTHER_SIZE * least or most >= OTHER_SIZE * side for side, least, most in sides):
+        return []
+    return [
+        f"{root}: all labelled images are {width} wide and {height} high, the others {sizes.min_width} to "
+        f"{sizes.max_width} and {sizes.min_height} to {sizes.max_height}: objects may have another size there; label some "
+        "of the others, or ingest images of one size"
+    ]
 
 
 def sampled_pixels(root: str, manifest: Manifest, but: Collection[str], classes: int) -> npt.NDArray[np.int64]:

@@ -36,9 +36,12 @@ from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
 from threestage.data.data_set_checks import (
     FIX,
     LEAST_CLASSES,
+    Extent,
     check_class_pixels,
     check_copies,
     fix_for,
+    note_other_sizes,
+    note_rare_classes,
     sampled_pixels,
 )
 from threestage.data.drawings import DRAWINGS, write_drawings
@@ -79,12 +82,20 @@ KNOWN_PER_SHARD = 16  # files' worth of images that the data set has: most of th
 Progress = Callable[[int, int], None]
 
 
+class ClassCount(Settings):
+    """Of one class in the masks that an ingest was given: its pixels, and how many images show it."""
+
+    name: str
+    pixels: int
+    images: int
+
+
 class IngestReport(Settings):
     """`added_labels`: masks new to the set, of new or of known images. `skipped`: images that it had already.
 
     `manifest` is the one before when nothing was added. `bad`: how many images were refused; `rejected`: the first of
-    them, at most 20; `rejects_uri`: where all are listed, None when none was refused. `warnings`: what else the user should
-    know, one line each.
+    them, at most 20; `rejects_uri`: where all are listed, None when none was refused. `labelled`: images with a mask in the
+    source, new or not; `class_counts`: what these masks show. `warnings`: what else the user should know, one line each.
     """
 
     manifest: Manifest
@@ -94,6 +105,8 @@ class IngestReport(Settings):
     bad: int
     rejected: tuple[Reject, ...]
     rejects_uri: str | None
+    labelled: int = 0
+    class_counts: tuple[ClassCount, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -121,7 +134,9 @@ def ingest(
         _refuse_too_many(job, source, added, plan.images, rejects, settings.max_bad_fraction)
         warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
         warnings += check_copies(root, job.index, current.files if current else (), added.files)
-        manifest = publish(root, current, next_manifest(current, job.class_map, settings.name, added))
+        following = next_manifest(current, job.class_map, settings.name, added)
+        warnings += _odd(root, following or current, current, added)
+        manifest = publish(root, current, following)
         made = None if manifest is current else manifest
     finally:
         listed = _write_rejects(root, rejects, made)
@@ -135,6 +150,8 @@ def ingest(
         bad=rejects.count,
         rejected=tuple(rejects.first),
         rejects_uri=listed,
+        labelled=added.labelled,
+        class_counts=_class_counts(manifest, added),
         warnings=tuple(warnings),
     )
 
@@ -237,6 +254,35 @@ def _class_notes(
     fix = FIX if is_fine else fix_for(job.class_map, job.map_name, items)
     note = check_class_pixels(job.root, names, pixels.tolist(), seen, fix)
     return [note] if note else []
+
+
+def _class_counts(manifest: Manifest, added: Additions) -> tuple[ClassCount, ...]:
+    counts = zip(manifest.classes, added.pixels.tolist(), added.class_images.tolist(), strict=False)
+    return tuple(ClassCount(name=name, pixels=pixels, images=images) for name, pixels, images in counts)
+
+
+def _odd(root: str, manifest: Manifest | None, before: Manifest | None, added: Additions) -> list[str]:
+    """Notes about rare classes, where the masks are all that the data set has, and about sizes that no label has. `before`:
+    without what was added."""
+    notes = list[str]()
+    if manifest is None:
+        return notes
+    if added.labelled and added.labelled == sum(counts.labelled for counts in manifest.counts.values()):
+        shown = [(one.name, one.pixels, one.images) for one in _class_counts(manifest, added)]
+        notes += note_rare_classes(root, shown, added.labelled)
+    labelled = _labelled_extent(before, added)
+    return notes if labelled is None else [*notes, *note_other_sizes(root, labelled, manifest.sizes)]
+
+
+def _labelled_extent(before: Manifest | None, added: Additions) -> Extent | None:
+    """Of the masks of the source; without any, of the images that the data set had, where some have masks."""
+    if added.labelled:
+        heights, widths = added.labelled_sizes
+        return (heights.smallest, heights.largest), (widths.smallest, widths.largest)
+    if before is None or not any(counts.labelled for counts in before.counts.values()):
+        return None
+    sizes = before.sizes
+    return (sizes.min_height, sizes.max_height), (sizes.min_width, sizes.max_width)
 
 
 # The plan: which images make a shard.

@@ -6,11 +6,12 @@ Also the index of what a data set already holds, by image id. `data/ingest.py` d
 import hashlib
 import io
 import json
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache, partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ from threestage.settings import Settings
 
 MAX_FILE_BYTES = 128 * 1024**2
 ROW_DIGESTS_KEY = b"threestage.row_digests"
+FIELDS_ADDED_LATER = ("unknown", "class_images", "labelled_sizes")  # of ShardReport
 
 Kind = Literal["images", "labels"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -112,7 +114,8 @@ class ShardReport(Settings):
     set, `newly_labelled`: of these labels, those of images that had none, less the images that lost theirs. `skipped`: images
     that the data set had. `gone`: images that were listed and are no longer there. `heights`, `widths`: of the new images.
     `masks`: digest of the masks that its images were given, new or not (`masks_digest`), None for none; `labelled`: how many
-    these are; `pixels`: their pixels of each class. `unknown`: pixels and masks of each value that the class map does not know.
+    these are; `pixels`: their pixels of each class; `class_images`: how many of them show it; `labelled_sizes`: heights and
+    widths of these. `unknown`: pixels and masks of each value that the class map does not know.
     """
 
     base: str | None
@@ -129,12 +132,14 @@ class ShardReport(Settings):
     masks: str | None = None
     labelled: int = 0
     pixels: tuple[int, ...] = ()
+    class_images: tuple[int, ...] = ()
+    labelled_sizes: tuple[SizeRange, ...] = ()
     unknown: dict[str, tuple[int, int]] = Field({})
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `unknown` where there is none: an earlier version reads it."""
-        return {key: value for key, value in handler(self).items() if key != "unknown" or value}
+        """Without empty fields that came later: an earlier version reads it."""
+        return {key: value for key, value in handler(self).items() if key not in FIELDS_ADDED_LATER or value}
 
     @property
     def checked(self) -> int:
@@ -151,6 +156,8 @@ class ShardReport(Settings):
             masks=self.masks,
             labelled=self.labelled,
             pixels=self.pixels,
+            class_images=self.class_images,
+            labelled_sizes=self.labelled_sizes,
             unknown=self.unknown,
         )
 
@@ -248,9 +255,10 @@ class Additions:
 
     def __init__(self) -> None:
         self.checked = self.images = self.labels = self.skipped = self.gone = self.labelled = 0
-        self.pixels = np.zeros(0, np.int64)
+        self.pixels = self.class_images = np.zeros(0, np.int64)
         self.newly_labelled: dict[SplitName, int] = {"train": 0, "val": 0, "test": 0}
         self.heights = self.widths = SizeRange()
+        self.labelled_sizes: tuple[SizeRange, ...] = (SizeRange(), SizeRange())
         self.unknown: dict[str, tuple[int, int]] = {}
         self._files: list[DataFile] = []
 
@@ -263,8 +271,10 @@ class Additions:
         self.gone += report.gone
         self.labelled += report.labelled
         if report.pixels:
-            pixels = np.array(report.pixels, np.int64)
+            pixels, images = np.array(report.pixels, np.int64), np.array(report.class_images, np.int64)
             self.pixels = pixels + self.pixels if len(self.pixels) else pixels
+            self.class_images = images + self.class_images if len(self.class_images) else images
+            self.labelled_sizes = tuple(map(operator.add, self.labelled_sizes, report.labelled_sizes))
         self.newly_labelled[report.split] += report.newly_labelled
         self.heights += report.heights
         self.widths += report.widths
@@ -492,7 +502,7 @@ def _loaded(folder: str, number: int) -> Entries:
 # ---- One shard from its list of images to its report
 
 SHARDS_AT_ONCE = 2
-REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 2
+REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 3
 
 
 @dataclass(frozen=True)
@@ -545,8 +555,7 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
     items = _items(shard)
     writer = Writer(job.root, shard.split, job.rows_per_file)
     rejected: list[Reject] = []
-    masks: list[tuple[str, str | None]] = []
-    pixels = np.zeros(len(job.class_map.classes) if job.class_map else 0, np.int64)
+    masks: list[LabelledItem] = []
     unknown: dict[str, tuple[int, int]] = {}
     skipped = gone = 0
     for item, outcome in zip(items, _outcomes(job, shard, items), strict=True):
@@ -563,13 +572,33 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
         else:
             writer.add(outcome.row)
         if outcome.pixels is not None:
-            masks.append((item.image_id, outcome.mask_digest))
-            pixels += outcome.pixels
-    labelled = sum(digest is not None for _, digest in masks)
-    given = {"masks": masks_digest(masks), "labelled": labelled, "pixels": tuple(pixels.tolist())} if masks else {}
-    report = writer.report(job.base, rejected, skipped=skipped, gone=gone, unknown=unknown, **given)
+            masks.append(LabelledItem(item.image_id, outcome.mask_digest, outcome.pixels, outcome.size))
+    counts = counts_of_masks(masks) if masks else {}
+    report = writer.report(job.base, rejected, skipped=skipped, gone=gone, unknown=unknown, **counts)
     storage.write_json(report_uri(job.root, shard.digest), report.model_dump(mode="json"))
     return report
+
+
+class LabelledItem(NamedTuple):
+    """What a shard keeps of a mask. `pixels`: of each class; `size`: (height, width)."""
+
+    image_id: str
+    mask_digest: str | None
+    pixels: npt.NDArray[np.int64]
+    size: tuple[int, int]
+
+
+def counts_of_masks(masks: Sequence[LabelledItem]) -> dict[str, Any]:
+    """The fields of a ShardReport that sum masks up; of one or more."""
+    pixels = np.stack([mask.pixels for mask in masks])
+    labelled = [mask for mask in masks if mask.mask_digest is not None]
+    return {
+        "masks": masks_digest([(mask.image_id, mask.mask_digest) for mask in masks]),
+        "labelled": len(labelled),
+        "pixels": tuple(pixels.sum(0).tolist()),
+        "class_images": tuple(np.count_nonzero(pixels, axis=0).tolist()),
+        "labelled_sizes": tuple(SizeRange.of([mask.size[side] for mask in labelled]) for side in (0, 1)),
+    }
 
 
 def finished(job: IngestJob, shard: Shard) -> tuple[str, ShardReport | None]:
@@ -647,11 +676,13 @@ class Gone:
 
 @dataclass(frozen=True)
 class Checked:
-    """A good image. `row`: what to write, None when the data set has it already. `pixels`: of each class in its mask."""
+    """A good image. `row`: what to write, None when the data set has it already. `pixels`: of each class in its mask; `size`:
+    (height, width) of the mask."""
 
     row: NewRow | None
     mask_digest: str | None = None
     pixels: npt.NDArray[np.int64] | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 def _check(
@@ -687,7 +718,7 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
             mask = None  # the export has no region of it, so it is unlabelled
         mask_digest = None if mask is None else digest_of(mask.tobytes())
     if known and known.mask_digest == mask_digest:
-        return Checked(None, mask_digest, pixels)
+        return Checked(None, mask_digest, pixels, (image.height, image.width))
     record = {
         "image_id": item.image_id,
         "image": image.data,
@@ -696,7 +727,7 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
         "width": image.width,
         "source": item.image_uri,
     }
-    return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels)
+    return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels, (image.height, image.width))
 
 
 def _mask_of(

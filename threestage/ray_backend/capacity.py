@@ -291,7 +291,7 @@ def _room(config: Config, nodes: Sequence[Mapping[str, float]], may_grow: bool, 
             value,
             f"{value}, but Ray begins with {alone}, which leaves no CPU to read the pool: set cluster.workers={workers}",
         )
-    if not cluster.gpus_per_worker and any(node.get("GPU") for node in nodes):
+    if not cluster.gpus and any(node.get("GPU") for node in nodes):
         return CheckOutcome(value, f"{value}; it has GPUs and the run uses none: set cluster.gpus_per_worker=1")
     return CheckOutcome(value)
 

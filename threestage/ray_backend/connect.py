@@ -20,8 +20,10 @@ import grpc  # type: ignore[import-untyped]
 import ray
 import ray.exceptions
 import ray.train
+import torch
 
 from threestage.checks.result import CheckOutcome
+from threestage.config import Config
 from threestage.data import storage
 from threestage.errors import InputError
 from threestage.hosts import refuse_unconfirmed
@@ -52,6 +54,21 @@ def address_of(cluster: ClusterSettings) -> tuple[str, str] | None:
         return "cluster.address", cluster.address
     named = os.environ.get("RAY_ADDRESS", "")
     return ("RAY_ADDRESS", named) if named not in ("", LOCAL) else None
+
+
+def with_gpus(config: Config, runs: int = 1) -> Config:
+    """The configuration with `gpus_taken` in place of `cluster.gpus_per_worker: auto`."""
+    return config.model_copy(update={"cluster": gpus_taken(config.cluster, runs)})
+
+
+def gpus_taken(cluster: ClusterSettings, runs: int = 1) -> ClusterSettings:
+    """The same with a number in place of `auto`: a GPU for each worker where Ray is started on this machine and so many `runs`
+    at once find enough of them, else none."""
+    if cluster.gpus_per_worker != "auto":
+        return cluster
+    wanted = runs * max(cluster.most_workers, cluster.number_of_predictors)
+    enough = address_of(cluster) is None and torch.cuda.device_count() >= wanted
+    return cluster.model_copy(update={"gpus_per_worker": float(enough)})
 
 
 def probe_cluster(name: str, address: str) -> CheckOutcome:

@@ -33,7 +33,7 @@ from threestage.prediction.predict import (
 )
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend.capacity import warn_of_folders
-from threestage.ray_backend.connect import connected_on_demand
+from threestage.ray_backend.connect import connected_on_demand, gpus_taken
 from threestage.ray_backend.failures import RetryBudget, retry_budget, to_user_error, translate_ray_errors
 from threestage.ray_backend.stall_monitor import await_resources, warn_if_stalled
 from threestage.ray_backend.tasks import map_function
@@ -62,6 +62,7 @@ def predict_pool_connected(
 ) -> Iterator[FileReport]:
     """`predict_pool` on a cluster that is connected to meanwhile. Raises StageFailure when an actor fails for good or the cluster
     has no room."""
+    cluster = gpus_taken(cluster)
     with connected_on_demand(cluster) as connect:
         connect()
         warn_of_folders([model, task.destination], warn)
@@ -168,6 +169,7 @@ def predict_on_ray(
 ) -> PredictReport:
     """`predict_input` on a cluster, which is connected to when there is work for it. Raises as that does, and StageFailure when
     an actor fails for good or the cluster has no room."""
+    cluster = gpus_taken(cluster)
     with connected_on_demand(cluster) as connect:
 
         def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
@@ -183,7 +185,7 @@ def predict_on_ray(
 
 
 def _warn_of_traps(task: PredictionTask, cluster: ClusterSettings, warn: Warn) -> None:
-    if not cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+    if not cluster.gpus and ray.cluster_resources().get("GPU"):
         warn("the cluster has GPUs and this command uses none: --gpus-per-worker 1")
     warn_of_folders([task.source, task.destination], warn)
 

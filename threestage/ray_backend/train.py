@@ -79,7 +79,7 @@ def warn_of_traps(config: Config, out: str, warn: Warn) -> None:
             warning = f"{error.message}; the run waits for room"
         if warning is not None:
             warn(warning)
-    elif not config.cluster.gpus_per_worker and ray.cluster_resources().get("GPU"):
+    elif not config.cluster.gpus and ray.cluster_resources().get("GPU"):
         warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
     unlabelled = [config.data.unlabelled] if config.data.unlabelled else []
     warn_of_folders([out, config.data.root, *unlabelled], warn)
@@ -195,7 +195,7 @@ def make_trainer(task: StageTask, monitor: Any, function: TrainWorker, driver: s
         ),
         scaling_config=ScalingConfig(
             num_workers=(cluster.least_workers, cluster.most_workers) if elastic else cluster.most_workers,
-            use_gpu=cluster.gpus_per_worker > 0,
+            use_gpu=cluster.gpus > 0,
             resources_per_worker=cluster.worker_resources,
             placement_strategy=cluster.placement,
             accelerator_type=cluster.accelerator,

@@ -136,6 +136,10 @@ def measure_and_divide(config: Config, budget: str, local: bool) -> Resolved:
     """What the budget buys on a device that will train: of this machine, or of the cluster's."""
     parse(budget)
     config = config.with_absolute_paths()
+    if not local:
+        from threestage.ray_backend.connect import with_gpus
+
+        config = with_gpus(config)
     manifest = load_manifest(config.data.root)
     return bought(budget, config, manifest, list(_measured(config, manifest, local)))
 
@@ -149,7 +153,7 @@ def bought(budget: str, config: Config, manifest: Manifest, measured: Sequence[M
 
 
 def _measured(config: Config, manifest: Manifest, local: bool) -> Iterator[MeasuredStep]:
-    use_gpu = default_device().type == "cuda" if local else config.cluster.gpus_per_worker > 0
+    use_gpu = default_device().type == "cuda" if local else config.cluster.gpus > 0
     specification = StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu)
     if local:
         yield from measure_here(specification)

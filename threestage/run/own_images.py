@@ -2,7 +2,7 @@
 
 train.json      written first: the folder is a run's (`threestage.data.outputs`)
 classes.yaml    the class map, proposed from the masks where none was given; the user may edit it
-data/           the data set
+data/           the data set, with a picture of its labels (`threestage.report.data_set_preview`)
 """
 
 import shlex

@@ -78,8 +78,9 @@ def run_checked(
     reserve_variables()
     reserve_compile_cache()
     if not local:
-        from threestage.ray_backend.connect import reserve_ray_variables
+        from threestage.ray_backend.connect import reserve_ray_variables, with_gpus
 
+        config = with_gpus(config)
         reserve_ray_variables(config.cluster)
     registered: list[RegisteredVersion] = []
     before = lease.last_holder(out)

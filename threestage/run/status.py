@@ -192,8 +192,9 @@ class _Stages:
         }
 
     def device_hours(self, settings: Mapping[str, Any]) -> float:
-        gpus = settings.get("cluster", {}).get("gpus_per_worker") or 1
-        devices = {stage: gpus * (rows[-1].get("workers") or 1) for stage, rows in self.rows.items() if rows}
+        gpus = settings.get("cluster", {}).get("gpus_per_worker")
+        of_each = 1 if gpus in (None, 0, "auto") else gpus
+        devices = {stage: of_each * (rows[-1].get("workers") or 1) for stage, rows in self.rows.items() if rows}
         return sum(_seconds(self.rows[stage]) * number for stage, number in devices.items()) / 3600
 
 

@@ -132,7 +132,7 @@ def make_plan(
         stages=stages,
         reused=tuple(_reused(space, state.shared_done)),
         devices=devices,
-        unit="GPU" if trial.cluster.gpus_per_worker else "worker",
+        unit="GPU" if trial.cluster.gpus else "worker",
         measured_on=device,
         judged_at=judged,
         reduction_factor=factor,

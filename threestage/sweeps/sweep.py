@@ -188,8 +188,10 @@ class _Record(TypedDict):
 def checked(requested: Sweep) -> Sweep:
     """The same with absolute paths and with the space's fixed settings in its configuration. Raises InputError where they do
     not fit each other, or a place cannot be reached."""
+    from threestage.ray_backend.connect import with_gpus
+
     check_space(requested.space, requested.config)
-    config = changed(requested.config, requested.space.fixed)
+    config = with_gpus(changed(requested.config, requested.space.fixed), requested.space.max_concurrent)
     refuse_unconfirmed_hosts(requested.config)
     check_store(config, requested.out, SWEEP)
     out = storage.absolute(requested.out)

@@ -7,7 +7,15 @@ from PIL import Image
 
 from tests.refusals import refused
 from threestage.data import data_set_checks
-from threestage.data.data_set_checks import check_class_pixels, gradients, near_copies, note_near_copies
+from threestage.data.data_set_checks import (
+    check_class_pixels,
+    gradients,
+    near_copies,
+    note_near_copies,
+    note_other_sizes,
+    note_rare_classes,
+)
+from threestage.data.records import SizeStatistics
 
 
 def photo(seed: int) -> np.ndarray:
@@ -62,3 +70,29 @@ def test_every_class_without_a_pixel_is_named() -> None:
 def test_fewer_than_two_classes_are_refused(pixels: list[int], present: str) -> None:
     with refused("data/one-class", present, "thing, other", "use this map"):
         check_class_pixels("ds", NAMES, pixels, "3 masks", fix="use this map")
+
+
+def test_classes_that_are_hardly_there_are_named() -> None:
+    shown = [("road", 99_000, 4), ("pole", 30, 3), ("bird", 900, 1), ("nothing", 0, 0)]
+    once, tiny = note_rare_classes("data", shown, 4)
+    assert once.startswith("data: one image only shows bird:") and "are pole 0.03%:" in tiny
+    assert "nothing" not in once + tiny, "a class without a pixel has a line of its own"
+    assert note_rare_classes("data", [("road", 10, 1), ("bird", 10, 1)], 1) == [], "with one mask every class is in one"
+
+
+@pytest.mark.parametrize(
+    ("labelled", "least", "most", "noted"),
+    [
+        (((360, 360), (480, 480)), (360, 480), (360, 480), False),
+        (((360, 360), (480, 480)), (360, 480), (400, 500), False),
+        (((360, 360), (480, 480)), (360, 480), (720, 960), True),
+        (((360, 360), (480, 480)), (180, 240), (360, 480), True),
+        (((360, 720), (480, 960)), (180, 240), (720, 960), False),
+    ],
+)
+def test_labels_of_one_size_among_others(
+    labelled: tuple[tuple[int, int], tuple[int, int]], least: tuple[int, int], most: tuple[int, int], noted: bool
+) -> None:
+    sizes = SizeStatistics(min_height=least[0], min_width=least[1], max_height=most[0], max_width=most[1])
+    notes = note_other_sizes("data", labelled, sizes)
+    assert [note.startswith("data: all labelled images are 480 wide and 360 high") for note in notes] == [True] * noted

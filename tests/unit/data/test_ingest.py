@@ -95,6 +95,17 @@ def test_a_data_set_holds_the_files_and_says_so(source: Path) -> None:
     assert mask[0, 0] == 1 and mask.sum() == 1
 
 
+def test_the_classes_are_counted_and_a_rerun_reads_no_image_for_it(source: Path, reads: list[str]) -> None:
+    counts = run(source).class_counts
+    assert len(reads) == 10
+    assert [(one.name, one.pixels, one.images) for one in counts] == [("ground", 4 * 47, 4), ("thing", 4, 4)]
+    reads.clear()
+    run(source)  # writes the shards of images that are known by now
+    reads.clear()
+    again = run(source)
+    assert again.class_counts == counts and again.labelled == 4 and not reads
+
+
 def test_the_same_again_adds_nothing(source: Path) -> None:
     first = run(source)
     again = run(source)

@@ -12,6 +12,7 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import pytest
 import ray
+import torch
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
@@ -228,3 +229,27 @@ def test_a_cluster_that_anybody_may_use(monkeypatch: pytest.MonkeyPatch) -> None
     there = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(ray_internals, "cluster_metadata", lambda address, with_token=True: there)
     assert "asks for no token" in str(connect.probe_cluster("cluster.address", "127.0.0.1:1").warning)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cluster", "runs", "taken"),
+    [
+        (0, {}, 1, 0),
+        (1, {}, 1, 1),
+        (1, {"workers": 2}, 1, 0),
+        (2, {"workers": 2}, 1, 1),
+        (1, {"predictors": 2}, 1, 0),
+        (1, {}, 2, 0),
+        (8, {"address": "10.0.0.1:6379"}, 1, 0),
+        (1, {"workers": 4, "gpus_per_worker": 0.25}, 1, 0.25),
+        (1, {"gpus_per_worker": 0}, 1, 0),
+    ],
+)
+def test_the_gpus_of_this_machine_are_taken_where_each_worker_gets_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch, gpus: int, cluster: dict[str, Any], runs: int, taken: float
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    asked = changed(config, {f"cluster.{key}": value for key, value in cluster.items()})
+    assert connect.with_gpus(asked, runs).cluster.gpus_per_worker == taken
