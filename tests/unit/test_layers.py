@@ -28,7 +28,7 @@ LAYERS = tuple(
         "checks run.context run.outcome run.backend run.pool_files run.pipeline run.local_backend mlflow_sync.run_sync run.clean",
         "ray_backend run.budget sweeps",
         "report run",
-        "checks.run_check sweeps.sweep ray_backend.job_check ray_backend.sweep selection",
+        "checks.run_check checks.doctor sweeps.sweep ray_backend.job_check ray_backend.sweep selection",
         "__main__ api cli local",
     )
 )

@@ -201,7 +201,7 @@ def _check_pieces(config: Config, stage: StageName) -> None:
     workers = config.cluster.most_workers
     if workers == 1 or not config.cluster.synchronises(config.network.batch_norm == "live"):
         return
-    least, most = (_images_of(config, stage, rank) for rank in (0, workers - 1))
+    least, most = (images_of(config, stage, rank) for rank in (0, workers - 1))
     if least < config.training.accumulate and least < most:
         raise InputError(
             f"training.accumulate={config.training.accumulate}: in {stage} the worker with the fewest images has {least}, "
@@ -211,7 +211,7 @@ def _check_pieces(config: Config, stage: StageName) -> None:
         )
 
 
-def _images_of(config: Config, stage: StageName, rank: int, labelled_batch: int | None = None) -> int:
+def images_of(config: Config, stage: StageName, rank: int, labelled_batch: int | None = None) -> int:
     """Images of a step's forward passes on a rank of the largest group; no rank has fewer than 0, none more than the last.
 
     labelled_batch: in place of the stage's.
@@ -238,7 +238,7 @@ def _pooled_problem(config: Config, stage: StageName, labelled_batch: int) -> st
     workers = config.cluster.most_workers
     if config.network.head != "deeplabv3plus" or (workers > 1 and config.cluster.synchronises(live=True)):
         return None
-    images = _images_of(config, stage, 0, labelled_batch)
+    images = images_of(config, stage, 0, labelled_batch)
     if all(piece.stop - piece.start >= 2 for piece in micro_batches(images, config.training.accumulate)):
         return None
     labelled = share_of(labelled_batch, config.training.batch_scope, 0, workers).count

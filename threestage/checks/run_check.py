@@ -4,15 +4,15 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from threestage.checks.preflight import classes_fit, input_fits, sides_differ
+from threestage.checks.preflight import classes_fit, images_of, input_fits, sides_differ
 from threestage.checks.result import CheckOutcome, CheckResult, merged, not_tried, run_check, try_all
 from threestage.checks.step_time import MeasuredStep, StepSpecification, measure_here
 from threestage.checks.store import places, tracking
-from threestage.config import Config, changed, refuse_unconfirmed_hosts
+from threestage.config import Config, StageName, changed, refuse_unconfirmed_hosts
 from threestage.data import storage
 from threestage.data.records import Manifest, load_manifest
 from threestage.errors import CodedError, InputError, reason_of
@@ -21,9 +21,11 @@ from threestage.models.onnx_model import missing_packages
 from threestage.models.program import without_onnx, without_program
 from threestage.models.settings import NetworkSettings
 from threestage.redaction import redact
-from threestage.run.budget import bought
+from threestage.run.budget import bought, costs_of, passes_over_pool
 from threestage.run_folder import lease
 from threestage.training.worker import default_device
+
+STAGE_SECONDS = 6.0  # of measuring; a budget takes longer, and is more exact
 
 
 def check(
@@ -52,7 +54,7 @@ def check(
         config = changed(config, {"cluster.address": address})
     storage.configure(config.storage)
     config, out = config.with_absolute_paths(), storage.absolute(out)
-    results = try_all([*places(config, out), *([] if local else [tracking(config)])])
+    results = try_all([*places(config, out), *([] if local else [tracking(config.registry)])])
     yield from [*merged(results), *_proxy(results)]
     wrong = {result.name for result in results if result.problem}
     if "--out" not in wrong and storage.exists(storage.join(out, lease.NAME)):
@@ -146,7 +148,7 @@ def _check_connected(config: Config, out: str, manifest: Manifest | None, budget
     if manifest is None:
         yield not_tried([*config.stage_names, "duration"], ["data.root"])
         return
-    found = StepSpecification(config=config, manifest=manifest, use_gpu=config.cluster.gpus > 0)
+    found = _specification(config, manifest, config.cluster.gpus > 0)
     yield from _steps(found, measure_there(found), 1, budget)
 
 
@@ -161,8 +163,12 @@ def _check_here(
         return
     use_gpu = default_device().type == "cuda" if alone else config.cluster.gpus > 0
     workers = 1 if alone else config.cluster.most_workers
-    found = StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu)
+    found = _specification(config, manifest, use_gpu)
     yield from _steps(found, measure_here(found), workers, budget)
+
+
+def _specification(config: Config, manifest: Manifest, use_gpu: bool) -> StepSpecification:
+    return StepSpecification(config=config, manifest=manifest, use_gpu=use_gpu, stage_seconds=STAGE_SECONDS)
 
 
 def _steps(
@@ -174,7 +180,7 @@ def _steps(
         yield step_line(config, one, workers, time.monotonic() - start)
         measured.append(one)
         start = time.monotonic()
-    yield duration_line(config, measured)
+    yield duration_line(found, measured)
     if budget is not None:
         yield run_check(
             "budget", budget, lambda: CheckOutcome(bought(budget, config, found.manifest, measured).describe())
@@ -186,7 +192,7 @@ def _steps(
 LESS = (
     "ask for less memory: training.accumulate=2, a smaller {stage}.labelled_batch{or_unlabelled} or augment.crop_size"
 )
-LEFT_OUT = "besides: the pseudo-masks, waiting for data, evaluation, averaging gradients over workers, start-up"
+LEFT_OUT = "besides: waiting for data, averaging gradients over workers, start-up"
 
 
 def step_line(config: Config, measured: MeasuredStep, workers: int, seconds: float) -> CheckResult:
@@ -226,21 +232,55 @@ def _less(measured: MeasuredStep) -> str:
     return LESS.format(stage=measured.stage, or_unlabelled=unlabelled)
 
 
-def duration_line(config: Config, measured: Sequence[MeasuredStep]) -> CheckResult:
-    """Of all stages whose step was measured, one after the other."""
+def duration_line(found: StepSpecification, measured: Sequence[MeasuredStep]) -> CheckResult:
+    """Of all stages, the passes over the pool and the evaluations. A stage whose step was not measured takes as long for an
+    image as the one before it."""
+    config = found.config
     known = {one.stage: one.seconds for one in measured if one.seconds}
-    missing = [stage for stage in config.stage_names if stage not in known]
     if not known:
         return CheckResult("duration", "", warning="not estimated: no step was measured")
-    each = {stage: config.stage(stage).steps * seconds for stage, seconds in known.items()}
-    parts = " + ".join(
-        f"{stage} {config.stage(stage).steps:,} steps {duration_of(seconds)}" for stage, seconds in each.items()
-    )
-    total = f" = {duration_of(sum(each.values()))}" if len(each) > 1 else ""
-    value = f"{parts}{total}; {LEFT_OUT}"
-    if missing:
-        return CheckResult("duration", value, warning=f"{value}; {' and '.join(missing)} could not be measured")
-    return CheckResult("duration", value)
+    each = {stage: config.stage(stage).steps * seconds for stage, seconds in _step_seconds(config, known).items()}
+    parts = [f"{stage} {config.stage(stage).steps:,} steps {duration_of(seconds)}" for stage, seconds in each.items()]
+    predicting, problem = _predicting(found, measured)
+    for name, seconds in predicting.items():
+        parts.append(f"{name} {duration_of(seconds)}")
+    total = duration_of(sum(each.values()) + sum(predicting.values()))
+    doubts = [*problem, *(f"{one.stage} {one.warning}" for one in measured if one.seconds and one.warning)]
+    if missing := [stage for stage in config.stage_names if stage not in known]:
+        doubts.append(f"{' and '.join(missing)} not measured: by the images of a step")
+    more = "more than " * any(one.seconds and one.warning for one in measured)
+    value = f"{more}{total} = {' + '.join(parts)}; {LEFT_OUT}"
+    return CheckResult("duration", value, warning=f"{value}; {'; '.join(doubts)}" if doubts else None)
+
+
+def _step_seconds(config: Config, known: Mapping[StageName, float]) -> dict[StageName, float]:
+    """Of all stages, from those of some."""
+    last, found = next(iter(known)), dict[StageName, float]()
+    for stage in config.stage_names:
+        if stage in known:
+            last = stage
+        found[stage] = known[last] * _step_images(config, stage) / _step_images(config, last)
+    return found
+
+
+def _step_images(config: Config, stage: StageName) -> int:
+    return images_of(config.for_stage(stage), stage, config.cluster.most_workers - 1)
+
+
+def _predicting(found: StepSpecification, measured: Sequence[MeasuredStep]) -> tuple[dict[str, float], list[str]]:
+    """Seconds of all passes over the pool and of all evaluations; what is not known."""
+    if not any(one.image_seconds for one in measured):
+        return {}, ["without the pool and the evaluations, whose images were not measured"]
+    try:
+        costs = costs_of(found.config, found.manifest, measured)
+    except InputError:  # a prefix of image files
+        return {}, ["without the pool, which the run counts, and the evaluations"]
+    config, passes = found.config, passes_over_pool(found.config)
+    evaluations = sum(1 + config.stage(stage).steps // config.training.evaluate_every for stage in config.stage_names)
+    return {
+        f"{passes} pass{'es' * (passes != 1)} over the pool": passes * costs.pool_pass,
+        "evaluations": evaluations * costs.evaluation,
+    }, []
 
 
 def duration_of(seconds: float) -> str:

@@ -41,12 +41,12 @@ from threestage.training.step_inputs import BatchStream, SupervisedSteps, ThreeT
 from threestage.training.worker import LocalWorker
 
 WARM_UP_STEPS = 2
-LEAST_STEPS, MOST_STEPS = 3, 30
+MOST_STEPS = 30
 LIMIT_SECONDS = 20.0
-IMAGE_TURNS = 5
+IMAGE_TURNS, IMAGE_SECONDS = 5, 2.0
 NEVER = 10**9  # a step that is not reached
 
-START_S, STAGE_S = 60.0, 60.0  # of the process, and of each stage
+START_S, STEP_S = 60.0, 40.0  # of the process, and of a step
 
 Mark = float | torch.cuda.Event
 
@@ -62,9 +62,11 @@ class StepTime:
     device: str
 
 
-def measure_step(config: Config, stage: StageName, manifest: Manifest, device: torch.device) -> StepTime:
-    """The median of 3 to 30 steps of one worker with its share of the batch, after 2 that do not count; no new step begins
-    once 20 s have passed and 3 were measured.
+def measure_step(
+    config: Config, stage: StageName, manifest: Manifest, device: torch.device, limit_s: float = LIMIT_SECONDS
+) -> StepTime:
+    """The median of up to 30 steps of one worker with its share of the batch, after 2 that do not count. No new step begins
+    once `limit_s` have passed and there was one; where only the first 2 were made, the last of them counts.
 
     The batch is random, on the device already, and of the size of the data set's canvas: no waiting for data is in the
     figure, no averaging of gradients over workers, no evaluation, no checkpoint and no start-up. Pretrained weights are not
@@ -75,7 +77,7 @@ def measure_step(config: Config, stage: StageName, manifest: Manifest, device: t
         state = build_state(_task(config, stage, folder), config, len(manifest.classes), device)
         worker = LocalWorker(folder, config.training.checkpoints_kept, lambda share, first_image: iter(()))
         worker.device = device
-        source = _Watched(_source(config, stage, state, manifest, device), device)
+        source = _Watched(_source(config, stage, state, manifest, device), device, limit_s)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with contextlib.suppress(_Enough):
@@ -85,14 +87,14 @@ def measure_step(config: Config, stage: StageName, manifest: Manifest, device: t
 
 
 def measure_image(config: Config, manifest: Manifest, device: torch.device) -> float:
-    """Seconds of predicting one random image of the data set's mean size: the median of IMAGE_TURNS forward passes of two
-    images, after one that does not count."""
+    """Seconds of predicting one random image of the data set's mean size: the median of at most IMAGE_TURNS forward passes of
+    two images in IMAGE_SECONDS, after one that does not count."""
     settings, sizes = _without_weights(config).network, manifest.sizes
     network = build_network(settings, len(manifest.classes)).to(device).eval()
     height, width = (max(1, round(side / config.data.downscale)) for side in (sizes.mean_height, sizes.mean_width))
     images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seconds = []
-    for _ in range(1 + IMAGE_TURNS):
+    seconds = list[float]()
+    while len(seconds) < 2 or (len(seconds) <= IMAGE_TURNS and sum(seconds) * len(images) < IMAGE_SECONDS):
         start = time.perf_counter()
         list(predict_images(network, list(images.movedim(1, 3).numpy()), 2, device))
         seconds.append((time.perf_counter() - start) / len(images))
@@ -142,10 +144,10 @@ class _Watched:
     On a GPU the marks are events of its stream: nothing is made to wait that would not wait in training.
     """
 
-    def __init__(self, source: StepSource, device: torch.device) -> None:
+    def __init__(self, source: StepSource, device: torch.device, limit_s: float) -> None:
         self._source, self._device = source, device
         self._marks: list[Mark] = []
-        self._started = time.perf_counter()
+        self._end = time.perf_counter() + limit_s
         self.images = 0
 
     @property
@@ -153,12 +155,9 @@ class _Watched:
         return self._source.waited
 
     def draw(self, step: int) -> StepInputs:
-        if step >= WARM_UP_STEPS:
-            self._marks.append(self._mark())
-        else:
-            self._started = time.perf_counter()
-        measured, late = len(self._marks) - 1, time.perf_counter() - self._started > LIMIT_SECONDS
-        if measured >= MOST_STEPS or (late and measured >= LEAST_STEPS):
+        self._marks.append(self._mark())
+        late = time.perf_counter() > self._end and len(self._marks) > 1
+        if late or len(self._marks) > WARM_UP_STEPS + MOST_STEPS:
             raise _Enough
         inputs = self._source.draw(step)
         self.images = len(inputs.image_ids)
@@ -175,7 +174,8 @@ class _Watched:
         """Of the median step."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return median(_between(*pair) for pair in itertools.pairwise(self._marks))
+        steps = [_between(*pair) for pair in itertools.pairwise(self._marks)]
+        return median(steps[WARM_UP_STEPS:] or steps[-1:])
 
 
 def _between(start: Any, end: Any) -> float:
@@ -230,9 +230,10 @@ def _random_batch(share: BatchSlice, canvas: tuple[int, int], classes: int, maps
 
 
 class MeasuredStep(Settings):
-    """Of one stage. `image_seconds`: of predicting one image. `memory_bytes`: on a GPU the most that torch held of it, else the
+    """Of one stage. `seconds`: of a step; beside a `warning` it takes longer. `image_seconds`: of predicting one image.
+    `memory_bytes`: on a GPU the most that torch held of it, else the
     most that the process was resident in, libraries included; `device_bytes`: what the GPU, or the machine, has. `problem`:
-    why no step could be computed; `doubt`: why none was."""
+    why no step could be computed; `warning`: why none was."""
 
     stage: StageName
     seconds: float = 0.0
@@ -247,11 +248,12 @@ class MeasuredStep(Settings):
 
 
 class StepSpecification(Settings):
-    """`use_gpu`: the workers have one."""
+    """`use_gpu`: the workers have one. `stage_seconds`: after which no new step of a stage begins."""
 
     config: Config
     manifest: Manifest
     use_gpu: bool
+    stage_seconds: float = LIMIT_SECONDS
 
 
 def measure_steps(specification: StepSpecification) -> Iterator[MeasuredStep]:
@@ -259,15 +261,21 @@ def measure_steps(specification: StepSpecification) -> Iterator[MeasuredStep]:
     disable_malloc_trim()
     torch.set_num_threads(max(1, int(specification.config.cluster.cpus_per_worker)))
     device = torch.device("cuda" if specification.use_gpu else "cpu")
+    image_seconds = 0.0  # the same for all stages
     for stage in specification.config.stage_names:
-        yield _measured(specification, stage, device)
+        measured = _measured(specification, stage, device, image_seconds)
+        image_seconds = measured.image_seconds
+        yield measured
 
 
-def _measured(specification: StepSpecification, stage: StageName, device: torch.device) -> MeasuredStep:
+def _measured(
+    specification: StepSpecification, stage: StageName, device: torch.device, image_seconds: float
+) -> MeasuredStep:
+    """`image_seconds`: as it is known already, or 0."""
     capacity = torch.cuda.get_device_properties(device).total_memory if specification.use_gpu else machine_bytes()
     try:
-        step = measure_step(specification.config, stage, specification.manifest, device)
-        image_seconds = measure_image(specification.config, specification.manifest, device)
+        step = measure_step(specification.config, stage, specification.manifest, device, specification.stage_seconds)
+        image_seconds = image_seconds or measure_image(specification.config, specification.manifest, device)
     except torch.OutOfMemoryError as error:
         return MeasuredStep(
             stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}"
@@ -308,7 +316,7 @@ def machine_bytes() -> int:
 
 
 def measure_here(specification: StepSpecification) -> Iterator[MeasuredStep]:
-    """In a new process, which is ended when a stage takes longer than STAGE_S."""
+    """In a new process, which is ended when a stage takes longer than its seconds and STEP_S."""
     hidden = {} if specification.use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     with (
         tempfile.TemporaryFile() as given,
@@ -321,18 +329,18 @@ def measure_here(specification: StepSpecification) -> Iterator[MeasuredStep]:
             command, stdin=given, stdout=subprocess.PIPE, stderr=complaints, env=environment
         ) as process:
             try:
-                yield from _read(process, specification.config.stage_names, complaints)
+                yield from _read(process, specification, complaints)
             finally:
                 process.kill()
 
 
 def _read(
-    process: "subprocess.Popen[bytes]", stages: tuple[StageName, ...], complaints: IO[bytes]
+    process: "subprocess.Popen[bytes]", specification: StepSpecification, complaints: IO[bytes]
 ) -> Iterator[MeasuredStep]:
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
-    limit = START_S + STAGE_S
-    for stage in stages:
+    limit = START_S + specification.stage_seconds + STEP_S
+    for stage in specification.config.stage_names:
         try:
             line = lines.get(timeout=limit)
         except queue.Empty:
@@ -342,11 +350,13 @@ def _read(
             yield MeasuredStep(stage=stage, problem=_why_it_ended(process.wait(), complaints))
             return
         yield MeasuredStep.model_validate_json(line)
-        limit = STAGE_S
+        limit = specification.stage_seconds + STEP_S
 
 
 def too_slow(stage: StageName) -> MeasuredStep:
-    return MeasuredStep(stage=stage, warning=f"not measured: its first steps take longer than {STAGE_S:.0f} s")
+    return MeasuredStep(
+        stage=stage, seconds=STEP_S, warning=f"not measured: its first step takes longer than {STEP_S:.0f} s"
+    )
 
 
 def _pass_on(stream: Any, lines: "queue.SimpleQueue[bytes | None]") -> None:

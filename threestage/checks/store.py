@@ -217,9 +217,8 @@ def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
     return [data_set("data.root", config.data.root), *given, folder._replace(try_it=try_out)]
 
 
-def tracking(config: Config) -> Probe:
+def tracking(settings: RegistrySettings) -> Probe:
     """MLflow's store."""
-    settings = config.registry
     return Probe("registry.tracking_uri", redact(resolve_uri(settings.tracking_uri)), lambda: _reach_tracking(settings))
 
 

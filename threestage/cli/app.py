@@ -33,6 +33,7 @@ for command in (
     runs.run,
     runs.sweep,
     runs.check,
+    runs.doctor,
     images.ingest,
     runs.config,
     images.evaluate,

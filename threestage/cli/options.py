@@ -4,6 +4,7 @@ The terminal is rich's console, on which text from data cannot pass for the term
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +114,9 @@ def print_json(value: Any) -> None:
 
 
 def warn(text: str) -> None:
-    Terminal(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(redact(text))}", highlight=False)
+    """On standard error; on a terminal by the console, which keeps the line apart from a spinner below it."""
+    shown = console if console.is_terminal and sys.stderr.isatty() else Terminal(stderr=True)
+    shown.print(f"[yellow]warning:[/] {escape(redact(text))}", highlight=False, soft_wrap=True)
 
 
 def counter(status: Any, done: str) -> Callable[[int, int], None]:

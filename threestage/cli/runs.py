@@ -1,4 +1,4 @@
-"""Runs and sweeps: demo, init, run, sweep, check, config."""
+"""Runs and sweeps: demo, init, run, sweep, check, doctor, config."""
 
 from typing import Annotated, Any
 
@@ -7,6 +7,7 @@ import yaml
 
 from threestage.cli.models import show_version
 from threestage.cli.options import (
+    AddressOption,
     BudgetOption,
     ConfigArgument,
     ContinueOption,
@@ -17,6 +18,7 @@ from threestage.cli.options import (
     SeedOption,
     SetOption,
     Terminal,
+    TrackingOption,
     complete_preset,
     console,
     escape,
@@ -213,10 +215,33 @@ def check(
         raise typer.Exit(2)
 
 
+def doctor(
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="URI", help="Folder to try to write into; runs if not set.")
+    ] = None,
+    address: AddressOption = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what this machine has and reaches: versions, devices, memory, Ray, MLflow, a store, the hub of weights.
+
+    ✓ is well, ✗ is wrong, ! may be wrong. Exit code 2 when something is wrong.
+
+    Example: threestage doctor --out s3://bucket/runs
+    """
+    from threestage.checks.doctor import doctor as examine
+
+    lines = shown_checks(examine(out, address, tracking_uri), not as_json)
+    if as_json:
+        print_json([line.as_json() for line in lines])
+    if any(line.problem for line in lines):
+        raise typer.Exit(2)
+
+
 def shown_checks(results: Any, show: bool) -> list[Any]:
-    """All results, each printed as it is there."""
+    """All results, each printed as it is there, above the spinner."""
     lines = []
-    with Terminal(stderr=True).status("trying what the run needs"):
+    with (console if show else Terminal(stderr=True)).status("trying one thing after the other"):
         for line in results:
             lines.append(line)
             if show:

@@ -20,8 +20,8 @@ from threestage import __version__
 from threestage.allocator import disable_malloc_trim
 from threestage.checks.result import CheckOutcome, CheckResult, merged, try_all
 from threestage.checks.step_time import (
-    STAGE_S,
     START_S,
+    STEP_S,
     MeasuredStep,
     StepSpecification,
     StepTime,
@@ -170,7 +170,7 @@ def measure_there(specification: StepSpecification) -> Iterator[MeasuredStep]:
         return
     task = ray.remote(_measure).options(**cluster.task_options, num_returns="streaming", max_retries=0)
     results = task.remote(specification.model_dump(mode="json"))
-    limit = START_S + STAGE_S
+    limit = START_S + specification.stage_seconds + STEP_S
     for stage in stages:
         if not ray.wait([results], timeout=limit)[0]:
             ray.cancel(results, force=True)
@@ -181,7 +181,7 @@ def measure_there(specification: StepSpecification) -> Iterator[MeasuredStep]:
         except ray.exceptions.RayError as error:
             yield MeasuredStep(stage=stage, problem=f"no step could be computed on the cluster: {reason_of_ray(error)}")
             return
-        limit = STAGE_S
+        limit = specification.stage_seconds + STEP_S
 
 
 def _measure(specification: dict[str, Any]) -> Iterator[dict[str, Any]]:

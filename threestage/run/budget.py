@@ -117,7 +117,7 @@ def divide(config: Config, budget: TimeBudget, costs: Costs) -> Resolved:
     """
     wanted = {stage: config.stage(stage).steps for stage in config.stage_names}
     every = config.training.evaluate_every
-    passes = len(wanted) - (0 if config.pseudo_mask.final_stage else 1)
+    passes = passes_over_pool(config)
     fixed = passes * costs.pool_pass + len(wanted) * costs.evaluation
     of_all = sum(steps * (costs.steps[stage] + costs.evaluation / every) for stage, steps in wanted.items())
     share = (PLANNED * budget.wall_seconds(config) - fixed) / of_all
@@ -130,6 +130,11 @@ def divide(config: Config, budget: TimeBudget, costs: Costs) -> Resolved:
             "budget/too-small",
         )
     return Resolved(budget=budget.text, steps=steps, costs=costs)
+
+
+def passes_over_pool(config: Config) -> int:
+    """How many times a run predicts the whole pool."""
+    return len(config.stage_names) - (0 if config.pseudo_mask.final_stage else 1)
 
 
 def measure_and_divide(config: Config, budget: str, local: bool) -> Resolved:

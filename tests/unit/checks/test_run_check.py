@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from threestage.checks.result import CheckOutcome, CheckResult, not_tried, run_c
 from threestage.checks.run_check import duration_line, step_line
 from threestage.checks.step_time import MeasuredStep, StepSpecification, measure_steps
 from threestage.checks.store import check_store
-from threestage.config import Config
+from threestage.config import STAGES, Config
 from threestage.data import storage
-from threestage.data.records import encode_mask, load_manifest
+from threestage.data.records import encode_mask, load_manifest, pool_files
 from threestage.run_folder import lease
 
 GIB = 2**30
@@ -284,13 +285,27 @@ def test_a_gpu_that_is_too_small(config: Config) -> None:
 
 
 def test_the_duration_of_what_was_measured(config: Config) -> None:
-    stages = [measured(stage="stage1", seconds=10.0), measured(), measured(stage="stage3")]
-    assert duration_line(config, stages).value.startswith(
-        "stage1 6 steps 60 s + stage2 6 steps 3 s + stage3 6 steps 3 s = 66 s; besides: the pseudo-masks"
-    )
-    part = duration_line(config, [*stages[:2], MeasuredStep(stage="stage3", warning="too slow")])
-    assert str(part.warning).endswith("stage3 could not be measured")
-    assert duration_line(config, []).warning == "not estimated: no step was measured"
+    stages = [
+        measured(stage=stage, seconds=s, image_seconds=0.1) for stage, s in zip(STAGES, (10.0, 0.5, 0.5), strict=True)
+    ]
+    found = specification(config)
+    line = duration_line(found, stages)
+    steps = "stage1 6 steps 60 s + stage2 6 steps 3 s + stage3 6 steps 3 s"
+    pool = sum(file.rows for file in pool_files(found.manifest))
+    assert f"= {steps} + 3 passes over the pool {0.3 * pool:.2g} s + evaluations " in line.value
+    assert "; besides: waiting for data" in line.value and line.warning is None
+
+
+def test_the_duration_of_stages_that_were_not_measured(config: Config) -> None:
+    """Every check ends with a duration: one image takes as long as in the stage before, a step that was too slow longer."""
+    found, first = specification(config), measured(stage="stage1", seconds=10.0, image_seconds=0.1)
+    part = duration_line(found, [first, MeasuredStep(stage="stage2", problem="the process was killed")])
+    assert "stage1 6 steps 60 s + stage2 6 steps 2.0 min + stage3 6 steps 2.0 min" in part.value
+    assert str(part.warning).endswith("stage2 and stage3 not measured: by the images of a step")
+    slow = duration_line(found, [step_time.too_slow("stage1")])
+    assert slow.value.startswith("more than 20.0 min = stage1 6 steps 4.0 min + stage2 6 steps 8.0 min")
+    assert "without the pool" in str(slow.warning) and "its first step takes longer than 40 s" in str(slow.warning)
+    assert duration_line(found, []).warning == "not estimated: no step was measured"
 
 
 def specification(config: Config, use_gpu: bool = False) -> StepSpecification:
@@ -340,7 +355,8 @@ class Process:
 def read(process: Any, complaints: bytes, tmp_path: Path) -> list[MeasuredStep]:
     with open(tmp_path / "complaints", "w+b") as file:
         file.write(complaints)
-        return list(step_time._read(process, ("stage1", "stage2"), file))
+        given: Any = SimpleNamespace(config=SimpleNamespace(stage_names=("stage1", "stage2")), stage_seconds=0.0)
+        return list(step_time._read(process, given, file))
 
 
 def test_a_process_that_ends_early(tmp_path: Path) -> None:
@@ -353,9 +369,9 @@ def test_a_process_that_ends_early(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_too_slow_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "START_S", 0.0)
-    monkeypatch.setattr(step_time, "STAGE_S", 0.05)
+    monkeypatch.setattr(step_time, "STEP_S", 0.05)
     forever, never = Process(), threading.Event()
     forever.stdout = (b"" for _ in iter(never.wait, True))
     (found,) = read(forever, b"", tmp_path)
     never.set()
-    assert found.warning == "not measured: its first steps take longer than 0 s" and found.problem is None
+    assert found.warning == "not measured: its first step takes longer than 0 s" and found.problem is None

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.conftest import tiny_config
 from tests.refusals import refused
-from threestage.checks.step_time import LEAST_STEPS, measure_step
+from threestage.checks.step_time import measure_step
 from threestage.config import Config
 from threestage.data.records import load_manifest
 from threestage.models.network import build_network
@@ -293,7 +293,7 @@ def test_a_step_is_measured_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", LEAST_STEPS)
+    monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", 3)
     config = tiny_config(
         scenes, training__batch_scope=batch, cluster__workers=2, network__weights="not/there.safetensors"
     )
@@ -304,9 +304,8 @@ def test_a_step_is_measured_and_leaves_nothing(
 
 
 def test_measuring_ends_when_its_time_is_over(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threestage.checks.step_time.LIMIT_SECONDS", 0.0)
     monkeypatch.setattr("threestage.checks.step_time.MOST_STEPS", 10**6)
-    assert measure_step(tiny_config(scenes), "stage1", load_manifest(str(scenes)), CPU).seconds > 0
+    assert measure_step(tiny_config(scenes), "stage1", load_manifest(str(scenes)), CPU, limit_s=0.0).seconds > 0
 
 
 def test_the_pixels_of_a_mean_image_are_those_that_are_trained_on(scenes: Path) -> None:
