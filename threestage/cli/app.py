@@ -8,11 +8,12 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from pydantic import ValidationError
 
+from threestage import __version__
 from threestage.cli import images, labels, models, results, run_status, runs, selection, serve, submit, train_images
 from threestage.cli.options import Terminal, escape, print_json, warn
 from threestage.data.parallel import end_process
@@ -20,9 +21,9 @@ from threestage.errors import CodedError, InputError, RenamedSetting, StageFailu
 from threestage.redaction import redact
 
 app = typer.Typer(
-    help="Train a semantic-segmentation model from a few labelled images and many unlabelled ones, in three stages.",
     epilog="Start with: threestage demo, or threestage train --help",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -50,6 +51,22 @@ app.add_typer(labels.app, name="labels")
 app.add_typer(models.app, name="models")
 app.add_typer(run_status.app, name="runs")
 app.add_typer(submit.app, name="submit")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"threestage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Train a semantic-segmentation model from a few labelled images and many unlabelled ones, in three stages."""
+
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 

@@ -157,10 +157,12 @@ def _end(report: "IngestReport | PredictReport", as_json: bool, show: Callable[[
 
 def show_ingested(reports: "Sequence[IngestReport]", out: str, preview: str | None) -> None:
     """What came of one source after the other; the data set as the last one left it, and where a picture of its labels is."""
+    from threestage.data.rejects import csv_uri
+
     for report in reports:
         _show_left_out(report.rejected)
         if report.bad:
-            text = f"all {report.bad} left out: {report.rejects_uri}"
+            text = f"all {report.bad} left out: {csv_uri(report.rejects_uri or '')}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     manifest = reports[-1].manifest
     table = Table("split", "images", "labelled", title=escape(f"{out} version {manifest.version}"))
@@ -302,12 +304,16 @@ def predict(
 
 
 def _show_predictions(report: "PredictReport", out: str) -> None:
+    from threestage.data.rejects import csv_uri
+
     _show_left_out(report.rejected)
     if report.in_windows:
         console.print(f"{report.in_windows} images are too large for the memory and were predicted in windows")
     kept = f" ({report.kept} of them before)" if report.kept else ""
     text = f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}"
     console.print(text, highlight=False, soft_wrap=True)
+    if report.bad:
+        console.print(f"all that were left out: {escape(csv_uri(report.rejects_uri))}", highlight=False, soft_wrap=True)
 
 
 def _show_left_out(rejected: Iterable["Reject"]) -> None:

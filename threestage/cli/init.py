@@ -1,10 +1,10 @@
-"""A new project: a configuration, a class map, a sweep, job and cluster files, as a folder."""
+"""A new project as a folder: a configuration and a class map; for a cluster also a search space, jobs and cluster files."""
 
 import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import threestage
@@ -16,8 +16,8 @@ TEMPLATES = {  # in threestage/project/
     "config.yaml": "config.yaml",
     "classes.yaml": "classes.yaml",
     "gitignore": ".gitignore",
-    "rayignore": ".rayignore",
 }
+OF_CLUSTERS = {"rayignore": ".rayignore"}
 COPIES = {
     "tune/thresholds_and_weights.yaml": "sweep.yaml",
     "constraints.txt": "constraints.txt",
@@ -26,13 +26,17 @@ COPIES = {
 FOLDERS = ("jobs", "cluster")
 
 
-def write_project(folder: str) -> list[str]:
-    """Write a new project into a folder, which is made if it is not there; returns the files' paths below it.
+def write_project(folder: str, cluster: bool = False) -> list[str]:
+    """Write a new project into a folder, which is made if it is not there; returns the paths of the new files below it.
 
+    cluster: also what a cluster needs; the files of a project that is there already stay then.
     Raises InputError, before anything is written, when one of the files exists.
     """
     root = storage.path_here(folder, "a project")
-    files = dict(_files(project_name(folder)))
+    files = dict(_templates(TEMPLATES, project_name(folder)))
+    if cluster:
+        files = {path: content for path, content in files.items() if not os.path.lexists(root / path)}
+        files |= dict(_templates(OF_CLUSTERS, project_name(folder))) | dict(_shipped())
     _refuse_taken(root, files)
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -63,11 +67,15 @@ def next_commands(folder: str) -> list[str]:
     ]
 
 
-def _files(name: str) -> Iterator[tuple[str, bytes]]:
+def _templates(templates: Mapping[str, str], name: str) -> Iterator[tuple[str, bytes]]:
     """Path below the project and content."""
-    templates = Path(threestage.__file__).resolve().parent / "project"
-    for source, path in TEMPLATES.items():
-        yield path, (templates / source).read_bytes().replace(b"PROJECT", name.encode())
+    folder = Path(threestage.__file__).resolve().parent / "project"
+    for source, path in templates.items():
+        yield path, (folder / source).read_bytes().replace(b"PROJECT", name.encode())
+
+
+def _shipped() -> Iterator[tuple[str, bytes]]:
+    """The same of the files that are copied as they are."""
     shipped = shipped_folder()
     for source, path in COPIES.items():
         yield path, (shipped / source).read_bytes()

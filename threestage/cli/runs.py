@@ -1,5 +1,6 @@
 """Runs and sweeps: demo, init, run, sweep, check, doctor, config."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -50,14 +51,18 @@ def demo(
 
 def init(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="folder of the project; created if missing")],
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="add a search space, jobs and cluster files, also to an existing project"),
+    ] = False,
 ) -> None:
-    """Make a folder for a new project: configuration, class map, sweep, job and cluster files. Overwrites nothing.
+    """Make a folder for a new project: configuration, class map and README. Overwrites nothing.
 
     Example: threestage init streets
     """
     from threestage.cli.init import next_commands, summary, write_project
 
-    for line in (*summary(write_project(folder)), "next:", *next_commands(folder)):
+    for line in (*summary(write_project(folder, cluster)), "next:", *next_commands(folder)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -120,11 +125,13 @@ def run_shown(
         console.print(verdict, highlight=False, markup=False)
     console.print(f"results: {out}/results.json   pictures: {out}/pictures.png   report: {out}/report.html",
                   highlight=False, markup=False, soft_wrap=True)  # fmt: skip
-    for version in results.get("registered", []):
+    registered = results.get("registered", [])
+    for version in registered:
         show_version(version)
-    if results.get("registered"):
-        name = results["registered"][-1]["name"]
-        console.print(f"try it:  threestage predict models:/{name}@champion IMAGES OUT", highlight=False)
+    model = f"models:/{registered[-1]['name']}@champion" if registered else out
+    here = [] if registered else ["--local"]
+    predict = shlex.join(["threestage", "predict", model, "IMAGES", "OUT", *here])
+    console.print(f"next:  {predict}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sweep(
@@ -217,7 +224,7 @@ def check(
 
 def doctor(
     out: Annotated[
-        str | None, typer.Option("--out", metavar="URI", help="Folder to try to write into; runs if not set.")
+        str | None, typer.Option("--out", metavar="URI", help="folder to try to write into; default: runs")
     ] = None,
     address: AddressOption = None,
     tracking_uri: TrackingOption = None,

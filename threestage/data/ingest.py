@@ -11,7 +11,7 @@ for training.
 Besides the data set (`threestage.data.records`) the root holds
 
 ingest.json             written first: the folder is a data set's (`threestage.data.outputs`)
-rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA)
+rejected/v000N.parquet  the images refused when version N was made or tried (REJECT_SCHEMA); .csv: the same
 listing/<digest>/       the listing of a source of format images. It is extended by a later ingest, which then reads only
                         images with new URIs, and those that were replaced in place (other size, time or ETag)
 shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose images and masks the
@@ -67,7 +67,7 @@ from threestage.data.publish import (
     write_shard,
 )
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
-from threestage.data.rejects import Reject, RejectList
+from threestage.data.rejects import Reject, RejectList, csv_uri
 from threestage.errors import InputError
 from threestage.labels.labelled_source import LabelledSource, map_of_classes, proposed_map
 from threestage.labels.readers import read_annotations
@@ -179,9 +179,10 @@ def _write_rejects(root: str, rejects: RejectList, made: Manifest | None) -> str
     """Where the bad images are listed; None where there is none, and no list stays."""
     listed = _rejects_uri(root, made)
     if rejects.count == 0:
-        storage.delete(listed, root)
+        for uri in (listed, csv_uri(listed)):
+            storage.delete(uri, root)
         return None
-    rejects.write(listed)
+    rejects.write_for_people(listed, root)
     return listed
 
 

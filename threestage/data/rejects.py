@@ -1,12 +1,15 @@
 """Images that could not be used: who, where from, why. One bad image costs itself only; too many of them fail the job."""
 
+import csv
+import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from threestage.data import storage
+from threestage.plain_text import one_line
 from threestage.settings import Settings
 
 REJECT_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
@@ -42,11 +45,21 @@ class RejectList:
         if len(self._waiting) >= WRITTEN_AT_ONCE:
             self._compress()
 
-    def write(self, uri: str) -> None:
+    def write(self, uri: str) -> pa.Buffer:
         """Publish a Parquet file of REJECT_SCHEMA, sorted by source while they are fewer than WRITTEN_AT_ONCE. Once."""
         self._compress()
         self._parquet.close()
-        storage.write_bytes(uri, self._sink.getvalue())
+        content = self._sink.getvalue()
+        storage.write_bytes(uri, content)
+        return content
+
+    def write_for_people(self, uri: str, within: str) -> None:
+        """`write`, and the same as CSV beside it; without rejects an earlier CSV is removed. `within`: see `storage.delete`."""
+        content = self.write(uri)
+        if self.count:
+            storage.write_pieces(csv_uri(uri), _csv_pieces(content))
+        else:
+            storage.delete(csv_uri(uri), within)
 
     def complaint(self, total: int, max_bad_fraction: float, listed: str) -> str | None:
         """What to tell the user when they are more than the share `max_bad_fraction` of `total` images, else None.
@@ -65,6 +78,29 @@ class RejectList:
         if rows:
             self._parquet.write_table(pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
         self._waiting = []
+
+
+def csv_uri(uri: str) -> str:
+    """Of a list that `write_for_people` published as `uri`."""
+    return f"{uri.removesuffix('.parquet')}.csv"
+
+
+def _csv_pieces(content: pa.Buffer) -> Iterator[bytes]:
+    yield _csv_lines([REJECT_SCHEMA.names])
+    for batch in pq.ParquetFile(pa.BufferReader(content)).iter_batches():
+        yield _csv_lines([map(_as_text, row.values()) for row in batch.to_pylist()])
+
+
+def _csv_lines(rows: Iterable[Iterable[str]]) -> bytes:
+    lines = io.StringIO()
+    csv.writer(lines).writerows(rows)
+    return lines.getvalue().encode()
+
+
+def _as_text(value: str) -> str:
+    """Names are text from strangers: no control characters, and nothing that a spreadsheet takes for a formula."""
+    shown = one_line(value)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def _by_source(reject: Reject) -> tuple[str, str]:

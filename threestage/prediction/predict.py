@@ -2,7 +2,7 @@
 
 OUTPUT/prediction.json   the model and the settings that made it; others are refused
 OUTPUT/listing/          the listing of an input of image files
-OUTPUT/rejects.parquet   images that could not be used, and why
+OUTPUT/rejects.parquet   images that could not be used, and why; rejects.csv: the same
 
 format png                                     format parquet
 OUTPUT/masks/NAME.png       palette, class ids
@@ -329,7 +329,7 @@ def _gather(
         for report in run(list(missing.values())):
             take(report)
     listed = storage.join(task.destination, REJECTS_NAME)
-    rejects.write(listed)
+    rejects.write_for_people(listed, task.destination)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
         raise StageFailure(
             f"{complaint}; raise --max-bad-fraction, or replace them and run this again", "data/bad-images"

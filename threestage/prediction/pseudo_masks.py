@@ -4,7 +4,7 @@ pool_prediction.py predicts the pool with this and writes the files:
 
     folder/<name of the image file>    PSEUDO_MASK_SCHEMA, the image file's rows in their order; null: not in the pool
     folder/index.parquet               INDEX_SCHEMA, one row per file: what a stage must know before it reads any
-    folder/rejects.parquet             images that could not be used, and why
+    folder/rejects.parquet             images that could not be used, and why; rejects.csv: the same
 
 Confidences are stored, so a threshold is applied when they are read and a new one costs no new prediction.
 """
@@ -34,6 +34,10 @@ REPORT_KEY = b"threestage.report"
 DIGEST_KEY = b"threestage.prediction_digest"
 CONFIDENCE_SHARES = (0.5, 0.7, 0.9, 0.95)
 VANISHED_SHARE = 0.01
+VANISHED_WHY = (
+    "too few labels show it, or stage 1 was too short; label more images of it, give stage 1 more steps, or set "
+    "augment.class_balance"
+)
 TILE_PIXELS = 8192
 BATCH_PIXELS = 2**24  # of the images of a forward pass, at most, where it is more than one
 
@@ -336,7 +340,7 @@ def gather(
         if (close := getattr(reports, "close", None)) is not None:
             close()
     listed = storage.join(task.destination, REJECTS_NAME)
-    rejected.write(listed)
+    rejected.write_for_people(listed, task.destination)
     if (complaint := rejected.complaint(rows_of(files), max_bad_fraction, listed)) is not None:
         raise StageFailure(
             f"{complaint}; raise data.max_bad_fraction to continue, or fix the images and delete {task.destination}",
@@ -364,6 +368,13 @@ def vanished_classes(statistics: Statistics, label_pixels: Sequence[int], classe
         for name, labelled, found in zip(classes, label_pixels, statistics.class_pixels, strict=True)
         if found / predicted < VANISHED_SHARE * labelled / labels
     ]
+
+
+def vanished_text(vanished: Sequence[str], label_pixels: Sequence[int], classes: Sequence[str]) -> str:
+    """What vanished, with the likely cause and what to do."""
+    total = max(1, sum(label_pixels))
+    shares = [f"{name} ({label_pixels[classes.index(name)] / total:.1%} of the labelled pixels)" for name in vanished]
+    return f"{', '.join(shares)} vanished from the pseudo-masks: {VANISHED_WHY}"
 
 
 def check_collapse(on_collapse: str, complaint: str, warn: Callable[[str], None]) -> None:

@@ -14,7 +14,7 @@ from threestage.data.classes import Colour
 from threestage.data.rejects import SHOWN
 from threestage.format import duration
 from threestage.mlflow_sync.connection import redact
-from threestage.prediction.pseudo_masks import vanished_classes
+from threestage.prediction.pseudo_masks import VANISHED_WHY, vanished_classes
 from threestage.report import mask_images
 from threestage.report.run_reader import Run, Stage, throughput
 from threestage.report.scores import ABSENT
@@ -172,8 +172,7 @@ def in_sentences(run: Run, label_pixels: Sequence[int] | None) -> Iterator[str]:
         lost = vanished_classes(predicted, label_pixels or (), names) if predicted and predicted.pixels else []
         gone += [f"{', '.join(lost)} in {stage.title}"] if lost else []
     if gone:
-        remedy = "Try more steps of stage 1, augment.class_balance or a lower threshold."
-        yield f"Classes that vanished from the pseudo-masks: {'; '.join(gone)}. {remedy}"
+        yield f"Classes that vanished from the pseudo-masks: {'; '.join(gone)}: {VANISHED_WHY}."
     if rejects := {(reject.source, reject.image_id) for found in run.rejected.values() for reject in found}:
         yield f"{len(rejects)} image{'s were' if len(rejects) > 1 else ' was'} rejected."
 

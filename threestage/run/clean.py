@@ -42,7 +42,7 @@ PARTS = {"listing": "listing", "predictions": "pseudo-masks", RECORD: RECORDS} |
 }
 OF_STAGES = {"checkpoints": "checkpoints", "ray_train": "Ray Train's"}
 OTHER = "not the run's"
-KEPT_OF_A_SET = ("done.json", "index.parquet", "rejects.parquet")
+KEPT_OF_A_SET = ("done.json", "index.parquet", "rejects.parquet", "rejects.csv")
 MASKS_OF_SET = "/*.parquet"
 
 

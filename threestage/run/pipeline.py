@@ -26,6 +26,7 @@ from threestage.prediction.pseudo_masks import (
     gather,
     set_digest,
     vanished_classes,
+    vanished_text,
 )
 from threestage.run import continuation
 from threestage.run.backend import Backend, RunCallbacks
@@ -146,7 +147,7 @@ class _Stages:
         folder = self.folder.part(stage)
         listed = storage.join(folder, "rejects.parquet")
         found = RejectList(rejects)
-        found.write(listed)
+        found.write_for_people(listed, folder)
         if complaint := found.complaint(rows_of(self.pool()), self.config.data.max_bad_fraction, listed):
             raise StageFailure(
                 f"{stage}: {complaint}; raise data.max_bad_fraction to continue, or bring the images back and delete "
@@ -221,8 +222,8 @@ class _Stages:
             )
         vanished = vanished_classes(statistics, self.label_pixels, self.context.manifest.classes)
         if vanished:
-            text = f"{stage}: {', '.join(vanished)} vanished from the pseudo-masks"
-            check_collapse(self.config.pseudo_mask.on_collapse, text, self.on.on_warning)
+            text = vanished_text(vanished, self.label_pixels, self.context.manifest.classes)
+            check_collapse(self.config.pseudo_mask.on_collapse, f"{stage}: {text}", self.on.on_warning)
 
 
 def _pool_task(context: RunContext, folder: RunFolder, stage: StageName, part: str, model_digest: str) -> PoolTask:

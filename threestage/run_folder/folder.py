@@ -189,9 +189,10 @@ def _refuse_difference(out: str, where: str, before: dict[str, Any], now: dict[s
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         key = changed[0]
+        reuse = f" with --reuse {out}, which takes over what stays the same" if where.startswith("stage") else ""
         more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
         raise InputError(
             f"{storage.join(out, where)} was made with {key}={before.get(key)!r}, this run has {now.get(key)!r}{more}: "
-            f"give another --out, set it back, or delete {storage.join(out, where.split('/')[0])} and what follows it",
+            f"set it back, or give another --out{reuse}, or delete {storage.join(out, where.split('/')[0])} and what follows it",
             "run/other-settings",
         )

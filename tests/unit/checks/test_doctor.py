@@ -65,7 +65,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, answer: Exc
         raise answer
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(module.urllib.request, "urlopen", open_url)
+    monkeypatch.setattr("urllib.request.urlopen", open_url)
     line = found()["hub"]
     if expected is None:
         assert line.warning is None and "can be fetched" in line.value

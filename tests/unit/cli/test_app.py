@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.conftest import write_photos
 from tests.narrow_resnet import NAME as NARROW
+from threestage import __version__ as package_version
 from threestage.cli.app import main
 from threestage.errors import CodedError, InputError, StageFailure, UnwritablePlace
 from threestage.models.export import ModelCard, save_model
@@ -242,3 +243,11 @@ def test_predict_fails_when_too_many_images_are_bad(threestage: Run, photos: Pat
     assert "1 of 10 images are bad" in error and "3.jpg" in error and "out/rejects.parquet" in error
     code, out, _ = threestage(*predict, "--max-bad-fraction", 0.1)
     assert code == 0 and "left out" in out and "3.jpg: cannot be decoded" in out
+
+
+def test_the_version_and_the_short_help(threestage: Run) -> None:
+    code, out, _ = threestage("--version")
+    assert code == 0 and out == f"threestage {package_version}\n"
+    for arguments in (["-h"], ["run", "-h"], ["models", "pull", "-h"]):
+        code, out, _ = threestage(*arguments)
+        assert code == 0 and "Usage" in out

@@ -49,7 +49,7 @@ def test_the_summary_names_the_weakest_class_and_what_was_lost() -> None:
     rejects = [Reject(image_id=name, source="photos.parquet", reason="") for name in ("a", "b", "c")]
     weakest, vanished, rejected = in_sentences(run_of(only, masks=rejects, training=rejects[:1]), [10, 10, 0, 0])
     assert weakest == "Weakest class of stage 1: bicyclist, with an IoU of 0.200."
-    assert vanished.startswith("Classes that vanished from the pseudo-masks: bicyclist in stage 1. Try more steps")
+    assert vanished.startswith("Classes that vanished from the pseudo-masks: bicyclist in stage 1: too few labels")
     assert rejected == "3 images were rejected."
     assert list(in_sentences(run_of(), None)) == [] and list(in_sentences(run_of(stage(1, 0.5, {})), None)) == []
 

@@ -228,7 +228,7 @@ def test_each_stage_says_what_it_learnt_from(scenes: Path, undisturbed: Path) ->
 
 
 def test_other_settings_are_refused_by_name(scenes: Path, undisturbed: Path) -> None:
-    with refused("run/other-settings", "stage2/inputs.json", "consistency.weight=0.25", "0.5"):
+    with refused("run/other-settings", "stage2/inputs.json", "consistency.weight=0.25", "0.5", "with --reuse "):
         run_local(local_config(scenes, consistency__weight=0.5), str(undisturbed), quiet)
     with refused("run/other-settings", "split.json", "data.labelled=8", "9"):
         run_local(local_config(scenes, data__labelled=9), str(undisturbed), quiet)
