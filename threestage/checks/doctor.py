@@ -30,7 +30,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 WITHOUT_HUB = "give the encoder's weights as a file: --set network.weights=FILE"
 
 
-def doctor(out: str | None, address: str | None, tracking_uri: str | None) -> Iterator[CheckResult]:
+def examine(out: str | None, address: str | None, tracking_uri: str | None) -> Iterator[CheckResult]:
     """A line each of versions, devices, memory, Ray, MLflow, a folder to write into and the hub of pretrained weights.
 
     Writes nothing but a small file that is deleted below `out`. None for `address` and `tracking_uri`: what the environment

@@ -66,6 +66,7 @@ def of_all(
     ] = False,
 ) -> None:
     """Train a semantic-segmentation model from a few labelled images and many unlabelled ones, in three stages."""
+    del version  # its callback has printed it
 
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it

@@ -236,7 +236,7 @@ def doctor(
 
     Example: threestage doctor --out s3://bucket/runs
     """
-    from threestage.checks.doctor import doctor as examine
+    from threestage.checks.doctor import examine
 
     lines = shown_checks(examine(out, address, tracking_uri), not as_json)
     if as_json:

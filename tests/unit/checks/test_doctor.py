@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.cli.test_app import Run, threestage
 from threestage.checks import doctor as module
-from threestage.checks.doctor import doctor
+from threestage.checks.doctor import examine
 from threestage.checks.result import CheckResult
 
 __all__ = ["threestage"]
@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(out: str | None = None) -> dict[str, CheckResult]:
-    return {line.name: line for line in doctor(out, None, None)}
+    return {line.name: line for line in examine(out, None, None)}
 
 
 def test_one_screen(threestage: Run, tmp_path: Path) -> None:
