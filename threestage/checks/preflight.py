@@ -291,7 +291,7 @@ def input_fits(config: Config, out: str | None) -> CheckOutcome:
     split = read_split(config, manifest, out)
     check_settings(config.network)
     check_batches(config, manifest, len(split.labelled), len(split.validation))
-    pool = sum(file.rows for file in pool_files(manifest))
+    pool = sum(file.rows for file in pool_files(manifest)) - split.carved
     workers = config.cluster.most_workers
     more = "" if config.data.unlabelled is None else f" and those of {config.data.unlabelled}"
     return CheckOutcome(

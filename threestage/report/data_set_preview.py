@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,8 +20,6 @@ from threestage.data.records import (
     Manifest,
     decode_image,
     decode_mask,
-    downscale_image,
-    downscale_mask,
     files_with_masks,
     load_manifest,
 )
@@ -28,7 +27,7 @@ from threestage.report.mask_images import overlay, panel
 
 NAME = "preview.png"
 PHOTOS, BLOCKS = 8, 2  # photos, and pairs of columns that they stand in
-WIDTH = 320  # of a photo at most, in pixels
+WIDTH, HEIGHT = 320, 240  # of a photo at most, in pixels
 MADE_OF = "threestage data set"  # key of the text in the PNG
 
 
@@ -77,6 +76,9 @@ def _labelled(root: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def _seen(row: dict[str, Any], colours: tuple[Colour, ...]) -> tuple[Bytes, Bytes]:
     """The photo and the photo under its mask, made smaller."""
     image, mask = decode_image(row["image"]), decode_mask(row["mask"])
-    factor = max(1, round(image.shape[1] / WIDTH))
-    image, mask = downscale_image(image, factor), downscale_mask(mask, factor)
+    height, width = mask.shape
+    factor = min(1.0, HEIGHT / height, WIDTH / width)
+    size = max(1, round(factor * width)), max(1, round(factor * height))
+    image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
     return image, overlay(image, mask, colours)
