@@ -18,7 +18,7 @@ from threestage.data.records import Manifest, load_manifest
 from threestage.errors import CodedError, InputError, reason_of
 from threestage.format import duration, gibibytes
 from threestage.models.onnx_model import missing_packages
-from threestage.models.program import without_onnx, without_program
+from threestage.models.program import EXPORT_S, unfinished, without_onnx, without_program
 from threestage.models.settings import NetworkSettings
 from threestage.redaction import redact
 from threestage.run.budget import bought, costs_of, passes_over_pool
@@ -26,6 +26,7 @@ from threestage.run_folder import lease
 from threestage.training.worker import default_device
 
 STAGE_SECONDS = 6.0  # of measuring; a budget takes longer, and is more exact
+EXPORT_SECONDS = 15.0  # of each export
 
 
 def check(
@@ -88,9 +89,12 @@ def _proxy(places: Sequence[CheckResult]) -> Iterator[CheckResult]:
         yield CheckResult("proxy", f"s3:// goes through {redact(proxy)} (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)")
 
 
-def _exportable(config: Config, where: str, without: Callable[[NetworkSettings], str | None]) -> CheckOutcome:
+def _exportable(config: Config, where: str, without: Callable[[NetworkSettings, float], str | None]) -> CheckOutcome:
     try:
-        return CheckOutcome(f"{config.network.encoder} is exported {where}", without(config.network))
+        warning = without(config.network, EXPORT_SECONDS)
+        if warning is not None and warning.endswith(unfinished(EXPORT_SECONDS)):
+            warning = f"not known: {unfinished(EXPORT_SECONDS)}; a run and an export give it {EXPORT_S:.0f} s"
+        return CheckOutcome(f"{config.network.encoder} is exported {where}", warning)
     except InputError:  # the line of the input says why
         return CheckOutcome("", "not tried: needs input")
 

@@ -39,7 +39,7 @@ def write_program(folder: Path, seconds: float = EXPORT_S, name: str = PROGRAM) 
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
         except subprocess.TimeoutExpired:
-            return f"torch.export did not end within {seconds:.0f} s"
+            return unfinished(seconds)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
     if done.returncode == 0 and (folder / name).is_file():
@@ -48,6 +48,11 @@ def write_program(folder: Path, seconds: float = EXPORT_S, name: str = PROGRAM) 
     if done.returncode < 0:
         return f"the exporting process was killed by signal {-done.returncode}; is there enough memory?"
     return lines[-1][:LONGEST_REASON] if lines else f"the exporting process ended with exit code {done.returncode}"
+
+
+def unfinished(seconds: float) -> str:
+    """Why there is no file where the time was over."""
+    return f"torch.export did not end within {seconds:.0f} s"
 
 
 def without_program(network: NetworkSettings, seconds: float = EXPORT_S) -> str | None:

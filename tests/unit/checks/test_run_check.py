@@ -22,6 +22,7 @@ from threestage.checks.store import check_store
 from threestage.config import STAGES, Config
 from threestage.data import storage
 from threestage.data.records import encode_mask, load_manifest, pool_files
+from threestage.models.program import unfinished
 from threestage.run_folder import lease
 
 GIB = 2**30
@@ -36,7 +37,7 @@ def config(scenes: Path, tmp_path: Path) -> Config:
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("without_program", "without_onnx"):  # seconds each
-        monkeypatch.setattr(checks, name, lambda network: None)
+        monkeypatch.setattr(checks, name, lambda network, seconds: None)
     monkeypatch.setattr(checks, "missing_packages", lambda: None)
 
 
@@ -86,17 +87,27 @@ def test_a_network_that_cannot_be_exported_is_a_doubt(
     config: Config, no_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        checks, "without_program", lambda network: f"models of {network.encoder} are registered without"
+        checks, "without_program", lambda network, seconds: f"models of {network.encoder} are registered without"
     )
     found = lines_of(config, tmp_path / "run")
     assert found["program"].warning == f"models of {config.network.encoder} are registered without"
     assert (found["program"].problem, found["onnx"].warning) == (None, "not tried: needs program")
 
 
+def test_an_export_that_takes_long_is_not_waited_for(
+    config: Config, no_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "without_program", lambda network, seconds: f"not registered: {unfinished(seconds)}")
+    line = lines_of(config, tmp_path / "run")["program"]
+    assert line.warning == "not known: torch.export did not end within 15 s; a run and an export give it 300 s"
+
+
 def test_onnx_is_tried_without_a_registry_too_but_not_without_its_extra(
     config: Config, no_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "without_onnx", lambda network: f"models of {network.encoder} cannot be exported")
+    monkeypatch.setattr(
+        checks, "without_onnx", lambda network, seconds: f"models of {network.encoder} cannot be exported"
+    )
     line = lines_of(config, tmp_path / "run", local=True)["onnx"]
     assert (line.problem, line.warning) == (None, f"models of {config.network.encoder} cannot be exported")
     monkeypatch.setattr(checks, "missing_packages", lambda: "onnx not installed")
