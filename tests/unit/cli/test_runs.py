@@ -35,7 +35,7 @@ def test_a_spinner_leaves_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Terminal(file=screen, force_terminal=True, width=80, no_color=True)
     for module in (runs, options):
         monkeypatch.setattr(module, "console", console)
-    monkeypatch.setattr(options.sys, "stderr", console.file)
+    monkeypatch.setattr("sys.stderr", console.file)
     monkeypatch.setattr(console.file, "isatty", lambda: True)
 
     def results() -> list[CheckResult]:
