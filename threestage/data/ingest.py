@@ -132,10 +132,8 @@ def ingest(
     made = None
     try:
         _refuse_too_many(job, source, added, plan.images, rejects, settings.max_bad_fraction)
-        warnings = [*plan.notes, *_class_notes(job, source, plan.items, current, added)]
-        warnings += check_copies(root, job.index, current.files if current else (), added.files)
         following = next_manifest(current, job.class_map, settings.name, added)
-        warnings += _odd(root, following or current, current, added)
+        warnings = [*plan.notes, *_notes(job, source, plan.items, current, following, added)]
         manifest = publish(root, current, following)
         made = None if manifest is current else manifest
     finally:
@@ -237,6 +235,20 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
 
 
 # What the user should know of the classes.
+
+
+def _notes(
+    job: IngestJob,
+    source: str,
+    items: Sequence[SourceItem],
+    current: Manifest | None,
+    following: Manifest | None,
+    added: Additions,
+) -> list[str]:
+    """Of classes, copies, and what is odd. Raises InputError where the data set would not be one to train on."""
+    notes = _class_notes(job, source, items, current, added)
+    notes += check_copies(job.root, job.index, current.files if current else (), added.files)
+    return notes + _odd(job.root, following or current, current, added)
 
 
 def _class_notes(

@@ -27,7 +27,7 @@ from threestage.data import safe_walk, storage
 from threestage.data.outputs import LISTING, claim
 from threestage.data.pairs import IMAGE_SUFFIXES
 from threestage.data.parallel import map_ahead
-from threestage.data.records import MANIFEST_NAME, PathBelow, load_manifest
+from threestage.data.records import MANIFEST_NAME, PREVIEW_NAME, PathBelow, load_manifest
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -158,13 +158,15 @@ def listed_files(destination: str) -> list[ListedFile]:
 
 
 def first_image(source: str) -> str | None:
-    """URI of some image below the source, None where there is none, "" where 10,000 other files come first.
+    """URI of some image below the source, None where there is none, "" where 10,000 other files come first. The picture of a
+    data set's labels is none of its images.
 
     Raises OSError.
     """
     source = storage.absolute(source)
+    preview = PREVIEW_NAME if storage.is_file(storage.join(source, MANIFEST_NAME)) else None
     pages = _pages_of(source, KeyRange())
-    found = next((_uri(source, path) for page in islice(pages, 10) for path, *_ in page), None)
+    found = next((_uri(source, path) for page in islice(pages, 10) for path, *_ in page if path != preview), None)
     return "" if found is None and next(pages, None) is not None else found
 
 

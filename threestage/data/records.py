@@ -5,6 +5,7 @@ root/manifests/v0001.json …             every version
 root/images/<split>-<digest>.parquet    images, with their masks where there were any; one split per file
 root/labels/<split>-<digest>.parquet    images of the set whose mask came, was corrected or was taken away (null) later
 root/rejected/v0001.parquet             what an ingest refused (data/rejects.py)
+root/preview.png                        a picture of some labels (report/data_set_preview.py)
 root/shards/, root/listing/             what an ingest has done, so that it can go on (data/publish.py, data/listing.py)
 """
 
@@ -31,6 +32,7 @@ from threestage.settings import Settings
 
 MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+PREVIEW_NAME = "preview.png"
 MAX_IMAGE_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow knows others that run programs (EPS: Ghostscript)
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF

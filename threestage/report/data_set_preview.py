@@ -16,6 +16,7 @@ from threestage.data.classes import Colour
 from threestage.data.formats import SPLITS
 from threestage.data.records import (
     DECODER_ERRORS,
+    PREVIEW_NAME,
     Bytes,
     Manifest,
     decode_image,
@@ -25,7 +26,6 @@ from threestage.data.records import (
 )
 from threestage.report.mask_images import overlay, panel
 
-NAME = "preview.png"
 PHOTOS, BLOCKS = 8, 2  # photos, and pairs of columns that they stand in
 WIDTH, HEIGHT = 320, 240  # of a photo at most, in pixels
 MADE_OF = "threestage data set"  # key of the text in the PNG
@@ -34,7 +34,7 @@ MADE_OF = "threestage data set"  # key of the text in the PNG
 def write_preview(root: str) -> str | None:
     """Where the picture lies, which is drawn unless it shows the present data set. None where no image has a mask, or where a
     file of the user's has its name."""
-    manifest, uri = load_manifest(root), storage.join(root, NAME)
+    manifest, uri = load_manifest(root), storage.join(root, PREVIEW_NAME)
     made_of = hashlib.sha256(f"{manifest.digest} {manifest.colours}".encode()).hexdigest()[:16]
     if storage.exists(uri):
         shows = _made_of(storage.read_bytes(uri))

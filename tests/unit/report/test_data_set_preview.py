@@ -8,7 +8,9 @@ from PIL import Image
 
 from tests.conftest import write_photos
 from threestage.data.ingest import IngestSettings, ingest
-from threestage.report.data_set_preview import NAME, PHOTOS, write_preview
+from threestage.data.listing import first_image
+from threestage.data.records import PREVIEW_NAME as NAME
+from threestage.report.data_set_preview import PHOTOS, write_preview
 
 MAP = "classes:\n  - {name: ground, colour: [90, 90, 90], ids: [0]}\n  - {name: thing, colour: [255, 0, 0], ids: [1]}\n"
 
@@ -31,6 +33,13 @@ def test_eight_photos_beside_their_labels(root: str) -> None:
     assert picture.shape[1] > 4 * 160 and picture.shape[0] > rows * 160 * 40 // 48
     before = Path(uri).stat().st_mtime_ns
     assert write_preview(root) == uri and Path(uri).stat().st_mtime_ns == before
+
+
+def test_it_is_no_image_of_the_data_set(root: str) -> None:
+    write_preview(root)
+    assert first_image(root) is None
+    Path(root, "mine.png").touch()
+    assert first_image(root) == f"{root}/mine.png"
 
 
 def test_other_colours_are_shown(root: str) -> None:
