@@ -39,7 +39,7 @@ def serve(
     local: WithoutRayOption = False,
     address: AddressOption = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="processes that predict, with one CPU each")] = 1,
-    gpus_per_worker: GpusOption = 0,
+    gpus_per_worker: GpusOption = None,
     start_timeout_s: StartTimeoutOption = 300,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,

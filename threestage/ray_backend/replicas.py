@@ -20,7 +20,7 @@ from threestage.errors import StageFailure, Warn
 from threestage.mlflow_sync.connection import resolve_uri
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.ray_backend.capacity import warn_of_folders
-from threestage.ray_backend.connect import connected
+from threestage.ray_backend.connect import connected, gpus_taken
 from threestage.ray_backend.stall_monitor import await_resources
 from threestage.ray_settings import ClusterSettings
 from threestage.serving.answer import Answer, Form
@@ -79,7 +79,7 @@ def serve_on_ray(
     """As `serve_here`, with `cluster.workers` replicas. Raises StageFailure where the cluster has no room, or none starts."""
     version = current_version(model, registry)
     model, version = (name if name.startswith("models:/") else storage.absolute(name) for name in (model, version))
-    registry = RegistrySettings(tracking_uri=resolve_uri(registry.tracking_uri))
+    registry, cluster = RegistrySettings(tracking_uri=resolve_uri(registry.tracking_uri)), gpus_taken(cluster)
     with listening(settings) as listener, connected(cluster):
         warn_of_folders([] if model.startswith("models:/") else [model], warn)
         await_resources("serve", cluster, warn)
