@@ -120,8 +120,7 @@ def ingest(
     OSError when a store fails. The data set is then as it was, and a rerun continues.
     """
     root = storage.absolute(root)
-    claim(root, DATA_SET)
-    current = load_manifest(root) if storage.exists(storage.join(root, MANIFEST_NAME)) else None
+    current = _current(root)
     job, plan = _begin(source, root, settings, current, each)
     added, rejects = Additions(), RejectList()
     for report in _reports(job, plan.shards, current, each):
@@ -138,8 +137,7 @@ def ingest(
         made = None if manifest is current else manifest
     finally:
         listed = _write_rejects(root, rejects, made)
-    for folder in [*([storage.join(root, "index")] if made else []), *plan.used_up(rejects.count)]:
-        storage.delete(folder, root)
+    plan.delete_used(root, rejects.count, is_index_old=made is not None)
     return IngestReport(
         manifest=manifest,
         added_images=added.images,
@@ -152,6 +150,12 @@ def ingest(
         class_counts=_class_counts(manifest, added),
         warnings=tuple(warnings),
     )
+
+
+def _current(root: str) -> Manifest | None:
+    """The manifest that is there. Raises InputError where the folder holds something other than a data set."""
+    claim(root, DATA_SET)
+    return load_manifest(root) if storage.exists(storage.join(root, MANIFEST_NAME)) else None
 
 
 def _refuse_too_many(
@@ -312,9 +316,12 @@ class IngestPlan(NamedTuple):
     drawings: str | None = None
     unpacked: str | None = None
 
-    def used_up(self, bad: int) -> list[str]:
-        """What may be deleted; the user looks at `bad` images in the unpacked folder."""
-        return [folder for folder in (self.drawings, None if bad else self.unpacked) if folder is not None]
+    def delete_used(self, root: str, bad: int, is_index_old: bool) -> None:
+        """Delete what the ingest made for itself; the user looks at `bad` images in the unpacked folder."""
+        index = storage.join(root, "index") if is_index_old else None
+        for folder in (index, self.drawings, None if bad else self.unpacked):
+            if folder is not None:
+                storage.delete(folder, root)
 
 
 def _begin(

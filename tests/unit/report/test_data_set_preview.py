@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import write_photos
+from threestage.data import storage
 from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.listing import first_image
 from threestage.data.records import PREVIEW_NAME as NAME
@@ -65,3 +66,10 @@ def test_a_file_of_the_users_is_kept(root: str, is_picture: bool) -> None:
 def test_without_masks_there_is_none(root: str) -> None:
     ingest("images", "pool", IngestSettings(format="images"))
     assert write_preview("pool") is None and not Path("pool", NAME).exists()
+
+
+def test_on_s3(root: str, bucket: str) -> None:
+    data = f"{bucket}/preview"
+    ingest("images", data, IngestSettings(format="folders", masks="masks", class_map="map.yaml"))
+    assert write_preview(data) == write_preview(data) == f"{data}/{NAME}"
+    assert first_image(data) is None and storage.read_bytes(f"{data}/{NAME}").startswith(b"\x89PNG")
