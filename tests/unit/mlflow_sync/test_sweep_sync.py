@@ -155,7 +155,7 @@ def test_a_store_that_is_away_costs_one_warning_and_gets_everything_later(regist
     wait_for(lambda: {0, 1} <= set(mirror._sent))
     assert mirror.close("FINISHED", {}, {})
     (warning,) = warnings
-    assert "goes on without MLflow" in warning and "registry.tracking_uri" in warning
+    assert "continues without MLflow" in warning and "registry.tracking_uri" in warning
     assert len(points_of(registry, runs_of(registry)["1"])) == 2
 
 
