@@ -9,7 +9,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from threestage.evaluation import BATCH
-from threestage.prediction.pseudo_masks import images_at_once
+
+BATCH_PIXELS = 2**22
+"""Of the images of a batch, where it is more than one: nobody waits for many large ones, nor do they fill the memory."""
 
 Result = TypeVar("Result")
 
@@ -36,7 +38,8 @@ class Batcher(Generic[Result]):
             while not self._asked.empty():
                 waiting.append(self._asked.get())
             size = waiting[0][0].shape  # of the one that waits longest
-            batch = [entry for entry in waiting if entry[0].shape == size][: images_at_once(size, self._batch_size)]
+            most = max(1, min(self._batch_size, BATCH_PIXELS // (size[0] * size[1])))
+            batch = [entry for entry in waiting if entry[0].shape == size][:most]
             taken = {id(future) for _, future in batch}
             waiting = [entry for entry in waiting if id(entry[1]) not in taken]
             self._settle(batch)

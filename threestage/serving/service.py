@@ -1,5 +1,6 @@
 """Requests for predictions: who may ask, how much, in which form the answer comes, and what is counted."""
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -76,6 +77,8 @@ class ImageService:
             return _refused(413, f"image: longer than {self._settings.most_bytes} bytes", "serve/too-large")
         try:
             answer = await self._answer(image_in(body, request.headers.get("content-type", "")), form)
+        except asyncio.CancelledError:  # by a server that ends, when its time is over
+            return _refused(503, "server: it ends before this image is predicted; send it again", "serve/stopped")
         except Exception as error:
             self._warn(f"a request failed: {reason_of(error)}")
             return _refused(500, "image: its prediction failed; the server's log says why", "serve/failed")
