@@ -33,7 +33,7 @@ from threestage.models.program import write_program
 from threestage.prediction.image_model import Model
 from threestage.prediction.predict import network_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PHOTO = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
 PNG = encoded(Image.fromarray(PHOTO))
@@ -174,7 +174,7 @@ def test_mlflows_server_answers_base64_with_the_same_classes(
     ]  # fmt: skip
     text = base64.b64encode(PNG).decode()
     with server(command, tmp_path / "log", url, MLFLOW_TRACKING_URI=store):
-        until(lambda: answers(f"{url}/ping"), tmp_path / "log")
+        until(lambda: answers(f"{url}/ping"), tmp_path / "log", 240)
         for body in (
             {"inputs": [text]}, {"instances": [{"b64": text}]}, {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
         ):  # fmt: skip
