@@ -115,12 +115,12 @@ def test_it_follows_the_champion_and_answers_open_requests_before_it_ends(store:
         register(registry, tmp_path / "2", 2, "stage3")
         until(lambda: post(f"{url}/predict", PNG, **head)[1] == "models:/shapes/2", log, 60)
         with ThreadPoolExecutor(8) as threads:
-            large = encoded(Image.fromarray(np.tile(PHOTO, (6, 6, 1))))
+            large = encoded(Image.fromarray(np.tile(PHOTO, (3, 3, 1))))
             open_requests = [threads.submit(post, f"{url}/predict", large, **head) for _ in range(8)]
             until(lambda: b"threestage_open_requests 8.0" in metrics(url), log, 30)
             process.send_signal(signal.SIGTERM)
             for request in open_requests:
-                assert json.loads(request.result()[0])["width"] == 768
+                assert json.loads(request.result()[0])["width"] == 384
         assert process.wait(60) == 0 and not answers(f"{url}/health")
     assert TOKEN not in log.read_text()
 
