@@ -2,16 +2,15 @@
 
     python -m tests.benchmarks.bench_serve [--seconds 600] [--clients 8] [--replicas 2 | --local] [--json FILE]
 
-`threestage serve` on this machine, with a small random network and a registry in SQLite. Each client sends its next image when it
-has the answer to the last one. After a third of the time a new champion is registered; after two thirds a replica gets SIGKILL
-(with --local there is none).
+`threestage serve` on this machine, with a small random network and a registry in SQLite. Each client sends its next image
+when it has the answer to the last one. After a third of the time another version becomes the champion. After two thirds a
+replica gets SIGKILL (with --local there is none).
 """
 
 import argparse
 import http.client
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -93,7 +92,7 @@ def summary(found: list[Request], events: dict[str, float]) -> dict[str, object]
     }
 
 
-def measured(host: str, arguments: argparse.Namespace, swap: Callable[[], None]) -> dict[str, object]:
+def measured(host: str, arguments: argparse.Namespace, swap: Callable[[], object]) -> dict[str, object]:
     random = np.random.default_rng(0).integers(0, 255, (arguments.side, arguments.side, 3), np.uint8)
     image, found, events = encoded(Image.fromarray(random), "JPEG"), list[Request](), dict[str, float]()
     start = time.monotonic()
@@ -104,7 +103,8 @@ def measured(host: str, arguments: argparse.Namespace, swap: Callable[[], None])
     ]
     for client in clients:
         client.start()
-    actions = [("swap", swap), *([] if arguments.local else [("kill", kill_a_replica)])]
+    actions: list[tuple[str, Callable[[], object]]] = [("swap", swap)]
+    actions += [] if arguments.local else [("kill", kill_a_replica)]
     for number, (name, action) in enumerate(actions, 1):
         time.sleep(max(0, start + number * arguments.seconds / 3 - time.monotonic()))
         events[name] = time.monotonic()
@@ -126,11 +126,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     store = f"sqlite:///{folder}/mlflow.db"
     registry = open_registry(RegistrySettings(tracking_uri=store))
-    register(registry, folder / "1", 1, "stage2")
+    for seed, stage in ((2, "stage2"), (1, "stage3")):  # the first scores higher, and is the champion
+        register(registry, folder / str(seed), seed, stage)
     where = ["--local"] if arguments.local else ["--replicas", str(arguments.replicas)]
     command = [sys.executable, "-m", "threestage", "serve", "shapes@champion", "--port", "0", "--tracking-uri", store]
     with server([*command, *where], folder / "log", THREESTAGE_SERVE_TOKEN=TOKEN) as (url, process):
-        result = measured(re.sub("^http://", "", url), arguments, lambda: register(registry, folder / "2", 2, "stage3"))
+        host = url.removeprefix("http://")
+        result = measured(host, arguments, lambda: registry.models.promote("models:/shapes/2"))
         process.send_signal(signal.SIGTERM)
         result["exit_code"] = process.wait(120)
     print((folder / "log").read_text()[-2000:], file=sys.stderr)
