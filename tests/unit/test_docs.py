@@ -48,7 +48,7 @@ def test_the_configuration_of_the_readme_takes_timms_weights(tmp_path: Path) -> 
 
 
 def test_pages_read_well() -> None:
-    """Short lines, short sentences, plain words; a page that passes leaves the list of those that do not yet."""
+    """Short lines, short sentences, plain words."""
     prose = runpy.run_path(str(DOCS / "check_prose.py"))
     found = {
         str(page.relative_to(ROOT)): prose["problems"](page.read_text(), page.name in prose["LINES_ONLY"])
