@@ -1,4 +1,4 @@
-"""The command `next`: images to label next."""
+"""What to label next, which labels are suspect, and what more labels would bring."""
 
 import shlex
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from threestage.cli.options import (
     JsonOption,
     PredictorsOption,
     StartTimeoutOption,
+    Terminal,
     WithoutRayOption,
     cluster_of,
     console,
@@ -22,14 +23,14 @@ from threestage.cli.options import (
 
 
 def choose_next(
-    run: Annotated[str, typer.Argument(help="folder of a run with at least one trained stage")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="folder for the list, the page and the export")],
-    count: Annotated[int, typer.Option(min=1, help="number of images")] = 20,
-    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random")] = "combined",
+    run: Annotated[str, typer.Argument(help="The folder of a run that has trained at least one stage.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Gets the list, the page and the export.")],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
+    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random.")] = "combined",
     export: Annotated[
-        str | None, typer.Option(help="also export the masks to correct: coco, cvat, labelme, label-studio or masks")
+        str | None, typer.Option(help="The masks as a start too: coco, cvat, labelme, label-studio or masks.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="random seed of the strategy random, and of ties")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the strategy random, and of ties.")] = 0,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
@@ -37,7 +38,7 @@ def choose_next(
     start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose images of a run's pool to label next: uncertain, different, with rare classes. Repeat it after a kill.
+    """Choose which images of a run's pool to label next: uncertain, unlike each other, with rare classes. Rerun it after a kill.
 
     Example: threestage next runs/streets --out rounds/2 --count 20 --export cvat
     """
@@ -57,16 +58,67 @@ def choose_next(
     print_json(report.model_dump(mode="json")) if as_json else _show(report)
 
 
+def list_suspects(
+    run: Annotated[str, typer.Argument(help="Folder of a run, whose labels are examined.")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="Gets the models, the list, the page and the export.")
+    ],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
+    folds: Annotated[int, typer.Option(min=2, help="Models, each trained without the labels of its fold.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each model; by default those of stage 1.")] = None,
+    export: Annotated[
+        str | None, typer.Option(help="The models' masks as a start too: coco, cvat, labelme, label-studio or masks.")
+    ] = None,
+    local: WithoutRayOption = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List labelled images whose masks models contradict that have not learnt them. Rerun it after a kill.
+
+    Example: threestage suspects runs/streets --out suspects --export cvat
+    """
+    from threestage.config import validated
+    from threestage.selection.suspects import SuspectsSettings, suspects
+
+    given = {"count": count, "folds": folds, "steps": steps, "export": export}
+    settings = validated(SuspectsSettings, given)
+    with Terminal(stderr=True).status("reading the run") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"{what} {done:,} of {total:,}")
+
+        report = suspects(run, out, settings, local, address, progress, warn)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    _show_images(report.images)
+    places = f"{len(report.images)} of {report.examined:,} labelled images: {report.out}/suspects.csv"
+    _show_lines([f"{places}   pictures: {report.out}/suspects.html", *_exported(report)])
+
+
 def _show(report: Any) -> None:
-    for number, image in enumerate(report.images, 1):
+    _show_images(report.images)
+    _show_lines(
+        [
+            f"{len(report.images)} of {report.pool:,} images: {report.out}/next.csv   pictures: {report.out}/next.html",
+            *_exported(report),
+            "next:  label them, ingest the masks into the data set, and run again from this run's champion:",
+            f"threestage run CONFIG --continue-from {shlex.quote(report.run)} --out NEW",
+        ]
+    )
+
+
+def _show_images(images: Any) -> None:
+    for number, image in enumerate(images, 1):
         console.print(
             f"{number:4}  {escape(image.image_id)}  [dim]{escape(image.why)}[/]", highlight=False, soft_wrap=True
         )
-    lines = [
-        f"{len(report.images)} of {report.pool:,} images: {report.out}/next.csv   pictures: {report.out}/next.html",
-        *([] if report.export is None else [f"for the labelling tool: {report.export}"]),
-        "next:  label them, ingest the masks into the data set, and run again from this run's champion:",
-        f"threestage run CONFIG --continue-from {shlex.quote(report.run)} --out NEW",
-    ]
+
+
+def _exported(report: Any) -> list[str]:
+    return [] if report.export is None else [f"for the labelling tool: {report.export}"]
+
+
+def _show_lines(lines: list[str]) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

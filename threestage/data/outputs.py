@@ -38,7 +38,11 @@ EXPORT_MARK = "export.json"
 EXPORT = Output("exported labels", {EXPORT_MARK: "exported_from"})
 SELECTION_MARK = "next.json"
 SELECTION = Output("images to label next", {SELECTION_MARK: "strategy"})
-OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES, EXPORT, SELECTION)
+SUSPECTS_MARK = "suspects.json"
+SUSPECTS = Output("suspect labels", {SUSPECTS_MARK: "folds"})
+FORECAST_MARK = "forecast.json"
+FORECAST = Output("a forecast", {FORECAST_MARK: "shares"})
+OUTPUTS = (DATA_SET, LISTING, PREDICTIONS, RUN, SWEEP, PULLED_MODEL, SCORES, EXPORT, SELECTION, SUSPECTS, FORECAST)
 
 
 def claim(folder: str, output: Output) -> None:

@@ -66,7 +66,7 @@ def make_split(root: str, manifest: Manifest, settings: DataSettings, before: Sp
     Raises InputError when there are fewer candidates than asked for, or too few to carve from, or a listed one has no mask.
     """
     train, validation = labelled_ids(root, manifest, "train"), labelled_ids(root, manifest, "val")
-    groups = _groups(settings, [*train, *validation])
+    groups = groups_of(settings, [*train, *validation])
     candidates = _candidates(root, settings, train, validation, groups)
     if settings.labelled_list is not None:
         chosen = _listed(root, settings.labelled_list, candidates, set(train) - set(candidates))
@@ -106,7 +106,7 @@ def _candidates(
     return candidates
 
 
-def _groups(settings: DataSettings, ids: Sequence[str]) -> dict[str, str]:
+def groups_of(settings: DataSettings, ids: Sequence[str]) -> dict[str, str]:
     """The group of every image; empty without `data.group`. InputError where an image has none."""
     if settings.group is None:
         return {}

@@ -71,16 +71,21 @@ def export_labels(
 
     Raises InputError where there are none, where `out` holds something else, for settings that do not fit, and as `predict`.
     """
-    check_format(settings.to)
-    if settings.simplify is not None and settings.to == "masks":
-        raise InputError("--simplify: masks have no outlines; leave it out, or give another --to", "labels/format")
-    wanted = None if settings.images is None else _listed(settings.images)
-    asked_for = None if wanted is None else frozenset(wanted)
+    _check_settings(settings)
+    asked_for = None if settings.images is None else frozenset(_listed(settings.images))
 
     def make(champion: Champion) -> PoolPredictions:
         return champion_predictions(champion, out, asked_for, predict, lambda done, _: progress("predicted", done))
 
-    found = predicted_masks(place, make)
+    return export_masks(predicted_masks(place, make), out, settings, progress)
+
+
+def export_masks(
+    found: PredictedMasks, out: str, settings: ExportSettings, progress: Progress = lambda what, done: None
+) -> ExportReport:
+    """Write masks into the folder `out`. Raises InputError as `export_labels`."""
+    _check_settings(settings)
+    wanted = None if settings.images is None else _listed(settings.images)
     claim(out, EXPORT)
     mark = {"exported_from": found.place, **settings.model_dump(mode="json")}
     _refuse_other_exports(out, mark)
@@ -98,6 +103,12 @@ def export_labels(
     storage.write_json(storage.join(out, EXPORT_MARK), mark | {"finished": True})
     missing = sorted(wanted or ())[:20]
     return ExportReport(images=done, masks=found.place, not_found=tuple(missing), iou=overlap.iou)
+
+
+def _check_settings(settings: ExportSettings) -> None:
+    check_format(settings.to)
+    if settings.simplify is not None and settings.to == "masks":
+        raise InputError("--simplify: masks have no outlines; leave it out, or give another --to", "labels/format")
 
 
 def check_format(to: str, option: str = "--to") -> None:

@@ -14,6 +14,7 @@ from threestage.data.ingest import IngestSettings, ingest
 from threestage.data.outages import tries
 from threestage.data.outputs import DEMO_MARK, RUN, claim, mark
 from threestage.data.records import MANIFEST_NAME, SplitName, load_manifest
+from threestage.data.split import Split
 from threestage.data.storage_errors import refuse_unwritable
 from threestage.data.synthetic import CLASSES, write_scenes
 from threestage.errors import InputError, StageFailure, Stopped, Warn, reason_of
@@ -31,6 +32,7 @@ from threestage.run.event_log import noted
 from threestage.run.local_backend import LocalBackend
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
+from threestage.run_folder.folder import RunFolder
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME
 from threestage.termination import Terminated, sigterm_stops
 
@@ -97,6 +99,25 @@ def run_checked(
                 write_pictures(config, out)
         _write_page(out, on.on_warning)
     return results | {"registered": [asdict(version) for version in registered]}
+
+
+@contextlib.contextmanager
+def side_run(config: Config, out: str, split: Split, local: bool, on: RunCallbacks) -> Iterator[Backend]:
+    """Run a run that serves another command: it has the split that is given, no copy in MLflow and no page. The backend is for
+    predictions with what it has trained. Raises as `run` does; the same call continues."""
+    config, out = config.with_absolute_paths(), storage.absolute(out)
+    reserve_variables()
+    reserve_compile_cache()
+    if not local:
+        from threestage.ray_backend.connect import reserve_ray_variables
+
+        reserve_ray_variables(config.cluster)
+    folder = RunFolder.at(out)
+    if not storage.exists(folder.part("split.json")):
+        folder.write_split(config, split)
+    with sigterm_stops(), lease.held(out, on.on_warning), _backend(config, out, local, on) as backend:
+        pipeline.run(config, out, backend, _recorded(out, _settings(config), on))
+        yield backend
 
 
 def _backend(config: Config, out: str, local: bool, on: RunCallbacks) -> AbstractContextManager[Backend]:

@@ -9,9 +9,7 @@ OUT/predictions/     the champion's masks of the images, where the run has not s
 OUT/coco/ …          the export, by the name of its format
 """
 
-import csv
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,12 +30,9 @@ from threestage.prediction.pool_prediction import predict_pool_here
 from threestage.run_folder.reuse import CONFIG_NAME
 from threestage.selection.candidates import CandidateFiles
 from threestage.selection.choice import STRATEGIES, Choice, StrategyName, Survey, choose_images, survey
+from threestage.selection.image_lists import LIST_NAME, Progress, read_or_begin, write_lists
 from threestage.selection.selection_page import write_page
 from threestage.settings import Settings
-
-LIST_NAME = "images.txt"
-Progress = Callable[[str, int, int], None]
-"""What is done, with so many images, of so many; 0: it is not known."""
 
 
 class NextSettings(Settings):
@@ -93,31 +88,16 @@ def next_images(
     champion = champion_of(run)
     record = {"run": run, "model": champion.model, **settings.model_dump(mode="json", exclude={"export"})}
     claim(out, SELECTION)
-    done = _read_or_begin(out, record)
+    done = read_or_begin(out, SELECTION_MARK, record)
     if "images" not in done:  # else somebody may be labelling them
         done = record | _chosen(champion, out, settings, predict, progress)
-        _write_lists(out, done)
+        write_lists(out, SELECTION_MARK, tuple(NextImage.model_fields), done)
     images = [NextImage.model_validate(image) for image in done["images"]]
     wanted = frozenset(image.image_id for image in images)
     predictions = champion_predictions(champion, out, wanted, predict, partial(progress, "predicted"))
     write_page(out, done, predictions, champion.card)
     report = NextReport(out=out, run=run, strategy=settings.strategy, pool=done["pool"], images=tuple(images))
     return report if settings.export is None else _export(report, settings.export, predict, progress)
-
-
-def _read_or_begin(out: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call has written; InputError where it was asked for something else."""
-    uri = storage.join(out, SELECTION_MARK)
-    if not storage.exists(uri):
-        storage.write_json(uri, record)
-    before = dict(storage.read_json(uri, dict[str, Any]))
-    for key, value in record.items():
-        if before.get(key) != value:
-            raise InputError(
-                f"{out}: holds images chosen with {key}={before.get(key)}, not {value}; give another --out",
-                "next/other-choice",
-            )
-    return before
 
 
 def _chosen(
@@ -168,18 +148,6 @@ def _described(files: CandidateFiles, of_pool: Survey, classes: Sequence[str], c
         rarest=classes[rarest],
         why="; ".join(parts),
     )
-
-
-def _write_lists(out: str, done: dict[str, Any]) -> None:
-    """The record comes last."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, NextImage.model_fields)
-    writer.writeheader()
-    writer.writerows(done["images"])
-    storage.write_bytes(storage.join(out, "next.csv"), table.getvalue().encode())
-    ids = "".join(f"{image['image_id']}\n" for image in done["images"])
-    storage.write_bytes(storage.join(out, LIST_NAME), ids.encode())
-    storage.write_json(storage.join(out, SELECTION_MARK), done)
 
 
 def _export(report: NextReport, to: str, predict: PredictPool, progress: Progress) -> NextReport:
