@@ -280,7 +280,13 @@ class Config(Settings):
         """The same with paths that hold in any process, whatever folder it runs in."""
         unlabelled = self.data.unlabelled and storage.absolute(self.data.unlabelled)
         group = self.data.group if self.data.group_list is None else storage.absolute(self.data.group_list)
-        places = {"root": storage.absolute(self.data.root), "unlabelled": unlabelled, "group": group}
+        exclude = self.data.exclude and storage.absolute(self.data.exclude)
+        places = {
+            "root": storage.absolute(self.data.root),
+            "unlabelled": unlabelled,
+            "group": group,
+            "exclude": exclude,
+        }
         data = self.data.model_copy(update=places)
         weights = self.network.weights and storage.absolute(self.network.weights)
         return self.model_copy(update={"data": data, "network": self.network.model_copy(update={"weights": weights})})
@@ -320,6 +326,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
     without = {
         "data.root",
         "data.unlabelled",
+        "data.exclude",
         "data.max_bad_fraction",
         "data.max_image_pixels",
         "data.labelled",

@@ -205,6 +205,7 @@ def places(config: Config, out: str, output: Output = RUN) -> list[Probe]:
         (probe_images, "data.unlabelled", config.data.unlabelled),
         (file, "data.labelled", config.data.labelled_list),
         (file, "data.group", config.data.group_list),
+        (file, "data.exclude", config.data.exclude),
         (file, "network.weights", config.network.weights),
     )
     given = [probe(name, place) for probe, name, place in optional if place is not None]

@@ -48,6 +48,7 @@ for command in (
 app.command("classes")(labels.list_classes)
 app.command("next")(selection.choose_next)
 app.command("suspects")(selection.list_suspects)
+app.command("forecast")(selection.forecast_labels)
 app.add_typer(labels.app, name="labels")
 app.add_typer(models.app, name="models")
 app.add_typer(run_status.app, name="runs")

@@ -30,6 +30,9 @@ def choose_next(
     export: Annotated[
         str | None, typer.Option(help="The masks as a start too: coco, cvat, labelme, label-studio or masks.")
     ] = None,
+    pool_report: Annotated[
+        bool, typer.Option("--pool-report", help="Name near-copies and images unlike every labelled one too.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the strategy random, and of ties.")] = 0,
     local: WithoutRayOption = False,
     address: AddressOption = None,
@@ -45,7 +48,8 @@ def choose_next(
     from threestage.config import validated
     from threestage.selection.next_images import NextSettings, next_images
 
-    settings = validated(NextSettings, {"count": count, "strategy": strategy, "seed": seed, "export": export})
+    given = {"count": count, "strategy": strategy, "seed": seed, "export": export, "pool_report": pool_report}
+    settings = validated(NextSettings, given)
     cluster = cluster_of(address, workers, gpus_per_worker, start_timeout_s)
     with console.status("reading the run") as status:
 
@@ -96,12 +100,55 @@ def list_suspects(
     _show_lines([f"{places}   pictures: {report.out}/suspects.html", *_exported(report)])
 
 
+def forecast_labels(
+    run: Annotated[str, typer.Argument(help="Folder of a run, whose stage 1 is forecast.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Gets the models and the forecast.")],
+    labels: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of labels to ask about; repeat it for more. Default: twice.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each model; by default those of stage 1.")] = None,
+    local: WithoutRayOption = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast the mean IoU with more labels, from models that learn a part of them. Rerun it after a kill.
+
+    Example: threestage forecast runs/streets --out forecast --labels 92
+    """
+    from threestage.config import validated
+    from threestage.selection.forecast import ForecastSettings, forecast
+
+    settings = validated(ForecastSettings, {"labels": sorted(labels or []), "steps": steps})
+    with Terminal(stderr=True).status("reading the run") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"{what} {done:,} of {total:,}")
+
+        report = forecast(run, out, settings, local, address, progress, warn)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    _show_lines(
+        [
+            "mean IoU of stage 1, which learns the labels alone",
+            *(f"{one.labels:6} labels: {one.mean_iou:.3f}" for one in report.measured),
+            *(
+                f"{report.labels} → {one.labels} labels: {report.measured[-1].mean_iou:.3f} to {one.mean_iou:.3f} "
+                f"(80 %: {one.low:.3f}–{one.high:.3f})"
+                for one in report.forecast
+            ),
+            f"hours of training: {report.hours:.2f} for this forecast, {report.run_hours:.2f} for the run",
+        ]
+    )
+
+
 def _show(report: Any) -> None:
     _show_images(report.images)
     _show_lines(
         [
             f"{len(report.images)} of {report.pool:,} images: {report.out}/next.csv   pictures: {report.out}/next.html",
             *_exported(report),
+            *_pool_report(report),
             "next:  label them, ingest the masks into the data set, and run again from this run's champion:",
             f"threestage run CONFIG --continue-from {shlex.quote(report.run)} --out NEW",
         ]
@@ -113,6 +160,14 @@ def _show_images(images: Any) -> None:
         console.print(
             f"{number:4}  {escape(image.image_id)}  [dim]{escape(image.why)}[/]", highlight=False, soft_wrap=True
         )
+
+
+def _pool_report(report: Any) -> list[str]:
+    found = report.pool_report
+    if found is None:
+        return []
+    lists = f"{report.out}/near_copies.txt, {report.out}/unlike.txt (data.exclude)"
+    return [f"{found.near_copies:,} near-copies, {found.unlike:,} images unlike every labelled one: {lists}"]
 
 
 def _exported(report: Any) -> list[str]:

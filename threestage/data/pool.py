@@ -5,17 +5,18 @@ Also how a set of pseudo-masks (threestage/prediction/pseudo_masks.py) is laid o
 Without torch, for those who only read.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from threestage.data import parquet, storage
 from threestage.data.listing import listed_files
-from threestage.data.parallel import ahead
+from threestage.data.parallel import ahead, map_ahead
 from threestage.data.records import MAX_IMAGE_BYTES, Manifest, pool_files
 from threestage.data.safe_walk import WHY_NOT
 from threestage.errors import InputError
@@ -48,7 +49,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 INDEX_NAME = "index.parquet"
-SOURCE_KEY = b"threestage.unlabelled"
+SOURCE_KEY, EXCLUDED_KEY = b"threestage.unlabelled", b"threestage.excluded"
 PARQUET_SUFFIX = ".parquet"
 
 
@@ -67,6 +68,12 @@ class PoolFile(Settings):
     def name(self) -> str:
         """Unique in the pool; the file's pseudo-masks have the same."""
         return self.uri.rsplit("/", 1)[-1]
+
+    def without(self, rows: Iterable[int]) -> Self:
+        """The file less some more of its rows, with a digest of its own."""
+        replaced = tuple(sorted({*self.replaced, *rows}))
+        digest = hashlib.sha256(f"{self.digest} less {replaced}".encode()).hexdigest()
+        return self.model_copy(update={"replaced": replaced, "digest": digest})
 
 
 @dataclass(frozen=True)
@@ -104,15 +111,42 @@ def listed_pool(folder: str) -> list[PoolFile]:
     ]
 
 
-def write_pool(uri: str, files: Sequence[PoolFile], unlabelled: str | None) -> None:
-    """Publish which files are a run's pool, and the `data.unlabelled` that they were made with."""
-    schema = POOL_SCHEMA.with_metadata({SOURCE_KEY: unlabelled or ""})
+def less_excluded(files: Sequence[PoolFile], excluded: frozenset[str]) -> list[PoolFile]:
+    """The files less the rows of images that are `excluded`."""
+    if not excluded:
+        return list(files)
+    ids = pa.array(sorted(excluded), pa.string())
+
+    def less(file: PoolFile) -> PoolFile:
+        found = pc.is_in(storage.read_table(file.uri, ["image_id"]).column("image_id"), value_set=ids)
+        rows = pc.indices_nonzero(found).to_pylist()
+        return file.without(rows) if rows else file
+
+    return list(map_ahead(less, files, FETCH_THREADS))
+
+
+def write_pool(
+    uri: str, files: Sequence[PoolFile], unlabelled: str | None, excluded: frozenset[str] = frozenset()
+) -> None:
+    """Publish which files are a run's pool, and the `data.unlabelled` and `data.exclude` that they were made with."""
+    more = {EXCLUDED_KEY: digest_of_ids(excluded)} if excluded else {}
+    schema = POOL_SCHEMA.with_metadata({SOURCE_KEY: unlabelled or "", **more})
     storage.write_table(uri, pa.Table.from_pylist([file.model_dump() for file in files], schema=schema))
 
 
 def pool_source(uri: str) -> str | None:
     """The `data.unlabelled` that a pool was made with."""
     return ((storage.read_metadata(uri) or {}).get(SOURCE_KEY) or b"").decode() or None
+
+
+def pool_excluded(uri: str) -> str:
+    """The digest of the ids that a pool was made without; "" where it was made with all."""
+    return ((storage.read_metadata(uri) or {}).get(EXCLUDED_KEY) or b"").decode()
+
+
+def digest_of_ids(ids: Collection[str]) -> str:
+    """ "" for none."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() if ids else ""
 
 
 def load_pool(uri: str) -> list[PoolFile]:

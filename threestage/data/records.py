@@ -93,12 +93,14 @@ class DataSettings(Settings):
     `fixed_void`: pixels that are void in at least this share of the labelled masks are void in every pseudo-mask of the same
     size (the camera's own vehicle); null: none.
     `unlabelled`: more images for the pool: a folder or prefix of image files, or a data set.
+    `exclude`: a text file with an image id a line: these images are left out of the pool; labelled ones stay.
     `max_bad_fraction`: share of unusable images in the pool above which the run fails.
     `max_image_pixels`: larger images are not decoded (decompression bombs).
     """
 
     root: str = Field(description="data set made by `threestage ingest`: a path or s3://bucket/prefix")
     unlabelled: str | None = None
+    exclude: str | None = None
     labelled: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | LabelledIds = "all"
     split_seed: int = Field(0, description="random seed of the labels that a count or fraction takes")
     validation: float = Field(

@@ -7,7 +7,6 @@ OUT/features/…                             the same with the rows of predictio
 A pool file that is predicted is kept, so the same call continues after a kill.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,9 +129,7 @@ def _with_rows_of(wanted: frozenset[str], file: PoolFile) -> PoolFile:
     place = "image_uri" if file.by_reference else "source"
     rows = storage.read_table(file.uri, ["image_id", place]).to_pylist()
     others = [n for n, row in enumerate(rows) if not wanted & {row["image_id"], named(row["image_id"], row[place])}]
-    replaced = tuple(sorted({*file.replaced, *others}))
-    digest = hashlib.sha256(f"{file.digest} less {replaced}".encode()).hexdigest()
-    return file.model_copy(update={"replaced": replaced, "digest": digest})
+    return file.without(others)
 
 
 def _reports(

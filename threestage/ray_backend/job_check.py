@@ -61,7 +61,11 @@ def check_by_job(config: Config, out: str, address: str) -> Iterator[CheckResult
 def _travels(config: Config, out: str) -> CheckOutcome:
     """Raises InputError for what means nothing on another machine, or should not be sent there."""
     paths = {"--out": out, "data.root": config.data.root, "data.unlabelled": config.data.unlabelled}
-    paths |= {"data.labelled": config.data.labelled_list, "data.group": config.data.group_list}
+    paths |= {
+        "data.labelled": config.data.labelled_list,
+        "data.group": config.data.group_list,
+        "data.exclude": config.data.exclude,
+    }
     for name, path in {**paths, "network.weights": config.network.weights}.items():
         if path is not None and not is_shared_uri(path):
             raise InputError(

@@ -97,7 +97,8 @@ class _Stages:
         label_pixels = context.check(on.on_warning)
         folder = folder.with_reuse(context.config, reuse, context.digests)
         context = context.written_into(folder, backend.predict_pool)
-        pool = find_in_background(context.config, folder, context.manifest, backend.map, on.on_warning)
+        kept = context.split.labelled
+        pool = find_in_background(context.config, folder, context.manifest, backend.map, on.on_warning, kept)
         return cls(context, folder, label_pixels, pool, backend, on)
 
     @property

@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 """What is done, so much of so much; 0: it is not known."""
 
 
-def read_or_begin(out: str, mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def begin_list(out: str, mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier call has written into the file `mark`; InputError where it was asked for something else."""
     uri = storage.join(out, mark)
     if not storage.exists(uri):

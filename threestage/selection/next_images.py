@@ -6,6 +6,7 @@ OUT/images.txt       their ids, one a line, as `labels export --images` takes th
 OUT/next.html        their pictures
 OUT/features/        of the whole pool: what is there is kept, so the same command continues after a kill
 OUT/predictions/     the champion's masks of the images, where the run has not stored them
+OUT/pool.csv …       see pool_report.py
 OUT/coco/ …          the export, by the name of its format
 """
 
@@ -30,19 +31,21 @@ from threestage.prediction.pool_prediction import predict_pool_here
 from threestage.run_folder.reuse import CONFIG_NAME
 from threestage.selection.candidates import CandidateFiles
 from threestage.selection.choice import STRATEGIES, Choice, StrategyName, Survey, choose_images, survey
-from threestage.selection.image_lists import LIST_NAME, Progress, read_or_begin, write_lists
+from threestage.selection.image_lists import LIST_NAME, Progress, begin_list, write_lists
+from threestage.selection.pool_report import PoolReport, write_pool_report
 from threestage.selection.selection_page import write_page
 from threestage.settings import Settings
 
 
 class NextSettings(Settings):
     """`count`: how many images; `strategy`: see choice.py; `seed`: of a random choice, and of ties; `export`: a labelling tool's
-    format."""
+    format; `pool_report`: look for near-copies and images unlike every labelled one too."""
 
     count: int = Field(20, ge=1)
     strategy: StrategyName = "combined"
     seed: int = 0
     export: str | None = None
+    pool_report: bool = False
 
 
 class NextImage(Settings):
@@ -59,7 +62,8 @@ class NextImage(Settings):
 
 
 class NextReport(Settings):
-    """`pool`: images that could be chosen. `export`: folder of the export; `not_exported`: images that it lacks, at most 20."""
+    """`pool`: images that could be chosen. `export`: folder of the export; `not_exported`: images that it lacks, at most 20.
+    `pool_report`: how many images were found, if that was asked for."""
 
     out: str
     run: str
@@ -68,6 +72,7 @@ class NextReport(Settings):
     images: tuple[NextImage, ...]
     export: str | None = None
     not_exported: tuple[str, ...] = ()
+    pool_report: PoolReport | None = None
 
 
 def next_images(
@@ -86,27 +91,43 @@ def next_images(
     if settings.export is not None:
         check_format(settings.export, "--export")
     champion = champion_of(run)
-    record = {"run": run, "model": champion.model, **settings.model_dump(mode="json", exclude={"export"})}
+    record = {
+        "run": run,
+        "model": champion.model,
+        **settings.model_dump(mode="json", exclude={"export", "pool_report"}),
+    }
     claim(out, SELECTION)
-    done = read_or_begin(out, SELECTION_MARK, record)
+    done = begin_list(out, SELECTION_MARK, record)
     if "images" not in done:  # else somebody may be labelling them
-        done = record | _chosen(champion, out, settings, predict, progress)
+        files = _candidates(champion, out, settings, predict, progress)
+        done = record | _chosen(champion, files, settings)
         write_lists(out, SELECTION_MARK, tuple(NextImage.model_fields), done)
     images = [NextImage.model_validate(image) for image in done["images"]]
     wanted = frozenset(image.image_id for image in images)
     predictions = champion_predictions(champion, out, wanted, predict, partial(progress, "predicted"))
     write_page(out, done, predictions, champion.card)
-    report = NextReport(out=out, run=run, strategy=settings.strategy, pool=done["pool"], images=tuple(images))
+    found = (
+        write_pool_report(out, _candidates(champion, out, settings, predict, progress))
+        if settings.pool_report
+        else None
+    )
+    report = NextReport(
+        out=out, run=run, strategy=settings.strategy, pool=done["pool"], images=tuple(images), pool_report=found
+    )
     return report if settings.export is None else _export(report, settings.export, predict, progress)
 
 
-def _chosen(
+def _candidates(
     champion: Champion, out: str, settings: NextSettings, predict: PredictPool, progress: Progress
-) -> dict[str, Any]:
-    """The images, as plain JSON, and of how many they were chosen."""
+) -> CandidateFiles:
+    """The pool as the champion sees it, as far as it has not looked at it yet."""
     features = champion_features(champion, out, predict, partial(progress, "looked at"))
     uris = [pseudo_mask_uri(features.folder, file) for file in features.files]
-    files = CandidateFiles(uris, pa.array(sorted(_covered(champion)), pa.string()), settings.seed)
+    return CandidateFiles(uris, pa.array(sorted(_covered(champion)), pa.string()), settings.seed)
+
+
+def _chosen(champion: Champion, files: CandidateFiles, settings: NextSettings) -> dict[str, Any]:
+    """The images, as plain JSON, and of how many they were chosen."""
     of_pool = survey(files)
     if not of_pool.images:
         raise InputError(

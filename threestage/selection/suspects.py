@@ -10,25 +10,22 @@ OUT/coco/ …                the export, by the name of its format
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from threestage.config import Config, changed
 from threestage.data import storage
 from threestage.data.outputs import EXPORT_MARK, SUSPECTS, SUSPECTS_MARK, claim
-from threestage.data.records import Manifest, load_manifest
-from threestage.data.split import Split, groups_of, saved_split
+from threestage.data.records import Manifest
+from threestage.data.split import groups_of
 from threestage.errors import InputError, Warn
 from threestage.labels.label_export import ExportSettings, check_format, export_masks
 from threestage.labels.predicted_masks import PredictedMask, PredictedMasks
 from threestage.prediction.champion import named
 from threestage.prediction.predict import enlarged
-from threestage.run.backend import RunCallbacks
 from threestage.run.run import side_run
 from threestage.run_folder.folder import RunFolder
-from threestage.run_folder.reuse import CONFIG_NAME
 from threestage.selection.contradictions import (
     Contradiction,
     contradiction_of,
@@ -37,7 +34,8 @@ from threestage.selection.contradictions import (
 )
 from threestage.selection.folds import folds_of
 from threestage.selection.held_out import HeldOutTask, predict_held_out, read_held_out
-from threestage.selection.image_lists import LIST_NAME, Progress, read_or_begin, write_lists
+from threestage.selection.image_lists import LIST_NAME, Progress, begin_list, write_lists
+from threestage.selection.supervised import Examined, examined_run, watched
 from threestage.selection.suspects_page import write_suspects_page
 from threestage.settings import Settings
 
@@ -75,16 +73,6 @@ class SuspectsReport(Settings):
     export: str | None = None
 
 
-@dataclass(frozen=True)
-class Examined:
-    """A run, whose labels are examined. `config`: of the models that are trained for it."""
-
-    run: str
-    config: Config
-    split: Split
-    manifest: Manifest
-
-
 def suspects(
     run: str,
     out: str,
@@ -106,7 +94,7 @@ def suspects(
     folds = folds_of_run(examined, settings.folds)
     record = {"run": run, **settings.model_dump(mode="json", exclude={"export"})}
     claim(out, SUSPECTS)
-    done = read_or_begin(out, SUSPECTS_MARK, record)
+    done = begin_list(out, SUSPECTS_MARK, record)
     parts = [_Part(number, len(folds), fold, out) for number, fold in enumerate(folds, 1)]
     if "images" not in done:  # else somebody may be correcting them
         for part in parts:
@@ -118,29 +106,6 @@ def suspects(
     write_suspects_page(out, done, uris, examined.manifest, examined.config.data)
     report = SuspectsReport(out=out, run=run, examined=done["examined"], images=images)
     return report if settings.export is None else _export(report, settings.export, examined, uris)
-
-
-def examined_run(run: str, address: str | None, steps: int | None) -> Examined:
-    """A run, with the settings of a supervised model like its stage 1. Hosts that it names are not asked. Raises InputError where
-    the folder holds no run that has begun."""
-    uri = storage.join(run, CONFIG_NAME)
-    if not storage.exists(uri):
-        raise InputError(f"{run}: no run that has begun (no {CONFIG_NAME}); give the folder of one", "run/no-champion")
-    config: Config = storage.read_json(uri, Config)
-    steps = steps or config.stage1.steps
-    changes: dict[str, Any] = {
-        "stages": 1,
-        "stage1.steps": steps,
-        "stage1.unlabelled_batch": 0,
-        "data.unlabelled": None,
-        "pseudo_mask.final_stage": False,
-        "training.evaluate_every": steps,
-        "storage": {},
-        "registry": {},
-        "cluster.address": address,
-    }
-    split = saved_split(RunFolder.at(run).part("split.json"))[0]
-    return Examined(run, changed(config, changes), split, load_manifest(config.data.root))
 
 
 def folds_of_run(examined: Examined, count: int) -> list[tuple[str, ...]]:
@@ -172,11 +137,10 @@ class _Part:
     def predict(self, examined: Examined, local: bool, progress: Progress, warn: Warn) -> None:
         """Train the model and ask it, as far as that is not done."""
         held_out = frozenset(self.ids)
-        labelled = tuple(image_id for image_id in examined.split.labelled if image_id not in held_out)
-        split = examined.split.model_copy(update={"labelled": labelled})
+        labelled = [image_id for image_id in examined.split.labelled if image_id not in held_out]
         folder = RunFolder(storage.join(self.out, "folds", f"fold{self.number}"))
         on = watched(f"model {self.number} of {self.of}: step", examined.config.stage1.steps, progress, warn)
-        with side_run(examined.config, folder.out, split, local, on) as backend:
+        with side_run(examined.config, folder.out, examined.split_of(labelled), local, on) as backend:
             task = HeldOutTask(
                 model=storage.join(folder.part("stage1"), "model"),
                 model_digest=folder.result("stage1")["model_digest"],
@@ -186,15 +150,6 @@ class _Part:
                 uri=self.uri,
             )
             list(backend.map(predict_held_out, [task]))
-
-
-def watched(what: str, steps: int, progress: Progress, warn: Warn) -> RunCallbacks:
-    """The callbacks of a run that shows its steps alone."""
-
-    def on_metrics(stage: str, row: Any) -> None:
-        progress(what, int(row["step"]), steps)
-
-    return replace(RunCallbacks(), on_metrics=on_metrics, on_warning=warn)
 
 
 # ---- The list
