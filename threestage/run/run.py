@@ -101,10 +101,9 @@ def run_checked(
     return results | {"registered": [asdict(version) for version in registered]}
 
 
-@contextlib.contextmanager
-def side_run(config: Config, out: str, split: Split, local: bool, on: RunCallbacks) -> Iterator[Backend]:
-    """Run a run that serves another command: it has the split that is given, no copy in MLflow and no page. The backend is for
-    predictions with what it has trained. Raises as `run` does; the same call continues."""
+def side_run(config: Config, out: str, split: Split, local: bool, on: RunCallbacks) -> None:
+    """Run a run that serves another command: it has the split that is given, no copy in MLflow and no page. Raises as `run` does;
+    the same call continues."""
     config, out = config.with_absolute_paths(), storage.absolute(out)
     reserve_variables()
     reserve_compile_cache()
@@ -117,7 +116,6 @@ def side_run(config: Config, out: str, split: Split, local: bool, on: RunCallbac
         folder.write_split(config, split)
     with sigterm_stops(), lease.held(out, on.on_warning), _backend(config, out, local, on) as backend:
         pipeline.run(config, out, backend, _recorded(out, _settings(config), on))
-        yield backend
 
 
 def _backend(config: Config, out: str, local: bool, on: RunCallbacks) -> AbstractContextManager[Backend]:

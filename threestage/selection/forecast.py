@@ -73,7 +73,8 @@ def forecast(
     labels = len(examined.split.labelled)
     if labels < LEAST_LABELS:
         raise InputError(
-            f"{run}: has {labels} labels, a forecast needs {LEAST_LABELS}; label more images", "forecast/too-few-labels"
+            f"{run}: has {labels} labels, a forecast needs {LEAST_LABELS}; label more images",
+            "next/too-few-to-forecast",
         )
     claim(out, FORECAST)
     record: dict[str, Any] = {"run": run, "shares": [f"{number}/{of}" for number, of in PARTS], "steps": settings.steps}
@@ -113,8 +114,8 @@ class _Model:
             folder = RunFolder(storage.join(self.out, "models", f"part{self.number}of{self.of}"))
             config = changed(config, {"stage1.labelled_batch": min(count, config.stage1.labelled_batch)})
             on = watched(f"{count} labels: step", config.stage1.steps, progress, warn)
-            with side_run(config, folder.out, self.examined.split_of(labelled), local, on):
-                found = folder.result("stage1")
+            side_run(config, folder.out, self.examined.split_of(labelled), local, on)
+            found = folder.result("stage1")
         return Measured(labels=count, mean_iou=found["mean_iou"], hours=found["seconds"] / 3600)
 
     def _of_the_run(self) -> StageResult | None:

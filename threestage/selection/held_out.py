@@ -44,7 +44,7 @@ DIGEST_KEY = b"threestage.held_out"
 
 
 class HeldOutTask(Settings):
-    """One file of predictions, for any machine. `model`: its folder; `root`, `version`: of the data set; `ids`: labelled
+    """One file of predictions. `model`: its folder; `root`, `version`: of the data set; `ids`: labelled
     images of its train or val split; `uri`: what is written."""
 
     model: str
@@ -72,11 +72,11 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def predict_held_out(task: HeldOutTask) -> str:
-    """Write the file of a task, unless it is there; returns its URI."""
+def predict_held_out(task: HeldOutTask) -> None:
+    """Write the file of a task, unless it is there, in this process: labelled images are few."""
     digest = task.digest().encode()
     if (storage.read_metadata(task.uri) or {}).get(DIGEST_KEY) == digest:
-        return task.uri
+        return
     device, manifest = default_device(), load_manifest(task.root, task.version)
     network, card = load_model(task.model)
     network.to(device).eval()
@@ -93,7 +93,6 @@ def predict_held_out(task: HeldOutTask) -> str:
             found.append(row | {"mask": encode_mask(mask)} | _against(probabilities, mask))
     schema = HELD_OUT_SCHEMA.with_metadata({DIGEST_KEY: digest})
     storage.write_table(task.uri, pa.Table.from_pylist(found, schema))
-    return task.uri
 
 
 def _against(probabilities: torch.Tensor, mask: Bytes) -> dict[str, bytes]:

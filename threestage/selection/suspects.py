@@ -116,7 +116,7 @@ def folds_of_run(examined: Examined, count: int) -> list[tuple[str, ...]]:
     if not all(folds):
         raise InputError(
             f"--folds {count}: {examined.run} has {len(labelled)} labels, too few or in too few groups; give fewer folds",
-            "suspects/too-few-labels",
+            "next/too-few-for-folds",
         )
     return [(*fold, *validation[number::count]) for number, fold in enumerate(folds)]
 
@@ -140,8 +140,9 @@ class _Part:
         labelled = [image_id for image_id in examined.split.labelled if image_id not in held_out]
         folder = RunFolder(storage.join(self.out, "folds", f"fold{self.number}"))
         on = watched(f"model {self.number} of {self.of}: step", examined.config.stage1.steps, progress, warn)
-        with side_run(examined.config, folder.out, examined.split_of(labelled), local, on) as backend:
-            task = HeldOutTask(
+        side_run(examined.config, folder.out, examined.split_of(labelled), local, on)
+        predict_held_out(
+            HeldOutTask(
                 model=storage.join(folder.part("stage1"), "model"),
                 model_digest=folder.result("stage1")["model_digest"],
                 root=examined.config.data.root,
@@ -149,7 +150,7 @@ class _Part:
                 ids=self.ids,
                 uri=self.uri,
             )
-            list(backend.map(predict_held_out, [task]))
+        )
 
 
 # ---- The list

@@ -34,5 +34,5 @@ def test_too_few_labels(finished_run: Path, tmp_path: Path) -> None:
     saved = json.loads((run / "split.json").read_text())
     saved["split"]["labelled"] = saved["split"]["labelled"][:7]
     (run / "split.json").write_text(json.dumps(saved))
-    with refused("forecast/too-few-labels", run, "7"):
+    with refused("next/too-few-to-forecast", run, "7"):
         forecast(str(run), f"{tmp_path}/out", ForecastSettings())

@@ -65,7 +65,7 @@ def test_a_finished_list_stays(
     assert suspects(str(finished_run), report.out, SETTINGS) == report
     with refused("next/other-choice", report.out, "folds=2", "3"):
         suspects(str(finished_run), report.out, SETTINGS.model_copy(update={"folds": 3}))
-    with refused("suspects/too-few-labels", "--folds 9"):
+    with refused("next/too-few-for-folds", "--folds 9"):
         suspects(str(finished_run), f"{tmp_path}/out", SETTINGS.model_copy(update={"folds": 9}))
     with refused("run/no-champion", tmp_path):
         suspects(str(tmp_path), f"{tmp_path}/out", SETTINGS)
