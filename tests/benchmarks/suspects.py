@@ -159,8 +159,8 @@ def _rivals(
     found = {"confidence": [1 - float(one.astype(np.float32).mean()) for one in chosen]}
     if cleanlab is not None:
         uri = folder / "probabilities.npz"
-        both = {"labels": [labels[one] for one in ids], "probabilities": [probabilities[one] for one in ids]}
-        np.savez(uri, **{name: np.stack(values) for name, values in both.items()})
+        stacked = (np.stack([of[one] for one in ids]) for of in (labels, probabilities))
+        np.savez(uri, **dict(zip(("labels", "probabilities"), stacked, strict=True)))  # type: ignore[arg-type]
         asked = subprocess.run([cleanlab, "-c", CLEANLAB, str(uri)], capture_output=True, text=True, check=True)
         found["cleanlab"] = [-float(one) for one in asked.stdout.split()]
     return found

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,11 @@ from threestage.selection.pool_report import write_pool_report
 
 def test_near_copies_and_images_unlike_every_label(tmp_path: Path) -> None:
     random = np.random.default_rng(2)
-    rows = [{"id": f"i{n}", "at": random.normal(0, 1, 8)} for n in range(60)]
-    copies = [{"id": f"copy{n}", "at": rows[n]["at"] + 0.01} for n in (0, 30, 31)]
-    again = {"id": "again31", "at": rows[31]["at"] - 0.01}
-    far = {"id": "far", "at": np.full(8, 9.0)}
+    at = random.normal(0, 1, (60, 8))
+    rows: list[dict[str, Any]] = [{"id": f"i{n}", "at": at[n]} for n in range(60)]
+    copies: list[dict[str, Any]] = [{"id": f"copy{n}", "at": at[n] + 0.01} for n in (0, 30, 31)]
+    again: dict[str, Any] = {"id": "again31", "at": at[31] - 0.01}
+    far: dict[str, Any] = {"id": "far", "at": np.full(8, 9.0)}
     covered = [f"i{n}" for n in range(30)]
     found = write_pool_report(str(tmp_path), pool_of(tmp_path, rows, [*copies, again, far], covered=covered))
     assert sorted((tmp_path / "near_copies.txt").read_text().split()) == ["again31", "copy0", "copy30", "copy31"]
