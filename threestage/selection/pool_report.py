@@ -24,6 +24,9 @@ from threestage.selection.image_lists import write_csv, write_ids
 NEAR_COPY = 0.1
 """Of the usual distance of two images of the pool: nearer ones are near-copies."""
 BITS, ORDERS, NEIGHBOURS = 62, 4, 32
+DIFFERENT = 12
+"""Bits that differ: near-copies have fewer, about three."""
+BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 PAIRS = 10_000
 AT_ONCE = 65_536
 COLUMNS = ("image_id", "source", "kind", "distance", "usual", "of")
@@ -122,11 +125,14 @@ class _Pool:
         """Pairs of rows, the smaller first, that are nearer than a limit, with their distances."""
         found = list[npt.NDArray[np.int64]]()
         for number in range(ORDERS):
-            order = np.argsort(self._signs(number), kind="stable")
+            signs = self._signs(number)
+            order = np.argsort(signs, kind="stable")
+            signs = signs[order]
             for step in range(1, min(NEIGHBOURS, len(order) - 1) + 1):
-                for start in range(0, len(order) - step, AT_ONCE):
-                    ends = order[start + step : start + step + AT_ONCE]
-                    pairs = np.sort(np.stack([order[start : start + len(ends)], ends], 1), 1)
+                alike = np.flatnonzero(_bits(signs[step:] ^ signs[:-step]) <= DIFFERENT)
+                for start in range(0, len(alike), AT_ONCE):
+                    some = alike[start : start + AT_ONCE]
+                    pairs = np.sort(np.stack([order[some], order[some + step]], 1), 1)
                     found.append(pairs[self._distances(pairs[:, 0], pairs[:, 1]) < limit])
         pairs = np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
         return pairs[:, 0], pairs[:, 1], self._distances(pairs[:, 0], pairs[:, 1])
@@ -141,6 +147,14 @@ class _Pool:
             for start in range(0, len(self.features), AT_ONCE)
         ]
         return np.concatenate(parts)
+
+
+def _bits(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """How many bits are set in each."""
+    found = np.zeros(len(numbers), np.uint8)
+    for part in numbers.view(np.uint8).reshape(len(numbers), 8).T:
+        found += BITS_OF_BYTE[part]
+    return found
 
 
 def _names(files: CandidateFiles, pool: _Pool, rows: set[int]) -> dict[int, tuple[str, str]]:
