@@ -1,4 +1,4 @@
-"""What to label next, which labels are suspect, and what more labels would bring."""
+"""The commands `next`, `suspects` and `forecast`: images to label next, suspect labels, the gain of more labels."""
 
 import shlex
 from typing import Annotated, Any
@@ -23,17 +23,17 @@ from threestage.cli.options import (
 
 
 def choose_next(
-    run: Annotated[str, typer.Argument(help="The folder of a run that has trained at least one stage.")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Gets the list, the page and the export.")],
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
-    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random.")] = "combined",
+    run: Annotated[str, typer.Argument(help="folder of a run with at least one trained stage")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="folder for the list, the page and the export")],
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 20,
+    strategy: Annotated[str, typer.Option(help="combined, entropy, margin, coreset or random")] = "combined",
     export: Annotated[
-        str | None, typer.Option(help="The masks as a start too: coco, cvat, labelme, label-studio or masks.")
+        str | None, typer.Option(help="also export the masks to correct: coco, cvat, labelme, label-studio or masks")
     ] = None,
     pool_report: Annotated[
-        bool, typer.Option("--pool-report", help="Name near-copies and images unlike every labelled one too.")
+        bool, typer.Option("--pool-report", help="also list near-copies and images unlike every labelled one")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the strategy random, and of ties.")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed of the strategy random, and of ties")] = 0,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
@@ -41,7 +41,7 @@ def choose_next(
     start_timeout_s: StartTimeoutOption = 300,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose which images of a run's pool to label next: uncertain, unlike each other, with rare classes. Rerun it after a kill.
+    """Choose images of a run's pool to label next: uncertain, different, with rare classes. Repeat it after a kill.
 
     Example: threestage next runs/streets --out rounds/2 --count 20 --export cvat
     """
@@ -63,21 +63,23 @@ def choose_next(
 
 
 def list_suspects(
-    run: Annotated[str, typer.Argument(help="Folder of a run, whose labels are examined.")],
+    run: Annotated[str, typer.Argument(help="folder of a run whose labels are examined")],
     out: Annotated[
-        str, typer.Option("--out", metavar="FOLDER", help="Gets the models, the list, the page and the export.")
+        str, typer.Option("--out", metavar="FOLDER", help="folder for the models, the list, the page and the export")
     ],
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
-    folds: Annotated[int, typer.Option(min=2, help="Models, each trained without the labels of its fold.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of each model; by default those of stage 1.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 20,
+    folds: Annotated[
+        int, typer.Option(min=2, help="number of models, each trained without the labels of its fold")
+    ] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="steps of each model; by default those of stage 1")] = None,
     export: Annotated[
-        str | None, typer.Option(help="The models' masks as a start too: coco, cvat, labelme, label-studio or masks.")
+        str | None, typer.Option(help="also export the models' masks: coco, cvat, labelme, label-studio or masks")
     ] = None,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List labelled images whose masks models contradict that have not learnt them. Rerun it after a kill.
+    """List labelled images whose masks are probably wrong, by models that did not learn them. Repeat it after a kill.
 
     Example: threestage suspects runs/streets --out suspects --export cvat
     """
@@ -101,17 +103,18 @@ def list_suspects(
 
 
 def forecast_labels(
-    run: Annotated[str, typer.Argument(help="Folder of a run, whose stage 1 is forecast.")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Gets the models and the forecast.")],
+    run: Annotated[str, typer.Argument(help="folder of a run whose stage 1 is forecast")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="folder for the models and the forecast")],
     labels: Annotated[
-        list[int] | None, typer.Option(min=1, help="Number of labels to ask about; repeat it for more. Default: twice.")
+        list[int] | None,
+        typer.Option(min=1, help="number of labels to forecast; repeat it for more; default: twice those of the run"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of each model; by default those of stage 1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="steps of each model; by default those of stage 1")] = None,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forecast the mean IoU with more labels, from models that learn a part of them. Rerun it after a kill.
+    """Forecast the mean IoU with more labels, by models that learn a part of them. Repeat it after a kill.
 
     Example: threestage forecast runs/streets --out forecast --labels 92
     """
