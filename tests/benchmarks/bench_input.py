@@ -123,7 +123,7 @@ def stream(task: dict[str, Any]) -> Iterator[int]:
     dataset = unlabelled_stream(StageTask.model_validate(task), Pointer())
     dataset.context.execution_options = stream_options(1)  # as Ray Train does
     shard = dataset.streaming_split(1, equal=True)[0]
-    for batch in stream_batches(shard, BATCH, 0, 0):
+    for batch, _ in stream_batches(shard, BATCH, (0,), 0):
         yield from [1] * len(batch.image_ids)
 
 

@@ -124,7 +124,7 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
         dataset = unlabelled_stream(StageTask.model_validate(task), Pointer())
         dataset.context.execution_options = stream_options(1)  # as Ray Train does
         shard = dataset.streaming_split(1, equal=True)[0]
-        batches = stream_batches(shard, 8, 0, 0)
+        batches = stream_batches(shard, 8, (0,), 0)
         next(batches)
         first = time.monotonic() - start
         next(islice(batches, MEASURED // 8, None))

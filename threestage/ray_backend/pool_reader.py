@@ -3,8 +3,8 @@
 A cluster has many of these processes, so this module imports no torch.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,21 @@ from threestage.data.records import DataSettings
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.samples import Sample, crop_to_canvas, decode_sample, pool_samples
 from threestage.seeds import derive_seed
-
-BLOCK_BYTES = 32 * 2**20
+from threestage.settings import Settings
 
 Arrays = dict[str, np.ndarray]
+
+
+class FilePart(Settings):
+    """A file's part in the stream of one pass: rows `first` … `first + rows - 1` of the stream, in blocks of `block_rows`.
+    Blocks that end before row `begin` are left out: they were used before the stage was continued."""
+
+    file: PoolFile
+    pass_: int
+    first: int
+    rows: int
+    block_rows: int
+    begin: int = 0
 
 
 class FileReader:
@@ -41,13 +52,15 @@ class FileReader:
         self._data, self._canvas = data, canvas
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
+        """Blocks of one file of the order, see FilePart."""
         disable_malloc_trim()
-        pass_, file = int(batch["pass"][0]), PoolFile.model_validate_json(str(batch["file"][0]))
+        part = FilePart.model_validate_json(str(batch["part"][0]))
+        file = part.file
         rejects: list[Reject] = []
-        rng = np.random.default_rng(derive_seed(*self._place, "canvases", pass_, file.digest))
+        rng = np.random.default_rng(derive_seed(*self._place, "canvases", part.pass_, file.digest))
         chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement, self._excluded)
         samples = (sample for chunk in chunks for sample in chunk)
-        yield from blocks(self._placed(samples, rejects, rng), self._canvas)
+        yield from blocks(self._placed(samples, rejects, rng), self._blank(), part)
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))
 
@@ -61,18 +74,27 @@ class FileReader:
             image, maps, extent, _ = crop_to_canvas(decoded, self._canvas, rng)
             yield {"image": image, **maps, "extent": extent, "image_id": np.array(sample.image_id)}
 
+    def _blank(self) -> Arrays:
+        maps = () if self._pseudo_masks is None else ("pseudo_mask", "confidence")
+        return {
+            "image": np.zeros((*self._canvas, 3), np.uint8),
+            **{name: np.zeros(self._canvas, np.uint8) for name in maps},
+            "extent": np.zeros((4, 2)),
+            "image_id": np.array(""),
+        }
 
-def blocks(rows: Iterable[Arrays], canvas: tuple[int, int]) -> Iterator[Arrays]:
-    """Rows stacked so that each block is a little larger than BLOCK_BYTES: Ray Data then passes it on without a copy."""
-    per_block = math.ceil(1.1 * BLOCK_BYTES / (canvas[0] * canvas[1] * 5))
+
+def blocks(rows: Iterable[Arrays], blank: Arrays, part: FilePart) -> Iterator[Arrays]:
+    """The rows of a part of the stream stacked to blocks of `part.block_rows`, filled up with blank ones, so that it does not
+    depend on what could be read which worker gets which row. Adds `number`, of the row, and `filled`."""
+    numbered = enumerate(chain(((row, True) for row in rows), repeat((blank, False))), part.first)
     waiting: list[Arrays] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == per_block:
-            yield _stacked(waiting)
+    for number, (row, filled) in islice(numbered, part.rows):
+        waiting.append({**row, "number": np.array(number), "filled": np.array(filled)})
+        if len(waiting) == part.block_rows:
+            if number >= part.begin:
+                yield _stacked(waiting)
             waiting = []
-    if waiting:
-        yield _stacked(waiting)
 
 
 def _stacked(rows: Sequence[Arrays]) -> Arrays:

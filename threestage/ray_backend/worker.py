@@ -18,9 +18,9 @@ from threestage.data.batches import Batch, BatchSlice, max_shard_size
 from threestage.errors import StageFailure
 from threestage.private_folder import reserve_compile_cache
 from threestage.ray_backend.heartbeat import Heartbeat
-from threestage.ray_backend.pool_stream import stream_batches
+from threestage.ray_backend.pool_stream import begin_of, stream_batches
 from threestage.run.stages import StageTask, train_stage
-from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
+from threestage.training.checkpoint import Checkpoints, Row, StreamPosition, StreamState, TrainState, checkpoint_folder
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -61,6 +61,8 @@ class RayWorker:
         self._monitor = monitor
         self._pulse = pulse
         self._averages_buffers = False
+        self._positions: dict[int, StreamPosition] = {}  # by step, some steps ahead of the training
+        self._used: list[int] = []
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -74,9 +76,22 @@ class RayWorker:
             network = convert_sync_batchnorm(network)
         self._averages_buffers = live and not synchronised
         devices = None if self.device.type == "cpu" else [self.device]
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        self._settle_buckets(wrapped)
+        return wrapped
+
+    def _settle_buckets(self, wrapped: DistributedDataParallel) -> None:
+        """Gradients of zero, so that the first real ones lie in the buckets in which all others lie: torch sorts them anew after
+        the first backward pass, and of three workers the sums depend on where a gradient lies. Nothing else changes."""
+        training = wrapped.training
+        wrapped.eval()  # running statistics stay
+        image = torch.zeros(1, 3, *self._task.settings().augment.crop_size, device=self.device)
+        main, auxiliary = wrapped(image, with_auxiliary=True)
+        (main.sum() * 0 + (0 if auxiliary is None else auxiliary.sum() * 0)).backward()
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.train(training)
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
@@ -103,14 +118,26 @@ class RayWorker:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
-        """From Ray's stream, which was made to begin at that image. It gives all workers the same number of images, so
-        one whose share is smaller passes over the rest."""
+    def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
+        """From Ray's stream, which was made to begin where the state stands. It gives all workers the same number of images,
+        so one whose share is smaller passes over the rest."""
         size = max_shard_size(share.total, self.world_size)
-        for batch in stream_batches(
-            ray.train.get_dataset_shard("unlabelled"), size, self._task.settings().seed, self.rank
-        ):
+        start, self._used = begin_of(begin.stream, self.rank, self.world_size)
+        shard, place = ray.train.get_dataset_shard("unlabelled"), (self._task.settings().seed, "buffer", self.rank)
+        found = stream_batches(shard, size, place, self.rank, start, self._used)
+        for step, (batch, position) in enumerate(found, begin.step + 1):
+            self._positions[step] = position
             yield batch if share.count == size else batch.first(share.count)
+
+    def stream_state(self, step: int) -> StreamState | None:
+        for passed in [made for made in list(self._positions) if made < step]:
+            del self._positions[passed]
+        mine = self._positions.get(step)
+        if mine is None:
+            return None
+        positions = self.gather(mine)
+        least = min(position.number for position in positions)
+        return StreamState(positions, [number for number in self._used if number >= least])
 
     def checkpoint_requests(self) -> int:
         """What the driver has noticed: nodes that drain, for an elastic group those that have come, and its own SIGTERM."""

@@ -220,7 +220,7 @@ def make_source(task: StageTask, config: Config, state: TrainState, data: StageD
     if stage.unlabelled_batch == 0:
         return SupervisedSteps(config, labelled)
     share_u = share_of(stage.unlabelled_batch, config.training.batch_scope, worker.rank, worker.world_size)
-    unlabelled = TimedIterator(prefetch(worker.unlabelled(share_u, state.unlabelled_images), worker.device))
+    unlabelled = TimedIterator(prefetch(worker.unlabelled(share_u, state), worker.device))
     assert state.teacher is not None
     teacher = compiled(state.teacher, config.training)
     return ThreeTaskSteps(task.stage, config, teacher, labelled, BatchStream(unlabelled, share_u))

@@ -41,6 +41,26 @@ class BestWeights(NamedTuple):
     weights: dict[str, Tensor]
 
 
+class StreamPosition(NamedTuple):
+    """Where one worker's part of a Ray stream stands (ray_backend/pool_stream.py). Rows are numbered through all passes.
+
+    block_rows: of each block; first: the stream began with this row; number: the worker's buffer begins with this row;
+    taken: the rows that were taken out of the buffer.
+    """
+
+    block_rows: int
+    first: int
+    number: int
+    taken: tuple[int, ...] = ()
+
+
+class StreamState(NamedTuple):
+    """Where the workers' parts stand, by rank, and which later rows groups of other sizes had used before."""
+
+    positions: list[StreamPosition]
+    used: list[int]
+
+
 @dataclass
 class TrainState:
     """Everything that changes while a stage trains. Random state is not among it: draws depend on the step alone."""
@@ -52,6 +72,7 @@ class TrainState:
     step: int = 0
     labelled_images: int = 0  # taken by all workers together
     unlabelled_images: int = 0
+    stream: StreamState | None = None  # on Ray
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
     best: BestWeights | None = None  # of rank 0
@@ -77,6 +98,7 @@ class TrainState:
             "step": self.step,
             "labelled_images": self.labelled_images,
             "unlabelled_images": self.unlabelled_images,
+            "stream": self.stream and [[tuple(each) for each in self.stream.positions], self.stream.used],
             "seconds": self.seconds,
             "history": list(self.history),
             "best": None if self.best is None else self.best._asdict(),
@@ -99,6 +121,9 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         self.labelled_images, self.unlabelled_images = saved["labelled_images"], saved["unlabelled_images"]
+        if saved.get("stream"):
+            positions, used = saved["stream"]
+            self.stream = StreamState([StreamPosition(*position) for position in positions], used)
         self.best = BestWeights(**saved["best"]) if saved.get("best") else None
 
 
@@ -126,6 +151,8 @@ class Pointer(Settings):
 
     step: int = 0
     unlabelled_images: int = 0
+    stream: list[StreamPosition] | None = None
+    """by rank, without the rows that were taken"""
 
 
 class StaleWorkerError(Exception):
@@ -226,8 +253,9 @@ class Checkpoints:
         storage.write_bytes(self._uri(snapshot["step"]), content.getbuffer())
         self._refuse_when_taken_over()
         storage.write_json(storage.join(self._folder, ROWS), snapshot["history"])
-        pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"])
-        storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump())
+        stream = [StreamPosition(*position[:3]) for position in snapshot["stream"][0]] if snapshot["stream"] else None
+        pointer = Pointer(step=snapshot["step"], unlabelled_images=snapshot["unlabelled_images"], stream=stream)
+        storage.write_json(storage.join(self._folder, POINTER), pointer.model_dump(exclude_none=True))
         self._last_good = pointer.step
         stage_folder = self._folder.rpartition("/")[0]
         for step in sorted(step for step in self._steps() if step <= pointer.step)[: -self._keep]:

@@ -195,6 +195,7 @@ def _save(state: TrainState, worker: Worker, wait: bool) -> None:
             "stage/diverged",
         )
     _wait_for_store(state.step, worker, ("written", "failing"))
+    state.stream = worker.stream_state(state.step)
     if worker.rank == 0:
         worker.checkpoints.save(state.snapshot())
     if wait and _wait_for_store(state.step, worker, ("written", "failing")) == "written":

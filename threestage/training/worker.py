@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from threestage.data.batches import Batch, BatchSlice
 from threestage.errors import Stopped
 from threestage.termination import STOPPED, sigterm_noted
-from threestage.training.checkpoint import Checkpoints, Row, checkpoint_folder
+from threestage.training.checkpoint import Checkpoints, Row, StreamState, TrainState, checkpoint_folder
 
 
 class Worker(Protocol):
@@ -39,8 +39,11 @@ class Worker(Protocol):
     def sync_buffers(self, network: nn.Module) -> None:
         """Make the network's running statistics the same on all workers."""
 
-    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
-        """This worker's share of the unlabelled batches, from that image of the stream on."""
+    def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
+        """This worker's share of the unlabelled batches, from the state's step on."""
+
+    def stream_state(self, step: int) -> StreamState | None:
+        """Where the unlabelled batches of all workers continue after a step; None where the number of images says it."""
 
     def checkpoint_requests(self) -> int:
         """How many reasons for a checkpoint at once have come so far: processes that will soon be taken away."""
@@ -110,8 +113,11 @@ class LocalWorker:
     def sync_buffers(self, network: nn.Module) -> None:
         pass
 
-    def unlabelled(self, share: BatchSlice, first_image: int) -> Iterator[Batch]:
-        return self._unlabelled(share, first_image)
+    def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
+        return self._unlabelled(share, begin.unlabelled_images)
+
+    def stream_state(self, step: int) -> StreamState | None:
+        return None
 
     def checkpoint_requests(self) -> int:
         return int(self._terminated.is_set())

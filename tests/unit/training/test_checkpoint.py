@@ -22,7 +22,13 @@ from threestage.training.checkpoint import Checkpoints, Pointer, StaleWorkerErro
 
 
 def snapshot(step: int) -> dict[str, Any]:
-    return {"format": 2, "step": step, "unlabelled_images": step * 4, "history": [{"step": step - 1}, {"step": step}]}
+    return {
+        "format": 2,
+        "step": step,
+        "unlabelled_images": step * 4,
+        "stream": None,
+        "history": [{"step": step - 1}, {"step": step}],
+    }
 
 
 def names(folder: Path) -> list[str]:
