@@ -42,24 +42,19 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     config = task.settings()
     files = load_pool(task.pool)
     index = None if task.pseudo_masks is None else read_index(task.pseudo_masks)
-    stage, workers = config.stage(task.stage), config.cluster.most_workers
     lost = min(0.5, config.data.max_bad_fraction)  # images that may vanish meanwhile
     if index is None:  # its validation images are among the rows, and passed over
         least, images = 0, [file.rows for file in files]
         lost = min(0.9, lost + len(task.split.validation) / sum(images))
     else:
-        least = least_agreement(index, stage.reliable_share)
+        least = least_agreement(index, config.stage(task.stage).reliable_share)
         images = [entry.images_of(least) for entry in index]
     canvas, place = pool_canvas(index, config.augment), (config.seed, task.stage)
     row_bytes = canvas[0] * canvas[1] * (3 if index is None else 5)
     block_rows = rows_of_blocks(images, math.ceil(BLOCK_BYTES / row_bytes))
     rows = [-(-number // block_rows) * block_rows for number in images]
     first = first_row(rows, images, place, begin, block_rows)
-    per_worker = max_shard_size(
-        share_of(stage.unlabelled_batch, config.training.batch_scope, 0, workers).total, workers
-    )
-    wanted = workers * ((stage.steps - begin.step + 4) * per_worker + SHUFFLE_ROWS + 2 * block_rows)
-    last = first + math.ceil(wanted / (1 - lost) * sum(rows) / sum(images))
+    last = first + math.ceil(images_to_come(task, begin.step, block_rows) / (1 - lost) * sum(rows) / sum(images))
     parts = [
         FilePart(file=files[number], pass_=pass_, first=start, rows=rows[number], block_rows=block_rows, begin=first)
         for pass_, number, start in file_order(rows, place, first, last)
@@ -74,6 +69,14 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
         frozenset(task.split.validation),
     )  # fmt: skip
     return source.map_batches(reader, batch_size=1)
+
+
+def images_to_come(task: StageTask, step: int, block_rows: int) -> int:
+    """What the workers take from a step to the stage's end, with what is left in their buffers then."""
+    config = task.settings()
+    stage, workers = config.stage(task.stage), config.cluster.most_workers
+    batch = share_of(stage.unlabelled_batch, config.training.batch_scope, 0, workers).total
+    return workers * ((stage.steps - step + 4) * max_shard_size(batch, workers) + SHUFFLE_ROWS + 2 * block_rows)
 
 
 def rows_of_blocks(images: Sequence[int], most: int) -> int:
