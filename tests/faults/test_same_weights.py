@@ -11,6 +11,7 @@ import pytest
 
 from cluster.local import Cluster, local_cluster
 from tests.conftest import tiny_config
+from tests.faults import looking_on
 from tests.faults.looking_on import Run, assert_published_once, node_with_worker, processes_of
 from tests.faults.test_lost_parts import put_scenes
 from threestage.config import Config
@@ -23,7 +24,8 @@ pytestmark = [
 ]
 
 KILLS = 10
-STEPS = 40 * (KILLS + 1)
+EVERY = 15  # steps
+STEPS = EVERY * (KILLS + 1)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def config_for(data: str, workers: int) -> Config:
         cluster={"placement": "SPREAD", "workers": workers, "max_failures": -1},
         stage1={"steps": 20, "labelled_batch": 6},
         stage2={"steps": STEPS, "warm_start": True, "labelled_batch": 6, "unlabelled_batch": 6},
-        training={"batch_scope": "global", "log_every": 5, "checkpoint_every": 7, "evaluate_every": STEPS},
+        training={"batch_scope": "global", "log_every": 1, "checkpoint_every": 4, "evaluate_every": STEPS},
     )  # fmt: skip
 
 
@@ -75,6 +77,7 @@ def test_a_run_that_is_killed_at_random(
     of gradients have an order."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(looking_on, "LIMIT_S", 1200)
     config, log = config_for(data, workers), tmp_path / "log"
     undisturbed = Run(config, f"s3://bucket/undisturbed{workers}", cluster.environment, log)
     undisturbed.wait_for_end()
@@ -84,7 +87,7 @@ def test_a_run_that_is_killed_at_random(
     draws = random.Random(seed + workers)
     killed = Run(config, f"s3://bucket/killed{workers}", cluster.environment, log)
     for number in range(1, KILLS + 1):
-        killed.wait_for_step("stage2", 40 * (number - 1) + draws.randrange(5, 40))
+        killed.wait_for_step("stage2", EVERY * (number - 1) + draws.randrange(3, EVERY))
         time.sleep(draws.random())
         what = draws.choice(["worker", "worker", "controller", "node", "driver"])
         print(f"{what} killed after step {killed.rows('stage2')[-1]['row']['step']:.0f}")
