@@ -123,7 +123,7 @@ def planted_data_set(config: Config, folder: Path, planting: int) -> tuple[str, 
     (source / "class_map.yaml").write_text(json.dumps({"classes": entries, "ignore": {"ids": [255]}}))
     settings = IngestSettings(format="camvid", class_map=str(source / "class_map.yaml"))
     ingest(str(source), str(folder / "data"), settings)
-    return str(folder / "data"), {f"train_{number:05d}": kind for number, kind in faults.items()}
+    return str(folder / "data"), {f"train/images/train_{number:05d}": kind for number, kind in faults.items()}
 
 
 @torch.inference_mode()

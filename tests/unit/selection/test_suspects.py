@@ -72,6 +72,7 @@ def test_a_finished_list_stays(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_planted_faults_are_found(tmp_path: Path) -> None:
     """In a fifth of the masks of 40 scenes, by models of a few hundred steps."""
     source, count = tmp_path / "source", 40
@@ -87,9 +88,9 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     )  # fmt: skip
     run_local(config, tmp_path / "run")
     storage.write_json(f"{tmp_path}/run/config.json", _settings(config))
-    options = SuspectsSettings(steps=400, count=60)
+    options = SuspectsSettings(steps=200, count=60)
     report = suspects(f"{tmp_path}/run", f"{tmp_path}/out", options, warn=lambda text: None)
-    ids = [image.image_id for image in report.images if image.image_id.startswith("train")]
-    faulty = {ids.index(f"train_{number:05d}") for number in faults}
+    ids = [image.image_id for image in report.images if image.image_id.startswith("train/")]
+    faulty = {ids.index(f"train/images/train_{number:05d}") for number in faults}
     assert len(ids) == count
     assert average_precision(list(-np.arange(len(ids))), faulty) > 0.5, "0.2 by chance"
