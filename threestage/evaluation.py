@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
-from threestage.data.batches import SampleSet
+from threestage.data.batches import SampleSet, send
 from threestage.data.parallel import ahead
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
 from threestage.data.samples import samples_of
@@ -84,9 +84,9 @@ def evaluate(
             return (best_class(window_logits(network, images.float() / 255, inference)),)
 
     for places, images, masks in _batches(samples, batch_size, share.rank, share.world_size):
-        (found,) = _fitting(class_ids, images.to(device))
-        each = [confusion_matrix(*pair, num_classes) for pair in zip(masks.to(device), found, strict=True)]
-        counts[places] = class_counts(torch.stack(each))
+        (found,) = _fitting(class_ids, send(images, device))
+        each = [confusion_matrix(*pair, num_classes) for pair in zip(send(masks, device), found, strict=True)]
+        counts[send(torch.tensor(places), device)] = class_counts(torch.stack(each))
         confusion += torch.stack(each).sum(0)
     return Evaluation(share.sum(confusion).cpu(), share.sum(counts).cpu())
 
@@ -169,8 +169,8 @@ def evaluate_model(
     scores, multiple = Scores(card.classes, device), size_multiple(card.network)
     for _, images, masks in _batches(samples, BATCH):
         ask = partial(predict_with_tta, network, protocol=protocol, multiple=multiple)
-        class_ids, confidence, _ = _fitting(ask, images.to(device))
-        scores.add(masks.to(device), class_ids, confidence)
+        class_ids, confidence, _ = _fitting(ask, send(images, device))
+        scores.add(send(masks, device), class_ids, confidence)
         show(scores.images, len(samples))
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
 

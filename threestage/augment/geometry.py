@@ -107,11 +107,13 @@ def _in_pixels(theta: Tensor, size: Size, source: Size) -> Tensor:
 
 @lru_cache(64)
 def _scales(size: Size, source: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """From output pixels to normalised coordinates, (3,3); from these, 1 added, to pixels of the source, (2,1)."""
+    """From output pixels to normalised coordinates, (3,3); from these, 1 added, to pixels of the source, (2,1). Sent to the
+    device once."""
     (height, width), (rows, columns) = size, source
     to_normal = ((2 / width, 0, 1 / width - 1), (0, 2 / height, 1 / height - 1), (0, 0, 1))
     half = ((columns / 2,), (rows / 2,))
-    return torch.tensor(to_normal, dtype=dtype).to(device), torch.tensor(half, dtype=dtype).to(device)
+    on_host = torch.tensor(to_normal, dtype=dtype), torch.tensor(half, dtype=dtype)
+    return on_host[0].to(device, non_blocking=True), on_host[1].to(device, non_blocking=True)
 
 
 def nearest_index(

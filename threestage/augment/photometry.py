@@ -15,12 +15,12 @@ from torch import Tensor
 LEVELS = 256
 
 
-TABLES: dict[str, Callable[[float], Tensor]] = {
-    "solarize": lambda m: solarize(256 - 256 * m),
-    "brightness": lambda m: brightness(0.1 + 1.8 * m),
-    "posterize": lambda m: posterize(4 - int(4 * m)),
+TABLES: dict[str, Callable[[float, torch.device | None], Tensor]] = {
+    "solarize": lambda m, device: solarize(256 - 256 * m, device),
+    "brightness": lambda m, device: brightness(0.1 + 1.8 * m, device),
+    "posterize": lambda m, device: posterize(4 - int(4 * m), device),
 }
-"""Name → table of levels, from m = level / 10; the magnitudes are the paper's, here and below."""
+"""Name → table of levels, made on the device, from m = level / 10; the magnitudes are the paper's, here and below."""
 
 TABLES_OF_HISTOGRAM: dict[str, Callable[[Tensor, float], Tensor]] = {
     "autocontrast": lambda histogram, m: autocontrast(histogram),
@@ -52,8 +52,8 @@ def operate(name: str, m: float, image: Tensor, valid: Tensor, table: Tensor) ->
 
 @cache
 def _table(name: str, m: float, device: torch.device) -> Tensor:
-    """One of the few tables that depend on no image, where it is needed."""
-    return TABLES[name](m).to(device)
+    """One of the few tables that depend on no image."""
+    return TABLES[name](m, device)
 
 
 def to_levels(image: Tensor) -> Tensor:
@@ -126,21 +126,21 @@ def equalize(histogram: Tensor) -> Tensor:
     return torch.where(step > 0, table, _levels(histogram.device))
 
 
-def solarize(threshold: float) -> Tensor:
+def solarize(threshold: float, device: torch.device | None = None) -> Tensor:
     """Invert the levels at or above `threshold` (`ImageOps.solarize`)."""
-    levels = _levels()
+    levels = _levels(device)
     return torch.where(levels < threshold, levels, 255 - levels)
 
 
-def posterize(bits: int) -> Tensor:
+def posterize(bits: int, device: torch.device | None = None) -> Tensor:
     """Keep the highest `bits` (1..8) of each level (`ImageOps.posterize`)."""
     step = 2 ** (8 - bits)
-    return _levels() // step * step
+    return _levels(device) // step * step
 
 
-def brightness(factor: float) -> Tensor:
+def brightness(factor: float, device: torch.device | None = None) -> Tensor:
     """Blend with black: 0 is black, 1 the image (`ImageEnhance.Brightness`)."""
-    return _blend(torch.zeros(1), _levels(), factor).long()
+    return _blend(torch.zeros(1, device=device), _levels(device), factor).long()
 
 
 def contrast(histogram: Tensor, factor: float) -> Tensor:

@@ -186,7 +186,7 @@ def _as_range(low: int, high: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _table(name: str, m: float) -> bytes:
-    return _as_bytes(photometry.TABLES[name](m)[None])[0]
+    return _as_bytes(photometry.TABLES[name](m, None)[None])[0]
 
 
 def _as_bytes(tables: Tensor) -> Tables:

@@ -79,7 +79,7 @@ class Extent(NamedTuple):
     @classmethod
     def whole(cls, size: Tensor, draws: Draws) -> "Extent":
         """Canvases that show their whole images, of `size` (N,2)."""
-        return cls(size, size, torch.zeros_like(size), draws.uniform(len(size), 2).to(size.device))
+        return cls(size, size, torch.zeros_like(size), _to(draws.uniform(len(size), 2), size))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Extent":
         """The function of every tensor."""

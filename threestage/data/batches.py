@@ -44,15 +44,14 @@ class Batch:
         return Batch(self.image[:count], self.size.map(lambda part: part[:count]), maps, self.image_ids[:count])
 
     def to(self, device: torch.device) -> "Batch":
-        if device.type == "cpu":
-            return self
-        maps = {name: _send(value, device) for name, value in self.maps.items()}
-        size = self.size.map(lambda part: _send(part, device))
-        return Batch(_send(self.image, device), size, maps, self.image_ids)
+        maps = {name: send(value, device) for name, value in self.maps.items()}
+        size = self.size.map(lambda part: send(part, device))
+        return Batch(send(self.image, device), size, maps, self.image_ids)
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True)
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on its way to a device, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def canvas_size(largest: tuple[int, int], augment: AugmentSettings) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.batches import send
 from threestage.data.datasets import unpacked
 from threestage.data.headers import BadImage
 from threestage.data.parallel import ahead
@@ -321,10 +322,7 @@ class _Predictor:
     @torch.inference_mode()
     def _forward(self, batch: list[_Image], most_pixels: int) -> _Outcome:
         """Does not wait for a GPU: results are copied to the CPU behind the computation. The sums are of whole images."""
-        pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        pixels = pixels.permute(0, 3, 1, 2)
+        pixels = send(torch.from_numpy(np.stack([image.pixels for image in batch])), self._device).permute(0, 3, 1, 2)
         with self._product.measure(self._network) as measured_of:
             class_ids, confidence, entropy = self._classes(pixels, most_pixels)
         measured = measured_of(entropy)

@@ -21,13 +21,14 @@ from typing_extensions import TypedDict
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.batches import send
 from threestage.data.pool import IndexRow, PoolFile, rows_of, write_index
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import StageFailure
 from threestage.models.settings import InferenceSettings
 from threestage.settings import Settings
 from threestage.training.losses import Normaliser, ThresholdRule
-from threestage.training.metrics import mean_iou
+from threestage.training.metrics import mean_iou, value_counts
 
 REJECTS_NAME = "rejects.parquet"
 REPORT_KEY = b"threestage.report"
@@ -166,7 +167,7 @@ def predict_images(
     """Predict images (H,W,3) uint8 of any sizes, batching those of one size; yields (index, class, confidence, entropy)
     on the CPU, grouped by size."""
     for chosen, batch in batches_by_size(images, batch_size):
-        predicted = [tensor.cpu() for tensor in predict(network, batch.to(device))]
+        predicted = [tensor.cpu() for tensor in predict(network, send(batch, device))]
         yield from zip(chosen, *predicted, strict=True)
 
 
@@ -208,8 +209,8 @@ def pixel_statistics(
     if known:
         true = torch.from_numpy(np.stack(list(known.values()))).to(class_ids.device, non_blocking=True)
         pairs = true.int() * num_classes + torch.stack([class_ids[i] for i in known])
-        confusion = _counts(pairs, (IGNORE_INDEX + 1) * num_classes)[: num_classes**2]
-    return torch.cat([moments, above.double(), _counts(class_ids, num_classes), confusion])
+        confusion = value_counts(pairs, (IGNORE_INDEX + 1) * num_classes)[: num_classes**2]
+    return torch.cat([moments, above.double(), value_counts(class_ids, num_classes), confusion])
 
 
 def agreement(class_ids: Tensor, others: Tensor, num_classes: int) -> Tensor:
@@ -218,7 +219,7 @@ def agreement(class_ids: Tensor, others: Tensor, num_classes: int) -> Tensor:
     images, classes = len(class_ids), num_classes
     place = torch.arange(images, device=class_ids.device)[:, None, None]
     pairs = (place * classes + class_ids.long()) * classes + others.long()
-    counts = _counts(pairs, images * classes**2).view(images, classes, classes)
+    counts = value_counts(pairs, images * classes**2).view(images, classes, classes)
     same, rows, columns = counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)
     union = rows + columns - same
     seen = union > 0
@@ -227,14 +228,7 @@ def agreement(class_ids: Tensor, others: Tensor, num_classes: int) -> Tensor:
 
 def agreement_counts(agreement: Tensor) -> Tensor:
     """(256,) float64: how many images (N,) have each agreement."""
-    return _counts(agreement, 256)
-
-
-def _counts(values: Tensor, length: int) -> Tensor:
-    """How often each of 0..length-1 occurs, (length,) float64."""
-    if values.device.type == "cpu":
-        return torch.bincount(values.flatten(), minlength=length).double()
-    return torch.histc(values.double(), length, 0, length)  # bincount would wait for the device
+    return value_counts(agreement, 256)
 
 
 class PoolTask(Settings):

@@ -161,7 +161,7 @@ def _bands(
                 total[place] += scores
                 count[place[1:]] += 1
             else:
-                weight = hann_weights((scores.shape[-2], scores.shape[-1])).to(scores.device)
+                weight = hann_weights((scores.shape[-2], scores.shape[-1]), scores.device)
                 total[place] += scores * weight
                 count[place[1:]] += weight
         assert total is not None
@@ -171,9 +171,10 @@ def _bands(
         total, count = _moved(total, kept, long), _moved(count, kept[1:], long)
 
 
-def hann_weights(size: tuple[int, int]) -> Tensor:
+def hann_weights(size: tuple[int, int], device: torch.device) -> Tensor:
     """Of a window's pixels, (h,w) in ]0,1]: Hann's window at their centres, so that none is 0."""
-    rows, columns = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side) ** 2 for side in size)
+    sides = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side) ** 2 for side in size)
+    rows, columns = (side.to(device, non_blocking=True) for side in sides)
     return rows[:, None] * columns
 
 

@@ -16,9 +16,16 @@ def confusion_matrix(mask: Tensor, prediction: Tensor, num_classes: int) -> Tens
 
     Both are integer tensors of one shape; predictions lie in 0..C-1.
     """
-    valid = mask != IGNORE_INDEX
-    pairs = mask[valid].long() * num_classes + prediction[valid].long()
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    pairs = mask.int() * num_classes + prediction  # those of void pixels come after all others
+    counts = value_counts(pairs, (IGNORE_INDEX + 1) * num_classes)[: num_classes**2]
+    return counts.long().reshape(num_classes, num_classes)
+
+
+def value_counts(values: Tensor, length: int) -> Tensor:
+    """How often each of 0..length-1 occurs, (length,) float64; a device is not waited for."""
+    if values.device.type == "cpu":
+        return torch.bincount(values.flatten(), minlength=length).double()
+    return torch.histc(values.double(), length, 0, length)  # bincount would wait
 
 
 def class_counts(confusion: Tensor) -> Tensor:
