@@ -39,12 +39,12 @@ class OnGPU(Tensor):
     def __new__(cls, held: Tensor) -> "OnGPU":
         tensor = Tensor._make_wrapper_subclass(
             cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=GPU
-        )  # type: ignore[attr-defined]
+        )
         tensor.held = held
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} outside of pretended_gpu, or in another thread")
 
 
@@ -99,9 +99,9 @@ class _Mode(TorchDispatchMode):
             self.waited(name)
         return bool(on_gpu)
 
-    def _copied(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _copied(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         into = name == "aten::copy_"
-        target, source = args[:2] if into else (None, args[0])
+        target, source = args[0], args[1 if into else 0]
         blocking = not (args[2] if into and len(args) > 2 else kwargs.get("non_blocking", False))
         device = target.device if into else torch.device(kwargs.get("device") or source.device)
         if blocking and device.type != source.device.type:
@@ -140,7 +140,7 @@ class _Event:
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[Counter[str]]:
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
     swapped = torch.__future__.get_overwrite_module_params_on_conversion()
     with pytest.MonkeyPatch.context() as patch, _Mode() as mode, torch.backends.cudnn.flags(enabled=False):
         patch.setattr(torch.cuda, "_initialized", True)
