@@ -4,182 +4,34 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from threestage.errors import InputError
+from threestage.errors import InputError, reason_of
+from threestage.models.trunks import (
+    AddPositions,
+    BranchedStage,
+    BranchedTrunk,
+    Encoder,
+    LastStage,
+    StagedTrunk,
+    VitStage,
+    VitTrunk,
+    named,
+)
 
 VIT_NAME = re.compile(r"^(test_vit|vit_|flexivit_|deit|eva)")
 _PROBE = 64
+COARSEST = 32
+"""The stride of a hierarchical encoder's last map; FPN takes maps at 4, 8, 16 and this."""
+ANY_SIZE = {"swin_transformer": "strict_img_size", "swin_transformer_v2": "strict_img_size"}
+"""The timm module of a family, and the argument that is false where it takes images of any size."""
+REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, AssertionError)
+"""What timm's models raise at an image, or an argument, that they do not take."""
 TAPS_OF_24 = (4, 11, 17, 23)
 """Of a ViT with 24 blocks, as DPT and DINOv2 have them; other depths are cut into quarters."""
-
-
-class TrunkOutput(NamedTuple):
-    """What the layers before the last stage give."""
-
-    low: Tensor | None
-    """(N,C,H/4,W/4): the finest map a DeepLabV3+ head takes; None if the encoder has no stride 4."""
-    third: tuple[Any, ...]
-    """Arguments of the last stage: the third stage's map, or a ViT's tokens with their grid."""
-
-
-class Encoder(nn.Module):
-    """`last(*trunk(image).third)` is the last map, (N,`channels`,h,w), or four such maps of a ViT, the last one last."""
-
-    low_channels: int | None
-    channels: int
-    tapped: bool
-    """Whether there are four maps."""
-    size_multiple: int
-    """Height and width are padded to a multiple of this; 1 where strided convolutions round up."""
-
-    def __init__(
-        self, trunk: nn.Module, last: nn.Module, channels: int = 0, size_multiple: int = 1, tapped: bool = False
-    ) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.last = last
-        self.tapped = tapped
-        self.low_channels = None
-        self.channels = channels
-        self.size_multiple = size_multiple
-
-
-class ConvTrunk(nn.Module):
-    """The modules of a convolutional network up to its third stage, run one after another."""
-
-    def __init__(self, modules: list[tuple[str, nn.Module]], low: int | None) -> None:
-        super().__init__()
-        self.layers = _sequence(modules)
-        self.low = low
-
-    def forward(self, image: Tensor) -> TrunkOutput:
-        low = None
-        value = image
-        for index, layer in enumerate(self.layers):
-            value = layer(value)
-            if index == self.low:
-                low = value
-        return TrunkOutput(low, (value,))
-
-
-class VitTrunk(nn.Module):
-    """Patches, position embedding and all blocks but the last ones of a vision transformer.
-
-    taps: the blocks whose tokens are handed on beside those of the last one here. recompute: see `_run_block`.
-    """
-
-    def __init__(self, vit: Any, taps: tuple[int, ...] = (), recompute: bool = False) -> None:
-        super().__init__()
-        self.vit = vit
-        self.taps = taps
-        self.recompute = recompute
-
-    def forward(self, image: Tensor) -> TrunkOutput:
-        patches = self.vit.patch_embed(image)
-        _, height, width, _ = patches.shape
-        embedded = self.vit._pos_embed(patches)
-        tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
-        tokens, tapped = self.vit.norm_pre(tokens), []
-        for index, block in enumerate(self.vit.blocks):
-            tokens = _run_block(block, tokens, rope, self.recompute and self.training)
-            if index in self.taps:
-                tapped.append(tokens)
-        return TrunkOutput(None, (tokens, height, width, rope, *tapped))
-
-
-class VitStage(nn.Module):
-    """A vision transformer's last blocks and final norm; prefix tokens (class, registers) are cut off its maps.
-
-    With tokens of earlier blocks (tapped): their maps, normed as the last one's, come before it.
-    """
-
-    def __init__(self, blocks: nn.Sequential, norm: nn.Module, prefix: int, recompute: bool = False) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.norm = norm
-        self.prefix = prefix
-        self.recompute = recompute
-
-    def forward(
-        self, tokens: Tensor, height: int, width: int, rope: Tensor | None, *tapped: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
-        for block in self.blocks:
-            tokens = _run_block(block, tokens, rope, self.recompute and self.training)
-        maps = tuple(self._map(each, height, width) for each in (*tapped, tokens))
-        return maps if tapped else maps[0]
-
-    def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        tokens = self.norm(tokens)[:, self.prefix :]
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
-
-
-class TraceablePool(nn.Module):
-    """What timm's 2×2 average pooling of a shortcut computes, in a form that torch.export traces for any size.
-
-    Stride 2 rounds up and averages only what is there; stride 1 (a dilated stage) keeps the size, padding with zeros.
-    """
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, value: Tensor) -> Tensor:
-        padded = F.pad(value, (0, 1, 0, 1), mode="replicate" if self.stride == 2 else "constant")
-        return F.avg_pool2d(padded, 2, self.stride)
-
-
-def replace_pooling(module: nn.Module) -> None:
-    """Swap, in place, the shortcut pooling of timm's resnet*d and *t, which ties torch.export to one image size."""
-    from timm.layers import AvgPool2dSame
-
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            same = type(child) is AvgPool2dSame and child.stride in (1, (1, 1))
-            ceil = type(child) is nn.AvgPool2d and child.ceil_mode and child.stride in (2, (2, 2))
-            if (same or ceil) and child.kernel_size in (2, (2, 2)):
-                setattr(parent, name, TraceablePool(1 if same else 2))
-
-
-def same_padding(side: Any, kernel: int, stride: int, dilation: int) -> Any:
-    """How many pixels TensorFlow's SAME convolution adds to a side, as timm's `get_same_padding` without `math.ceil`, which
-    torch.export cannot save."""
-    reach = (kernel - 1) * dilation + 1
-    total = (side - 1) // stride * stride + reach - side
-    return total if reach >= stride else torch.sym_max(total, 0)
-
-
-def centred_grid(feat_shape: list[Any], grid_offset: float = 0.0, **_: Any) -> Tensor:
-    """(h,w,2) in [-1,1]: DINOv3's cell centres, as timm builds them, without `float(side)`, which ties torch.export to it."""
-    axes = [(torch.arange(side).float() + 0.5 + grid_offset) / torch.sym_float(side) for side in feat_shape]
-    return 2.0 * torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1) - 1.0
-
-
-@contextlib.contextmanager
-def traceable(module: nn.Module) -> Iterator[None]:
-    """While it lasts, timm computes in another form what torch.export cannot take at any size. The pooling of `module` stays
-    replaced. It changes timm's modules: not beside threads that run networks."""
-    from timm.layers import padding, pos_embed_sincos
-
-    replace_pooling(module)
-    build_grid = getattr(pos_embed_sincos, "_build_grid", None)  # timm 1.0.31's; older ones have other functions
-
-    def grid(feat_shape: Any, grid_type: str = "index", **how: Any) -> Tensor:
-        plain = (how.get("grid_indexing", "ij"), how.get("normalize_coords", "separate")) == ("ij", "separate")
-        own = grid_type == "centered" and plain
-        return centred_grid(feat_shape, **how) if own else build_grid(feat_shape, grid_type, **how)  # type: ignore[misc]
-
-    with contextlib.ExitStack() as replaced:
-        for where, name, own in ((padding, "get_same_padding", same_padding), (pos_embed_sincos, "_build_grid", grid)):
-            if before := getattr(where, name, None):
-                replaced.callback(setattr, where, name, before)
-                setattr(where, name, own)
-        yield
 
 
 def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.Module:
@@ -195,6 +47,7 @@ def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.M
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
         raise InputError(f"network.encoder: timm knows no {name!r}; {hint}", "network/unknown-encoder")
     options: dict[str, Any] = {"dynamic_img_size": True} if VIT_NAME.match(name) else {"output_stride": output_stride}
+    options |= {flag: False for family, flag in ANY_SIZE.items() if timm.models.is_model_in_modules(name, {family})}
     if timm.models.is_model_in_modules(name, {"mobilenetv3"}):
         options["features_only"] = True  # only this form of the family takes a stride
     if not pretrained:
@@ -216,17 +69,24 @@ def split_encoder(
     """Cut timm's `model` before its last stage; the classifier and what follows the last map are dropped.
 
     The last stage is what lies after the second last entry of `model.feature_info`; of a ViT with b blocks the last
-    b/4 blocks and the final norm. tapped: a ViT gives four maps; recompute: its blocks run again in the backward pass;
-    other encoders know neither. Raises InputError if the model has no such maps or does not run in that order.
+    b/4 blocks and the final norm. tapped: there are four maps; recompute: a ViT's blocks run again in the backward pass.
+    Raises InputError if the model has no such maps, does not run in that order, or takes images of one size only.
     """
     if VIT_NAME.match(name):
         return _split_vit(name, model, tapped, recompute)
-    encoder = _split_convolutional(name, model)
-    key = (name, output_stride)
-    measured = _measured.get(key) or _measure(name, encoder, model, output_stride)
+    branched = hasattr(model, "transition3")
+    if branched and not tapped:
+        raise InputError(
+            f"network.head: the branches of network.encoder {name!r} end together, and only fpn takes all four; set network.head "
+            "to fpn",
+            "network/unsuited-head",
+        )
+    encoder = Encoder(BranchedTrunk(model), BranchedStage(model)) if branched else _split_stages(name, model, tapped)
+    key = (name, output_stride, tapped)
+    measured = _measured.get(key) or _measure(name, encoder, model, output_stride, tapped)
     if not next(encoder.parameters()).is_meta:  # a map without values was not compared
         _measured[key] = measured
-    encoder.low_channels, encoder.channels, encoder.size_multiple = measured
+    encoder.low_channels, encoder.maps, encoder.size_multiple = measured
     return encoder.train()
 
 
@@ -250,14 +110,14 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **options)
     except (TypeError, AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        if stride == 32:
+        if stride == COARSEST:
             try:
-                return timm.create_model(name)
-            except (RuntimeError, ValueError):
-                raise _unsupported(name) from error
+                return timm.create_model(name, **without_stride(options))
+            except (TypeError, RuntimeError, ValueError):
+                raise _unsupported(name, "timm cannot make it for images of any size") from error
         others = [other for other in (32, 16, 8) if stride and other != stride and _takes_stride(name, options, other)]
         if not others:
-            raise _unsupported(name) from error
+            raise _unsupported(name, f"timm makes it at no output stride ({reason_of(error)})") from error
         raise InputError(
             f"network.encoder: {name!r} cannot have network.output_stride {stride}; set network.output_stride to {others[0]}, "
             "or take a resnet, mobilenet, efficientnet, regnet or convnext",
@@ -265,15 +125,20 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def without_stride(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "output_stride"}
+
+
 def _takes_stride(name: str, options: dict[str, Any], stride: int) -> bool:
     """Whether the encoder can be made with this output stride and cut into stages."""
     import timm
 
-    choices = [{**options, "output_stride": stride}, *([{}] if stride == 32 else [])]
+    choices = [{**options, "output_stride": stride}, *([without_stride(options)] if stride == COARSEST else [])]
     for chosen in choices:
-        with contextlib.suppress(TypeError, AssertionError, RuntimeError, ValueError), torch.device("meta"):
-            split_encoder(name, timm.create_model(name, **chosen), stride)
-            return True
+        for tapped in (False, True):
+            with contextlib.suppress(*REFUSALS), torch.device("meta"):
+                split_encoder(name, timm.create_model(name, **chosen), stride, tapped)
+                return True
     return False
 
 
@@ -287,67 +152,109 @@ def _split_vit(name: str, model: Any, tapped: bool, recompute: bool) -> Encoder:
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer | Eva) or getattr(model, "rope_mixed", False):
-        raise _unsupported(name)
+        raise _unsupported(name, "it is no plain vision transformer")
     cut = len(model.blocks) - max(1, len(model.blocks) // 4)
     taps = taps_of(len(model.blocks))[:3] if tapped else ()
     if tapped and len(model.blocks) < 4:
-        raise _unsupported(name)
+        raise _unsupported(name, "network.head=dpt takes maps after four blocks, and it has fewer")
     norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
     last = VitStage(nn.Sequential(*model.blocks[cut:]), norm, model.num_prefix_tokens, recompute)
     model.blocks = model.blocks[:cut]
     for part in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
         if getattr(model, part, None) is not None:
             setattr(model, part, nn.Identity())
-    return Encoder(VitTrunk(model, taps, recompute), last, model.embed_dim, vit_patch(model), tapped)
+    maps = (model.embed_dim,) * (4 if tapped else 1)
+    return Encoder(VitTrunk(model, taps, recompute), last, maps, vit_patch(model))
 
 
-def _split_convolutional(name: str, model: nn.Module) -> Encoder:
+def _split_stages(name: str, model: Any, tapped: bool) -> Encoder:
     info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)
     if not isinstance(info, list) or len(info) < 2:
-        raise InputError(
-            f"network.encoder: {name!r} gives no feature maps; take a resnet, mobilenet, convnext or vit",
-            "network/unsupported-encoder",
-        )
+        raise _unsupported(name, "it gives no feature maps")
     modules = list(_flat_children(model))
     ends = [_end_of(feature["module"], modules) for feature in info]
     if None in ends[-2:]:
-        raise _unsupported(name)
+        raise _unsupported(name, _why_not(model))
+    if tapped and ([feature["reduction"] for feature in info[-4:]] != [4, 8, 16, COARSEST] or None in ends[-4:]):
+        found = ", ".join(str(feature["reduction"]) for feature in info)
+        raise InputError(
+            f"network.head: fpn takes maps at strides 4, 8, 16 and {COARSEST}, and network.encoder {name!r} has {found}; set "
+            f"network.output_stride to {COARSEST}, or network.head to deeplabv3plus or deeplabv2",
+            "network/unsuited-head",
+        )
     quarter = [end for feature, end in zip(info[:-1], ends, strict=False) if feature["reduction"] == 4]
     third, end = ends[-2] + 1, ends[-1] + 1  # type: ignore[operator]
-    last = _sequence(modules[third:end])
+    last = LastStage(named(modules[third:end]))
     if next(last.parameters(), None) is None:
-        raise _unsupported(name)
-    return Encoder(ConvTrunk(modules[:third], quarter[-1] if quarter else None), last)
+        raise _unsupported(name, "its last stage has no weights")
+    nhwc = last.nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    taps = tuple(ends[-4:-1]) if tapped else ()
+    low = quarter[-1] if quarter else None
+    if hasattr(model, "_pos_embed"):
+        modules.insert(1, ("positions", AddPositions(model)))
+        third, taps, low = third + 1, tuple(tap + 1 for tap in taps), None if low is None else low + 1
+    return Encoder(StagedTrunk(modules[:third], low, taps, nhwc), last)
 
 
-_measured: dict[tuple[str, int], tuple[int | None, int, int]] = {}  # by name and output stride, once a process
+Measured = tuple[int | None, tuple[int, ...], int]
+_measured: dict[tuple[str, int, bool], Measured] = {}  # by name, output stride and whether tapped, once a process
 
 
-def _measure(name: str, encoder: Encoder, model: nn.Module, stride: int) -> tuple[int | None, int, int]:
-    """Channels of a convolutional encoder's two maps and the multiple of its sides, by one image; the map must be timm's own."""
-    encoder.eval()
-    side = _PROBE + 1
-    device = next(encoder.parameters()).device
-    image = torch.linspace(-1, 1, 3 * side**2, device=device).view(1, 3, side, side)
-    try:
-        with torch.no_grad():
-            low, third = encoder.trunk(image)
-            deep = encoder.last(*third)
-            reference = _own_last_map(model.eval(), image)
-    except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError) as error:
-        raise _unsupported(name) from error
-    cells = _PROBE // stride
-    fits = deep.shape == reference.shape and deep.ndim == 4 and deep.shape[-1] in (cells, cells + 1)
-    if not fits or not (deep.is_meta or torch.allclose(deep, reference, atol=1e-4)):
-        raise _unsupported(name)
-    return None if low is None else low.shape[1], deep.shape[1], stride if deep.shape[-1] == cells else 1
+def _measure(name: str, encoder: Encoder, model: Any, stride: int, tapped: bool) -> Measured:
+    """Channels of the map at stride 4, channels of the last maps, and the multiple of the sides, by one image. The maps must be
+    timm's own.
+
+    An encoder takes any size, sides that are multiples of its coarsest stride, or those of the images that it was made for.
+    """
+    wider = [(multiple, (multiple, 2 * multiple)) for multiple in (COARSEST, _made_for(model)) if multiple]
+    for multiple, size in [*([] if tapped else [(1, (_PROBE + 1, _PROBE + 1))]), *wider]:
+        with contextlib.suppress(*REFUSALS):
+            low, maps = _own_maps(encoder.eval(), model.eval(), size)
+            rounded_up = maps[-1].shape[-1] > size[1] // stride
+            if multiple == 1 and not rounded_up:
+                multiple = stride
+            return None if low is None else low.shape[1], tuple(one.shape[1] for one in maps), multiple
+    raise _unsupported(name, _why_not(model))
 
 
-def _own_last_map(model: Any, image: Tensor) -> Tensor:
-    if hasattr(model, "forward_intermediates"):
-        return model.forward_intermediates(image, indices=1, intermediates_only=True)[0]
-    return model(image)[-1]
+def _made_for(model: Any) -> int:
+    """The side of the images that timm's weights were trained with; 0 where it does not say."""
+    return int((getattr(model, "pretrained_cfg", {}).get("input_size") or (0,))[-1])
+
+
+def _why_not(model: Any) -> str:
+    """Why a model's last stage cannot be run apart."""
+    side = _made_for(model)
+    with contextlib.suppress(*REFUSALS), torch.no_grad():
+        model(_probe_image(model, (side, side)))
+        try:
+            model(_probe_image(model, (side, 2 * side)))
+        except REFUSALS:
+            return f"it takes images of {side}x{side} pixels only"
+    return "its stages are no modules that run one after another"
+
+
+def _own_maps(encoder: Encoder, model: Any, size: tuple[int, int]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The map at stride 4 and the last ones of an image; ValueError where these are not timm's own."""
+    image = _probe_image(model, size)
+    with torch.no_grad():
+        low, third = encoder.trunk(image)
+        found = encoder.last(*third)
+        maps = found if isinstance(found, tuple) else (found,)
+        if hasattr(model, "forward_intermediates"):
+            expected = model.forward_intermediates(image, indices=len(maps), intermediates_only=True)
+        else:
+            expected = model(image)[-len(maps) :]
+    for mine, theirs in zip(maps, expected, strict=True):
+        if mine.shape != theirs.shape or not (mine.is_meta or torch.allclose(mine, theirs, atol=1e-4)):
+            raise ValueError(f"{tuple(mine.shape)}, timm's {tuple(theirs.shape)}")
+    return low, maps
+
+
+def _probe_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.linspace(-1, 1, 3 * size[0] * size[1], device=device).view(1, 3, *size)
 
 
 def _flat_children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -363,24 +270,9 @@ def _end_of(feature: str, modules: list[tuple[str, nn.Module]]) -> int | None:
     return inside[-1] if inside else None
 
 
-def _sequence(modules: list[tuple[str, nn.Module]]) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, module in modules:
-        sequence.add_module(name.replace(".", "_"), module)
-    return sequence
-
-
-def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None, recompute: bool) -> Tensor:
-    """recompute: what the backward pass needs is computed again then, and not kept."""
-    arguments = (tokens,) if rope is None else (tokens, rope)
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *arguments, use_reentrant=False)
-    return block(*arguments)
-
-
-def _unsupported(name: str) -> InputError:
+def _unsupported(name: str, why: str) -> InputError:
     return InputError(
-        f"network.encoder: {name!r} cannot be cut into stages; take a resnet, mobilenet, efficientnet, regnet, "
-        "convnext or a plain vit",
+        f"network.encoder: {name!r} cannot be cut into stages: {why}; take a resnet, mobilenet, efficientnet, regnet, "
+        "convnext, swin, pvt_v2 or a plain vit",
         "network/unsupported-encoder",
     )

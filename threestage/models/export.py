@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from threestage.data import storage
 from threestage.errors import InputError
-from threestage.models.encoders import traceable
 from threestage.models.network import Network, build_network
 from threestage.models.settings import InferenceSettings, NetworkSettings
+from threestage.models.traceable import traceable
 from threestage.models.weights import parse_safetensors
 from threestage.settings import Settings, raised_by
 

@@ -1,6 +1,7 @@
 """Segmentation heads: `head(low, deep)` gives logits at a feature map's resolution."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,7 +19,7 @@ class Channels(Protocol):
 
     low_channels: int | None
     channels: int
-    tapped: bool
+    maps: tuple[int, ...]
 
 
 class DeepLabV2Head(nn.Module):
@@ -51,14 +52,8 @@ class DeepLabV3PlusHead(nn.Module):
 
     def __init__(self, low_channels: int, channels: int, num_classes: int, width: int) -> None:
         super().__init__()
-        try:
+        with needed_package("deeplabv3plus"):
             from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
-        except ImportError as error:
-            raise InputError(
-                f"network.head=deeplabv3plus needs segmentation-models-pytorch ({error}): pip install it, or set network.head to "
-                "deeplabv2 or linear",
-                "network/missing-package",
-            ) from None
         decoder = DeepLabV3PlusDecoder(
             encoder_channels=(0, 0, low_channels, channels),
             encoder_depth=3,
@@ -76,6 +71,39 @@ class DeepLabV3PlusHead(nn.Module):
         assert low is not None
         context = F.interpolate(self.context(deep), size=low.shape[-2:], mode="bilinear", align_corners=True)
         logits: Tensor = self.classifier(self.fusion(torch.cat([context, self.detail(low)], dim=1)))
+        return logits
+
+
+@contextlib.contextmanager
+def needed_package(head: str) -> Iterator[None]:
+    """InputError where segmentation_models_pytorch cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"network.head={head} needs segmentation-models-pytorch ({error}): pip install it, or set network.head to "
+            "deeplabv2 or linear",
+            "network/missing-package",
+        ) from None
+
+
+class FPNHead(nn.Module):
+    """The panoptic FPN's decoder (Kirillov et al. 2019, segmentation_models_pytorch's layers) and a 1×1 classifier.
+
+    deep: four maps at strides 4, 8, 16 and 32, each half as large as the one before → logits (N,C,H/4,W/4). Group norm: no
+    image of a batch depends on another. No dropout, so a step can be replayed. InputError where that package is not installed.
+    """
+
+    def __init__(self, maps: tuple[int, ...], num_classes: int, width: int) -> None:
+        super().__init__()
+        with needed_package("fpn"):
+            from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+        self.decoder = FPNDecoder(encoder_channels=list(maps), encoder_depth=4, pyramid_channels=width, dropout=0.0)
+        self.classifier = nn.Conv2d(self.decoder.out_channels, num_classes, 1)
+        _initialise_classifier(self.classifier)
+
+    def forward(self, low: Tensor | None, deep: tuple[Tensor, ...]) -> Tensor:
+        logits: Tensor = self.classifier(self.decoder(list(deep)))
         return logits
 
 
@@ -154,13 +182,9 @@ def make_head(settings: "NetworkSettings", channels: Channels, num_classes: int)
     if settings.head == "linear":
         return LinearHead(channels.channels, num_classes)
     if settings.head == "dpt":
-        if not channels.tapped:
-            raise InputError(
-                f"network.head: dpt takes four maps of a vision transformer, and network.encoder {settings.encoder!r} is none; "
-                "set network.head to deeplabv3plus or deeplabv2",
-                "network/no-transformer",
-            )
         return DPTHead(channels.channels, num_classes)
+    if settings.head == "fpn":
+        return FPNHead(channels.maps, num_classes, settings.head_width)
     if channels.low_channels is None:
         raise InputError(
             f"network.head: deeplabv3plus takes a map at stride 4, which network.encoder {settings.encoder!r} lacks; "

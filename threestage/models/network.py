@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from threestage.errors import InputError
-from threestage.models.encoders import VIT_NAME, Encoder, create_timm, split_encoder, vit_patch, weight_names
+from threestage.models.encoders import VIT_NAME, create_timm, split_encoder, vit_patch, weight_names
 from threestage.models.heads import make_head
 from threestage.models.settings import NetworkSettings
+from threestage.models.trunks import Encoder
 from threestage.models.weights import check_fit, copy_weights, read_encoder_weights, rename_weights
 
 NORMALISATION_TOLERANCE = 0.01  # of RGB in [0,1]
+PYRAMIDS = ("dpt", "fpn")  # heads that take four maps
 Auxiliary = Literal["none", "branch", "shared"]
 
 
@@ -228,11 +230,12 @@ def crop_fits(settings: NetworkSettings, crop_size: tuple[int, int]) -> bool:
 def _make_encoder(settings: NetworkSettings) -> Encoder:
     state = None if settings.weights is None else read_encoder_weights(settings.weights)
     model = create_timm(settings.encoder, settings.output_stride, settings.pretrained)
+    _check_head(settings)
     tensors = dict(model.state_dict(keep_vars=True))
     if state is not None:
         state = rename_weights(state, model)
     encoder = split_encoder(
-        settings.encoder, model, settings.output_stride, settings.head == "dpt", settings.gradient_checkpointing
+        settings.encoder, model, settings.output_stride, settings.head in PYRAMIDS, settings.gradient_checkpointing
     )
     if state is not None and settings.weights is not None:
         kept = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
@@ -241,6 +244,23 @@ def _make_encoder(settings: NetworkSettings) -> Encoder:
         check_fit(settings.weights, settings.encoder, state, wanted, known)
         copy_weights(state, wanted)
     return encoder
+
+
+def _check_head(settings: NetworkSettings) -> None:
+    """Raise InputError where the head takes maps of another kind of encoder."""
+    is_vit = VIT_NAME.match(settings.encoder) is not None
+    if settings.head == "dpt" and not is_vit:
+        raise InputError(
+            f"network.head: dpt takes four maps of a vision transformer, and network.encoder {settings.encoder!r} is none; "
+            "set network.head to fpn, deeplabv3plus or deeplabv2",
+            "network/no-transformer",
+        )
+    if settings.head == "fpn" and is_vit:
+        raise InputError(
+            f"network.head: fpn takes maps at four strides, and network.encoder {settings.encoder!r} has one stride; "
+            "set network.head to dpt or linear",
+            "network/unsuited-head",
+        )
 
 
 def _is_classifier(name: str, model: nn.Module) -> bool:

@@ -24,8 +24,9 @@ class NetworkSettings(Settings):
     """Download timm's weights; without this and `weights` the encoder starts from random numbers."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels per cell of a convolutional encoder's last map; a ViT's is its patch size."""
-    head: Literal["deeplabv2", "deeplabv3plus", "linear", "dpt"] = "deeplabv2"
-    """Decoder: the paper's (deeplabv2), a newer one, one 1×1 convolution (for a ViT), or DPT on four maps of a ViT."""
+    head: Literal["deeplabv2", "deeplabv3plus", "linear", "dpt", "fpn"] = "deeplabv2"
+    """Decoder: the paper's (deeplabv2), a newer one, one 1×1 convolution (for a ViT), DPT on four maps of a ViT, or FPN on four
+    maps of any other encoder."""
     dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=64)] = (
         6,
         12,
@@ -34,7 +35,7 @@ class NetworkSettings(Settings):
     )
     """Dilations of deeplabv2's classifiers; the authors' code runs only (6, 12)."""
     head_width: Annotated[int, Field(ge=1, le=8192)] = 256
-    """Channels inside deeplabv3plus; a tiny encoder needs fewer."""
+    """Channels inside deeplabv3plus and fpn; a tiny encoder needs fewer."""
     batch_norm: Literal["frozen", "live"] = "frozen"
     """Batch norm of the encoder and the branch; frozen fixes statistics, scale and shift. From scratch take live."""
     freeze_encoder: bool = False

@@ -3,6 +3,7 @@
 Their steps are in training/step_inputs.py, the loop in training/loop.py.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from threestage.data.pool import least_agreement, load_pool, read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.split import Split
+from threestage.errors import StageFailure
 from threestage.evaluation import Evaluation, WorkerShare, evaluate, summarise, write_image_counts
 from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, build_network
@@ -87,6 +89,21 @@ class StageData:
     canvas: tuple[int, int]
 
 
+@contextlib.contextmanager
+def within_device_memory() -> Iterator[None]:
+    """A device that has too little memory is a StageFailure: trying again would end the same way."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StageFailure(
+            f"training does not fit into the memory of the device ({str(error).partition('. ')[0]}): a model is never split over "
+            "several devices; set training.accumulate or network.gradient_checkpointing, or take smaller batches, a smaller "
+            "augment.crop_size or network.encoder",
+            "stage/out-of-memory",
+        ) from error
+
+
+@within_device_memory()
 def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish its models and `result.json` in its folder."""
     config = task.settings()

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from threestage.errors import InputError
-from threestage.models.encoders import VitTrunk
 from threestage.models.network import Network
+from threestage.models.trunks import VitTrunk
 from threestage.training.schedule import OptimiserSettings
 
-UNDECAYED = re.compile(r".*(pos_embed|cls_token|reg_token|dist_token)$")
+UNDECAYED = re.compile(r".*(pos_embed|pos_embed_window|cls_token|reg_token|dist_token|relative_position_bias_table)$")
 BLOCK = re.compile(r"(trunk\.vit|last)\.blocks\.(\d+)\.")
 
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from tests.made_once import made_once
 from threestage.data.records import load_manifest
-from threestage.models.encoders import ConvTrunk, Encoder
 from threestage.models.export import ModelCard
 from threestage.models.heads import LinearHead
 from threestage.models.network import Network, build_network
 from threestage.models.settings import NetworkSettings
+from threestage.models.trunks import Encoder, StagedTrunk
 
 
 def small_network(classes: int) -> Network:
@@ -23,8 +23,8 @@ def small_network(classes: int) -> Network:
     network = build_network(settings, classes, seed=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        trunk = ConvTrunk([("first", nn.Conv2d(3, 8, 3, 2, 1)), ("act", nn.ReLU())], None)
-        network.encoder = Encoder(trunk, nn.Conv2d(8, 8, 3, 2, 1), 8)
+        trunk = StagedTrunk([("first", nn.Conv2d(3, 8, 3, 2, 1)), ("act", nn.ReLU())], None)
+        network.encoder = Encoder(trunk, nn.Conv2d(8, 8, 3, 2, 1), (8,))
         network.main_head = LinearHead(8, classes)
         nn.init.normal_(network.main_head.classifier.weight)
     return network.eval()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threestage.models.encoders import create_timm, replace_pooling, split_encoder, taps_of
+from tests.narrow_encoders import NARROW
+from threestage.models.encoders import create_timm, split_encoder, taps_of
 from threestage.models.heads import DeepLabV2Head, DPTHead
-from threestage.models.network import Auxiliary, Network, build_network
+from threestage.models.network import Auxiliary, Network, build_network, check_settings
 from threestage.models.settings import NetworkSettings
+from threestage.models.traceable import replace_pooling
 from threestage.training.ema import make_teacher, update_teacher
 
 TINY = "test_resnet"
@@ -60,6 +62,42 @@ def test_any_encoder_at_any_size(encoder: str) -> None:
         assert auxiliary is not None
         assert main.shape == auxiliary.shape == (2, 5, height, width)
         assert torch.isfinite(main).all()
+
+
+@pytest.mark.parametrize("encoder", [*NARROW, "test_resnet", "test_convnext", "mobilenetv3_small_050"])
+def test_four_maps_of_any_hierarchical_encoder(encoder: str) -> None:
+    """Stage 2's branch is a copy of the last stage, on the first three maps of the encoder itself."""
+    given = settings(encoder=encoder, output_stride=32, head="fpn", head_width=16)
+    network = build_network(given, 5, "branch")
+    backward(network)
+    assert not [name for name, one in network.named_parameters() if one.requires_grad and one.grad is None]
+    network.eval()
+    with torch.no_grad():
+        for height, width in ((33, 49), (17, 130)):
+            main, auxiliary = network(images(height, width), with_auxiliary=True)
+            assert auxiliary is not None and main.shape == auxiliary.shape == (2, 5, height, width)
+            assert torch.isfinite(main).all() and not torch.equal(main, auxiliary)
+        low, third = network.encoder.trunk(images(64, 128))
+        maps = network.encoder.last(*third)
+    assert [one.shape[2:] for one in maps] == [(16, 32), (8, 16), (4, 8), (2, 4)]
+    assert low is not None and low.shape[2:] == (16, 32)
+
+
+@pytest.mark.parametrize("encoder", ["narrow_swin", "narrow_hiera", "narrow_maxvit"])
+def test_the_last_map_of_a_hierarchical_transformer(encoder: str) -> None:
+    network = build_network(
+        settings(encoder=encoder, output_stride=32, head="deeplabv3plus", head_width=16), 5, "branch"
+    )
+    backward(network)
+    assert not [name for name, one in network.named_parameters() if one.requires_grad and one.grad is None]
+    assert network.encoder.size_multiple == (64 if encoder == "narrow_maxvit" else 32)
+
+
+@pytest.mark.parametrize(
+    "encoder", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224", "sam2_hiera_tiny"]
+)
+def test_timms_own_can_be_cut(encoder: str) -> None:
+    check_settings(settings(encoder=encoder, output_stride=32, head="fpn"))
 
 
 @pytest.mark.parametrize("encoder", ["test_resnet", "mobilenetv3_small_050", "test_convnext"])

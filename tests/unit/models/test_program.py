@@ -14,11 +14,11 @@ import torch
 from tests.bad_inputs.models import packed_model
 from threestage.config import load
 from threestage.models import program as programs
-from threestage.models.encoders import same_padding
 from threestage.models.export import EXPORTED_IMAGES, ModelCard, export_program, load_model, save_model
 from threestage.models.network import Network, build_network
 from threestage.models.program import least_side, without_program, write_program
 from threestage.models.settings import NetworkSettings
+from threestage.models.traceable import same_padding
 from threestage.run import run as runs
 
 

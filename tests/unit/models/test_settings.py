@@ -160,7 +160,17 @@ def test_unreadable_weights_are_refused(tmp_path: Path, name: str, code: str) ->
         ({"encoder": "vgg11_bn"}, "unsupported-encoder", ["vgg11_bn"]),
         ({"encoder": "vgg11_bn", "output_stride": 32}, "unsupported-encoder", ["vgg11_bn"]),
         ({"encoder": "pvt_v2_b0"}, "output-stride", ["pvt_v2_b0", "set network.output_stride to 32"]),
-        ({"encoder": "hrnet_w18_small", "output_stride": 32}, "unsupported-encoder", ["hrnet_w18_small"]),
+        (
+            {"encoder": "hrnet_w18_small", "output_stride": 32},
+            "unsuited-head",
+            ["hrnet_w18_small", "network.head to fpn"],
+        ),
+        ({"encoder": "hrnet_w18_small", "head": "fpn"}, "output-stride", ["set network.output_stride to 32"]),
+        ({"encoder": "swin_tiny_patch4_window7_224"}, "output-stride", ["set network.output_stride to 32"]),
+        ({"encoder": "resnet18", "head": "fpn"}, "unsuited-head", ["'resnet18'", "set network.output_stride to 32"]),
+        ({"encoder": "test_vit", "head": "fpn"}, "unsuited-head", ["'test_vit'", "network.head to dpt"]),
+        ({"encoder": "hiera_tiny_224", "output_stride": 32}, "unsupported-encoder", ["224x224 pixels only", "swin"]),
+        ({"encoder": "coatnet_nano_rw_224", "output_stride": 32}, "unsupported-encoder", ["224x224 pixels only"]),
         ({"encoder": "mixer_s32_224", "output_stride": 32}, "unsupported-encoder", ["mixer_s32_224"]),
         ({"encoder": "vit_relpos_small_patch16_224"}, "unsupported-encoder", ["vit_relpos_small_patch16_224"]),
         ({"batch_norm": "frozen"}, "frozen-without-weights", ["network.batch_norm", "live", "network.weights"]),
@@ -198,6 +208,16 @@ def test_a_head_whose_package_is_not_installed_is_named(monkeypatch: pytest.Monk
     with refused("network/missing-package", "network.head=deeplabv3plus", "segmentation-models-pytorch", "deeplabv2"):
         check_settings(settings(head="deeplabv3plus", encoder="mobilenetv2_100"))
     check_settings(settings())
+
+
+def test_weights_of_the_four_stages_of_a_swin_fit(tmp_path: Path) -> None:
+    state = timm_state("narrow_swin")
+    weights = save(tmp_path / "swin.pth", state)
+    network = build_network(settings(encoder="narrow_swin", output_stride=32, head="fpn", weights=weights), 3)
+    own = {name.replace("_", "."): value for name, value in network.encoder.state_dict().items()}
+    for name in ("layers.0.blocks.0.attn.qkv.weight", "layers.3.blocks.0.norm1.bias"):
+        (mine,) = (value for key, value in own.items() if key.endswith(name.replace("_", ".")))
+        assert torch.equal(mine, state[name])
 
 
 def test_timms_weights_take_what_they_expect() -> None:
