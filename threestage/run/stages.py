@@ -95,10 +95,11 @@ def within_device_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        first = ". ".join(str(error).split(". ")[:2])
         raise StageFailure(
-            f"training does not fit into the memory of the device ({str(error).partition('. ')[0]}): a model is never split over "
-            "several devices; set training.accumulate or network.gradient_checkpointing, or take smaller batches, a smaller "
-            "augment.crop_size or network.encoder",
+            f"training does not fit into the memory of the device ({first}): a model is never split over several devices; set "
+            "training.accumulate or network.gradient_checkpointing, or take smaller batches, a smaller augment.crop_size or "
+            "network.encoder",
             "stage/out-of-memory",
         ) from error
 
