@@ -94,7 +94,11 @@ def test_the_last_map_of_a_hierarchical_transformer(encoder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "encoder", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224", "sam2_hiera_tiny"]
+    "encoder",
+    [
+        "swin_tiny_patch4_window7_224",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("swinv2_tiny_window8_256", "maxvit_tiny_tf_224")),
+    ],
 )
 def test_timms_own_can_be_cut(encoder: str) -> None:
     check_settings(settings(encoder=encoder, output_stride=32, head="fpn"))

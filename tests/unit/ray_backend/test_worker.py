@@ -52,6 +52,7 @@ class GroupWorker(LocalWorker):
         return done
 
 
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated:FutureWarning")  # its new name is torch 2.15's
 def test_gradients_are_exchanged_once_a_step_whatever_the_pieces(group: None, tmp_path: Path) -> None:
     state, worker = new_state(), GroupWorker(tmp_path)
     fit(
