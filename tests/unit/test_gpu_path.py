@@ -177,13 +177,13 @@ def copy_on(device: torch.device, network: Network) -> Network:
     return make_teacher(network).to(device)  # type: ignore[return-value]
 
 
-def steps_forward(stage: StageName, config: Config, device: torch.device) -> list[Any]:
-    """Views, targets, divisors and losses of two steps, and the teacher that follows the student."""
+def steps_forward(stage: StageName, config: Config, steps: int, device: torch.device) -> list[Any]:
+    """Views, targets, divisors and losses of the first steps, and the teacher that follows the student."""
     student = student_of(config.network, auxiliary(stage, config))
     teacher, student = copy_on(device, student), copy_on(device, student)
     source, found = source_of(stage, config, teacher, device), list[Any]()
     with torch.no_grad():
-        for step in range(2):
+        for step in range(steps):
             torch.manual_seed(step)
             inputs = source.draw(step)
             counts = {name: losses.valid_pixels(target) for name, target in inputs.targets.items()} | inputs.divisors
@@ -216,7 +216,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_steps_forward(name: str) -> None:
     config = local_config(Path("data"), augment__crop_size=[24, 24], **CHANGES[name])
     stages = [stage for stage in config.stage_names if name == "none" or stage != "stage3"]
-    assert {stage: waits_of(partial(steps_forward, stage, config)) for stage in stages} == {one: [] for one in stages}
+    steps = 3 if name == "none" else 1
+    waits = {stage: waits_of(partial(steps_forward, stage, config, steps)) for stage in stages}
+    assert waits == {stage: [] for stage in stages}
 
 
 def test_every_switch_is_among_them() -> None:
@@ -265,7 +267,7 @@ def test_evaluation(network: Network, samples: SampleSet, window: tuple[int, int
 @pytest.mark.parametrize(
     "protocol",
     [
-        {"flip": True}, {"scales": (0.5, 1.5)}, {"window": (24, 32)},
+        {"flip": True, "scales": (0.5, 1.5)}, {"window": (24, 32)},
         {"window": (24, 32), "stride": (16, 16), "overlap": "hann", "flip": True},
     ],
 )  # fmt: skip

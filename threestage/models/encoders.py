@@ -19,7 +19,7 @@ from threestage.models.trunks import (
     StagedTrunk,
     VitStage,
     VitTrunk,
-    named,
+    without_dots,
 )
 
 VIT_NAME = re.compile(r"^(test_vit|vit_|flexivit_|deit|eva)")
@@ -185,7 +185,7 @@ def _split_stages(name: str, model: Any, tapped: bool) -> Encoder:
         )
     quarter = [end for feature, end in zip(info[:-1], ends, strict=False) if feature["reduction"] == 4]
     third, end = ends[-2] + 1, ends[-1] + 1  # type: ignore[operator]
-    last = LastStage(named(modules[third:end]))
+    last = LastStage(without_dots(modules[third:end]))
     if next(last.parameters(), None) is None:
         raise _unsupported(name, "its last stage has no weights")
     nhwc = last.nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"

@@ -51,7 +51,7 @@ class StagedTrunk(nn.Module):
         self, modules: list[tuple[str, nn.Module]], low: int | None, taps: tuple[int, ...] = (), nhwc: bool = False
     ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(named(modules))
+        self.layers = nn.Sequential(without_dots(modules))
         self.low, self.taps, self.nhwc = low, taps, nhwc
 
     def forward(self, image: Tensor) -> TrunkOutput:
@@ -95,7 +95,7 @@ class BranchedTrunk(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         names = ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "layer1")
-        self.stem = nn.Sequential(named([(name, getattr(model, name)) for name in names]))
+        self.stem = nn.Sequential(without_dots([(name, getattr(model, name)) for name in names]))
         self.transition1, self.transition2 = model.transition1, model.transition2
         self.stage2, self.stage3 = model.stage2, model.stage3
 
@@ -181,7 +181,7 @@ class VitStage(nn.Module):
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
-def named(modules: list[tuple[str, nn.Module]]) -> "OrderedDict[str, nn.Module]":
+def without_dots(modules: list[tuple[str, nn.Module]]) -> "OrderedDict[str, nn.Module]":
     """Modules by their names, without dots, as nn.Sequential takes them."""
     return OrderedDict((name.replace(".", "_"), module) for name, module in modules)
 
