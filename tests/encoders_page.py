@@ -119,16 +119,17 @@ def main_head(found: Record) -> tuple[str, int] | None:
 
 INTRODUCTION = """# Encoders
 
-Written by the slow tests of `tests/unit/models/test_encoders_page.py`, with random weights, on a CPU
-in float32; do not edit it by hand. An empty cell was not tried.
+The slow tests of `tests/unit/models/test_encoders_page.py` write this page, with random weights,
+in float32 on a CPU. Do not edit it. An empty row was not tried.
 
-- **Works (✓)**: stage 2's network can be built, gives finite logits at 33×49 and 70×129 pixels, and
-  every trainable weight gets a gradient. `/8` and so on: `network.output_stride`; a ViT has its own.
+- **✓**: stage 2's network can be built, gives finite logits at 33×49 and 70×129 pixels, and every
+  trainable weight gets a gradient. The number beside a head is `network.output_stride`; a ViT has
+  its own.
 - **Sides**: images are padded to a multiple of it inside the network.
-- **Time**: CPU time of a forward pass at 224×224 with the first head that works, relative to
-  resnet50 with deeplabv2 at stride 8, one thread.
-- **Program, ONNX**: the exported forms, with the last head that works; their logits are compared
-  with the network's at three sizes. A number is the shortest side that they take.
+- **Time**: CPU time of a forward pass at 224×224 pixels, one thread, with the first head that
+  works, relative to resnet50 with deeplabv2 at stride 8.
+- **Program, ONNX**: the exported forms, with the last head that works. Their logits are compared
+  with the network's at three sizes. The number is the shortest side that they take.
 
 """
 
