@@ -211,8 +211,10 @@ def _measure(name: str, encoder: Encoder, model: Any, stride: int, tapped: bool)
     for multiple, size in [*([] if tapped else [(1, (_PROBE + 1, _PROBE + 1))]), *wider]:
         with contextlib.suppress(*REFUSALS):
             low, maps = _own_maps(encoder.eval(), model.eval(), size)
-            rounded_up = maps[-1].shape[-1] > size[1] // stride
-            if multiple == 1 and not rounded_up:
+            cells, found = size[1] // stride, maps[-1].shape[-1]
+            if found not in (cells, cells + 1):
+                raise ValueError(f"{found} cells, not {cells}: it has another stride")
+            if multiple == 1 and found == cells:
                 multiple = stride
             return None if low is None else low.shape[1], tuple(one.shape[1] for one in maps), multiple
     raise _unsupported(name, _why_not(model))
