@@ -189,11 +189,10 @@ def _split_stages(name: str, model: Any, tapped: bool) -> Encoder:
     if next(last.parameters(), None) is None:
         raise _unsupported(name, "its last stage has no weights")
     nhwc = last.nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    taps = tuple(ends[-4:-1]) if tapped else ()
+    taps = tuple(end for end in ends[-4:-1] if end is not None) if tapped else ()
     low = quarter[-1] if quarter else None
     if hasattr(model, "_pos_embed"):
-        modules.insert(1, ("positions", AddPositions(model)))
-        third, taps, low = third + 1, tuple(tap + 1 for tap in taps), None if low is None else low + 1
+        modules[0] = ("patch_embed", nn.Sequential(modules[0][1], AddPositions(model)))
     return Encoder(StagedTrunk(modules[:third], low, taps, nhwc), last)
 
 

@@ -18,8 +18,10 @@ class Channels(Protocol):
     """An encoder's channel counts."""
 
     low_channels: int | None
-    channels: int
     maps: tuple[int, ...]
+
+    @property
+    def channels(self) -> int: ...
 
 
 class DeepLabV2Head(nn.Module):

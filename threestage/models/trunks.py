@@ -70,7 +70,7 @@ class LastStage(nn.Sequential):
 
     nhwc = False
 
-    def forward(self, value: Tensor, *tapped: Tensor) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, value: Tensor, *tapped: Tensor) -> Tensor | tuple[Tensor, ...]:
         for layer in self:
             value = layer(value)
         last = _channels_first(value, self.nhwc)
@@ -86,7 +86,8 @@ class AddPositions(nn.Module):
         self._add = type(model)._pos_embed
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self._add(self, patches)  # type: ignore[no-any-return]
+        added: Tensor = self._add(self, patches)
+        return added
 
 
 class BranchedTrunk(nn.Module):

@@ -21,8 +21,8 @@ STEPS, PIECES = 3, 4
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+def group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
@@ -31,7 +31,8 @@ class GroupWorker(LocalWorker):
     """Wraps and sums as a worker of a group of two."""
 
     world_size = 2
-    no_sync, sum, sync_buffers = RayWorker.no_sync, RayWorker.sum, RayWorker.sync_buffers  # type: ignore[assignment]
+    no_sync, sum, sync_buffers = RayWorker.no_sync, RayWorker.sum, RayWorker.sync_buffers
+    _settle_buckets = RayWorker._settle_buckets
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), 2, lambda share, first_image: iter(()))
@@ -45,9 +46,9 @@ class GroupWorker(LocalWorker):
         wrapped.register_comm_hook(None, self._exchanged)
         return wrapped
 
-    def _exchanged(self, _: None, bucket: Any) -> Any:
+    def _exchanged(self, _: None, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
         self.buckets.append(bucket.buffer())
-        done: Any = torch.futures.Future()
+        done = torch.futures.Future[Tensor]()
         done.set_result(bucket.buffer())
         return done
 
