@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -42,7 +43,7 @@ def outcome(folder: Path, done: Ended) -> str:
     if done.code:
         return refused(done)
     masks = sum(path.is_file() for path in (folder / "out/masks").rglob("*"))
-    left_out = done.text.rsplit(" left out", 1)[0].rsplit(" ", 1)[-1]
+    *_, left_out = re.findall(r"(\d+) left out", done.text)
     return f"{masks} masks, {left_out} left out"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def exported_once() -> Iterator[None]:
-    """Exporting a program takes three seconds: a network is exported once for all tests of a process, and in it, with the
+    """Exporting a program takes three seconds: a network is exported once for these tests, and in it, with the
     weights of its first model."""
     from threestage.mlflow_sync import packing
     from threestage.models.export import export_program
@@ -25,7 +25,7 @@ def exported_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "write_program", remembered)
-        patch.setattr("threestage.checks.run_check.without_program", lambda network: None)
-        patch.setattr("threestage.checks.run_check.without_onnx", lambda network: None)
-        patch.setattr("threestage.run.run.without_program", lambda network: None)
+        patch.setattr("threestage.checks.run_check.without_program", lambda *_: None)
+        patch.setattr("threestage.checks.run_check.without_onnx", lambda *_: None)
+        patch.setattr("threestage.run.run.without_program", lambda *_: None)
         yield

@@ -137,6 +137,10 @@ labels export nowhere out --to coco                  | labels/no-masks | nowhere
 labels export nowhere out --to coc                   | labels/format | --to coc | coco
 models export nowhere out.onnx --to onnx             | models/no-model | nowhere
 next nowhere --out chosen                            | run/no-champion | nowhere
+suspects nowhere --out chosen                        | run/no-champion | nowhere
+forecast nowhere --out chosen                        | run/no-champion | nowhere
+serve nowhere --local                                | models/no-model | nowhere
+doctor --set x=1                                     | config/usage | --set
 train nowhere --masks masks --ignore white           | config/usage | --ignore white | 255,255,255
 ingest nowhere out --format images --local           | data/no-files | nowhere
 ingest file out --format images --local              | storage/not-found | file
@@ -374,6 +378,7 @@ def test_every_command_is_tried() -> None:
     assert [name for name in COMMANDS if not any(f"{line} ".startswith(f"{name} ") for line in tried)] == []
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 @pytest.mark.parametrize(
     ("options", "name", "code"),
     [

@@ -164,9 +164,12 @@ def first_image(source: str) -> str | None:
     Raises OSError.
     """
     source = storage.absolute(source)
-    preview = PREVIEW_NAME if storage.is_file(storage.join(source, MANIFEST_NAME)) else None
+
+    def is_preview(path: str) -> bool:
+        return path == PREVIEW_NAME and storage.is_file(storage.join(source, MANIFEST_NAME))
+
     pages = _pages_of(source, KeyRange())
-    found = next((_uri(source, path) for page in islice(pages, 10) for path, *_ in page if path != preview), None)
+    found = next((_uri(source, path) for page in islice(pages, 10) for path, *_ in page if not is_preview(path)), None)
     return "" if found is None and next(pages, None) is not None else found
 
 

@@ -22,7 +22,7 @@ from threestage.data.pool import IndexRow, least_agreement, load_pool, read_inde
 from threestage.data.records import decode_image, decode_mask
 from threestage.models.export import HALFWAY_MODEL, load_model
 from threestage.prediction.pseudo_masks import agreement
-from threestage.ray_backend.pool_reader import FileReader
+from threestage.ray_backend.pool_reader import FilePart, FileReader
 
 MODEL = Path("stage2/model/model.safetensors")
 
@@ -89,8 +89,11 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     assert sum(entry.images_of(least) for entry in index) == len(reliable_ids), "what a stream on Ray counts on"
     masks, rejects = str(half / "pseudo_masks1"), str(half / "rejects")
     reader = FileReader(masks, rejects, (0, "stage2"), config.data, (64, 64), least)
-    batches = [{"pass": np.array([0]), "file": np.array([file.model_dump_json()])} for file in pool]
-    read = [image_id for batch in batches for block in reader(batch) for image_id in block["image_id"].tolist()]
+    parts = [FilePart(file=file, pass_=0, first=0, rows=file.rows, block_rows=1) for file in pool]
+    found = (reader({"part": np.array([part.model_dump_json()])}) for part in parts)
+    read = [
+        image_id for blocks in found for block in blocks for image_id in block["image_id"][block["filled"]].tolist()
+    ]
     assert sorted(read) == sorted(reliable_ids), "and what its readers read"
     figures = json.loads((half / "results.json").read_text())["stages"]
     assert figures["stage1"]["mean_agreement"] == pytest.approx(np.mean(list(values.values())) / 255)
