@@ -4,6 +4,7 @@ sections.py decides what it shows, template.html.j2 how."""
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -140,13 +141,20 @@ def render(
 
 def render_page(template: str, command: str, **values: Any) -> str:
     """A page by a template that extends page.html.j2; `command` made it."""
-    pages = Environment(
+    now = datetime.datetime.now(datetime.UTC)
+    values |= {"command": command, "version": threestage.__version__, "now": now}
+    return _templates().get_template(template).render(values)
+
+
+@cache
+def _templates() -> Environment:
+    """The templates of pages, each compiled once a process: that takes longer than filling it in."""
+    templates = Environment(
         loader=PackageLoader("threestage.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update({form.__name__: form for form in sections.FORMS})
-    now = datetime.datetime.now(datetime.UTC)
-    return pages.get_template(template).render(command=command, version=threestage.__version__, now=now, **values)
+    templates.filters.update({form.__name__: form for form in sections.FORMS})
+    return templates
