@@ -1,5 +1,6 @@
 """The page in a real browser, and in a real MLflow store."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,7 +146,8 @@ def test_a_run_on_s3_gets_its_page_there(bucket: str, run: Path) -> None:
     assert len(storage.read_bytes(written.uri)) == written.size
 
 
-def test_the_page_becomes_an_artifact_of_the_run_in_mlflow(run: Path, tmp_path: Path) -> None:
+def test_the_page_becomes_an_artifact_of_the_run_in_mlflow(run: Path, tmp_path: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry = open_registry(RegistrySettings(tracking_uri=uri))
     run_id = registry.close_run("key", "FINISHED", {})

@@ -1,6 +1,7 @@
 """A host that only a file names gets no credentials of the user's: the file may be somebody else's."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -248,11 +249,11 @@ def test_a_version_s_files_are_the_registry_s(source: str, allowed: bool, monkey
         check_source()
 
 
-def test_an_experiment_s_files_are_the_registry_s(tmp_path: Path) -> None:
+def test_an_experiment_s_files_are_the_registry_s(tmp_path: Path, empty_store: Path) -> None:
     import mlflow
 
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    open_registry(RegistrySettings(tracking_uri=uri))
     mlflow.MlflowClient(uri).create_experiment("theirs", artifact_location="http://other/x")
     with refused("hosts/foreign-source", "registry.experiment=theirs"):
         open_registry(RegistrySettings(tracking_uri=uri, experiment="theirs"))
