@@ -1,6 +1,6 @@
 """docs/encoders.md says what works of popular encoders: the slow tests find it out, and go on where they were stopped.
 
-`pytest -m slow tests/unit/models/test_encoders_page.py`: a row that is recorded, with today's threestage/models/, is skipped.
+`pytest -m slow tests/unit/models/test_encoders_page.py`: a row that is recorded with the code of today is skipped.
 """
 
 from pathlib import Path
