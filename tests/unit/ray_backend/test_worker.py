@@ -46,7 +46,11 @@ class GroupWorker(LocalWorker):
         wrapped.register_comm_hook(None, self._exchanged)
         return wrapped
 
-    def _exchanged(self, _: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def _exchanged(
+        self,
+        _: None,
+        bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         self.buckets.append(bucket.buffer())
         done = torch.futures.Future[Tensor]()
         done.set_result(bucket.buffer())
