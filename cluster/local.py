@@ -1,4 +1,5 @@
-"""A whole cluster on one Linux machine: a Ray head, nodes, an S3 endpoint, an MLflow server. For trying, docs and tests.
+"""A whole cluster on one Linux machine: a Ray head, nodes, an S3 endpoint, an MLflow server, and Prometheus where it is
+installed. For trying, docs and tests.
 
     python cluster/local.py --nodes 2                # stays in the foreground; Ctrl-C stops everything
     source runs/cluster/env.sh                       # in another terminal
@@ -331,11 +332,12 @@ class Node(Part):
 
 
 class Cluster:
-    """What `local_cluster` yields. `environment` is what a driver needs; `s3` and `mlflow` are None if not started."""
+    """What `local_cluster` yields. `environment` is what a driver needs; servers that were not started are None."""
 
     head: Node
     s3: Server | None = None
     mlflow: Server | None = None
+    prometheus: Server | None = None
 
     def __init__(self, guard: Guard, network: Loopback | Namespaces, options: list[str]) -> None:
         token = guard.folder / "token"
@@ -365,6 +367,30 @@ class Cluster:
         command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
         environment = {**self._inherited(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.mlflow = Server(self._guard, "mlflow", Request(f"http://{host}:{port}/health"), command, environment)
+
+    def start_prometheus(self) -> None:
+        """Prometheus, where it is installed: reads all nodes' metrics, with the alert rules of kuberay/components/monitoring.
+        Returns when it can be used."""
+        program = shutil.which("prometheus")
+        if program is None:
+            return
+        import yaml
+
+        folder, host = self._guard.folder / "prometheus", self._network.services_ip
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        alerts = Path(__file__).parent / "kuberay" / "components" / "monitoring" / "alerts.yaml"
+        (folder / "alerts.yml").write_text(yaml.safe_dump(yaml.safe_load(alerts.read_text())["spec"]))
+        nodes = self._guard.ray_folder / self.head.name / "prom_metrics_service_discovery.json"
+        jobs = [{"job_name": "ray", "file_sd_configs": [{"files": [str(nodes)]}]}]
+        settings = {"global": {"scrape_interval": "5s"}, "rule_files": ["alerts.yml"], "scrape_configs": jobs}
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+        address = f"{host}:{free_port(host)}"
+        command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        command += [f"--web.listen-address={address}"]
+        probe = Request(f"http://{address}/-/ready")
+        self.prometheus = Server(self._guard, "prometheus", probe, command, self._inherited())
+        self.prometheus.wait()
 
     def launch_head(self, cpus: int, environment: Environment) -> None:
         """The head. Its dashboard stays on: without it a killed controller of Ray Train leaks its workers."""
@@ -467,6 +493,8 @@ def announce(cluster: Cluster, file: Path) -> None:
     file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in cluster.environment.items()))
     for node in (cluster.head, *cluster.nodes):
         print(f"{node.name:8}{node.ip:16}process {node.pid}, Ray's id {node.node_id}")
+    if cluster.prometheus:
+        print(f"Prometheus: {cluster.prometheus.url}")
     print(f"Ready; Ctrl-C stops everything. In another terminal: source {file}, which sets")
     for name, value in cluster.environment.items():
         print(f"    {name}={'…' if name in CREDENTIALS else value}")
@@ -507,6 +535,7 @@ def main() -> None:
         signal.signal(number, stop)
     try:
         with local_cluster(given.folder, given.nodes, given.cpus, given.namespaces, s3, not given.no_mlflow) as cluster:
+            cluster.start_prometheus()
             announce(cluster, Path(given.folder, "env.sh"))
             signal.pause()
     except (ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,23 @@ with mlflow.start_run():
     mlflow.log_text("text", "file.txt")
 assert boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix="mlflow/")["KeyCount"] == 1
 print("done")
+"""
+
+# What a stage's worker exports, for as long as a test may need.
+MEASURING = """
+import time, ray
+from threestage.ray_backend.gauges import StageGauges, count_images
+
+@ray.remote(num_cpus=1)
+def measure():
+    gauges = StageGauges({"run": "a", "stage": "stage1", "rank": "0"})
+    count_images("a", "stage1", 10, 1)
+    while True:
+        gauges.set({"step": 7, "unsaved_seconds": 2.5})
+        time.sleep(1)
+
+ray.init(log_to_driver=False)
+ray.get(measure.remote())
 """
 
 # Keeps an actor on each node, so that no node is idle, and prints four times a second what Ray says of the nodes.
@@ -192,3 +210,32 @@ def _links() -> list[str]:
     links = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
     namespaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     return sorted(line.split()[0] for line in (links + namespaces).splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus here (Debian's package of that name)")
+def test_prometheus_reads_what_a_stage_exports(tmp_path: Path) -> None:
+    with local_cluster(tmp_path, nodes=1, cpus=2, mlflow=False) as cluster:
+        cluster.start_prometheus()
+        assert cluster.prometheus
+        driver = [sys.executable, "-c", MEASURING]
+        with subprocess.Popen(driver, env={**os.environ, **cluster.environment}, cwd=COMMAND.parents[1]) as process:
+            queries = {"step": 7.0, "unsaved_seconds": 2.5, "images_read_total": 10.0, "images_rejected_total": 1.0}
+            for name, value in queries.items():
+                found = _series(cluster.prometheus, f"ray_threestage_{name}", 60)
+                assert (found["metric"]["run"], float(found["value"][1])) == ("a", value)
+            rules = json.loads(urllib.request.urlopen(f"{cluster.prometheus.url}/api/v1/rules").read())
+            assert {rule["name"] for rule in rules["data"]["groups"][0]["rules"]} >= {"ThreestageNoStep"}
+            process.kill()
+
+
+def _series(prometheus: Server, query: str, limit_s: float) -> dict[str, Any]:
+    """The one series that a query finds, as soon as it does."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        answer = json.loads(urllib.request.urlopen(f"{prometheus.url}/api/v1/query?query={query}").read())
+        if answer["data"]["result"]:
+            [found] = answer["data"]["result"]
+            return dict(found)
+        assert time.monotonic() < deadline, f"{query}: no series"
+        time.sleep(1)

@@ -140,6 +140,9 @@ def test_a_rank_that_stands_still_is_named_and_the_clusters_metrics_hold_each_ra
     assert re.search(r"stage1 has stood still for \d+ s: rank 1 of 2 on \S+ is at step 7, data;", warnings[0])
     for rank in ("0", "1"):
         assert re.search(rf'threestage_images_per_second{{[^}}]*rank="{rank}"[^}}]*}} [0-9.]*[1-9]', metrics[0])
+    assert re.search(r'threestage_seconds_in_phase{[^}]*rank="1"[^}]*} ([5-9]|1[0-9])', metrics[0])
+    assert re.search(r'threestage_unsaved_seconds{[^}]*rank="0"[^}]*} [0-9.]+', metrics[0])
+    assert not re.search(r'threestage_unsaved_seconds{[^}]*rank="1"', metrics[0])
     stacks = [log.read_text(errors="replace") for log in Path("/tmp/ray/session_latest/logs").glob("worker-*.err")]
     assert any("stage1 rank 1 of 2 on" in text and "in draw" in text for text in stacks)
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"apiVersion", "kind", "namespace", "resources", "components", "patches", "replacements", "images"}
+KNOWN = {
+    "apiVersion", "kind", "namespace", "resources", "components", "patches", "replacements", "images",
+    "configMapGenerator",
+}  # fmt: skip
 UNNAMESPACED = {"Namespace"}
 
 Manifest = dict[str, Any]
@@ -29,6 +32,7 @@ def render(folder: Path, found: list[Manifest] | None = None) -> list[Manifest]:
         raise NotImplementedError(f"{folder}: {sorted(unknown)}")
     for name in kustomization.get("resources", []):
         found += render(folder / name) if (folder / name).is_dir() else load(folder / name)
+    found += [_config_map(folder, generator) for generator in kustomization.get("configMapGenerator", [])]
     for name in kustomization.get("components", []):
         render(folder / name, found)
     for patch in kustomization.get("patches", []):
@@ -43,6 +47,15 @@ def render(folder: Path, found: list[Manifest] | None = None) -> list[Manifest]:
     for replacement in kustomization.get("replacements", []):
         _replace(found, replacement)
     return found
+
+
+def _config_map(folder: Path, generator: dict[str, Any]) -> Manifest:
+    """Of whole files, under its own name."""
+    if generator.keys() != {"name", "files", "options"} or not generator["options"]["disableNameSuffixHash"]:
+        raise NotImplementedError(generator)
+    metadata = {"name": generator["name"], "labels": generator["options"]["labels"]}
+    data = {name: (folder / name).read_text() for name in generator["files"]}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
 def containers(node: Any) -> Iterator[Manifest]:

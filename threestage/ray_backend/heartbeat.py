@@ -8,16 +8,16 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import ray
 import ray.exceptions
-from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from threestage.errors import StageFailure
+from threestage.ray_backend.gauges import SECONDS_IN_PHASE, STEP, UNSAVED_SECONDS, StageGauges
 
 if TYPE_CHECKING:  # the monitor's process needs no torch
     from threestage.run.stages import StageTask
@@ -127,9 +127,10 @@ class Heartbeat:
         config = task.settings()
         self._monitor, self._stage, self._rank, self._world_size = monitor, task.stage, rank, world_size
         self._hang_after_s = config.cluster.hang_after_s
-        self._gauges = _Gauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
+        self._gauges = StageGauges({"run": config.name, "stage": task.stage, "rank": str(rank)})
         self._measured: dict[str, float] = {}
         self.checkpoint_requests = 0  # of the driver
+        self.unsaved_seconds: Callable[[], float] | None = None  # of the worker that saves checkpoints
         self._node = ray.util.get_node_ip_address()
         self._place: tuple[int, str, float] = (0, "start", time.monotonic())
         self._dumped: tuple[int, str, float] | None = None
@@ -157,7 +158,7 @@ class Heartbeat:
             place = self._place
             step, what, since = place
             seconds = time.monotonic() - since
-            self._gauges.set(self._measured)
+            self._gauges.set({**self._measured, **self._progress(step, seconds)})
             sign = WorkerStatus(self._rank, self._world_size, self._node, step, what, seconds)
             with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon too
                 self.checkpoint_requests = ray.get(self._monitor.sign.remote(sign), timeout=BEAT_SECONDS)
@@ -172,24 +173,10 @@ class Heartbeat:
             if self._stop.wait(BEAT_SECONDS):
                 return
 
-
-class _Gauges:
-    """Ray metrics named threestage_…, one series for each rank, on the metrics port of the worker's node.
-
-    Ray exports what was set since its last export, so they are set again with every beat.
-    """
-
-    def __init__(self, tags: dict[str, str]) -> None:
-        self._tags = tags
-        self._gauges: dict[str, Gauge] = {}
-
-    def set(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if name not in self._gauges:
-                label = name.replace("/", "_")
-                about = f"{name} of a stage since its last row"  # without a description Ray exports nothing
-                self._gauges[name] = Gauge(f"threestage_{label}", about, tuple(self._tags))
-            self._gauges[name].set(value, self._tags)
+    def _progress(self, step: int, seconds: float) -> dict[str, float]:
+        """What alerts look at."""
+        progress = {STEP: float(step), SECONDS_IN_PHASE: seconds}
+        return progress if self.unsaved_seconds is None else progress | {UNSAVED_SECONDS: self.unsaved_seconds()}
 
 
 # ---- Actors on the driver's node

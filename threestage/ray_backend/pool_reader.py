@@ -15,6 +15,7 @@ from threestage.data.pool import PoolFile
 from threestage.data.records import DataSettings
 from threestage.data.rejects import Reject, RejectList
 from threestage.data.samples import Sample, crop_to_canvas, decode_sample, pool_samples
+from threestage.ray_backend.gauges import count_images
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 
@@ -45,11 +46,13 @@ class FileReader:
         canvas: tuple[int, int],
         least_agreement: int = 0,
         excluded: frozenset[str] = frozenset(),
+        run: str = "",
     ) -> None:
-        """rejects: folder of the lists of images that have become bad. place: of the random draws. See `pool_samples`."""
+        """rejects: folder of the lists of images that have become bad. place: of the random draws. run: whose images are
+        counted. See `pool_samples`."""
         self._pseudo_masks, self._rejects, self._place = pseudo_masks, rejects, place
         self._least_agreement, self._excluded = least_agreement, excluded
-        self._data, self._canvas = data, canvas
+        self._data, self._canvas, self._run = data, canvas, run
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
         """Blocks of one file of the order, see FilePart."""
@@ -60,7 +63,11 @@ class FileReader:
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", part.pass_, file.digest))
         chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement, self._excluded)
         samples = (sample for chunk in chunks for sample in chunk)
-        yield from blocks(self._placed(samples, rejects, rng), self._blank(), part)
+        read = 0
+        for block in blocks(self._placed(samples, rejects, rng), self._blank(), part):
+            read += int(block["filled"].sum())
+            yield block
+        count_images(self._run, str(self._place[-1]), read + len(rejects), len(rejects))
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))
 

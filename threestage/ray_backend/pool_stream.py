@@ -66,7 +66,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
         task.pseudo_masks, storage.join(task.folder, "rejects"), place, config.data, canvas, least,
-        frozenset(task.split.validation),
+        frozenset(task.split.validation), config.name,
     )  # fmt: skip
     return source.map_batches(reader, batch_size=1)
 

@@ -56,6 +56,8 @@ class RayWorker:
         training, folder = task.settings().training, checkpoint_folder(task.folder)
         warn = self.warn if self.rank == 0 else lambda text: None  # all have the same to say of a store
         self.checkpoints = Checkpoints(folder, training.checkpoints_kept, driver, training.unsaved_limit_s, warn)
+        if self.rank == 0:
+            pulse.unsaved_seconds = self.checkpoints.unsaved_seconds
         self._answered = 0
         self._task = task
         self._monitor = monitor

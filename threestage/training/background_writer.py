@@ -48,6 +48,9 @@ class BackgroundWriter:
         """From now on work counts as unsaved."""
         self._saved_at = time.monotonic()
 
+    def unsaved_seconds(self) -> float:
+        return time.monotonic() - self._saved_at
+
     def submit(self, kind: str, what: str, work: Callable[[], object], writes: bool = True) -> None:
         """Do it in the background; returns at once. Raises what ended the thread."""
         with self._changed:
@@ -103,7 +106,7 @@ class BackgroundWriter:
         return self._outage.lasts
 
     def _is_overdue(self) -> bool:
-        return time.monotonic() - self._saved_at > self._limit_s
+        return self.unsaved_seconds() > self._limit_s
 
     def _count(self) -> None:
         self._times_overdue += not self._counted
@@ -147,7 +150,7 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: self._closed, self._outage.pause_s())
 
     def _begin_outage(self, job: _Job, reason: str) -> None:
-        left = self._limit_s - (time.monotonic() - self._saved_at)
+        left = self._limit_s - self.unsaved_seconds()
         limit = f"; training continues for {left:.0f} s at most" if job.writes and left > 0 else ""
         self._outage.begin(job.what, reason, limit)
 

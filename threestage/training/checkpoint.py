@@ -224,6 +224,10 @@ class Checkpoints:
         """How often training had to wait because the store was away for too long. Raises as `wait`."""
         return self._writer.times_overdue()
 
+    def unsaved_seconds(self) -> float:
+        """Of work since the last checkpoint, or since the stage started."""
+        return self._writer.unsaved_seconds()
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """What trains the stage, inside: raises UnwritablePlace when its folder takes no writes any more, StoreAway where it
