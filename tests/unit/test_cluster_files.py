@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
 SCHEMAS = ROOT.parent / "shared" / "data" / "schemas"
 KUBERNETES = ("1.30", "1.37")
-RENDERED = ("base", "overlays/dev", "overlays/gpu", "overlays/s3-minio", "overlays/job")
+RENDERED = ("base", "overlays/dev", "overlays/gpu", "overlays/s3-minio", "overlays/job", "overlays/queued")
 VERSIONS = {
     name.lower(): version
     for name, _, version in (line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
@@ -97,6 +98,33 @@ def strict(node: Any) -> Any:
     return node
 
 
+NAMED = {"type": "object", "required": ["name"]}
+KUEUE = {  # what these files use of Kueue's own kinds
+    "LocalQueue": {"spec": {"clusterQueue": {"type": "string"}}},
+    "ResourceFlavor": {},
+    "WorkloadPriorityClass": {"value": {"type": "integer"}, "description": {"type": "string"}},
+    "ClusterQueue": {
+        "spec": {
+            "namespaceSelector": {"type": "object"},
+            "preemption": {"withinClusterQueue": {"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}},
+            "resourceGroups": {"type": "array", "minItems": 1},
+        }
+    },
+}
+
+
+def exactly(properties: dict[str, Any]) -> dict[str, Any]:
+    """A schema of these properties, all of them and no others; nested ones are written without their frame."""
+    frames = {"type", "enum"}
+    inner = {key: value if frames & value.keys() else exactly(value) for key, value in properties.items()}
+    return {"type": "object", "required": [*inner], "properties": inner, "additionalProperties": False}
+
+
+def validate_kueue(manifest: Manifest) -> None:
+    own = {"apiVersion": {"enum": ["kueue.x-k8s.io/v1beta2"]}, "kind": {"type": "string"}, "metadata": NAMED}
+    jsonschema.Draft202012Validator(exactly(own | KUEUE[manifest["kind"]])).validate(manifest)
+
+
 def validate(manifest: Manifest) -> None:
     _validate(json.dumps(manifest))
 
@@ -110,6 +138,8 @@ def _validate(text: str) -> None:
         jsonschema.Draft202012Validator(rules).validate(manifest)
         for template in pods(manifest):
             kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES[-1], strict=True)
+    elif manifest["apiVersion"].startswith("kueue."):
+        validate_kueue(manifest)
     else:
         for version in KUBERNETES:
             kubernetes_validate.validate(manifest, version, strict=True)
@@ -266,7 +296,7 @@ def images() -> Iterator[tuple[str, str]]:
     yield "aws", load(CLUSTER / "aws.yaml")["docker"]["image"]
 
 
-OURS = r"(?:CHANGE-ME\.\S+/)?threestage(?:-mlflow)?:\S+"
+OURS = r"(?:CHANGE-ME\.\S+/)?threestage(?:-mlflow|-cpu)?:\S+"
 USES = re.compile(r"uses: +(\S+)")
 DIGEST, COMMIT = r"\S+:[\w.-]+@sha256:[0-9a-f]{64}", r"\S+@[0-9a-f]{40}"
 
@@ -384,8 +414,9 @@ def test_no_container_runs_as_root_or_with_privileges() -> None:
 def test_every_container_says_what_it_needs_and_every_server_how_it_is() -> None:
     for where, manifest in everything():
         for container in containers(manifest):
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), (where, container["name"])
-            assert "memory" in container["resources"]["limits"], (where, container["name"])
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert {"cpu", "memory", "ephemeral-storage"} <= requests.keys(), (where, container["name"])
+            assert {"memory", "ephemeral-storage"} <= limits.keys(), (where, container["name"])
             if "ports" in container or container["name"].startswith("ray-worker"):
                 assert {"readinessProbe", "livenessProbe"} <= container.keys(), (where, container["name"])
 
@@ -395,6 +426,8 @@ def test_what_the_pods_write_to_is_mounted_and_exists() -> None:
         for pod in pods(manifest):
             spec = pod["spec"]
             claims = [claim["metadata"]["name"] for claim in manifest["spec"].get("volumeClaimTemplates", [])]
+            for volume in spec.get("volumes", []):
+                assert volume.get("emptyDir", {"sizeLimit": ""}).keys() == {"sizeLimit"}, (where, volume["name"])
             there = {volume["name"] for volume in spec.get("volumes", [])} | set(claims)
             for container in spec["containers"]:
                 assert {mount["name"] for mount in container.get("volumeMounts", [])} <= there, where
@@ -441,14 +474,16 @@ def test_clusters_ask_for_a_token_survive_their_head_and_grow_from_nothing() -> 
     drain = int(
         select(manifests("base"), {"kind": "ConfigMap", "name": "ray"})["data"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
     )
-    assert len(list(clusters())) == 5
+    assert len(list(clusters())) == 6
     for where, spec in clusters():
+        queued = where.startswith("overlays/queued")  # Kueue admits a fixed size
         assert spec["authOptions"] == {"mode": "token"}, where
         assert spec["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379", where
-        assert spec["enableInTreeAutoscaling"] and spec["autoscalerOptions"]["version"] == "v2", where
+        assert spec["enableInTreeAutoscaling"] != queued, where
+        assert queued or spec["autoscalerOptions"]["version"] == "v2", where
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", where
         for group in spec["workerGroupSpecs"]:
-            assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"], where
+            assert group["minReplicas"] == 0 < group["maxReplicas"] and (group["replicas"] > 0) == queued, where
             assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drain, where
             assert group["template"]["spec"]["restartPolicy"] == "Never", (
                 where
@@ -496,8 +531,96 @@ def test_every_setting_of_the_job_is_one() -> None:
         check_shares(config, stage)
     assert config.data.labelled == "all" and config.data.downscale == 1
     assert config.cluster.gpus_per_worker == 1 and config.cluster.most_workers == 2
-    limits = next(containers(next(clusters())[1]["workerGroupSpecs"][1]))["resources"]["limits"]
+    gpu = next(clusters())[1]["workerGroupSpecs"][1]
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert config.cluster.cpus_per_worker <= int(limits["cpu"])
+
+
+def test_a_queued_run_has_the_room_that_it_asks_for() -> None:
+    """Kueue refuses a cluster that grows by itself, and one that stays after its run."""
+    job = select(manifests("overlays/queued"), {"kind": "RayJob", "name": "threestage-run"})
+    spec, labels = job["spec"], job["metadata"]["labels"]
+    queue = select(manifests("overlays/queued"), {"kind": "LocalQueue", "name": "threestage"})
+    administrator = {
+        (m["kind"], m["metadata"]["name"]): m for m in yaml.safe_load_all((KUBERAY / "kueue.yaml").read_text())
+    }
+    for manifest in administrator.values():
+        validate_kueue(manifest)
+    assert labels["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in administrator
+    quotas = administrator["ClusterQueue", queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"][0]
+    covered = {resource["name"] for flavor in quotas["flavors"] for resource in flavor["resources"]}
+    asked = {name for container in containers(job) for name in container["resources"]["requests"]}
+    assert asked | {"nvidia.com/gpu"} == covered == set(quotas["coveredResources"]), (
+        "what no quota covers is never admitted"
+    )
+    assert spec["shutdownAfterJobFinishes"] and "clusterSelector" not in spec
+    assert [group["replicas"] for group in spec["rayClusterSpec"]["workerGroupSpecs"]] == [1, 2]
+    assert "cluster.workers=[1,2]" in spec["entrypoint"] and json.loads(spec["entrypointResources"]) == {"driver": 1}
+    assert "activeDeadlineSeconds" not in spec, "it ends a long run for good"
+
+
+def test_the_cpu_image_runs_where_no_gpu_is() -> None:
+    found = manifests("overlays/gpu")
+    cluster = select(render(KUBERAY / "components" / "cpu-image", found), {"kind": "RayCluster", "name": "threestage"})[
+        "spec"
+    ]
+    head, (cpu, gpu) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert {container["image"] for group in (head, cpu) for container in containers(group)} == {"threestage-cpu:0.1.0"}
+    assert {container["image"] for container in containers(gpu)} == {"threestage:0.1.0"}
+
+
+def test_workers_wait_for_their_head_in_little_memory() -> None:
+    """KubeRay's own container runs `ray health-check`, which takes 205 MiB of the 256 MiB that it may have."""
+    for where, spec in clusters():
+        for group in spec["workerGroupSpecs"]:
+            [wait] = group["template"]["spec"]["initContainers"]
+            assert "FQ_RAY_IP" in wait["command"][2] and "ray" not in wait["command"], where
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        program = wait["command"][2].replace("6379", str(head.getsockname()[1]))
+        limited = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, (64 << 20, 64 << 20))\n{program}"
+        command = [sys.executable, "-S", "-c", limited]
+        done = subprocess.run(command, env={"FQ_RAY_IP": "127.0.0.1"}, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    for file in (CLUSTER / "README.md", ROOT / "docs" / "deploy-kubernetes.md"):
+        assert "ENABLE_INIT_CONTAINER_INJECTION" in file.read_text(), file
+
+
+def test_names_and_roles_can_be_reached() -> None:
+    """Where NodeLocal DNSCache, OpenShift's name server and EKS Pod Identity listen; S3 over IPv6 too."""
+    rules = {
+        (json.dumps(to), port["port"])
+        for m in manifests("base")
+        if m["kind"] == "NetworkPolicy"
+        for rule in m["spec"].get("egress", [])
+        for to in rule.get("to", [])
+        for port in rule.get("ports", [{"port": 0}])
+    }
+
+    def allowed(part: str, port: int) -> bool:
+        return any(part in to and number == port for to, number in rules)
+
+    assert allowed("169.254.20.10/32", 53) and allowed("openshift-dns", 5353)
+    assert allowed("169.254.170.23/32", 80) and allowed("fd00:ec2::23/128", 80)
+    assert allowed("::/0", 443) and allowed("0.0.0.0/0", 443)
+    for to, _ in rules:
+        for block in [json.loads(to).get("ipBlock", {})]:
+            if block.get("cidr") in ("0.0.0.0/0", "::/0"):
+                assert block["except"] in (["169.254.169.254/32"], ["fd00:ec2::254/128"]), "the machine's own role"
+
+
+def test_skypilot_runs_what_can_be_run() -> None:
+    """Its schema is that of sky 0.14.1, read by hand: here, that the settings are ours and a lost machine is replaced."""
+    from threestage.config import load as load_config
+
+    task = load(CLUSTER / "skypilot.yaml")
+    assert task["resources"]["use_spot"] and task["resources"]["job_recovery"]["max_restarts_on_errors"] == 3
+    words = task["run"].replace("\\\n", " ").split()
+    assert words[:3] == ["threestage", "run", "own_images"] and words[-1] == "--local"
+    load_config("own_images", [value for flag, value in pairwise(words) if flag == "--set"])
+    assert words[words.index("--out") + 1].startswith("s3://$BUCKET/") and "BUCKET" in task["envs"]
 
 
 def test_the_bucket_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
