@@ -99,7 +99,7 @@ def strict(node: Any) -> Any:
 
 
 NAMED = {"type": "object", "required": ["name"]}
-KUEUE = {  # what these files use of Kueue's own kinds
+KUEUE: dict[str, dict[str, Any]] = {  # what these files use of Kueue's own kinds
     "LocalQueue": {"spec": {"clusterQueue": {"type": "string"}}},
     "ResourceFlavor": {},
     "WorkloadPriorityClass": {"value": {"type": "integer"}, "description": {"type": "string"}},
@@ -121,7 +121,11 @@ def exactly(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate_kueue(manifest: Manifest) -> None:
-    own = {"apiVersion": {"enum": ["kueue.x-k8s.io/v1beta2"]}, "kind": {"type": "string"}, "metadata": NAMED}
+    own: dict[str, Any] = {
+        "apiVersion": {"enum": ["kueue.x-k8s.io/v1beta2"]},
+        "kind": {"type": "string"},
+        "metadata": NAMED,
+    }
     jsonschema.Draft202012Validator(exactly(own | KUEUE[manifest["kind"]])).validate(manifest)
 
 
