@@ -417,6 +417,36 @@ def test_the_champion_moves_only_to_a_better_one_on_the_same_images(
         registry.models.pull("models:/team-shapes@champion", "s3://bucket/model")
 
 
+def test_a_champion_waits_for_a_person_and_is_rolled_back(registry: Registry, record: StageRecord) -> None:
+    def registered(score: float, approve: bool = True) -> str:
+        settings = RegistrySettings(tracking_uri=registry.uri, approve_champion=approve)
+        attempt = replace(record, attempt=str(score), summary={"mean_iou": score})
+        return open_registry(settings).record_stage(attempt).champion
+
+    def aliases() -> dict[str, int]:
+        rows = registry.models.versions()
+        return {alias: row["version"] for row in rows for alias in row["aliases"] if alias != "stage3"}
+
+    assert "--approve" in registered(0.5) and aliases() == {"candidate": 1}
+    assert "version 1 waits" in registered(0.4) and aliases() == {"candidate": 1}
+    candidate = "models:/team-shapes@candidate"
+    with refused("models/needs-approval", "models:/team-shapes/1", "--approve"):
+        registry.models.promote(candidate)
+    registry.models.promote(candidate, approved=True)
+    assert aliases() == {"champion": 1}
+    assert "waits" in registered(0.7, approve=False), "the project asks for a person, whatever a run's settings say"
+    assert aliases() == {"champion": 1, "candidate": 3}
+    registry.models.promote(candidate, approved=True)
+    registry.models.promote("models:/team-shapes/2", approved=True)
+    registry._client.delete_model_version("team-shapes", "3")
+    back, before = registry.models.roll_back("models:/team-shapes@champion")
+    assert (back["version"], before["version"]) == (1, 2) and aliases() == {"champion": 1}, (
+        "a deleted one is passed over"
+    )
+    with refused("models/no-earlier-champion", "models:/team-shapes"):
+        registry.models.roll_back("models:/team-shapes@champion")
+
+
 def test_the_commands_list_promote_pull_and_tell_the_lineage(
     registry: Registry, record: StageRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +462,9 @@ def test_the_commands_list_promote_pull_and_tell_the_lineage(
     ]
     told = command("promote", "models:/team-shapes@stage3")
     assert "is version 2 (stage3, mean IoU 0.400 on shapes val); before, it was version 1" in " ".join(told.split())
+    told = command("rollback", "models:/team-shapes@champion")
+    assert "is version 1 (stage3, mean IoU 0.500 on shapes val); before, it was version 2" in " ".join(told.split())
+    command("promote", "models:/team-shapes/2", "--approve")
     command("pull", "models:/team-shapes@champion", str(tmp_path / "pulled"))
     card = (tmp_path / "pulled/README.md").read_text()
     assert "| disc | not in these images |" in card and "SECRET" not in card

@@ -24,7 +24,7 @@ from threestage.config import StageName
 from threestage.data import storage
 from threestage.data.records import labelled_ids, load_manifest
 from threestage.evaluation import read_image_counts, write_image_counts
-from threestage.mlflow_sync.model_registry import _decide
+from threestage.mlflow_sync.promotion import decide
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.predict import open_model
 from threestage.report.run_reader import read_run
@@ -169,7 +169,7 @@ def test_the_best_stage_is_the_one_that_the_registry_makes_champion() -> None:
         for number, score in enumerate(scores, 1):
             tags = {"mean_iou": repr(score), "validation": "val", "threestage.validation_digest": "d"}
             version = SimpleNamespace(version=str(number), name="m", tags=tags)
-            champion = version if _decide(version, champion)[0] else champion
+            champion = version if decide(version, champion)[0] else champion
         stages = {stage: {"mean_iou": score} for stage, score in zip(STAGES, scores, strict=True)}
         assert champion is not None and best_stage(stages) == f"stage{champion.version}"
 

@@ -1,4 +1,4 @@
-"""Commands on trained models: list, pull, promote, lineage, export."""
+"""Commands on trained models: list, pull, promote, rollback, lineage, export."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -23,7 +23,9 @@ from threestage.run_folder.lineage import short_digest
 MOST_LOST = 0.005
 """Loss of mean IoU by eight bits above which a warning appears."""
 
-app = typer.Typer(help="List, pull, promote and export trained models; show their lineage.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, pull, promote, roll back and export trained models; show their lineage.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -118,12 +120,33 @@ def export(
 
 
 @app.command()
-def promote(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+def promote(
+    model: RegisteredArgument,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="confirm as a person; required after registry.approve_champion=true")
+    ] = False,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Make a version the champion, whatever it scores.
 
     Example: threestage models promote models:/camvid/7
     """
-    row, before = _models(tracking_uri).promote(model)
+    row, before = _models(tracking_uri).promote(model, approve)
+    _show_champion(row, before, as_json)
+
+
+@app.command()
+def rollback(model: RegisteredArgument, tracking_uri: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Make the previous champion the champion again. Repeat it to go further back.
+
+    Example: threestage models rollback models:/camvid@champion
+    """
+    row, before = _models(tracking_uri).roll_back(model)
+    _show_champion(row, before, as_json)
+
+
+def _show_champion(row: dict[str, Any], before: dict[str, Any] | None, as_json: bool) -> None:
     if as_json:
         print_json({"champion": row, "before": before})
         return

@@ -3,7 +3,8 @@
 connection.py       the address, quiet calls that fail fast, text fit to be logged
 client.py           a run's stages and a sweep's trials as runs of MLflow
 records.py          the settings, and what is recorded
-model_registry.py   registered versions: listing, pulling, aliases, champion, lineage
+model_registry.py   registered versions: listing, pulling, aliases, lineage
+promotion.py        the champion: who earns the alias, a person's approval, the way back
 packing.py          a model as MLflow keeps it; packed_model.py travels in it, model_card.md.j2 is its README
 run_sync.py         sends what a run's folder holds; sweep_sync.py a sweep's
 

@@ -38,9 +38,7 @@ from threestage.mlflow_sync.connection import (
 )
 from threestage.mlflow_sync.model_registry import (
     COMPLETE,
-    DECISION,
     DIGEST,
-    MEAN_IOU,
     NO_PROGRAM,
     PACKED_FOLDER,
     RUN_KEY,
@@ -50,6 +48,7 @@ from threestage.mlflow_sync.model_registry import (
     file_tags,
     read_model_folder,
 )
+from threestage.mlflow_sync.promotion import DECISION, MEAN_IOU
 from threestage.mlflow_sync.records import (
     RegisteredVersion,
     RegistrySettings,
@@ -188,7 +187,7 @@ class Registry(_Experiment):
         self.uri = uri
         self.models = Models(uri, client, settings.experiment)
         super().__init__(client, experiment_id)
-        self._model_name = settings.model_name
+        self._model_name, self._approve = settings.model_name, settings.approve_champion
 
     def record_rows(self, stage: StageRows) -> None:
         """Send rows of a stage that still trains to its run, nested in its parent. A row that is there changes nothing."""
@@ -225,7 +224,7 @@ class Registry(_Experiment):
         if version is None:
             version = self._register(run, name, record, digest, files)
         with mlflow_session(self.uri):
-            decision = self.models.set_aliases(version, record.stage)
+            decision = self.models.set_aliases(version, record.stage, self._approve)
             self._client.set_terminated(run.info.run_id, "FINISHED")
             self._client.set_tag(run.info.run_id, COMPLETE, "true")
         return _registered(version, record.stage, decision)

@@ -22,16 +22,14 @@ from threestage.mlflow_sync.connection import (
     redact_tree,
     shortened,
 )
+from threestage.mlflow_sync.promotion import CHAMPION, MEAN_IOU, VALIDATION, Promotion, score_of
 from threestage.mlflow_sync.records import StageRecord
 from threestage.plain_text import escape_control_chars
-from threestage.run_folder.lineage import AT_SIZE, Lineage
+from threestage.run_folder.lineage import Lineage
 
 RUN_KEY, STAGE, DIGEST, COMPLETE = (f"threestage.{key}" for key in ("run_key", "stage", "model_digest", "complete"))
-LINEAGE, TEACHER, VALIDATION = (f"threestage.{key}" for key in ("lineage", "teacher_digest", "validation_digest"))
+LINEAGE, TEACHER = (f"threestage.{key}" for key in ("lineage", "teacher_digest"))
 FILES, NO_PROGRAM = "threestage.files", "threestage.no_program"
-DECISION = "threestage.champion"
-CHAMPION = "champion"
-MEAN_IOU = "mean_iou"
 PACKED_FOLDER = "model"
 IN_PACKED = f"artifacts/{PACKED_FOLDER}/"
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -73,10 +71,6 @@ class _Lookups:
                 "mlflow/no-model",
             ) from error
 
-    def _by_alias(self, name: str, alias: str) -> Any:
-        aliases = self._client.get_registered_model(name).aliases
-        return self._client.get_model_version(name, str(aliases[alias])) if alias in aliases else None
-
     def _tagged(self, key: str, value: str) -> list[Any]:
         search = self._client.search_model_versions
         return list(_pages(lambda **page: search(f"tags.`{key}` = {quoted(value)}", **page)))
@@ -113,7 +107,7 @@ class _Lookups:
             "version": int(version.version),
             "aliases": sorted(alias for alias, number in aliases.items() if int(number) == int(version.version)),
             "stage": version.tags.get(STAGE),
-            "mean_iou": _score(version),
+            "mean_iou": score_of(version),
             "validation": version.tags.get("validation"),
             "run": version.tags.get("run"),
             "run_id": version.run_id,
@@ -187,14 +181,27 @@ class Models(_Lookups):
             version = self._find(model_uri)
         return f"models:/{version.name}/{version.version}"
 
-    def promote(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Make a version the champion, whatever it scores. Returns its row, and that of the champion before."""
+    def promote(self, model_uri: str, approved: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Make a version the champion, whatever it scores. Returns its row, and that of the champion before.
+
+        Raises InputError where the project asks for a person's approval and it is not `approved`.
+        """
         with mlflow_session(self.uri):
             version = self._find(model_uri)
-            before = self._by_alias(version.name, CHAMPION)
-            self._client.set_registered_model_alias(version.name, CHAMPION, version.version)
+            before = Promotion(self._client, version.name).promote(version, approved)
             aliases = self._client.get_registered_model(version.name).aliases
         return self._row(version, aliases), None if before is None else self._row(before, aliases)
+
+    def roll_back(self, model_uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Make the champion before models:/NAME@champion the champion again. Returns its row, and that of the present one.
+
+        Again: the one before that. Raises InputError where none is recorded.
+        """
+        with mlflow_session(self.uri):
+            name = self._find(model_uri).name
+            back, before = Promotion(self._client, name).roll_back()
+            aliases = self._client.get_registered_model(name).aliases
+        return self._row(back, aliases), self._row(before, aliases)
 
     def lineage(self, model_uri: str) -> dict[str, Any]:
         """A version's row with its `lineage`, its `teacher` (such a tree again, up to stage 1) and its `pupils` (down to
@@ -224,15 +231,11 @@ class Models(_Lookups):
         tags = _tags(record) | dict(tags)
         return self._client.create_model_version(name, source, run_id, tags=tags, description=description)
 
-    def set_aliases(self, version: Any, stage: str) -> str:
-        """Give a new version its stage's alias, and the champion's where it has earned it. Returns the decision in words."""
+    def set_aliases(self, version: Any, stage: str, approve: bool) -> str:
+        """Give a new version its stage's alias, and the champion's where it has earned it and nobody has to `approve` it.
+        Returns the decision in words."""
         self._client.set_registered_model_alias(version.name, stage, version.version)
-        champion = self._by_alias(version.name, CHAMPION)
-        takes, decision = _decide(version, champion)
-        if takes:
-            self._client.set_registered_model_alias(version.name, CHAMPION, version.version)
-        self._client.set_model_version_tag(version.name, version.version, DECISION, decision)
-        return decision
+        return Promotion(self._client, version.name).consider(version, approve)
 
 
 def read_model_folder(folder: str) -> dict[str, bytes]:
@@ -263,36 +266,6 @@ def _tags(record: StageRecord) -> dict[str, str]:
     if MEAN_IOU in record.summary:
         tags[MEAN_IOU] = repr(float(record.summary[MEAN_IOU]))
     return tags
-
-
-def _score(version: Any) -> float | None:
-    return float(version.tags[MEAN_IOU]) if MEAN_IOU in version.tags else None
-
-
-def _scored_on(version: Any) -> tuple[str | None, str]:
-    """Digest of images and masks, and the size at which they were scored; a data set's name says nothing."""
-    return version.tags.get(VALIDATION), version.tags.get("validation", "").partition(AT_SIZE)[2]
-
-
-def _decide(version: Any, champion: Any) -> tuple[bool, str]:
-    """Whether a new version takes the champion's place, and why: only where both were scored on the same images."""
-    score, where = _score(version), version.tags.get("validation")
-    if score is None:
-        return False, "not the champion: it has no mean IoU"
-    if champion is None:
-        return True, f"the champion: the first, with mean IoU {score:.4f} on {where}"
-    other, number = _score(champion), champion.version
-    if int(number) == int(version.version):
-        return False, f"the champion, with mean IoU {score:.4f} on {where}"
-    if other is None or _scored_on(champion) != _scored_on(version):
-        there = champion.tags.get("validation") or "nothing known"
-        return False, (
-            f"not compared: the champion, version {number}, was scored on {there}, this one on {where} with other images; "
-            f"`threestage models promote models:/{version.name}/{version.version}` makes it the champion"
-        )
-    if score > other:
-        return True, f"the champion: mean IoU {score:.4f}, version {number} has {other:.4f} on {where}"
-    return False, f"not the champion: mean IoU {score:.4f}, version {number} has {other:.4f} on {where}"
 
 
 def _pages(search: Callable[..., Any]) -> Iterator[Any]:

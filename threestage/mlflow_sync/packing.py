@@ -21,7 +21,8 @@ import jinja2
 import numpy as np
 
 from threestage.mlflow_sync.connection import redact, redact_tree
-from threestage.mlflow_sync.model_registry import CARD, CHAMPION, PACKED_FOLDER
+from threestage.mlflow_sync.model_registry import CARD, PACKED_FOLDER
+from threestage.mlflow_sync.promotion import CHAMPION
 from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import PROGRAM, ModelCard
 from threestage.models.program import least_side, write_program

@@ -21,6 +21,9 @@ class RegistrySettings(Settings):
     experiment: str = Field("threestage", description="name of the MLflow experiment")
     model_name: str | None = Field(default=None, pattern=r"^[^/:@]+$")
     """Name of the registered model, one per project; null: the run's name."""
+    approve_champion: bool = Field(
+        False, description="a new best version waits as candidate until `threestage models promote --approve`"
+    )
 
 
 @dataclass(frozen=True)
