@@ -85,18 +85,24 @@ def clean(
 
     Example: threestage clean runs/demo-0
     """
-    found = [_clean_one(one, everything, pseudo_masks, yes, as_json) for one in _older(run, older_than)]
+    if older_than is None:
+        found: Any = _clean_one(run, everything, pseudo_masks, yes, as_json)
+    else:
+        found = []
+        for one in _older(run, older_than):
+            try:
+                found.append(_clean_one(one, everything, pseudo_masks, yes, as_json))
+            except InputError as error:  # a driver works on it, or it is a sweep: the other runs are cleaned
+                warn(str(error))
     if as_json:
-        print_json(found[0] if older_than is None else found)
+        print_json(found)
 
 
-def _older(folder: str, age: str | None) -> list[str]:
-    """The run itself, or of the runs in the folder those that nothing was written to for so long."""
+def _older(folder: str, age: str) -> list[str]:
+    """Of the runs in the folder those that nothing was written to for so long."""
     from threestage.run.clean import unused_for
     from threestage.run.status import find_runs
 
-    if age is None:
-        return [folder]
     parsed = re.fullmatch(r"(\d+)([hd])", age)
     if parsed is None:
         raise InputError(f"--older-than {age}: not an age; write 12h or 30d", "clean/not-an-age")

@@ -170,9 +170,15 @@ def test_only_old_runs_are_cleaned(run: Path) -> None:
         return CliRunner().invoke(app.app, command)
 
     assert json.loads(threestage("1d").stdout) == []
-    for path in run.rglob("*"):
+    sweep = run.parent / "a sweep"
+    sweep.mkdir()
+    (sweep / lease.NAME).write_text("{}")
+    (sweep / "sweep.json").write_text("{}")
+    for path in run.parent.rglob("*"):
         os.utime(path, (0, 0))
-    assert [one["removed"] for one in json.loads(threestage("1d").stdout)] == [True]
+    done = threestage("1d")
+    assert [one["removed"] for one in json.loads(done.stdout)] == [True]
+    assert "a sweep" in done.stderr and "run/no-run" in done.stderr, "which ends nothing"
     with refused("clean/not-an-age", "--older-than soon"):
         raise threestage("soon").exception
 
