@@ -27,6 +27,7 @@ Token: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
 Repeat the command to follow a running job or to resume the run. Ctrl-C detaches; the job continues. --retries N repeats the
 command, after a pause, if the job was killed or the cluster or a store failed. It does not after wrong input, a stage that
 diverged, or an --out that takes no writes.
+--on-failure URL and --on-success URL post JSON about the job's end, without secrets. Keep the command running: it posts.
 
 Exit code: 0 succeeded, 1, 2 or 3 as the command itself, 143 the job was stopped, 130 detached, 75 the cluster was lost.
 """
@@ -71,6 +72,12 @@ Retries = Annotated[
     int,
     typer.Option(min=0, help="maximum number of times to resubmit a failed job that can resume"),
 ]
+OnFailure = Annotated[
+    str | None, typer.Option("--on-failure", metavar="URL", help="URL to post JSON to when the job has failed for good")
+]
+OnSuccess = Annotated[
+    str | None, typer.Option("--on-success", metavar="URL", help="URL to post JSON to when the job has succeeded")
+]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="print the job's id and exit")]
 
 
@@ -84,12 +91,18 @@ def _submit(
     with_secrets: WithSecrets = False,
     no_wait: NoWait = False,
     retries: Retries = 0,
+    on_failure: OnFailure = None,
+    on_success: OnSuccess = None,
 ) -> None:
-    if no_wait and retries:
-        raise InputError("--retries: cannot watch a job with --no-wait; leave --no-wait out", "config/usage")
+    watching = {"--retries": retries, "--on-failure": on_failure, "--on-success": on_success}
+    if no_wait and (option := next((name for name, value in watching.items() if value), None)):
+        raise InputError(f"{option}: cannot watch a job with --no-wait; leave --no-wait out", "config/usage")
     from threestage.cli.job_arguments import read_job
     from threestage.ray_backend import job_package
+    from threestage.ray_backend.webhook import Webhooks
 
+    webhooks = Webhooks(on_failure, on_success)
+    webhooks.check()
     commands: Any = context.find_root().command
     job = read_job(str(context.info_name), context.args, working_dir, commands.commands)
     variables = job_package.job_environment(job, env or [], os.environ)
@@ -105,7 +118,7 @@ def _submit(
     _say(_what_travels(working_dir, sizes, wheel))
     package = job_package.JobPackage(working_dir, wheel, variables, resources, sizes)
     if not no_wait:
-        sys.exit(submit.submit_and_follow(client, job, package, _say, retries))
+        sys.exit(submit.submit_and_follow(client, job, package, _say, retries, webhooks))
     job_id = submit.submit(client, job, package, _say)
     _say(f"job {job_id} on {client.get_address()}\nto follow it:\n{submit.commands(client.get_address(), job_id)}")
     print(job_id)

@@ -19,11 +19,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from threestage.data.parallel import in_daemon_thread
-from threestage.errors import InputError, StageFailure
+from threestage.errors import CodedError, InputError, StageFailure
 from threestage.plain_text import one_line as shown
 from threestage.plain_text import visible_log
 from threestage.ray_backend.connect import TOKEN
 from threestage.ray_backend.job_package import Job, JobPackage, copied_files, unpacked_wheel
+from threestage.ray_backend.webhook import Webhooks
 
 ANSWER_S, UPLOAD_S = 10.0, 600.0
 SILENCE_S = 60.0  # without a word of the job: it is asked whether it lives, and its log is opened anew
@@ -160,29 +161,47 @@ def commands(url: str, job_id: str) -> str:
 
 
 class JobEnd(NamedTuple):
-    """`retry`: why it failed, where the same command may continue; else None."""
+    """`reason`: why it failed; `may_resume`: the same command may continue."""
 
     code: int
-    retry: str | None = None
+    reason: str = ""
+    may_resume: bool = False
 
 
-def submit_and_follow(client: JobSubmissionClient, job: Job, package: JobPackage, say: Say, retries: int) -> int:
+def submit_and_follow(
+    client: JobSubmissionClient, job: Job, package: JobPackage, say: Say, retries: int, webhooks: Webhooks = Webhooks()
+) -> int:
     """The exit code of the job, or of the last of those that were submitted again after it, at most `retries`. What cannot
-    continue is not tried again."""
+    continue is not tried again. How it ended is posted to `webhooks`; what was detached has not ended."""
+    report = {"command": job.command, "name": job.name, "out": job.out, "cluster": client.get_address(), "job": ""}
+    try:
+        ended = _submit_and_follow(client, job, package, say, retries, report)
+    except CodedError as error:
+        webhooks.post(2 if isinstance(error, InputError) else 1, report | {"reason": str(error)}, say)
+        raise
+    if ended.code != DETACHED:
+        webhooks.post(ended.code, report | {"reason": ended.reason}, say)
+    return ended.code
+
+
+def _submit_and_follow(
+    client: JobSubmissionClient, job: Job, package: JobPackage, say: Say, retries: int, report: dict[str, str]
+) -> JobEnd:
+    """report: gets the id of the last job."""
     for tries in range(retries + 1):
-        job_id = submit(client, job, package, say)
+        job_id = report["job"] = submit(client, job, package, say)
         say(f"job {job_id} on {client.get_address()}")
         ended = follow(client, job_id, say)
-        if ended.retry is None or tries == retries:
+        if not ended.may_resume or tries == retries:
             break
         pause = RETRY_PAUSES_S[min(tries, len(RETRY_PAUSES_S) - 1)]
         say(
-            f"{job_id} can resume ({ended.retry}): submitting it again in {pause:.0f} s, retry {tries + 1} of {retries}"
+            f"{job_id} can resume ({ended.reason}): submitting it again in {pause:.0f} s, retry {tries + 1} of {retries}"
         )
         time.sleep(pause)
         if job.command == "sweep" and "--resume" not in job.arguments:
             job = replace(job, arguments=(*job.arguments, "--resume"))
-    return ended.code
+    return ended
 
 
 def follow(client: JobSubmissionClient, job_id: str, say: Say) -> JobEnd:
@@ -198,7 +217,7 @@ def follow(client: JobSubmissionClient, job_id: str, say: Say) -> JobEnd:
         return JobEnd(DETACHED)
     if ended is None:
         say(f"{url}: no answer for {PATIENCE_S / 60:.0f} minutes; {job_id} may still run:\n{commands(url, job_id)}")
-        return JobEnd(LOST)
+        return JobEnd(LOST, f"the cluster has not answered for {PATIENCE_S / 60:.0f} minutes")
     return _job_end(ended, log.tail, say)
 
 
@@ -209,19 +228,19 @@ def _job_end(ended: JobDetails, tail: str, say: Say) -> JobEnd:
         return JobEnd(0)
     if ended.status == JobStatus.STOPPED:
         say(f"{job} was stopped; the same command resumes it (a sweep: with --resume)")
-        return JobEnd(STOPPED)
+        return JobEnd(STOPPED, "it was stopped")
     if code is None:  # its supervisor or its node was lost
         reason = shown(ended.message)[:LONGEST_LINE]
         say(
             f"{job} failed: {reason}; the same command resumes it (a sweep: with --resume); --retries N does so by itself"
         )
-        return JobEnd(1, reason)
+        return JobEnd(1, reason, True)
     if code not in OWN:
-        return JobEnd(1, f"its process was killed, exit code {code}")
+        return JobEnd(1, f"its process was killed, exit code {code}", True)
     errors = ERROR_LINE.findall(tail)
-    if code == 1 and errors and errors[-1][1].startswith(MAY_PASS):
-        return JobEnd(code, errors[-1][0])
-    return JobEnd(code)
+    if not errors:
+        return JobEnd(code)
+    return JobEnd(code, errors[-1][0], code == 1 and errors[-1][1].startswith(MAY_PASS))
 
 
 class _Log:

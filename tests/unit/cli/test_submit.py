@@ -1,5 +1,6 @@
 """What is refused before anything is uploaded, what travels, and how a job is followed: without a cluster."""
 
+import contextlib
 import os
 import runpy
 import sys
@@ -23,6 +24,7 @@ from threestage.cli import app
 from threestage.cli.job_arguments import read_job
 from threestage.errors import StageFailure
 from threestage.ray_backend import job_package, submit
+from threestage.ray_backend.webhook import Webhooks
 
 ROOT = Path(__file__).parents[3]
 OUT = "s3://bucket/run"
@@ -410,7 +412,7 @@ class Cluster:
 
     def get_job_info(self, job_id: str) -> Any:
         state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
-        if isinstance(state, Exception):
+        if isinstance(state, BaseException):
             raise state
         return state
 
@@ -511,6 +513,30 @@ def test_what_can_continue_is_submitted_again(
     assert code == submit._job_end(state, log, said.append).code and len(submitted) == tries
     assert ["--resume" in arguments for arguments in submitted] == [False, True, True][:tries]
     assert any(why in line and "submitting it again" in line for line in said) == (tries > 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "posted"),
+    [
+        (details(JobStatus.SUCCEEDED, 0), (0, "")),
+        (details(JobStatus.FAILED, 2), (2, "data.root=x: wrong")),
+        (details(JobStatus.STOPPED), (submit.STOPPED, "it was stopped")),
+        (RuntimeError("Request failed with status code 404"), (1, "demo-1: unknown")),
+        (KeyboardInterrupt(), None),
+    ],
+)
+def test_the_end_of_a_job_is_posted(
+    monkeypatch: pytest.MonkeyPatch, state: Any, posted: tuple[int, str] | None
+) -> None:
+    found: list[tuple[int, str]] = []
+    monkeypatch.setattr(Webhooks, "post", lambda self, code, report, say: found.append((code, report["reason"])))
+    monkeypatch.setattr(submit, "submit", lambda *rest: "demo-1")
+    cluster = Cluster([["error: data.root=x: wrong [storage/not-found]\n"]], [state])
+    job, package = read("run", *RUN), job_package.JobPackage(".", variables={})
+    with contextlib.suppress(StageFailure):
+        submit.submit_and_follow(cluster, job, package, lambda text: None, 0)
+    assert len(found) == (posted is not None)
+    assert posted is None or (found[0][0] == posted[0] and found[0][1].startswith(posted[1]))
 
 
 def test_a_cluster_that_has_forgotten_the_job(follow: Callable[[Cluster], tuple[int, str, str]]) -> None:
