@@ -99,13 +99,15 @@ class RayWorker:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def sync_buffers(self, network: nn.Module) -> None:
-        """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only."""
-        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        if not self._averages_buffers or not floats:
+        """Running statistics become their mean over the workers: without SyncBN each one sees its own batch only. Constants are
+        left out: rounding would move them, and no checkpoint holds them."""
+        names = ("running_mean", "running_var")
+        statistics = [buffer for name, buffer in network.named_buffers() if name.endswith(names)]
+        if not self._averages_buffers or not statistics:
             return
-        mean = self.sum(torch.cat([buffer.flatten() for buffer in floats])) / self.world_size
-        for buffer, value in zip(floats, mean.split([buffer.numel() for buffer in floats]), strict=True):
-            buffer.copy_(value.view_as(buffer))
+        mean = self.sum(torch.cat(statistics)) / self.world_size
+        for buffer, value in zip(statistics, mean.split([len(buffer) for buffer in statistics]), strict=True):
+            buffer.copy_(value)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:

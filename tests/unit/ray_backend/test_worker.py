@@ -66,3 +66,26 @@ def test_gradients_are_exchanged_once_a_step_whatever_the_pieces(group: None, tm
     )  # fmt: skip
     assert len(worker.buckets) == STEPS
     assert worker.buckets[-1].numel() == sum(one.numel() for one in state.student.parameters() if one.requires_grad)
+
+
+class ThreeAlike(GroupWorker):
+    """One of three workers that hold the same values."""
+
+    world_size, _averages_buffers = 3, True
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor + tensor + tensor
+
+
+def test_the_mean_over_the_workers_leaves_constants_as_they_are(tmp_path: Path) -> None:
+    """A third of a sum of three is another number than the one: a mean colour that moves a little in every step is in no
+    checkpoint, so a run that was continued had other weights."""
+    network = new_state().student
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_var"):
+            buffer.copy_(torch.linspace(0.1, 0.9, len(buffer)))
+    ThreeAlike(tmp_path).sync_buffers(network)
+    moved = {name for name, buffer in network.named_buffers() if not torch.equal(buffer, before[name])}
+    assert {"mean", "std"} <= before.keys()
+    assert moved == {name for name in before if name.endswith("running_var")}
