@@ -14,7 +14,7 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from threestage.config import Config
+from threestage.config import Config, StageName
 from threestage.data import storage
 from threestage.data.outages import tries
 from threestage.data.parallel import in_daemon_thread
@@ -81,8 +81,20 @@ def warn_of_traps(config: Config, out: str, warn: Warn) -> None:
             warn(warning)
     elif not config.cluster.gpus and ray.cluster_resources().get("GPU"):
         warn("this machine has GPUs and this run uses none: --set cluster.gpus_per_worker=1")
+    for name in config.stage_names:
+        warn_of_uneven_batch(config, name, warn)
     unlabelled = [config.data.unlabelled] if config.data.unlabelled else []
     warn_of_folders([out, config.data.root, *unlabelled], warn)
+
+
+def warn_of_uneven_batch(config: Config, stage: StageName, warn: Warn) -> None:
+    """The stream gives all workers the same number of images."""
+    workers, batch = config.cluster.most_workers, config.stage(stage).unlabelled_batch
+    if config.training.batch_scope == "global" and (rest := -batch % workers):
+        warn(
+            f"{stage}.unlabelled_batch={batch}: {workers} workers cannot share it evenly; each step reads {batch + rest} images "
+            f"and trains on {batch} of them. A multiple of {workers} uses all"
+        )
 
 
 def train_on_ray(task: StageTask, show: OnMetrics, warn: Warn, function: TrainWorker = train_worker) -> None:

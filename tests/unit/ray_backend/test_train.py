@@ -91,3 +91,14 @@ def test_a_driver_that_is_stopped_waits_for_a_checkpoint(monkeypatch: pytest.Mon
     ended.set()
     assert asked == [2] and found.code == "stage/stopped"
     assert ("a checkpoint is saved" if saved else "no checkpoint could be saved") in found.message
+
+
+def test_a_batch_that_the_workers_cannot_share_is_named(tmp_path: Path) -> None:
+    warned: list[str] = []
+    for batch in (6, 7):
+        config = tiny_config(
+            tmp_path, cluster={"workers": 3}, training__batch_scope="global", stage2__unlabelled_batch=batch
+        )
+        train.warn_of_uneven_batch(config, "stage2", warned.append)
+    (line,) = warned
+    assert "stage2.unlabelled_batch=7" in line and "3 workers" in line and "reads 9 images" in line
