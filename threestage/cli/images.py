@@ -51,6 +51,7 @@ class InputChoice(StrEnum):
     images = "images"
     data_set = "data-set"
     parquet = "parquet"
+    scenes = "scenes"
 
 
 def ingest(
@@ -60,22 +61,26 @@ def ingest(
         str,
         typer.Option(
             "--format",
-            help="layout of SOURCE: folders, images, camvid, voc, cityscapes, ade20k, vistas, huggingface, coco, cvat, labelme, "
-            "label-studio, supervisely, yolo or binary-masks",
+            help="layout of SOURCE: folders, images, scenes, camvid, voc, cityscapes, ade20k, vistas, huggingface, coco, cvat, "
+            "labelme, label-studio, supervisely, yolo or binary-masks",
         ),
     ] = "folders",
     masks: Annotated[
         str | None,
-        typer.Option(help="folder of masks or CSV list of pairs (format folders), or the export of a labelling tool"),
+        typer.Option(help="folder of masks, CSV list of pairs (format folders), or the export of a labelling tool"),
     ] = None,
     mask_suffix: Annotated[str, typer.Option(help="suffix of mask names, e.g. _mask for a.jpg and a_mask.png")] = "",
     class_map: Annotated[
         str | None, typer.Option(help="YAML file of classes with their ids, colours or categories")
     ] = None,
     unlabelled_pixels: Annotated[
-        str, typer.Option(help="class of pixels without a region in the export of a labelling tool, or ignore")
+        str, typer.Option(help="class of pixels without a region or polygon in an export or a GeoJSON file, or ignore")
     ] = "ignore",
     split: Annotated[str, typer.Option(help="train, val or test, for formats without splits")] = "train",
+    tile: Annotated[int | None, typer.Option(help="side of the tiles that scenes are cut into; default 512")] = None,
+    tile_overlap: Annotated[
+        int | None, typer.Option(help="pixels that neighbouring tiles share; default an eighth of the tile")
+    ] = None,
     labelled_only: Annotated[bool, typer.Option("--labelled-only", help="skip images without a mask")] = False,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="share of bad images above which the command fails")
@@ -103,6 +108,8 @@ def ingest(
             "class_map": class_map,
             "unlabelled_pixels": unlabelled_pixels,
             "split": split,
+            "tile": tile,
+            "tile_overlap": tile_overlap,
             "labelled_only": labelled_only,
             "max_bad_fraction": max_bad_fraction,
             "rows_per_file": rows_per_file,
@@ -248,7 +255,10 @@ def predict(
     ],
     out: Annotated[str, typer.Argument(help="folder of the predictions; the same folder continues them")],
     format: Annotated[
-        str, typer.Option("--format", help="png (a mask and an overlay for each image) or parquet")
+        str,
+        typer.Option(
+            "--format", help="png (a mask and an overlay for each image), parquet, or geotiff (of TIFF images)"
+        ),
     ] = "png",
     input_format: Annotated[
         InputChoice | None, typer.Option("--input-format", help="kind of input, for a folder that holds several kinds")

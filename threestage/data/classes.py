@@ -214,6 +214,7 @@ class Lookup:
 
     def __init__(self, class_map: ClassMap, name: str) -> None:
         self.name = name
+        self.class_map = class_map
         self.names = tuple(entry.name for entry in class_map.classes)
         entries = class_map.classes
         self.classes = len(entries)

@@ -12,6 +12,7 @@ images. Other files, such as gtCoarse and the labelTrainIds that cityscapesScrip
 `ade20k`: ADEChallengeData2016: images/{training,validation} and annotations/{training,validation}.
 `vistas`: Mapillary Vistas: {training,validation}/images with the labels of version 2.0, else of 1.2; testing/images.
 `huggingface`: Parquet files of images and masks, unpacked as in `camvid` (`threestage.data.hugging_face`).
+`scenes`: TIFF images that are cut into tiles (`threestage.data.scenes`), which reads them.
 LABELLING_TOOLS: images anywhere below the source, and the export of a tool, which `threestage.labels` reads.
 """
 
@@ -47,7 +48,7 @@ from threestage.errors import InputError
 from threestage.settings import Settings
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-SetFormat = Literal["folders", "images", "camvid", "voc", "cityscapes", "ade20k", "vistas", "huggingface"]
+SetFormat = Literal["folders", "images", "camvid", "voc", "cityscapes", "ade20k", "vistas", "huggingface", "scenes"]
 LabellingTool = Literal["binary-masks", "coco", "cvat", "label-studio", "labelme", "supervisely", "yolo"]
 LABELLING_TOOLS: tuple[str, ...] = get_args(LabellingTool)
 LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -62,6 +63,7 @@ LABELLED_FOLDERS: dict[str, tuple[str, ...]] = {
 """By format: how the ids begin of images that are expected to have a mask. The lists of VOC say which have one."""
 SHOWN = 3
 MOST_SUFFIXES = 8
+TILE = 512
 
 Stamps = dict[str, tuple[int, ...]]
 """URI → bytes, times of the last change in ns."""
@@ -75,6 +77,8 @@ class IngestSettings(Settings):
     the export. `unlabelled_pixels`: "ignore", or the class of pixels without a region (exports only). `split`: of every image
     of formats that have no splits of their own.
     `labelled_only`: leave images without a mask out.
+    `tile`, `tile_overlap`: side of a scene's tiles and what neighbours share, in pixels ("scenes" only); None: 512, and an
+    eighth of the tile.
     `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
@@ -86,6 +90,8 @@ class IngestSettings(Settings):
     unlabelled_pixels: str = Field(default="ignore", min_length=1)
     split: SplitName = "train"
     labelled_only: bool = False
+    tile: int | None = Field(default=None, ge=32, le=8192)
+    tile_overlap: int | None = Field(default=None, ge=0)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     rows_per_file: int = Field(default=256, ge=1)
     name: str | None = None
@@ -98,20 +104,21 @@ class IngestSettings(Settings):
                 f"masks is not given: format {self.format} needs --masks with the tool's export, a file or a folder; give it",
                 "data/format-option",
             )
-        if self.unlabelled_pixels != "ignore" and not exported:
+        self._check_tiles()
+        if self.unlabelled_pixels != "ignore" and not exported and self.format != "scenes":
             raise InputError(
                 f"unlabelled_pixels={self.unlabelled_pixels}: masks of format {self.format} label all pixels; leave it out",
                 "data/format-option",
             )
-        if self.masks is not None and self.format != "folders" and not exported:
+        if self.masks is not None and self.format not in ("folders", "scenes") and not exported:
             own = "has none" if self.format == "images" else "finds its own"
             raise InputError(
                 f"masks={self.masks}: format {self.format} {own}; leave --masks out, or give --format folders",
                 "data/format-option",
             )
-        if self.mask_suffix and self.format != "folders":
+        if self.mask_suffix and self.format not in ("folders", "scenes"):
             raise InputError(
-                f"mask_suffix={self.mask_suffix}: only format folders pairs masks by name; leave it out",
+                f"mask_suffix={self.mask_suffix}: only formats folders and scenes pair masks by name; leave it out",
                 "data/format-option",
             )
         if self.mask_suffix and is_pair_list(self.masks):
@@ -130,6 +137,17 @@ class IngestSettings(Settings):
                 "data/format-option",
             )
         return self
+
+    def _check_tiles(self) -> None:
+        given = {name: getattr(self, name) for name in ("tile", "tile_overlap") if getattr(self, name) is not None}
+        if given and self.format != "scenes":
+            name, value = next(iter(given.items()))
+            raise InputError(f"{name}={value}: only scenes are cut into tiles; leave it out", "data/format-option")
+        if self.tile_overlap is not None and self.tile_overlap >= (self.tile or TILE):
+            raise InputError(
+                f"tile_overlap={self.tile_overlap}: a tile has a side of {self.tile or TILE} pixels; give less",
+                "data/format-option",
+            )
 
 
 @dataclass(frozen=True)

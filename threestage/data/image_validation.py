@@ -77,8 +77,12 @@ def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) ->
     with _decoding(data, _refuse_mask_layout, f"mask {name} "):
         image, layout = open_image(data), read_layout(data)
         _refuse_mask(image, layout, size)
-        values = _source_values(upright(image), layout, lookup)
-        result = lookup(values)
+        return known_classes(_source_values(upright(image), layout, lookup), lookup, name)
+
+
+def known_classes(values: npt.NDArray[np.integer], lookup: Lookup, name: str) -> npt.NDArray[np.uint8]:
+    """uint8 (H,W) class ids of a mask's ids (H,W) or colours (H,W,3). Raises UnknownValues."""
+    result = lookup(values)
     if isinstance(result, Unknown):
         others = f" (and {len(result.pixels) - 1} other values)" if len(result.pixels) > 1 else ""
         raise UnknownValues(

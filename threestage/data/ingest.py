@@ -17,6 +17,7 @@ listing/<digest>/       the listing of a source of format images. It is extended
 shards/<digest>.json    reports. They stay, for they make an unchanged rerun cheap: a shard whose images and masks the
                         data set holds counts as skipped. Other formats than images are read once more in a rerun (as shards
                         of images that are known), then no more
+tiles.csv               of scenes: where each tile lies (`threestage.data.scenes`)
 index/                  what the data set holds (`threestage.data.publish`), until an ingest has extended it
 unpacked-<digest>/      of a set of Hugging Face: its images and masks, until they are read
 drawings-<digest>/      of an export of a labelling tool: what is drawn of each image, until the ingest ends
@@ -31,6 +32,7 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.classes import ClassMap, load_class_map, shipped_class_map
 from threestage.data.data_set_checks import (
@@ -68,8 +70,9 @@ from threestage.data.publish import (
 )
 from threestage.data.records import MANIFEST_NAME, Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList, csv_uri
+from threestage.data.scenes import SCENES, list_tiles, write_tiles
 from threestage.errors import InputError
-from threestage.labels.labelled_source import LabelledSource, map_of_classes, proposed_map
+from threestage.labels.labelled_source import LabelledSource, class_of_unlabelled, map_of_classes, proposed_map
 from threestage.labels.readers import read_annotations
 from threestage.settings import Settings
 
@@ -203,10 +206,10 @@ def _class_map(source: str, settings: IngestSettings) -> tuple[ClassMap | None, 
         return shipped_class_map(settings.format), settings.format
     if settings.format in INCLUDED:
         return included_class_map(settings.format, source)
-    if settings.format == "folders":
+    if settings.format == "folders" or (settings.format == SCENES and settings.masks is not None):
         raise InputError(
-            "class_map is not given: format folders needs --class-map FILE, a YAML that says which id or colour is which "
-            "class; give it, or --format images for images without masks",
+            f"class_map is not given: format {settings.format} needs --class-map FILE, a YAML that says which id or colour is "
+            "which class; give it, or --format images for images without masks",
             "class-map/missing",
         )
     return None, ""
@@ -335,8 +338,9 @@ def _begin(
     _check_classes(root, current, class_map)
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
-    job = IngestJob(root, settings.rows_per_file, class_map, map_name, current.digest if current else None, index)
-    if current is None and settings.format in ("images", HUGGING_FACE):
+    base, unlabelled = current.digest if current else None, _unlabelled(settings, class_map)
+    job = IngestJob(root, settings.rows_per_file, class_map, map_name, base, index, unlabelled)
+    if current is None and settings.format in ("images", HUGGING_FACE, SCENES):
         mark(root, DATA_SET_MARK, "threestage ingest")  # a listing, or what is unpacked, is written first
     if settings.format == HUGGING_FACE:
         folder = unpack_set(source, root, settings.split)
@@ -348,6 +352,10 @@ def _begin(
     return job, plan
 
 
+def _unlabelled(settings: IngestSettings, class_map: ClassMap | None) -> int:
+    return IGNORE_INDEX if class_map is None else class_of_unlabelled(settings.unlabelled_pixels, class_map)
+
+
 def _plan(
     job: IngestJob, source: str, settings: IngestSettings, each: Each, labels: LabelledSource | None
 ) -> IngestPlan:
@@ -356,7 +364,11 @@ def _plan(
         return _plan_listed(job, source, settings, each)
     notes: list[str] = []
     label = None if labels is None else partial(labels.label, labelled_before=partial(_labelled_before, job))
-    items = discover(source, settings, notes, label)
+    if settings.format == SCENES:
+        items, places = list_tiles(source, settings, notes)
+        write_tiles(job.root, places)
+    else:
+        items = discover(source, settings, notes, label)
     items.sort(key=lambda item: (item.split, _order(item.image_id)))
     shards = list(_cut(job, items))
     drawings = None if labels is None else _write_drawings(job.root, shards, labels)

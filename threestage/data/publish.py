@@ -18,10 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from threestage import IGNORE_INDEX
 from threestage.data import parquet, storage
 from threestage.data.classes import MAX_UNKNOWN, ClassMap, Lookup
 from threestage.data.drawings import read_drawings
 from threestage.data.formats import SPLITS, SourceItem, each_id_once
+from threestage.data.headers import BadImage
 from threestage.data.image_validation import BadFile, UnknownValues, check_image, check_mask
 from threestage.data.parallel import Item, Result, map_ahead
 from threestage.data.records import (
@@ -39,6 +41,7 @@ from threestage.data.records import (
 )
 from threestage.data.rejects import Reject
 from threestage.data.safe_walk import WHY_NOT
+from threestage.data.scenes import is_tile, read_tile, read_tile_mask
 from threestage.errors import InputError
 from threestage.labels.rasterise import draw
 from threestage.settings import Settings
@@ -507,7 +510,8 @@ REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 3
 
 @dataclass(frozen=True)
 class IngestJob:
-    """What all shards of an ingest share. `index`: folder of what the data set, whose digest is `base`, holds already."""
+    """What all shards of an ingest share. `index`: folder of what the data set, whose digest is `base`, holds already.
+    `unlabelled`: class id of a tile's pixels without a polygon."""
 
     root: str
     rows_per_file: int
@@ -515,6 +519,7 @@ class IngestJob:
     map_name: str
     base: str | None
     index: str | None
+    unlabelled: int = IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -625,7 +630,7 @@ def _outcomes(job: IngestJob, shard: Shard, items: Sequence[SourceItem]) -> Iter
 
     def check(drawn: tuple[SourceItem, bytes | None]) -> Checked | BadFile | Gone:
         item, drawing = drawn
-        return _check(item, known.get(item.image_id), lookup, drawing)
+        return _check(job, item, known.get(item.image_id), lookup, drawing)
 
     return map_ahead(check, _with_drawings(shard, items))
 
@@ -686,25 +691,27 @@ class Checked:
 
 
 def _check(
-    item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None
+    job: IngestJob, item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None
 ) -> Checked | BadFile | Gone:
     try:
-        return _checked(item, known, lookup, drawn)
+        return _checked(job, item, known, lookup, drawn)
     except _Vanished:
         return Checked(None) if known else Gone()
     except BadFile as bad:
         return bad
 
 
-def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None) -> Checked:
+def _checked(
+    job: IngestJob, item: SourceItem, known: ExistingRecord | None, lookup: Lookup | None, drawn: bytes | None
+) -> Checked:
     if item.problem:
         raise BadFile(item.problem)
     if item.size in WHY_NOT:
         raise BadFile(WHY_NOT[item.size], "image/place")
     if item.size > MAX_IMAGE_BYTES:
         raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}", "image/too-large")
-    data = _read(item.image_uri, "it", _Vanished)
-    image_digest = digest_of(data)
+    data, content = _read(item.image_uri, "it", _Vanished, _image_at)
+    image_digest = digest_of(content)
     if known:
         _check_same(item, known, image_digest)
         if item.mask_uri is None:
@@ -712,10 +719,10 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
     image = check_image(data)
     mask = mask_digest = pixels = None
     if item.mask_uri is not None and lookup is not None:
-        mask = _mask_of(item, item.mask_uri, lookup, (image.height, image.width), drawn)
+        mask = _mask_of(job, item, item.mask_uri, lookup, (image.height, image.width), drawn)
         pixels = np.bincount(mask.ravel(), minlength=256)[: lookup.classes]
-        if drawn is not None and not pixels.any():
-            mask = None  # the export has no region of it, so it is unlabelled
+        if (drawn is not None or is_tile(item.image_uri)) and not pixels.any():
+            mask = None  # its labels have no region of it, so it is unlabelled
         mask_digest = None if mask is None else digest_of(mask.tobytes())
     if known and known.mask_digest == mask_digest:
         return Checked(None, mask_digest, pixels, (image.height, image.width))
@@ -731,22 +738,34 @@ def _checked(item: SourceItem, known: ExistingRecord | None, lookup: Lookup | No
 
 
 def _mask_of(
-    item: SourceItem, uri: str, lookup: Lookup, size: tuple[int, int], drawn: bytes | None
+    job: IngestJob, item: SourceItem, uri: str, lookup: Lookup, size: tuple[int, int], drawn: bytes | None
 ) -> npt.NDArray[np.uint8]:
     name = uri.removesuffix(f"#{item.image_id}").rsplit("/", 1)[-1]
     if drawn is not None:
         return draw(drawn, size, f"its annotation in {name}")
-    return check_mask(_read(uri, f"mask {name}", BadFile), lookup, size, name)
+    if is_tile(item.image_uri):
+        return _read(uri, f"mask {name}", BadFile, lambda _: read_tile_mask(item, lookup, job.unlabelled))
+    return check_mask(_read(uri, f"mask {name}", BadFile, storage.read_bytes), lookup, size, name)
+
+
+def _image_at(uri: str) -> tuple[bytes, bytes]:
+    """An encoded image, and what its digest is of: the file's bytes, or a tile's pixels."""
+    if is_tile(uri):
+        return read_tile(uri)
+    data = storage.read_bytes(uri)
+    return data, data
 
 
 class _Vanished(BadFile):
     """The image's file is not there."""
 
 
-def _read(uri: str, what: str, absent: type[BadFile]) -> bytes:
+def _read(uri: str, what: str, absent: type[BadFile], read: Callable[[str], Result]) -> Result:
     """A store that fails is no bad file: such an error goes up. Raises `absent` where nothing is there."""
     try:
-        return storage.read_bytes(uri)
+        return read(uri)
+    except BadImage as error:
+        raise BadFile(error.message, error.code) from None
     except FileNotFoundError as error:
         kind = BadFile if error.__cause__ else absent  # with a cause: a name that cannot be asked for
         raise kind(f"{what} cannot be read: {error}", "image/unreadable") from None

@@ -15,6 +15,7 @@ from pydantic import Field
 from threestage.data import storage
 from threestage.data.pairs import Paths
 from threestage.data.records import DataSettings, Manifest, labelled_ids
+from threestage.data.scenes import scenes_of
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -107,9 +108,10 @@ def _candidates(
 
 
 def groups_of(settings: DataSettings, ids: Sequence[str]) -> dict[str, str]:
-    """The group of every image; empty without `data.group`. InputError where an image has none."""
+    """The group of every image: without `data.group` the scene of a tile, and none of a data set without tiles. InputError where
+    an image has none."""
     if settings.group is None:
-        return {}
+        return scenes_of(settings.root, ids)
     if settings.group_list is not None:
         found = _listed_groups(settings.group_list, Paths({image_id: image_id for image_id in ids}))
     else:

@@ -1,17 +1,22 @@
 """What a prediction job reads, cut into parts that are predicted apart from each other: image files below a folder or a
-prefix, which are listed first; a data set of `threestage ingest`; or Parquet files with a column `image` of bytes.
+prefix, which are listed first; a data set of `threestage ingest`; Parquet files with a column `image` of bytes; or scenes,
+TIFF images that are read by windows, each a part of its own.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, repeat
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from threestage.data import safe_walk, storage
+from threestage.data.formats import files_below, suffix_of
+from threestage.data.headers import BadImage
 from threestage.data.listing import Each, first_image, holds_data_set, is_image_file, list_images
 from threestage.data.pairs import IMAGE_SUFFIXES
 from threestage.data.parallel import map_ahead
@@ -30,7 +35,8 @@ from threestage.data.pool import (
     values_of,
 )
 from threestage.data.publish import id_hash
-from threestage.data.records import load_manifest
+from threestage.data.raster import TIFF_SUFFIXES, is_rasterio_installed, open_raster
+from threestage.data.records import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, load_manifest
 from threestage.errors import InputError
 
 NAME_BYTES = 200  # of a file's or folder's name; file systems take 255
@@ -39,7 +45,7 @@ ONE_ROW = 0  # bytes at a time: few of them may stand for gigabytes
 ID_BYTES = 2**25  # of a batch of ids
 OF_NAMES = ("image_id", "source")
 
-Kind = Literal["images", "data set", "parquet"]
+Kind = Literal["images", "data set", "parquet", "scenes"]
 
 
 class Part(PoolFile):
@@ -63,6 +69,8 @@ def kind_of(source: str, wanted: Kind | None = None) -> Kind:
         raise InputError(
             f"{source}: not found; give an image, or the folder or prefix that holds images", "predict/not-found"
         )
+    if wanted == "scenes":
+        return wanted
     if storage.is_file(source):
         return _kind_of_file(source)
     if wanted is not None:
@@ -88,9 +96,23 @@ def _kind_of_file(source: str) -> Kind:
     if source.endswith(PARQUET_SUFFIX):
         return "parquet"
     if is_image_file(source):
-        return "images"
+        return "scenes" if suffix_of(source) in TIFF_SUFFIXES and _is_too_large(source) else "images"
     expected = ", ".join(sorted(IMAGE_SUFFIXES))
     raise InputError(f"{source}: not an image ({expected}) and not a Parquet file; convert it", "predict/no-images")
+
+
+def _is_too_large(uri: str) -> bool:
+    """Whether a TIFF file is one that images of a folder are refused for, by its bytes or its pixels."""
+    files, path = storage.filesystem(uri)
+    if (files.get_file_info(path).size or 0) > MAX_IMAGE_BYTES:
+        return True
+    if not is_rasterio_installed():
+        return False
+    try:
+        with open_raster(uri) as raster:
+            return raster.height * raster.width > MAX_IMAGE_PIXELS
+    except BadImage:
+        return False
 
 
 def plan_parts(source: str, kind: Kind, listing: str, rows_per_part: int, each: Each) -> list[Part]:
@@ -102,6 +124,8 @@ def plan_parts(source: str, kind: Kind, listing: str, rows_per_part: int, each: 
     if kind == "data set":
         files = [file for file in load_manifest(source).files if file.kind == "images"]
         parts = [Part(uri=storage.join(source, file.path), rows=file.rows, digest=file.digest) for file in files]
+    elif kind == "scenes":
+        parts = _scene_parts(source)
     else:
         found = map_ahead(partial(_parts_of, rows_per_part), _parquet_files(source), FETCH_THREADS)
         parts = list(chain.from_iterable(found))
@@ -118,7 +142,7 @@ def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
     """The rows of a part in their order, in chunks; one without usable bytes says what is wrong. The source of a row of
     others' Parquet is URI#number."""
     if part.problem is not None:
-        yield [PoolRow(_below(source, part.uri), part.uri, b"", problem=f"{part.problem} [image/unreadable]")]
+        yield [PoolRow(path_below(source, part.uri), part.uri, b"", problem=f"{part.problem} [image/unreadable]")]
     elif part.groups is None:
         yield from read_pool_rows(part, masks=False)
     else:
@@ -126,7 +150,7 @@ def read_part(source: str, part: Part) -> Iterator[list[PoolRow]]:
 
 
 def _rows_of_others(source: str, part: Part) -> Iterator[PoolRow]:
-    name = _below(source, part.uri)
+    name = path_below(source, part.uri)
     for group in _groups_of_others(part, ("image_id", "image"), ONE_ROW):
         if group.table is None:
             yield from chain.from_iterable(lost_rows(part.uri, name, group))
@@ -161,10 +185,32 @@ def _chunks(rows: Iterable[PoolRow]) -> Iterator[list[PoolRow]]:
         yield chunk
 
 
-def _below(source: str, uri: str) -> str:
+def path_below(source: str, uri: str) -> str:
     """A file's path below the source; its name when it is the source."""
     below = uri.removeprefix(storage.absolute(source)).strip("/")
     return below or uri.rsplit("/", 1)[-1]
+
+
+def _scene_parts(source: str) -> list[Part]:
+    """A part for each TIFF. Raises InputError where two would be written to one file."""
+    paths, stamps = files_below(source, "TIFF images")
+    scenes = {path: uri for path, uri in paths.items() if suffix_of(path) in TIFF_SUFFIXES}
+    if not scenes:
+        raise InputError(f"{source}: no TIFF image below it; files in .tif or .tiff are expected", "predict/no-images")
+    names = [safe_name(scene_id(path)) for path in scenes]
+    if twins := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{source}: two images would be written to masks/{twins[0]}; rename one", "predict/same-name")
+    parts = []
+    for uri in scenes.values():
+        files, path = storage.filesystem(uri)
+        info = files.get_file_info(path)
+        problem = safe_walk.WHY_NOT.get(stamps.get(uri, (0,))[0])
+        parts.append(Part(uri=uri, rows=1, digest=_digest(f"{uri}/{info.size}/{info.mtime_ns}"), problem=problem))
+    return parts
+
+
+def scene_id(path: str) -> str:
+    return path.removesuffix(PurePosixPath(path).suffix)
 
 
 # Parquet files of others
@@ -303,7 +349,7 @@ def _rows_without_images(source: str, part: Part) -> Iterator[PoolRow]:
         replaced = frozenset(part.replaced)
         yield from (PoolRow(row["image_id"], row["image_uri"], b"") for n, row in enumerate(table) if n not in replaced)
         return
-    others, name = part.groups is not None, _below(source, part.uri) if part.groups else part.name
+    others, name = part.groups is not None, path_below(source, part.uri) if part.groups else part.name
     read = partial(_groups_of_others, part, ["image_id"]) if others else partial(read_own_groups, part.uri, OF_NAMES)
     for group in read(ID_BYTES):
         if group.table is None:
@@ -322,7 +368,7 @@ def output_name(row: PoolRow, source: str, kind: Kind, crowded: Collection[int])
     digest."""
     name = safe_name(row.image_id)
     if id_hash(name) in crowded:
-        longer = _below(source, row.source) if kind == "images" else f"{row.image_id}-{_short_digest(row.source)}"
+        longer = path_below(source, row.source) if kind == "images" else f"{row.image_id}-{_short_digest(row.source)}"
         name = safe_name(longer)
         if id_hash(name) in crowded:
             name = safe_name(f"{longer}-{_digest(row.source)[:32]}")

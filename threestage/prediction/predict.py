@@ -8,6 +8,7 @@ format png                                     format parquet
 OUTPUT/masks/NAME.png       palette, class ids
 OUTPUT/overlays/NAME.jpg    the image under the colours
 OUTPUT/confidence/NAME.png  grey, 255 = 1
+format geotiff, of scenes: masks/NAME.tif and confidence/NAME.tif, no overlays
 OUTPUT/parts/PART.parquet   image_id, file     OUTPUT/parts/PART.parquet   image_id, mask, confidence
 
 Masks and confidences have the size of the image as it was given. A part's Parquet file is written last: its footer holds
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -35,11 +37,13 @@ from threestage.config import STAGES, StageName
 from threestage.data import storage
 from threestage.data.classes import Colour
 from threestage.data.formats import passed_over
+from threestage.data.headers import BadImage
 from threestage.data.listing import Each, suffixes_passed_over
 from threestage.data.outputs import PREDICTIONS, claim
 from threestage.data.palette import palette_png
 from threestage.data.parallel import map_ahead
 from threestage.data.pool import PoolFile, PoolRow, rows_of
+from threestage.data.raster import refuse_missing_rasterio
 from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, decode_image, encode_mask
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError, StageFailure
@@ -48,17 +52,31 @@ from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network, size_multiple
-from threestage.prediction.input_parts import Kind, Part, crowded_names, kind_of, output_name, plan_parts, read_part
+from threestage.prediction.input_parts import (
+    Kind,
+    Part,
+    crowded_names,
+    kind_of,
+    output_name,
+    path_below,
+    plan_parts,
+    read_part,
+    safe_name,
+    scene_id,
+)
 from threestage.prediction.pool_prediction import predict_files
 from threestage.prediction.prediction_writer import Encoded, PredictionWriter, Unwritable
 from threestage.prediction.pseudo_masks import (
+    DIGEST_KEY,
     REJECTS_NAME,
     REPORT_KEY,
     FileReport,
     PoolTask,
+    Statistics,
     file_digest,
     stored_report,
 )
+from threestage.prediction.scene_prediction import SceneTask, predict_scene, scene_protocol
 from threestage.prediction.tta import TTASettings, check_protocol, predict_with_tta, protocol_for
 from threestage.report.mask_images import overlay
 from threestage.run_folder.reuse import resolve_part
@@ -80,7 +98,7 @@ NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, er
 """Of one file; after others, such as ENOSPC, no file can be written."""
 WRITERS = 16  # a put takes an object store tens of milliseconds
 
-Format = Literal["png", "parquet"]
+Format = Literal["png", "parquet", "geotiff"]
 ModelFiles = Mapping[str, bytes]
 """The files of a model's folder."""
 
@@ -110,8 +128,9 @@ Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Iterator[FileReport
 
 
 class PredictSettings(Settings):
-    """`overlays`: of format png only. `confidence`: write it too. `rows_per_part`: images in one part, which is predicted
-    whole or again. `input_format`: of a folder that holds more than one kind."""
+    """`format`: geotiff is of scenes only. `overlays`: of format png only, not of scenes. `confidence`: write it too.
+    `rows_per_part`: images in one part, which is predicted whole or again. `input_format`: of a folder that holds more than one
+    kind."""
 
     protocol: TTASettings = TTASettings()
     format: Format = "png"
@@ -191,7 +210,16 @@ def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part])
     disable_malloc_trim()
     device = default_device()
     network, card = network_of(files)
-    yield from predict_files(network.to(device), task, parts, device, Predictions(task, card))
+    yield from predict_parts(network.to(device), card, task, parts, device)
+
+
+def predict_parts(
+    network: Network, card: ModelCard, task: PredictionTask, parts: Sequence[Part], device: torch.device
+) -> Iterator[FileReport]:
+    """Predict parts with a network that is on the device."""
+    if task.kind == "scenes":
+        return (_predict_scene_part(network, card, task, part, device) for part in parts)
+    return predict_files(network, task, parts, device, Predictions(task, card))
 
 
 def predict_input(
@@ -211,8 +239,8 @@ def predict_input(
     """
     source, out = storage.absolute(source), storage.absolute(out)
     card = ModelCard.model_validate_json(model[CARD])
-    settings = _for_model(settings, card)
-    kind = kind_of(source, settings.input_format)
+    kind = "scenes" if settings.format == "geotiff" else kind_of(source, settings.input_format)
+    settings = _for_model(settings, card, kind)
     if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):
         raise InputError(
             f"{out}: it lies inside the input {source} and would become a part of it; give another folder",
@@ -229,16 +257,27 @@ def predict_input(
     warnings = passed_over(source, suffixes_passed_over(listing)) if kind == "images" else []
     write_record()
     task = _task(model, card, source, out, settings, kind)
-    if settings.format == "png" and (kind != "data set" or not storage.is_s3(out)):  # whose ids only folders can be
+    if (
+        settings.format == "png" and kind != "scenes" and (kind != "data set" or not storage.is_s3(out))
+    ):  # whose ids only folders can be
         crowded = crowded_names(parts, source, kind, partial(_names_kept, task, parts))
         task = task.model_copy(update={"crowded": crowded})
     report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
     return report.model_copy(update={"warnings": tuple(warnings)})
 
 
-def _for_model(settings: PredictSettings, card: ModelCard) -> PredictSettings:
-    """In the model's own windows, unless others are asked for. InputError where the windows do not suit the network."""
+def _for_model(settings: PredictSettings, card: ModelCard, kind: Kind) -> PredictSettings:
+    """In the model's own windows, unless others are asked for; scenes always in windows. InputError where the windows do not suit
+    the network, or the format does not suit scenes."""
     protocol = protocol_for(settings.protocol, card.inference)
+    if kind == "scenes":
+        refuse_missing_rasterio("predict")
+        if settings.format == "parquet":
+            raise InputError(
+                "format=parquet: a scene's mask is a file of its own; give --format geotiff or png",
+                "predict/scene-format",
+            )
+        protocol = scene_protocol(protocol, size_multiple(card.network))
     check_protocol(protocol, card.network)
     return settings.model_copy(update={"protocol": protocol})
 
@@ -255,7 +294,7 @@ def _task(
         kind=kind,
         protocol=settings.protocol,
         format=settings.format,
-        overlays=settings.overlays and settings.format == "png",
+        overlays=settings.overlays and settings.format == "png" and kind != "scenes",
         confidences=settings.confidence,
     )
 
@@ -348,15 +387,15 @@ def _done(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[Part, F
     """The parts that are done, and the reports in the footers of their files."""
     there = set(storage.list_files(storage.join(task.destination, PARTS_FOLDER)))
     digest = task.digest()
-    done = [part for part in parts if _part_uri(task, part) in there]
-    reports = map_ahead(lambda part: stored_report(_part_uri(task, part), file_digest(digest, part)), done, READERS)
+    done = [part for part in parts if part_uri(task, part) in there]
+    reports = map_ahead(lambda part: stored_report(part_uri(task, part), file_digest(digest, part)), done, READERS)
     return ((part, report) for part, report in zip(done, reports, strict=True) if report is not None)
 
 
 # ---- What is written of a part
 
 
-def _part_uri(task: PoolTask, file: PoolFile) -> str:
+def part_uri(task: PoolTask, file: PoolFile) -> str:
     """Where the Parquet file of a part lies."""
     return storage.join(task.destination, PARTS_FOLDER, file.name)
 
@@ -367,7 +406,7 @@ def _names_kept(task: PredictionTask, parts: Sequence[Part]) -> dict[str, list[s
 
 def _names_written(task: PredictionTask, part: Part) -> list[str]:
     """The names of the masks of a part that is done, less those of images that were replaced since."""
-    files = storage.read_table(_part_uri(task, part), ["file"]).column("file").to_pylist()
+    files = storage.read_table(part_uri(task, part), ["file"]).column("file").to_pylist()
     replaced = frozenset(part.replaced)
     return [
         file.removeprefix(MASKS).removesuffix(MASK_SUFFIX)
@@ -381,7 +420,7 @@ def _without_replaced(task: PredictionTask, part: Part, report: FileReport) -> F
     images = part.rows - len(part.replaced) - len(report.rejects)
     if not part.replaced or report.statistics.images == images:
         return report
-    uri, sources = _part_uri(task, part), storage.read_table(part.uri, ["image_uri"]).column("image_uri")
+    uri, sources = part_uri(task, part), storage.read_table(part.uri, ["image_uri"]).column("image_uri")
     gone = {sources[row].as_py() for row in part.replaced}
     rejects = tuple(reject for reject in report.rejects if reject.source not in gone)
     counts = {"images": part.rows - len(gone) - len(rejects), "unreadable": len(rejects)}
@@ -414,7 +453,7 @@ class Predictions(PredictionWriter):
         return read_part(self._task.source, file)
 
     def uri(self, task: PoolTask, file: PoolFile) -> str:
-        return _part_uri(task, file)
+        return part_uri(task, file)
 
     def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return predict_with_tta(network, pixels, self._task.protocol, self._multiple)
@@ -452,6 +491,44 @@ class Predictions(PredictionWriter):
                     raise
                 raise Unwritable(row, f"{path} cannot be written: {error.strerror} [predict/not-written]") from None
         return file
+
+
+def _predict_scene_part(
+    network: Network, card: ModelCard, task: PredictionTask, part: Part, device: torch.device
+) -> FileReport:
+    """Predict one scene, and write the file of its part last. A scene that cannot be used is a reject."""
+    digest = file_digest(task.digest(), part)
+    if (stored := stored_report(part_uri(task, part), digest)) is not None:
+        return stored
+    image_id = scene_id(path_below(task.source, part.uri))
+    scene = SceneTask(
+        uri=part.uri,
+        destination=task.destination,
+        name=safe_name(image_id),
+        driver="GTiff" if task.format == "geotiff" else "PNG",
+        protocol=task.protocol,
+        downscale=card.downscale,
+        multiple=size_multiple(card.network),
+        colours=card.colours,
+        confidence=task.confidences,
+    )
+    file, size, rejects = None, (0, 0), tuple[Reject, ...]()
+    try:
+        if part.problem is not None:
+            raise BadImage(part.problem, "image/place")
+        file, size = predict_scene(network, scene, device)
+    except BadImage as error:
+        rejects = (Reject(image_id=image_id, source=part.uri, reason=str(error)),)
+    except (FileNotFoundError, PermissionError) as error:
+        rejects = (Reject(image_id=image_id, source=part.uri, reason=f"cannot be read: {error} [image/unreadable]"),)
+    statistics = Statistics.of(int(file is not None), len(rejects), (), task.num_classes)
+    report = FileReport(
+        file=part.name, statistics=statistics, max_height=size[0], max_width=size[1], labelled_ids=(), rejects=rejects
+    )
+    table = pa.Table.from_pylist([{"image_id": image_id, "file": file}], FILES_SCHEMA)
+    metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: digest}
+    storage.write_table(part_uri(task, part), table.replace_schema_metadata(metadata))
+    return report
 
 
 def enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ are averaged at the image's size. Images are scaled as training scales them: bil
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from types import EllipsisType
@@ -18,6 +19,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from threestage.data.raster import window_starts
 from threestage.errors import InputError
 from threestage.models.network import crop_fits, size_multiple
 from threestage.models.settings import InferenceSettings, NetworkSettings, sides
@@ -118,7 +120,7 @@ def predict_in_windows(
         protocol = protocol.model_copy(update={"window": fitting_window(size, multiple, most_pixels), "stride": None})
     class_ids = image.new_empty((len(image), *size))
     confidence, entropy = (image.new_empty(class_ids.shape, dtype=torch.float32) for _ in range(2))
-    score = partial(_window_scores, network, protocol=protocol, multiple=multiple)
+    score = partial(window_scores, network, protocol=protocol, multiple=multiple)
     for place, scores in _bands(score, image, protocol, 0 if size[0] >= size[1] else 1):  # bands across the longer side
         scores = scores if protocol.single_view else scores.log()
         class_ids[place], confidence[place], entropy[place] = class_confidence_entropy(scores)
@@ -138,11 +140,48 @@ def fitting_window(size: tuple[int, int], multiple: int, most_pixels: int) -> tu
     return height, width
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Stands for an image (H,W) that is read by windows: a part of it is its rows and columns. `left`: where it begins in the
+    image that it is a strip of."""
+
+    shape: tuple[int, int]
+    left: int
+
+    def __getitem__(self, place: tuple[Any, ...]) -> tuple[slice, slice]:
+        rows, columns = place[-2:]
+        return rows, slice(columns.start + self.left, columns.stop + self.left)
+
+
+def score_in_strips(
+    score: Callable[[slice, slice], Tensor], size: tuple[int, int], protocol: InferenceSettings, strip_width: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The scores of an image (H,W) that is never held, to the bit as `_bands` gives them of the whole: rows, columns, and
+    (1,C,h,w) of them. `score`: of the window at these rows and columns.
+
+    In strips from top to bottom, of about `strip_width` columns: memory is that of one band of windows across a strip. The
+    windows on a border between strips are predicted for both.
+    """
+    assert protocol.window is not None
+    window, step = protocol.window[1], protocol.step[1]
+    starts = [*window_starts(size[1], window, step), size[1]]
+    together = max(1, (strip_width - window) // step + 1)
+    for first in range(0, len(starts) - 1, together):
+        own = starts[first : first + together + 1]
+        left = next(start for start in starts if start + window > own[0])
+        width = min(own[-2] + window, size[1]) - left
+        for place, scores in _bands(lambda part: score(*part), _Places((size[0], width), left), protocol, 0):
+            rows = place[-2]
+            assert isinstance(rows, slice)
+            yield rows, slice(own[0], own[-1]), scores[..., own[0] - left : own[-1] - left]
+
+
 def _bands(
-    score: Callable[[Tensor], Tensor], image: Tensor, protocol: InferenceSettings, long: int
+    score: Callable[[Any], Tensor], image: Tensor | _Places, protocol: InferenceSettings, long: int
 ) -> Iterator[tuple[tuple[EllipsisType | slice, ...], Tensor]]:
     """The mean of the scores of the windows that cover a pixel, weighted as the protocol says, in bands that follow each other
-    along the side `long` (0: the height): where they are, and (N,C,h,w) of them. `score`: of a window, (N,C,h,w) float32."""
+    along the side `long` (0: the height): where they are, and (N,C,h,w) of them. `score`: of what `image` gives for a window,
+    (N,C,h,w) float32."""
     assert protocol.window is not None
     size = (image.shape[-2], image.shape[-1])
     starts = [window_starts(*sides) for sides in zip(size, protocol.window, protocol.step, strict=True)]
@@ -191,7 +230,8 @@ def _moved(band: Tensor, kept: tuple[EllipsisType | slice, ...], long: int) -> T
     return moved
 
 
-def _window_scores(network: nn.Module, window: Tensor, protocol: TTASettings, multiple: int) -> Tensor:
+def window_scores(network: nn.Module, window: Tensor, protocol: TTASettings, multiple: int) -> Tensor:
+    """Of windows (N,3,H,W) uint8: logits (N,C,H,W) float32, with several views their mean probabilities."""
     if protocol.single_view:
         return network(window.float() / 255)[0].float()
     whole = protocol.model_copy(update={"window": None, "stride": None})
@@ -247,8 +287,3 @@ def window_logits(network: nn.Module, image: Tensor, protocol: InferenceSettings
         logits[place] = scores
     assert logits is not None
     return logits
-
-
-def window_starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side, in pixels: every `stride`, the last one moved back to the border."""
-    return [0] if side <= window else [*range(0, side - window, stride), side - window]

@@ -25,11 +25,11 @@ from threestage.prediction.input_parts import Part
 from threestage.prediction.pool_prediction import predict_files
 from threestage.prediction.predict import (
     ModelFiles,
-    Predictions,
     PredictionTask,
     PredictReport,
     PredictSettings,
     predict_input,
+    predict_parts,
 )
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend.capacity import warn_of_folders
@@ -202,5 +202,5 @@ def _open(model: str, task: dict[str, Any]) -> Predict:
     device = default_device()
     network, card = load_model(model)
     settings = PredictionTask.model_validate(task)
-    network, product = network.to(device), Predictions(settings, card)
-    return lambda parts: predict_files(network, settings, list(map(Part.model_validate_json, parts)), device, product)
+    network = network.to(device)
+    return lambda parts: predict_parts(network, card, settings, list(map(Part.model_validate_json, parts)), device)
