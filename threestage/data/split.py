@@ -230,7 +230,7 @@ def _carve(chosen: Sequence[str], share: float, groups: Mapping[str, str] = {}) 
         if not side and len(other) > 1 and share > 0:
             side.append(other.pop(other.index(min(other, key=len))))
     if not labelled or (share > 0 and not validation):
-        together = f", in {len(whole)} group{'s' * (len(whole) > 1)} by data.group," if groups else ""
+        together = f", in {len(whole)} group{'s' * (len(whole) > 1)} by data.group or scene," if groups else ""
         raise InputError(
             f"data.labelled gives {len(chosen)} labelled{together} and data.validation {share} takes them all; "
             "label more, or give the data set a val split",

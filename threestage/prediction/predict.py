@@ -241,11 +241,8 @@ def predict_input(
     card = ModelCard.model_validate_json(model[CARD])
     kind = "scenes" if settings.format == "geotiff" else kind_of(source, settings.input_format)
     settings = _for_model(settings, card, kind)
-    if kind != "data set" and f"{_place(out)}/".startswith(f"{_place(source)}/"):
-        raise InputError(
-            f"{out}: it lies inside the input {source} and would become a part of it; give another folder",
-            "predict/output-in-input",
-        )
+    if kind != "data set":
+        _refuse_output_inside(source, out)
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
@@ -257,13 +254,19 @@ def predict_input(
     warnings = passed_over(source, suffixes_passed_over(listing)) if kind == "images" else []
     write_record()
     task = _task(model, card, source, out, settings, kind)
-    if (
-        settings.format == "png" and kind != "scenes" and (kind != "data set" or not storage.is_s3(out))
-    ):  # whose ids only folders can be
+    if settings.format == "png" and (kind in ("images", "parquet") or (kind == "data set" and not storage.is_s3(out))):
         crowded = crowded_names(parts, source, kind, partial(_names_kept, task, parts))
         task = task.model_copy(update={"crowded": crowded})
     report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
     return report.model_copy(update={"warnings": tuple(warnings)})
+
+
+def _refuse_output_inside(source: str, out: str) -> None:
+    if f"{_place(out)}/".startswith(f"{_place(source)}/"):
+        raise InputError(
+            f"{out}: it lies inside the input {source} and would become a part of it; give another folder",
+            "predict/output-in-input",
+        )
 
 
 def _for_model(settings: PredictSettings, card: ModelCard, kind: Kind) -> PredictSettings:
