@@ -90,8 +90,8 @@ def _category(feature: dict[str, Any], uri: str) -> str | int:
 
 def _rings(feature: dict[str, Any], uri: str, raster: Raster, crs: str) -> list[list[npt.NDArray[np.float64]]]:
     """Of each polygon of a feature, in pixels."""
-    geometry = feature.get("geometry") or {}
-    kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+    geometry: dict[str, Any] = feature.get("geometry") or {}
+    kind, coordinates = geometry.get("type"), geometry.get("coordinates") or []
     if kind not in ("Polygon", "MultiPolygon"):
         return []
     try:

@@ -25,7 +25,7 @@ def square(left: float, top: float, right: float, bottom: float) -> list[list[fl
     return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
 
 
-def feature(category: object, *rings: list[list[float]], key: str = "class") -> dict[str, Any]:
+def feature(category: object, *rings: list[Any], key: str = "class") -> dict[str, Any]:
     return {
         "type": "Feature",
         "properties": {key: category},

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tests.refusals import refused
 from threestage.config import validated
+from threestage.data.raster import window_starts
 from threestage.models.network import build_network
 from threestage.models.settings import InferenceSettings, NetworkSettings
 from threestage.prediction import pseudo_masks
@@ -25,7 +26,6 @@ from threestage.prediction.tta import (
     protocol_for,
     scaled_size,
     window_logits,
-    window_starts,
 )
 
 CLASSES = 4
