@@ -1,8 +1,8 @@
-"""The pictures of method.md, drawn by the code that trains, and that of README.md, from a run on CamVid (results.md names it).
+"""The pictures of method.md, drawn by the code that trains, and that of README.md, of two runs (report.md names them).
 
 threestage demo --local --set stages=1 --out runs/pictures      # stage 1 alone: a minute and a half on a CPU
 python docs/make_pictures.py runs/pictures                      # docs/pictures/views.png and pseudo-masks.png
-python docs/make_pictures.py --streets runs/camvid              # docs/pictures/streets.png
+python docs/make_pictures.py --compare runs/control runs/mine   # docs/pictures/comparison.png
 """
 
 import sys
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from threestage.augment.draws import Draws, generator
 from threestage.augment.mixing import draw_mixing
@@ -18,18 +17,18 @@ from threestage.augment.plans import StrongSettings
 from threestage.augment.views import AugmentSettings, strong_view, weak_view
 from threestage.data import storage
 from threestage.data.pool import load_pool, read_pool_rows
-from threestage.data.records import decode_mask, load_manifest
+from threestage.data.records import decode_mask
 from threestage.data.samples import Decoded, decode_sample, pool_samples
+from threestage.data.split import saved_split
 from threestage.data.synthetic import CLASSES, COLOURS, scene
-from threestage.report.mask_images import FONT_SIZE, GAP, Bytes, colourise, panel
-from threestage.report.validation_images import PICTURES
+from threestage.report.mask_images import Bytes, colourise, panel
+from threestage.report.validation_images import Shown, compare
 from threestage.training.losses import keep_confident
 
 FOLDER = Path(__file__).parent / "pictures"
 AUGMENT = AugmentSettings(crop_size=(64, 64), scale=(0.8, 1.3), strong=StrongSettings(cutout_size=12))
 THRESHOLD = 0.7
 SCENES = (3, 8)
-STREETS = 3
 ROWS = (0, 1, 2, 3)
 """Of the pool's first file."""
 
@@ -69,19 +68,17 @@ def pseudo_masks(uri: str, run: str) -> None:
     save(uri, columns)
 
 
-def streets(uri: str, run: str) -> None:
-    """The first rows of a run's pictures.png, at a third of their size."""
-    manifest = load_manifest(storage.read_json(storage.join(run, "results.json"))["data"]["root"])
-    titles = ("image", "truth", "stage 1", "stage 2", "stage 3")
-    with Image.open(storage.join(run, "pictures.png")) as whole:
-        width = (whole.width - GAP) // len(titles)
-        height = (whole.height - 2 * (FONT_SIZE + 2 * GAP)) // PICTURES
-        columns = []
-        for column, title in enumerate(titles):
-            places = [(GAP + column * width, FONT_SIZE + 2 * GAP + row * height) for row in range(STREETS)]
-            cut = [whole.crop((x, y, x + width - GAP, y + height - GAP)) for x, y in places]
-            columns.append((title, [np.asarray(part.convert("RGB").reduce(3)) for part in cut]))
-    panel(columns, manifest.classes, manifest.colours).quantize(256).save(uri, optimize=True)
+def comparison(uri: str, control: str, run: str) -> None:
+    """What training on the labels alone and a run of as many steps see of four validation images."""
+    results = {folder: storage.read_json(storage.join(folder, "results.json")) for folder in (control, run)}
+    columns = []
+    for title, folder in (("labels only", control), ("threestage", run)):
+        stages = results[folder]["stages"]
+        steps = sum(figures["steps"] for figures in stages.values())
+        part = storage.join(folder, list(stages)[-1])
+        columns.append(Shown(f"{title}\n{steps:,} steps", part, list(stages.values())[-1]["mean_iou"]))
+    split = saved_split(storage.join(run, "split.json"))[0]
+    compare(results[run]["data"]["root"], split, columns).quantize(64).save(uri, optimize=True)
 
 
 def kept(decoded: Decoded) -> Bytes:
@@ -108,8 +105,8 @@ def save(uri: str, columns: list[tuple[str, list[Bytes]]]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--streets":
-        streets(str(FOLDER / "streets.png"), sys.argv[2])
+    if sys.argv[1] == "--compare":
+        comparison(str(FOLDER / "comparison.png"), *sys.argv[2:])
     else:
         views(str(FOLDER / "views.png"))
         pseudo_masks(str(FOLDER / "pseudo-masks.png"), sys.argv[1])

@@ -91,8 +91,11 @@ class Browser:
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+    def screenshot(self, whole: bool = False) -> bytes:
+        """A PNG of what is in the window, or of the whole page."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"] if whole else {}
+        clip = {"captureBeyondViewport": True, "clip": {**size, "scale": 1}} if whole else {}
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"])
 
     def requests(self) -> list[str]:
         """URLs that the page asked for, data: ones apart."""

@@ -1,5 +1,6 @@
 """The page in a real browser, and in a real MLflow store."""
 
+import io
 import shutil
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.browser import Browser, browser, found_browser
 from tests.runs import copy_run
@@ -97,6 +99,20 @@ def test_a_narrow_window_scrolls_in_one_direction_only(chromium: Browser, run: P
     assert chromium.value("document.documentElement.scrollWidth") <= 390
     right = "[...document.querySelectorAll('img, .plot, .bars')].map(shown => shown.getBoundingClientRect().right)"
     assert max(chromium.value(right)) <= 390
+
+
+def test_nothing_is_empty_in_a_screenshot_of_the_whole_page(chromium: Browser, run: Path, tmp_path: Path) -> None:
+    """No picture, no chart, and no part without a heading that can be seen."""
+    file = tmp_path / "page.html"
+    write_report(str(run), str(file), images=30)
+    chromium.open(file, width=1000)
+    parts = "[...document.querySelectorAll('.picture img, .plot, .bars svg, main h2')]"
+    boxes = chromium.value(f"{parts}.map(part => part.getBoundingClientRect()).map(r => [r.x, r.y, r.right, r.bottom])")
+    with Image.open(io.BytesIO(chromium.screenshot(whole=True))) as shot:
+        seen = np.asarray(shot.convert("L"))
+    assert len(boxes) > 90 and max(box[3] for box in boxes) <= len(seen)
+    empty = [box for box in boxes if np.ptp(seen[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])]) < 30]
+    assert empty == []
 
 
 def test_the_menu_lands_where_it_says(chromium: Browser, run: Path, tmp_path: Path) -> None:

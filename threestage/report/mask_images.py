@@ -15,11 +15,12 @@ from threestage.data.classes import Colour
 from threestage.data.palette import palette
 
 Bytes = npt.NDArray[np.uint8]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 # ---- In colour, over a photo, and side by side
 
 LEAST_WIDTH, MOST_WIDTH = 160, 480  # pixels of one image in a panel
-GAP, FONT_SIZE = 8, 15
+GAP, FONT_SIZE, LEADING = 8, 15, 4
 BAND_ROWS = 256
 
 
@@ -38,39 +39,54 @@ def overlay(image: Bytes, mask: Bytes, colours: Sequence[Colour], alpha: float =
 
 
 def panel(
-    columns: Sequence[tuple[str, Sequence[Bytes]]], classes: Sequence[str], colours: Sequence[Colour]
+    columns: Sequence[tuple[str, Sequence[Bytes]]],
+    classes: Sequence[str],
+    colours: Sequence[Colour],
+    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """Pictures side by side: one column per (title, RGB arrays (H,W,3) uint8), one row per image, a legend below.
 
     Small pictures are enlarged by a whole factor with nearest neighbours, so that pixels stay pixels; wide ones are
-    reduced. Columns may differ in length and pictures in size.
+    reduced. Columns may differ in length and pictures in size. captions: for each column a line below each picture.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     pictures = [[_enlarged_or_reduced(array) for array in arrays] for _, arrays in columns]
+    lines = [title.split("\n") for title, _ in columns]
     widths = [
-        max([math.ceil(font.getlength(title)), *(picture.width for picture in column)])
-        for (title, _), column in zip(columns, pictures, strict=True)
+        max([*(math.ceil(font.getlength(line)) for line in title), *(picture.width for picture in column)])
+        for title, column in zip(lines, pictures, strict=True)
     ]
     rows = max((len(column) for column in pictures), default=0)
-    heights = [max(column[row].height for column in pictures if row < len(column)) for row in range(rows)]
+    below = (FONT_SIZE + GAP if captions else 0) + GAP
+    heights = [max(column[row].height for column in pictures if row < len(column)) + below for row in range(rows)]
     width = sum(widths) + GAP * (len(widths) + 1)
     entries = [*zip(classes, colours, strict=True), ("ignored", (0, 0, 0))]
     positions, legend_height = _legend_positions([name for name, _ in entries], width, font)
-    top = FONT_SIZE + 2 * GAP
-    legend_top = top + sum(heights) + GAP * rows
+    top = FONT_SIZE + 2 * GAP + (max(map(len, lines)) - 1) * (FONT_SIZE + LEADING)
+    legend_top = top + sum(heights)
 
     canvas = Image.new("RGB", (width, legend_top + legend_height), "white")
     draw = ImageDraw.Draw(canvas)
     left = GAP
-    for (title, _), column, column_width in zip(columns, pictures, widths, strict=True):
-        draw.text((left + column_width / 2, top / 2), title, "black", font, anchor="mm")
-        for row, picture in enumerate(column):
-            canvas.paste(picture, (left + (column_width - picture.width) // 2, top + sum(heights[:row]) + GAP * row))
+    for column, (title, shown, column_width) in enumerate(zip(lines, pictures, widths, strict=True)):
+        middle = left + column_width / 2
+        draw.text((middle, top / 2), "\n".join(title), "black", font, "mm", LEADING, "center")
+        for row, picture in enumerate(shown):
+            y = top + sum(heights[:row])
+            canvas.paste(picture, (left + (column_width - picture.width) // 2, y))
+            if captions:
+                caption = _end_of(captions[column][row], column_width, font)
+                draw.text((middle, y + picture.height + GAP / 2), caption, "dimgrey", font, "mt")
         left += column_width + GAP
     for (name, colour), (x, y) in zip(entries, positions, strict=True):
         draw.rectangle((x, legend_top + y, x + FONT_SIZE, legend_top + y + FONT_SIZE), tuple(colour), "black")
         draw.text((x + 1.5 * FONT_SIZE, legend_top + y + FONT_SIZE / 2), name, "black", font, anchor="lm")
     return canvas
+
+
+def _end_of(text: str, width: int, font: Font) -> str:
+    """As much of its end as fits."""
+    return next((end for i in range(len(text)) if font.getlength(end := "…"[: i and 1] + text[i:]) <= width), "")
 
 
 def _enlarged_or_reduced(array: Bytes) -> Image.Image:
@@ -84,9 +100,7 @@ def _enlarged_or_reduced(array: Bytes) -> Image.Image:
     return picture
 
 
-def _legend_positions(
-    names: Sequence[str], width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> tuple[list[tuple[int, int]], int]:
+def _legend_positions(names: Sequence[str], width: int, font: Font) -> tuple[list[tuple[int, int]], int]:
     """Top left corners of the swatches, broken into lines of at most `width` pixels, and the height of them all."""
     positions, x, y = list[tuple[int, int]](), GAP, 0
     for name in names:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from threestage import IGNORE_INDEX
@@ -16,19 +17,21 @@ from threestage.data import storage
 from threestage.data.datasets import labelled_set, validation_set
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.samples import Decoded
-from threestage.data.split import saved_split
+from threestage.data.split import Split, saved_split
 from threestage.errors import InputError
-from threestage.evaluation import BATCH
+from threestage.evaluation import BATCH, read_image_counts
 from threestage.models.export import load_card, load_model
 from threestage.models.network import Network
 from threestage.prediction.pseudo_masks import predict_images, quantise
 from threestage.report.mask_images import colourise, panel
 from threestage.report.run_reader import Run
+from threestage.run_folder.records import Results
 from threestage.run_folder.reuse import resolve_part
 from threestage.training.metrics import (
     RELIABILITY_BINS,
     confusion_matrix,
     expected_calibration_error,
+    iou_of_counts,
     mean_iou,
     pixel_accuracy,
     reliability_counts,
@@ -203,24 +206,70 @@ def choose(scores: dict[int, float], count: int) -> list[Chosen]:
 
 # ---- pictures.png of a run
 
-PICTURES = 6
+SCENES = 4
+
+
+class Shown(NamedTuple):
+    """A column of the picture: what the model of a stage sees. `mean_iou`: on all validation images."""
+
+    title: str
+    folder: str
+    mean_iou: float
 
 
 def write_pictures(config: Config, out: str) -> None:
-    """`pictures.png`: image | truth | stage 1 | stage 2 | stage 3 for some validation images."""
-    manifest = load_manifest(config.data.root)
+    """`pictures.png`: four validation images, their truth, what stage 1 sees of them, and what the last stage sees."""
+    results = storage.read_json(storage.join(out, "results.json"), Results)["stages"]
     split = saved_split(storage.join(out, "split.json"))[0]
-    samples = validation_set(config.data.root, manifest, split, config.data.downscale)
-    spacing = max(1, len(samples) // PICTURES)
-    chosen = [samples.decoded(i) for i in range(0, len(samples), spacing)][:PICTURES]
-    images = [decoded.image for decoded in chosen]
-    truths = [colourise(decoded.maps["mask"], manifest.colours) for decoded in chosen]
-    columns = [("image", images), ("truth", truths)]
-    device = default_device()
-    for number, stage in enumerate(config.stage_names, 1):
-        network = load_model(storage.join(resolve_part(out, stage), "model"))[0].to(device)
-        predicted = {index: mask.numpy() for index, mask, _, _ in predict_images(network, images, BATCH, device)}
-        columns.append((f"stage {number}", [colourise(predicted[i], manifest.colours) for i in range(len(images))]))
+    first, last, steps = config.stage_names[0], config.stage_names[-1], 0
+    columns = []
+    for stage in config.stage_names:
+        steps += results[stage]["steps"]
+        if stage in (first, last):
+            from_labels = stage == first and config.stage1.unlabelled_batch == 0
+            name = "labels only" if from_labels else f"threestage, stage {stage[-1]}"
+            columns.append(Shown(f"{name}\n{steps:,} steps", resolve_part(out, stage), results[stage]["mean_iou"]))
     stream = io.BytesIO()
-    panel(columns, manifest.classes, manifest.colours).save(stream, format="PNG")
+    compare(config.data.root, split, columns).save(stream, format="PNG")
     storage.write_bytes(storage.join(out, "pictures.png"), stream.getvalue())
+
+
+def compare(data: str, split: Split, columns: Sequence[Shown]) -> Image.Image:
+    """Four validation images and their truth beside what some models see of them, with names and scores."""
+    card = load_card(storage.join(columns[0].folder, "model"))
+    manifest = _manifest(data, card.classes)
+    samples = validation_set(data, manifest, split, card.downscale)
+    image_ids = [sample.image_id for sample in samples.samples]
+    chosen = _scenes(image_ids, columns[0].folder, columns[-1].folder)
+    decoded = [samples.decoded(place) for place in chosen]
+    images, masks = [one.image for one in decoded], [one.maps["mask"] for one in decoded]
+    shown = [("image", images), ("truth", [colourise(mask, manifest.colours) for mask in masks])]
+    captions = [[image_ids[place] for place in chosen], [""] * len(chosen)]
+    device = default_device()
+    for title, folder, score in columns:
+        network = load_model(storage.join(folder, "model"))[0].to(device)
+        found = {place: class_ids for place, class_ids, *_ in predict_images(network, images, BATCH, device)}
+        predicted = [found[place] for place in range(len(images))]
+        shown.append((f"{title}: {score:.3f}", [colourise(ids.numpy(), manifest.colours) for ids in predicted]))
+        confusions = [
+            confusion_matrix(torch.from_numpy(mask), ids, len(manifest.classes))
+            for mask, ids in zip(masks, predicted, strict=True)
+        ]
+        captions.append([f"mean IoU {mean_iou(confusion):.3f}" for confusion in confusions])
+    return panel(shown, manifest.classes, manifest.colours, captions)
+
+
+def _scenes(image_ids: Sequence[str], first: str, last: str) -> list[int]:
+    """Places of four images, chosen by the gain from the first stage's folder to the last's, where it is known."""
+    gains = torch.zeros(len(image_ids))
+    found, before = read_image_counts(last), read_image_counts(first)
+    if found is not None and before is not None and found[0] == before[0] == image_ids:
+        gains = (iou_of_counts(found[1]) - iou_of_counts(before[1])).nanmean(-1).nan_to_num()
+    return median_of_quarters(gains)
+
+
+def median_of_quarters(gains: Tensor) -> list[int]:
+    """Of each quarter of the images (N,), in their order, the place of the one with the median gain: neither the best nor the
+    worst is shown, and frames of one film are far from each other."""
+    quarters = [part for part in torch.arange(len(gains)).tensor_split(SCENES) if len(part)]
+    return [int(part[gains[part].argsort(stable=True)[len(part) // 2]]) for part in quarters]

@@ -70,6 +70,15 @@ def test_a_panel_with_many_classes_breaks_the_legend_into_lines() -> None:
     assert many.height > few.height + 100
 
 
+def test_a_panel_has_captions_that_never_widen_it() -> None:
+    pictures = [np.zeros((64, 64, 3), np.uint8)] * 2
+    columns = [("labels only\n1,600 steps", pictures), ("truth", pictures)]
+    plain = mask_images.panel(columns, CLASSES, COLOURS)
+    named = mask_images.panel(columns, CLASSES, COLOURS, [["a" * 500, ""], ["mean IoU 0.5", ""]])
+    assert named.width == plain.width and named.height == plain.height + 2 * (mask_images.FONT_SIZE + mask_images.GAP)
+    assert (np.asarray(named) == (105, 105, 105)).all(2).any(), "the captions are grey"
+
+
 def test_a_panel_without_pictures_is_still_a_picture() -> None:
     assert mask_images.panel([("image", [])], CLASSES, COLOURS).height > 0
 

@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.refusals import refused
 from tests.runs import copy_run
@@ -19,7 +21,7 @@ from threestage.data import storage
 from threestage.data.rejects import Reject, RejectList
 from threestage.report.report import write_report
 from threestage.report.run_reader import log_page, read_run, throughput
-from threestage.report.validation_images import Validation, choose, evenly
+from threestage.report.validation_images import Validation, choose, evenly, median_of_quarters
 from threestage.run import run as run_module
 from threestage.training.metrics import expected_calibration_error, reliability_counts
 
@@ -353,3 +355,18 @@ svg g path line polyline polygon rect circle text tspan defs pattern use
 def test_every_element_is_one_of_html_or_svg(finished: Path, tmp_path: Path) -> None:
     page = page_of(finished, out=str(tmp_path / "page.html"))
     assert {name for name, _ in page.elements} <= set(KNOWN.split())
+
+
+def test_pictures_are_four_scenes_of_truth_labels_only_and_the_last_stage(finished: Path) -> None:
+    assert median_of_quarters(torch.tensor([3.0, 1.0, 2.0, 0.0, 9.0, 5.0, 7.0, 8.0, 6.0, 0.0, 0.0, 0.0])) == [
+        2,
+        5,
+        6,
+        10,
+    ]
+    assert median_of_quarters(torch.zeros(2)) == [0, 1] and median_of_quarters(torch.zeros(0)) == []
+    with Image.open(finished / "pictures.png") as picture:
+        colours = np.asarray(picture.convert("RGB"))
+    filled = (colours != 255).any(2)
+    columns = np.diff(np.r_[0, filled[100:150].mean(0) > 0.9, 0].astype(int))
+    assert (columns == 1).sum() == 4, "image, truth, stage 1, stage 3"
