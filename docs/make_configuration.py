@@ -5,6 +5,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache, reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from threestage.config import Config
+from threestage.config import Config, load
 from threestage.settings import Settings
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -22,6 +23,9 @@ INTRODUCTION = """# Every setting
 - **One setting**: `--set a.b=c`.
 - **Your own file**: YAML with nested keys. `base: PRESET` gives the keys that the file leaves out.
 - **All values**: `threestage config PRESET` prints a whole configuration.
+
+A default is that of the preset `own_images`. Where a configuration without a preset has another,
+that follows in brackets.
 
 Unknown keys and wrong values are errors that name the valid ones. "Paper: 0" is the value of the
 published runs ([the method](method.md)).
@@ -66,7 +70,7 @@ def _rows(fields: dict[str, FieldInfo], model: type[Settings], prefix: str) -> I
     told = _docstrings(model)
     for name, field in fields.items():
         text = field.description or told.get(name, "")
-        yield f"`{prefix}{name}`", _values(field), _default(field), text
+        yield f"`{prefix}{name}`", _values(field), _default(field, f"{prefix}{name}"), text
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> str:
@@ -105,15 +109,23 @@ def _type(kind: Any) -> str:
     return "mapping"
 
 
-def _default(field: FieldInfo) -> str:
+def _default(field: FieldInfo, key: str) -> str:
     if field.default is PydanticUndefined:
         return "none: must be given"
-    return f"`{_yaml(field.default)}`"
+    used = reduce(getattr, key.split("."), _preset())
+    return f"`{_yaml(used)}`" + (f" (`{_yaml(field.default)}`)" if used != field.default else "")
+
+
+@cache
+def _preset() -> Config:
+    return load("own_images", ["data.root=none"])
 
 
 def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_yaml(inner)}' for key, inner in value.items())}}}"
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return str(value)

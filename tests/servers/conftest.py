@@ -1,10 +1,12 @@
-"""Shared by the tests that register models."""
+"""A browser, and what is shared by the tests that register models."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.browser import Browser, browser, found_browser
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -29,3 +31,14 @@ def exported_once() -> Iterator[None]:
         patch.setattr("threestage.checks.run_check.without_onnx", lambda *_: None)
         patch.setattr("threestage.run.run.without_program", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[Browser]:
+    path = found_browser()
+    if path is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    with browser(path, profile) as opened:
+        yield opened

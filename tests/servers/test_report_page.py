@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import Browser, browser, found_browser
+from tests.browser import Browser
 from tests.runs import copy_run
 from threestage.data import storage
 from threestage.mlflow_sync.client import open_registry
@@ -28,17 +28,6 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
 @pytest.fixture(scope="module")
 def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_run(finished_run, tmp_path_factory.mktemp("report") / "run")
-
-
-@pytest.fixture
-def chromium(tmp_path: Path) -> Iterator[Browser]:
-    path = found_browser()
-    if path is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    profile = tmp_path / "profile"
-    profile.mkdir()
-    with browser(path, profile) as opened:
-        yield opened
 
 
 def examples(number: int) -> Iterator[Example]:
@@ -99,6 +88,10 @@ def test_a_narrow_window_scrolls_in_one_direction_only(chromium: Browser, run: P
     assert chromium.value("document.documentElement.scrollWidth") <= 390
     right = "[...document.querySelectorAll('img, .plot, .bars')].map(shown => shown.getBoundingClientRect().right)"
     assert max(chromium.value(right)) <= 390
+    tops = (
+        "[...document.querySelector('article').querySelectorAll('.prediction')].map(p => p.getBoundingClientRect().top)"
+    )
+    assert len(chromium.value(tops)) == 3 and len(set(chromium.value(tops))) == 1, "stages stand side by side"
 
 
 def test_nothing_is_empty_in_a_screenshot_of_the_whole_page(chromium: Browser, run: Path, tmp_path: Path) -> None:
