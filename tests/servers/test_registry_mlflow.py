@@ -33,6 +33,7 @@ from threestage.mlflow_sync.client import MAX_DESCRIPTION, Registry, open_models
 from threestage.mlflow_sync.connection import shortened
 from threestage.mlflow_sync.packing import pack_model, write_card
 from threestage.mlflow_sync.records import RegistrySettings, StageRecord
+from threestage.mlflow_sync.run_sync import describe
 from threestage.models.export import ModelCard, load_card, save_model
 from threestage.models.network import build_network
 from threestage.models.settings import NetworkSettings
@@ -108,7 +109,8 @@ def runs_of(registry: Registry) -> list[Any]:
 def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     registry: Registry, record: StageRecord, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    record, before = replace(record, rows=ROWS), dict(os.environ)
+    tags = record.tags | {"labelled": "12", "code_version": "0", "continued_from": "s3://KEY:SECRET@bucket/before"}
+    record, before = replace(record, rows=ROWS, tags=tags, steps_before=1000), dict(os.environ)
     first = registry.record_stage(record)
     again = registry.record_stage(record)
     assert first == again
@@ -122,7 +124,13 @@ def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     assert (stage.data.params["data.root"], stage.data.params["seed"]) == ("s3://bucket/shapes", "0")
     assert stage.data.metrics["mean_iou"] == 0.625
     assert len(registry._client.get_metric_history(stage.info.run_id, "loss")) == 800
-    assert [entry.dataset.name for entry in stage.inputs.dataset_inputs] == ["shapes"]
+    for run in (parent, stage):
+        assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["shapes"]
+    for_people = {tag for tag in stage.data.tags if not tag.startswith(("mlflow.", "threestage."))}
+    assert for_people == {"data", "encoder", "labelled", "validation"}, "and threestage.stage"
+    details = json.loads(stage.data.tags["threestage.details"])
+    assert details == {"data_digest": "d" * 64, "code_version": "0", "continued_from": "s3://bucket/before"}
+    assert stage.data.tags["mlflow.note.content"].startswith("**mean IoU 0.625** on 9 images of shapes val")
     assert (tmp_path / "a folder/mlartifacts" / stage.info.run_id / "artifacts/config.yaml").is_file()
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"SECRET" not in stored
@@ -146,6 +154,32 @@ def test_a_killed_recording_is_completed_by_the_next(
     assert len(runs_of(registry)) == 2
     assert len(registry._client.get_metric_history(version.run_id, "loss")) == 8
     assert [row["aliases"] for row in registry.models.versions()] == [["champion", "stage3"]]
+
+
+def test_the_parent_has_the_curves_of_all_stages(registry: Registry, record: StageRecord) -> None:
+    rows = [{"step": step, "mean_iou": step / 10, "supervised_loss": 1.0, "iou/disc": 0.5} for step in (2, 4)]
+    first = replace(record, stage="stage1", rows=rows, summary={})
+    for stage in (
+        first,
+        first,
+        replace(record, rows=rows[:1], steps_before=4),
+        replace(record, rows=rows, steps_before=4),
+    ):
+        registry.record_rows(stage)
+    parent = runs_of(registry)[0]
+    assert set(parent.data.metrics) == {"mean_iou", "supervised_loss"}
+    history = registry._client.get_metric_history(parent.info.run_id, "mean_iou")
+    assert [(point.step, point.value) for point in history] == [(2, 0.2), (4, 0.4), (6, 0.2), (8, 0.4)]
+
+
+def test_a_run_is_described_by_its_score_and_verdict(registry: Registry) -> None:
+    stages = {"stage1": {"mean_iou": 0.5}, "stage2": {"mean_iou": 0.625}}
+    text = describe({"stages": stages, "no_verdict": "why"})
+    assert (
+        text.startswith("**mean IoU 0.625** by stage2") and "stage1 0.500" in text and text.endswith("measured: why.")
+    )
+    registry.close_run("key", "FINISHED", {}, description=text)
+    assert runs_of(registry)[0].data.tags["mlflow.note.content"] == text
 
 
 def test_stages_share_a_parent_and_a_retrained_one_gets_a_version_of_its_own(

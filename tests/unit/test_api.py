@@ -1,8 +1,10 @@
 """`import threestage as ts`: from folders to a prediction in Python."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,23 @@ def test_from_folders_to_a_prediction(tmp_path: Path, monkeypatch: pytest.Monkey
     with Image.open("images/3.jpg") as photo:
         again = ts.load("runs/images").predict(np.asarray(photo))
     assert np.array_equal(again.class_ids, found.class_ids)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With smaller settings in the place of its cell of parameters."""
+    monkeypatch.chdir(tmp_path)
+    read = json.loads((Path(__file__).parents[2] / "docs/examples/first_model.ipynb").read_text())
+    names: dict[str, Any] = {}
+    cells = [cell for cell in read["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            names["settings"] = SMALL | {"augment.crop_size": [32, 32]}
+        else:
+            exec("".join(cell["source"]), names)
+    assert len(cells) == 6 and all(not cell["outputs"] for cell in cells)
+    assert names["found"].class_ids.shape == names["found"].confidence.shape
+    assert {"pictures.png", "report.html", "results.json"} <= {file.name for file in Path("runs/scenes").iterdir()}
 
 
 def test_the_import_loads_nothing_heavy() -> None:

@@ -47,6 +47,7 @@ from threestage.mlflow_sync.model_registry import (
     Models,
     file_tags,
     read_model_folder,
+    readable_tags,
 )
 from threestage.mlflow_sync.promotion import DECISION, MEAN_IOU
 from threestage.mlflow_sync.records import (
@@ -61,6 +62,13 @@ from threestage.mlflow_sync.records import (
 
 ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"
+DESCRIPTION = "mlflow.note.content"
+CURVES = (
+    MEAN_IOU,
+    "supervised_loss",
+    "consistency_loss",
+    "pseudo_mask_loss",
+)  # of the run, over the steps of all stages
 PER_CALL = {"params": 100, "tags": 100, "metrics": 1000}  # what MLflow takes in one call
 DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 36, 5000
 
@@ -216,11 +224,12 @@ class Registry(_Experiment):
             )
         name = self._model_name or model_name_of(record.run_name)
         with mlflow_session(self.uri):
-            run = self._stage_run(self._open_parent(record), record, digest)
+            parent = self._open_parent(record)
+            run = self._stage_run(parent, record, digest)
             version = self.models.version_of_run(run.info.run_id, name)
             if version is not None and COMPLETE in run.data.tags:
                 return _registered(version, record.stage, version.tags.get(DECISION, ""))
-            self._describe(run, record, digest)
+            self._describe(run, parent, record, digest)
         if version is None:
             version = self._register(run, name, record, digest, files)
         with mlflow_session(self.uri):
@@ -253,8 +262,9 @@ class Registry(_Experiment):
         summary: Mapping[str, float],
         artifacts: Mapping[str, str] | None = None,
         run_name: str | None = None,
+        description: str | None = None,
     ) -> str:
-        """End the parent run: its final values, and files (name in the run → URI). Returns its id. Idempotent."""
+        """End the parent run: its final values, description and files (name in the run → URI). Returns its id. Idempotent."""
         from threestage.data import storage
 
         with tempfile.TemporaryDirectory() as temporary:
@@ -267,7 +277,8 @@ class Registry(_Experiment):
                 finals = {key_of(key): float(value) for key, value in summary.items()}
                 changed = [key for key, value in finals.items() if repr(run.data.metrics.get(key)) != repr(value)]
                 now = int(time.time() * 1000) - run.info.start_time
-                self._log(run, points=[(key, finals[key], 0, now) for key in changed])
+                tags = {} if description is None else {DESCRIPTION: description}
+                self._log(run, tags=tags, points=[(key, finals[key], 0, now) for key in changed])
                 if artifacts:
                     self._client.log_artifacts(run.info.run_id, temporary)
                 self._end_stages(run.info.run_id, status)
@@ -281,7 +292,10 @@ class Registry(_Experiment):
 
     def _open_parent(self, stage: StageRows) -> Any:
         parent = self._parent_run(stage.run_key, stage.run_name)
-        self._log(parent, stage.config)
+        before = stage.steps_before
+        rows = [{key: value for key, value in row.items() if key in ("step", *CURVES)} for row in stage.rows]
+        moved = [(key, value, before + step, before + order) for key, value, step, order in metric_points(rows, {})]
+        self._log(parent, stage.config, points=moved)
         return parent
 
     def _stage_run(self, parent: Any, stage: StageRows, digest: str | None) -> Any:
@@ -294,15 +308,22 @@ class Registry(_Experiment):
             lambda run: run.data.tags.get(DIGEST) in (None, digest),
         )
 
-    def _describe(self, run: Any, record: StageRecord, digest: str) -> None:
-        """Config, tags, data set and metrics of a stage's run."""
+    def _describe(self, run: Any, parent: Any, record: StageRecord, digest: str) -> None:
+        """Config, description, tags, data set and metrics of a stage's run; the data set of its parent."""
         run_id, config = run.info.run_id, redact_tree(record.config)
         self._client.set_tag(run_id, DIGEST, digest)
-        self._log(run, record.config, record.tags, metric_points(record.rows, record.summary))
+        data = record.lineage["data"]
+        tags = readable_tags(record) | {"data": f"{data['name']}, version {data['version']}"}
+        if MEAN_IOU in record.summary:
+            validation = record.lineage["validation"]
+            on = f"{validation['images']} images of {validation['name']}"
+            tags[DESCRIPTION] = f"**mean IoU {record.summary[MEAN_IOU]:.3f}** on {on}, after the last step"
+        self._log(run, record.config, tags, metric_points(record.rows, record.summary))
         self._client.log_text(run_id, yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "config.yaml")
         self._client.log_text(run_id, json.dumps(redact_tree(record.lineage), indent=1), "lineage.json")
         if data_set := _data_set(config, record.tags.get("data_digest")):
-            self._client.log_inputs(run_id, [data_set])
+            for described in (run_id, parent.info.run_id):
+                self._client.log_inputs(described, [data_set])
 
     def _register(self, run: Any, name: str, record: StageRecord, digest: str, files: Mapping[str, bytes]) -> Any:
         from threestage.mlflow_sync.packing import model_card_of, pack_model

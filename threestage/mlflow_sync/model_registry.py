@@ -13,6 +13,7 @@ from typing import Any
 from threestage.errors import InputError, Warn, did_you_mean
 from threestage.hosts import refuse_foreign_source
 from threestage.mlflow_sync.connection import (
+    MAX_PARAM,
     MAX_TAG,
     TRANSFER_S,
     clean_tags,
@@ -30,6 +31,8 @@ from threestage.run_folder.lineage import Lineage
 RUN_KEY, STAGE, DIGEST, COMPLETE = (f"threestage.{key}" for key in ("run_key", "stage", "model_digest", "complete"))
 LINEAGE, TEACHER = (f"threestage.{key}" for key in ("lineage", "teacher_digest"))
 FILES, NO_PROGRAM = "threestage.files", "threestage.no_program"
+DETAILS = "threestage.details"
+READABLE = ("encoder", "labelled")
 PACKED_FOLDER = "model"
 IN_PACKED = f"artifacts/{PACKED_FOLDER}/"
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -256,9 +259,17 @@ def file_tags(digest: str, files: Mapping[str, str], no_program: str | None) -> 
     return tags if no_program is None else tags | {NO_PROGRAM: shortened(redact(no_program), MAX_TAG)}
 
 
+def readable_tags(record: StageRecord) -> dict[str, str]:
+    """The record's tags for people, and one with all others as JSON."""
+    shown = {key: record.tags[key] for key in READABLE if key in record.tags}
+    rest = {key: shortened(redact(value), MAX_PARAM) for key, value in record.tags.items() if key not in shown}
+    shown["validation"] = Lineage.model_validate(record.lineage).validation.name
+    return shown | {DETAILS: json.dumps(rest, ensure_ascii=False)}
+
+
 def _tags(record: StageRecord) -> dict[str, str]:
     lineage = Lineage.model_validate(record.lineage)
-    tags = clean_tags({**record.tags, "run": record.run_name, "validation": lineage.validation.name})
+    tags = clean_tags(readable_tags(record) | {"run": record.run_name})
     tags |= {RUN_KEY: record.run_key, STAGE: record.stage, VALIDATION: lineage.validation.digest}
     tags[LINEAGE] = json.dumps(redact_tree(lineage.model_dump(mode="json")))
     if lineage.teacher is not None:

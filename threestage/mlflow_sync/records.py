@@ -1,7 +1,7 @@
 """What is sent to MLflow as plain values, and the settings of the place (`registry`). Imports no MLflow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -36,6 +36,7 @@ class StageRows:
     attempt: str  # a stage that is trained anew, from its first step, has another
     config: Mapping[str, Any]
     rows: Sequence[Row]  # "step" and values, in order
+    steps_before: int = field(default=0, kw_only=True)  # of the run's earlier stages
 
 
 @dataclass(frozen=True)

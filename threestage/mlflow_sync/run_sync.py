@@ -25,6 +25,7 @@ from threestage.run_folder import lease
 from threestage.run_folder.records import Results, RunSettings, StageMarker, StageResult
 from threestage.run_folder.reuse import CONFIG_NAME, PAGE_NAME, parts_elsewhere, resolve_part
 from threestage.training.checkpoint import Checkpoints, checkpoint_folder
+from threestage.verdict import best_stage, verdict_text
 
 RECORD, RUN_NAME, ATTEMPT_NAME = "record", "run.json", "attempt.json"
 BETWEEN_S, RETRY_S = 10.0, 30.0
@@ -66,6 +67,7 @@ class Sender:
         self.versions: dict[StageName, RegisteredVersion] = {}
         self._registry, self._out, self._settings = registry, out, settings
         self._steps: dict[str, int] = {}  # the last that was sent, by attempt
+        self._steps_before = 0  # of the stages that were sent
 
     @cached_property
     def _key(self) -> str:
@@ -81,7 +83,9 @@ class Sender:
             if found is None:
                 self._send_rows(stage)
                 return
-            self.versions[stage] = self._registry.record_stage(self._record(*found))
+            record = self._record(*found)
+            self.versions[stage] = self._registry.record_stage(record)
+            self._steps_before += int(record.rows[-1]["step"]) if record.rows else 0
 
     @property
     def complete(self) -> bool:
@@ -95,11 +99,12 @@ class Sender:
         uris = {name: storage.join(self._out, name) for name in (*FILES, *rejects)}
         files = {name: uri for name, uri in uris.items() if storage.exists(uri)}
         _refuse_links_out(self._out, files)
-        summary = {}
+        summary, description = dict[str, float](), None
         if "results.json" in files:
-            stages = storage.read_json(files["results.json"], Results)["stages"]
-            summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in stages.items()}
-        self._registry.close_run(self._key, status, summary, files, str(self._settings["name"]))
+            results = storage.read_json(files["results.json"], Results)
+            summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in results["stages"].items()}
+            description = describe(results)
+        self._registry.close_run(self._key, status, summary, files, str(self._settings["name"]), description)
 
     def _send_rows(self, stage: StageName) -> None:
         """Those that a checkpoint holds: what comes after it may be trained again."""
@@ -118,6 +123,7 @@ class Sender:
                     attempt=attempt,
                     config=self._settings_of(stage),
                     rows=new,
+                    steps_before=self._steps_before,
                 )
             )
             self._steps[attempt] = int(new[-1]["step"])
@@ -136,11 +142,21 @@ class Sender:
             summary=outcome.summary,
             tags=outcome.tags,
             lineage=outcome.lineage.model_dump(mode="json"),
+            steps_before=self._steps_before,
         )
 
     def _settings_of(self, stage: StageName) -> dict[str, Any]:
         config: Config = storage.shaped(self._settings, Config, storage.join(self._out, CONFIG_NAME))
         return config.for_stage(stage).model_dump(mode="json")
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """A run in a few words, as Markdown: its best score, those of the stages, and whether the unlabelled images paid."""
+    stages = results["stages"]
+    best = best_stage(stages)
+    others = ", ".join(f"{stage} {values['mean_iou']:.3f}" for stage, values in stages.items())
+    text = f"**mean IoU {stages[best]['mean_iou']:.3f}** by {best} on validation images ({others})"
+    return "\n\n".join(filter(None, [text, verdict_text(results)]))
 
 
 class RunSync:
