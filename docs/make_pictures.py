@@ -22,7 +22,7 @@ from threestage.data.samples import Decoded, decode_sample, pool_samples
 from threestage.data.split import saved_split
 from threestage.data.synthetic import CLASSES, COLOURS, scene
 from threestage.report.mask_images import Bytes, colourise, panel
-from threestage.report.validation_images import Shown, compare
+from threestage.report.validation_images import Shown, comparison_picture
 from threestage.training.losses import keep_confident
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -78,7 +78,7 @@ def comparison(uri: str, control: str, run: str) -> None:
         part = storage.join(folder, list(stages)[-1])
         columns.append(Shown(f"{title}\n{steps:,} steps", part, list(stages.values())[-1]["mean_iou"]))
     split = saved_split(storage.join(run, "split.json"))[0]
-    compare(results[run]["data"]["root"], split, columns).quantize(64).save(uri, optimize=True)
+    comparison_picture(results[run]["data"]["root"], split, columns).quantize(64).save(uri, optimize=True)
 
 
 def kept(decoded: Decoded) -> Bytes:

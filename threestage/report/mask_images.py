@@ -52,10 +52,7 @@ def panel(
     font = ImageFont.load_default(size=FONT_SIZE)
     pictures = [[_enlarged_or_reduced(array) for array in arrays] for _, arrays in columns]
     lines = [title.split("\n") for title, _ in columns]
-    widths = [
-        max([*(math.ceil(font.getlength(line)) for line in title), *(picture.width for picture in column)])
-        for title, column in zip(lines, pictures, strict=True)
-    ]
+    widths = [_column_width(title, column, font) for title, column in zip(lines, pictures, strict=True)]
     rows = max((len(column) for column in pictures), default=0)
     below = (FONT_SIZE + GAP if captions else 0) + GAP
     heights = [max(column[row].height for column in pictures if row < len(column)) + below for row in range(rows)]
@@ -79,9 +76,17 @@ def panel(
                 draw.text((middle, y + picture.height + GAP / 2), caption, "dimgrey", font, "mt")
         left += column_width + GAP
     for (name, colour), (x, y) in zip(entries, positions, strict=True):
-        draw.rectangle((x, legend_top + y, x + FONT_SIZE, legend_top + y + FONT_SIZE), tuple(colour), "black")
-        draw.text((x + 1.5 * FONT_SIZE, legend_top + y + FONT_SIZE / 2), name, "black", font, anchor="lm")
+        _draw_swatch(draw, x, legend_top + y, name, colour, font)
     return canvas
+
+
+def _column_width(title: Sequence[str], pictures: Sequence[Image.Image], font: Font) -> int:
+    return max([*(math.ceil(font.getlength(line)) for line in title), *(picture.width for picture in pictures)])
+
+
+def _draw_swatch(draw: ImageDraw.ImageDraw, x: int, y: int, name: str, colour: Colour, font: Font) -> None:
+    draw.rectangle((x, y, x + FONT_SIZE, y + FONT_SIZE), tuple(colour), "black")
+    draw.text((x + 1.5 * FONT_SIZE, y + FONT_SIZE / 2), name, "black", font, anchor="lm")
 
 
 def _end_of(text: str, width: int, font: Font) -> str:

@@ -230,11 +230,11 @@ def write_pictures(config: Config, out: str) -> None:
             name = "labels only" if from_labels else f"threestage, stage {stage[-1]}"
             columns.append(Shown(f"{name}\n{steps:,} steps", resolve_part(out, stage), results[stage]["mean_iou"]))
     stream = io.BytesIO()
-    compare(config.data.root, split, columns).save(stream, format="PNG")
+    comparison_picture(config.data.root, split, columns).save(stream, format="PNG")
     storage.write_bytes(storage.join(out, "pictures.png"), stream.getvalue())
 
 
-def compare(data: str, split: Split, columns: Sequence[Shown]) -> Image.Image:
+def comparison_picture(data: str, split: Split, columns: Sequence[Shown]) -> Image.Image:
     """Four validation images and their truth beside what some models see of them, with names and scores."""
     card = load_card(storage.join(columns[0].folder, "model"))
     manifest = _manifest(data, card.classes)
