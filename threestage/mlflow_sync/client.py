@@ -63,12 +63,7 @@ from threestage.mlflow_sync.records import (
 ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"
 DESCRIPTION = "mlflow.note.content"
-CURVES = (
-    MEAN_IOU,
-    "supervised_loss",
-    "consistency_loss",
-    "pseudo_mask_loss",
-)  # of the run, over the steps of all stages
+CURVES = (MEAN_IOU, "supervised_loss", "consistency_loss", "pseudo_mask_loss")  # of a run, over the steps of all stages
 PER_CALL = {"params": 100, "tags": 100, "metrics": 1000}  # what MLflow takes in one call
 DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 36, 5000
 
