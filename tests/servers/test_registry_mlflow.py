@@ -109,7 +109,7 @@ def runs_of(registry: Registry) -> list[Any]:
 def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     registry: Registry, record: StageRecord, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tags = record.tags | {"labelled": "12", "code_version": "0", "continued_from": "s3://KEY:SECRET@bucket/before"}
+    tags = {**record.tags, "labelled": "12", "code_version": "0", "continued_from": "s3://KEY:SECRET@bucket/before"}
     record, before = replace(record, rows=ROWS, tags=tags, steps_before=1000), dict(os.environ)
     first = registry.record_stage(record)
     again = registry.record_stage(record)
