@@ -16,6 +16,7 @@ from tests.faults.looking_on import Run, assert_published_once, node_with_worker
 from tests.faults.test_lost_parts import put_scenes
 from threestage.config import Config
 from threestage.data import storage
+from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,6 +58,12 @@ def weights(run: Run) -> list[bytes]:
     ]
 
 
+def losses(run: Run) -> dict[float, list[float]]:
+    """Of stage 2, by step: a difference shows here first, and which kill came before it."""
+    history = Checkpoints(checkpoint_folder(storage.join(run.out, "stage2"))).rows()
+    return {row["step"]: [value for name, value in row.items() if name.endswith("_loss")] for row in history}
+
+
 def kill(what: str, cluster: Cluster, run: Run) -> None:
     if what == "worker":
         os.kill(random.choice(processes_of(node_with_worker(cluster), "ray::RayTrainWorker")), signal.SIGKILL)
@@ -96,4 +103,6 @@ def test_a_run_that_is_killed_at_random(
             killed = Run(config, killed.out, cluster.environment, log)
     killed.wait_for_end()
     assert_published_once(killed)
+    was = losses(undisturbed)
+    assert {step: (found, was[step]) for step, found in losses(killed).items() if found != was[step]} == {}
     assert weights(killed) == weights(undisturbed) != []

@@ -3,8 +3,9 @@
 A cluster has many of these processes, so this module imports no torch.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ Arrays = dict[str, np.ndarray]
 
 
 class FilePart(Settings):
-    """A file's part in the stream of one pass: rows `first` … `first + rows - 1` of the stream, in blocks of `block_rows`.
-    Blocks that end before row `begin` are left out: they were used before the stage was continued."""
+    """A file's part in the stream of one pass: rows `first` … `first + rows - 1` of the stream, in blocks of `block_rows`, over
+    which the file's `images` are spread. Blocks that end before row `begin` are left out: they were used before the stage
+    was continued."""
 
     file: PoolFile
     pass_: int
     first: int
     rows: int
+    images: int
     block_rows: int
     begin: int = 0
 
@@ -63,10 +66,11 @@ class FileReader:
         rng = np.random.default_rng(derive_seed(*self._place, "canvases", part.pass_, file.digest))
         chunks = pool_samples(file, self._pseudo_masks, rejects.append, self._least_agreement, self._excluded)
         samples = (sample for chunk in chunks for sample in chunk)
-        read = 0
-        for block in blocks(self._placed(samples, rejects, rng), self._blank(), part):
+        read, placed = 0, self._placed(samples, rejects, rng)
+        for block in blocks(placed, self._blank(), part):
             read += int(block["filled"].sum())
             yield block
+        deque(placed, maxlen=0)  # images that have become bad after the last good one are listed too
         count_images(self._run, str(self._place[-1]), read + len(rejects), len(rejects))
         if rejects:
             RejectList(rejects).write(storage.join(self._rejects, file.name))
@@ -94,14 +98,23 @@ class FileReader:
 def blocks(rows: Iterable[Arrays], blank: Arrays, part: FilePart) -> Iterator[Arrays]:
     """The rows of a part of the stream stacked to blocks of `part.block_rows`, filled up with blank ones, so that it does not
     depend on what could be read which worker gets which row. Adds `number`, of the row, and `filled`."""
-    numbered = enumerate(chain(((row, True) for row in rows), repeat((blank, False))), part.first)
-    waiting: list[Arrays] = []
-    for number, (row, filled) in islice(numbered, part.rows):
-        waiting.append({**row, "number": np.array(number), "filled": np.array(filled)})
-        if len(waiting) == part.block_rows:
-            if number >= part.begin:
-                yield _stacked(waiting)
-            waiting = []
+    rows = iter(rows)
+    for first, share in zip(range(part.first, part.first + part.rows, part.block_rows), shares(part), strict=True):
+        filled = list(islice(rows, share))
+        if first + part.block_rows > part.begin:
+            missing = part.block_rows - len(filled)
+            block = _stacked([*filled, *[blank] * missing])
+            block["number"] = np.arange(first, first + part.block_rows)
+            block["filled"] = np.arange(part.block_rows) < len(filled)
+            yield block
+
+
+def shares(part: FilePart) -> Sequence[int]:
+    """How many images each block takes: all the same, or one more. Which take more is drawn, and differs between files and
+    passes: Ray deals the blocks out in turn, and no worker may get the short ones of all files."""
+    number = part.rows // part.block_rows
+    more = np.random.default_rng(derive_seed("blocks", part.pass_, part.file.digest)).permutation(number)
+    return (part.images // number + (more < part.images % number)).tolist()
 
 
 def _stacked(rows: Sequence[Arrays]) -> Arrays:

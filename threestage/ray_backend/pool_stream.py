@@ -12,14 +12,15 @@ import torch
 from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
 
 from threestage.augment.views import Extent
+from threestage.config import Config, StageName
 from threestage.data import storage
-from threestage.data.batches import Batch, max_shard_size, share_of
+from threestage.data.batches import Batch
 from threestage.data.datasets import pool_canvas
 from threestage.data.parallel import ahead
-from threestage.data.pool import least_agreement, load_pool, read_index
+from threestage.data.pool import PoolFile, least_agreement, load_pool, read_index
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.pool_reader import Arrays, FilePart, FileReader
-from threestage.run.stages import StageTask
+from threestage.run.stages import StageTask, images_per_step
 from threestage.seeds import derive_seed
 from threestage.training.checkpoint import Pointer, StreamPosition, StreamState
 
@@ -52,13 +53,8 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     canvas, place = pool_canvas(index, config.augment), (config.seed, task.stage)
     row_bytes = canvas[0] * canvas[1] * (3 if index is None else 5)
     block_rows = rows_of_blocks(images, math.ceil(BLOCK_BYTES / row_bytes))
-    rows = [-(-number // block_rows) * block_rows for number in images]
-    first = first_row(rows, images, place, begin, block_rows)
-    last = first + math.ceil(images_to_come(task, begin.step, block_rows) / (1 - lost) * sum(rows) / sum(images))
-    parts = [
-        FilePart(file=files[number], pass_=pass_, first=start, rows=rows[number], block_rows=block_rows, begin=first)
-        for pass_, number, start in file_order(rows, place, first, last)
-    ]
+    needed = math.ceil(images_to_come(config, task.stage, begin.step, block_rows) / (1 - lost))
+    parts = parts_from(begin, files, images, place, block_rows, needed)
     context = DataContext.get_current()
     context.target_max_block_size = int(block_rows * row_bytes / ABOVE_TARGET)
     ray_internals.throttle(context)
@@ -71,12 +67,37 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     return source.map_batches(reader, batch_size=1)
 
 
-def images_to_come(task: StageTask, step: int, block_rows: int) -> int:
-    """What the workers take from a step to the stage's end, with what is left in their buffers then."""
-    config = task.settings()
-    stage, workers = config.stage(task.stage), config.cluster.most_workers
-    batch = share_of(stage.unlabelled_batch, config.training.batch_scope, 0, workers).total
-    return workers * ((stage.steps - step + 4) * max_shard_size(batch, workers) + SHUFFLE_ROWS + 2 * block_rows)
+def parts_from(
+    begin: Pointer,
+    files: Sequence[PoolFile],
+    images: Sequence[int],
+    place: tuple[int | str, ...],
+    block_rows: int,
+    needed: int,
+) -> list[FilePart]:
+    """The stream that continues from a checkpoint, with `needed` images from the place on that the foremost worker has reached.
+
+    images: of each file in the stream.
+    """
+    rows = [-(-number // block_rows) * block_rows for number in images]
+    first = first_row(rows, images, place, begin, block_rows)
+    furthest = max([first, *(position.number for position in begin.stream or ())])
+    last = furthest + math.ceil(needed * sum(rows) / sum(images))
+    return [
+        FilePart(
+            file=files[number], pass_=pass_, first=start, rows=rows[number], images=images[number],
+            block_rows=block_rows, begin=first,
+        )
+        for pass_, number, start in file_order(rows, place, first, last)
+    ]  # fmt: skip
+
+
+def images_to_come(config: Config, stage: StageName, step: int, block_rows: int) -> int:
+    """What the workers take from a step to the stage's end, from the first row of their buffers to the last of those that are in
+    use then: what a buffer yields depends on all of its rows."""
+    steps, workers = config.stage(stage).steps - step + 4, config.cluster.most_workers
+    taken = images_per_step(config, stage, workers)[1]
+    return steps * taken + workers * 2 * (SHUFFLE_ROWS + block_rows)
 
 
 def rows_of_blocks(images: Sequence[int], most: int) -> int:

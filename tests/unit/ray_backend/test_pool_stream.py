@@ -1,13 +1,25 @@
 """The unlabelled stream: its order, its blocks, the buffers that mix it, and that it continues exactly where it stood."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.conftest import tiny_config
 from threestage.data.pool import PoolFile
 from threestage.ray_backend.pool_reader import Arrays, FilePart, blocks
-from threestage.ray_backend.pool_stream import SHUFFLE_ROWS, begin_of, file_order, first_row, mixed, rows_of_blocks
+from threestage.ray_backend.pool_stream import (
+    SHUFFLE_ROWS,
+    begin_of,
+    file_order,
+    first_row,
+    images_to_come,
+    mixed,
+    parts_from,
+    rows_of_blocks,
+)
 from threestage.training.checkpoint import Pointer, StreamPosition, StreamState
 
 ROWS = [9, 6, 0, 6]  # 21 a pass, in blocks of three
@@ -72,23 +84,35 @@ def rows(count: int, first: int = 0) -> Iterator[Arrays]:
         yield {"image": np.full((1, 1, 3), value % 256, np.uint8), "image_id": np.array(str(value))}
 
 
-def part(first: int, slots: int, begin: int = 0) -> FilePart:
-    file = PoolFile(uri="f", rows=slots, digest="", own=True)
-    return FilePart(file=file, pass_=0, first=first, rows=slots, block_rows=3, begin=begin)
+def part(first: int, images: int, slots: int, begin: int = 0, pass_: int = 0, name: str = "") -> FilePart:
+    file = PoolFile(uri="f", rows=images, digest=name, own=True)
+    return FilePart(file=file, pass_=pass_, first=first, rows=slots, images=images, block_rows=3, begin=begin)
 
 
 def test_a_file_has_as_many_rows_however_many_could_be_read() -> None:
-    for readable in (0, 4, 9, 12):
-        made = list(blocks(rows(readable), BLANK, part(30, 9)))
+    for readable in (0, 4, 8):
+        made = list(blocks(rows(readable), BLANK, part(30, 8, 9)))
         assert [len(block["number"]) for block in made] == [3, 3, 3]
         together = {name: np.concatenate([block[name] for block in made]) for name in made[0]}
-        assert together["number"].tolist() == list(range(30, 39)) and together["filled"].sum() == min(readable, 9)
-        assert together["image_id"][together["filled"]].tolist() == [str(n) for n in range(min(readable, 9))]
+        assert together["number"].tolist() == list(range(30, 39)) and together["filled"].sum() == readable
+        assert together["image_id"][together["filled"]].tolist() == [str(n) for n in range(readable)]
 
 
 def test_blocks_that_were_used_are_left_out() -> None:
-    (last,) = blocks(rows(8), BLANK, part(30, 9, begin=36))
-    assert last["number"].tolist() == [36, 37, 38] and last["image_id"].tolist() == ["6", "7", ""]
+    whole, (last,) = list(blocks(rows(8), BLANK, part(30, 8, 9))), blocks(rows(8), BLANK, part(30, 8, 9, begin=36))
+    assert last["number"].tolist() == [36, 37, 38]
+    assert last["image_id"].tolist() == whole[-1]["image_id"].tolist()
+
+
+def test_no_worker_gets_the_short_blocks_of_all_files() -> None:
+    """Files of three blocks, dealt out to three workers: all three get as many images, and none waits for the others' blocks."""
+    taken = np.zeros(3, int)
+    for pass_ in range(40):
+        for name in "abcde":
+            made = [block["filled"].sum() for block in blocks(rows(7), BLANK, part(0, 7, 9, pass_=pass_, name=name))]
+            assert sorted(made) == [2, 2, 3]
+            taken += made
+    assert taken.sum() == 1400 and taken.max() - taken.min() < 40
 
 
 # ---- What a worker makes of its blocks
@@ -133,6 +157,36 @@ def test_a_group_of_the_same_size_continues_with_the_same_batches(workers: int) 
             for rank in range(workers):
                 assert ids(again[rank]) == ids(whole[rank][used:])
             stood, used = [batches[more - 1][1] for batches in again], used + more
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_stream_is_as_long_wherever_it_is_continued(workers: int, tmp_path: Path) -> None:
+    """To the last step, which lies in the third buffer: a buffer that was cut short by the stream's end would be mixed anew."""
+    steps, sizes = 70, [7, 3, 0, 11, 90]
+    config = tiny_config(
+        tmp_path, cluster={"workers": workers}, stage2={"steps": steps, "labelled_batch": 2, "unlabelled_batch": 8}
+    )
+    files = [PoolFile(uri="f", rows=size, digest=str(size), own=True) for size in sizes]
+    stood: dict[int, list[StreamPosition]] = {}
+
+    def continued(begin: Pointer) -> list[list[list[int]]]:
+        """The batches of each worker, through Ray's dealing out of the blocks in turn."""
+        parts = parts_from(begin, files, sizes, PLACE, 3, images_to_come(config, "stage2", begin.step, 3))
+        made = [block for part in parts for block in blocks(rows(part.images, part.first), BLANK, part)]
+        group = []
+        for rank in range(workers):
+            position = begin.stream[rank] if begin.stream else None
+            found = list(islice(mixed(made[rank::workers], 8, (rank,), rank, position), steps - begin.step))
+            for step, (_, reached) in enumerate(found, begin.step + 1):
+                stood.setdefault(step, []).append(reached)
+            group.append(ids(found))
+        return group
+
+    whole = continued(Pointer())
+    assert all(len(batches) == steps for batches in whole)
+    for step in (1, 31, 32, 33, 50, 63, 64, 65, 69):
+        begin = Pointer(step=step, stream=stood[step][:workers])
+        assert continued(begin) == [batches[step:] for batches in whole]
 
 
 def test_groups_of_other_sizes_take_every_row_once() -> None:

@@ -89,7 +89,7 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     assert sum(entry.images_of(least) for entry in index) == len(reliable_ids), "what a stream on Ray counts on"
     masks, rejects = str(half / "pseudo_masks1"), str(half / "rejects")
     reader = FileReader(masks, rejects, (0, "stage2"), config.data, (64, 64), least)
-    parts = [FilePart(file=file, pass_=0, first=0, rows=file.rows, block_rows=1) for file in pool]
+    parts = [FilePart(file=file, pass_=0, first=0, rows=file.rows, images=file.rows, block_rows=1) for file in pool]
     found = (reader({"part": np.array([part.model_dump_json()])}) for part in parts)
     read = [
         image_id for blocks in found for block in blocks for image_id in block["image_id"][block["filled"]].tolist()
