@@ -85,7 +85,8 @@ def test_the_mean_over_the_workers_leaves_constants_as_they_are(tmp_path: Path) 
     for name, buffer in network.named_buffers():
         if name.endswith("running_var"):
             buffer.copy_(torch.linspace(0.1, 0.9, len(buffer)))
-    ThreeAlike(tmp_path).sync_buffers(network)
+    worker: Any = ThreeAlike(tmp_path)
+    worker.sync_buffers(network)
     moved = {name for name, buffer in network.named_buffers() if not torch.equal(buffer, before[name])}
     assert {"mean", "std"} <= before.keys()
     assert moved == {name for name in before if name.endswith("running_var")}
