@@ -4,8 +4,8 @@ A pixel belongs to a polygon when its centre does; where polygons overlap, the l
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,23 +23,24 @@ DEFAULT_CRS = "OGC:CRS84"
 """Longitude and latitude, what GeoJSON means where it names no other."""
 CODE = "labels/geojson"
 
+Points = npt.NDArray[np.float64]
 Box = tuple[slice, slice]
 """Rows and columns of an image."""
 
 
-class Polygon(NamedTuple):
-    """`category`: name or number of its class. `rings` (n,2): (x,y) in pixels of the image, the outer one first; `first` and
-    `last`: the corners of the box around it."""
+class Polygons(NamedTuple):
+    """`categories`: of each polygon, the name or number of its class. `rings`: of each (n,2), x and y in pixels of the image, the
+    outer one first. `boxes` (N,4): left, top, right and bottom of each. `different`: the categories, each once."""
 
-    category: str | int
-    rings: list[npt.NDArray[np.float64]]
-    first: tuple[float, float]
-    last: tuple[float, float]
+    categories: list[str | int]
+    rings: list[list[Points]]
+    boxes: Points
+    different: frozenset[str | int]
 
 
 @lru_cache(maxsize=8)
-def polygons_on(uri: str, image_uri: str, stamp: str) -> list[Polygon]:
-    """The polygons of a file in pixels of an image, in their order. `stamp`: another one where a file has changed.
+def polygons_on(uri: str, image_uri: str, stamp: str) -> Polygons:
+    """The polygons of a file on an image, in their order. `stamp`: another one where a file has changed.
 
     Raises InputError where the file is no GeoJSON with polygons of a category each, or lies in a reference system that the
     image has not.
@@ -48,7 +49,7 @@ def polygons_on(uri: str, image_uri: str, stamp: str) -> list[Polygon]:
         return read_polygons(uri, raster)
 
 
-def read_polygons(uri: str, raster: Raster) -> list[Polygon]:
+def read_polygons(uri: str, raster: Raster) -> Polygons:
     """As `polygons_on`, of an open image."""
     found = storage.read_json(uri, dict[str, Any])
     features = storage.shaped(found.get("features"), list[dict[str, Any]], f"{uri}: features")
@@ -58,14 +59,16 @@ def read_polygons(uri: str, raster: Raster) -> list[Polygon]:
             f"{uri}: its polygons lie in {named}, and the image says not where it lies; give pixels (x, y), or a GeoTIFF",
             CODE,
         )
-    polygons = [
-        Polygon(_category(feature, uri), rings, _corner(rings, min), _corner(rings, max))
-        for feature in features
-        for rings in _rings(feature, uri, raster, named or DEFAULT_CRS)
-    ]
+    polygons = [(_category(feature, uri), rings) for feature in features for rings in _rings(feature, uri)]
     if not polygons:
         raise InputError(f"{uri}: holds no Polygon and no MultiPolygon; check the export", CODE)
-    return polygons
+    points = np.concatenate([ring for _, rings in polygons for ring in rings])
+    ends = iter(accumulate(len(ring) for _, rings in polygons for ring in rings))
+    pixels = _in_pixels(points, raster, named or DEFAULT_CRS, uri)
+    placed = [[pixels[(end := next(ends)) - len(ring) : end] for ring in rings] for _, rings in polygons]
+    boxes = np.array([(*rings[0].min(0), *rings[0].max(0)) for rings in placed])
+    categories = [category for category, _ in polygons]
+    return Polygons(categories, placed, boxes, frozenset(categories))
 
 
 def _named_crs(found: dict[str, Any], uri: str) -> str | None:
@@ -88,71 +91,69 @@ def _category(feature: dict[str, Any], uri: str) -> str | int:
     )
 
 
-def _rings(feature: dict[str, Any], uri: str, raster: Raster, crs: str) -> list[list[npt.NDArray[np.float64]]]:
-    """Of each polygon of a feature, in pixels."""
+def _rings(feature: dict[str, Any], uri: str) -> list[list[Points]]:
+    """Of each polygon of a feature, as they stand there."""
     geometry: dict[str, Any] = feature.get("geometry") or {}
     kind, coordinates = geometry.get("type"), geometry.get("coordinates") or []
     if kind not in ("Polygon", "MultiPolygon"):
         return []
     try:
         polygons = [coordinates] if kind == "Polygon" else coordinates
-        rings = [[np.array([point[:2] for point in ring], np.float64) for ring in polygon] for polygon in polygons]
-        found = [[_in_pixels(ring, raster, crs) for ring in polygon] for polygon in rings if polygon]
+        found = [[np.array([point[:2] for point in ring], np.float64) for ring in polygon] for polygon in polygons]
+        if not all(ring.ndim == 2 and len(ring) >= 4 and np.isfinite(ring).all() for rings in found for ring in rings):
+            raise ValueError("a ring is no list of 4 or more points")
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"{uri}: a {kind} has odd coordinates ({error}); check the export", CODE) from None
-    return found
+    return [rings for rings in found if rings]
 
 
-def _in_pixels(ring: npt.NDArray[np.float64], raster: Raster, crs: str) -> npt.NDArray[np.float64]:
+def _in_pixels(points: Points, raster: Raster, crs: str, uri: str) -> Points:
+    """Points (n,2) of a reference system, on the image. Raises InputError where they have no place there."""
+    from rasterio.errors import CRSError, RasterioError
     from rasterio.warp import transform
 
-    if ring.ndim != 2 or len(ring) < 4 or not np.isfinite(ring).all():
-        raise ValueError("a ring is no list of 4 or more points")
-    x, y = ring.T
+    x, y = points.T
     if raster.crs is not None:
-        with gdal_environment():
-            x, y = (np.array(values) for values in transform(crs, raster.crs, x, y))
-    pixels = np.stack(~raster.transform * (x, y), axis=1)
-    if not np.isfinite(pixels).all():
-        raise ValueError(f"outside of {raster.crs}")
+        try:
+            with gdal_environment():
+                x, y = (np.array(values) for values in transform(crs, raster.crs, x, y))
+        except (CRSError, RasterioError) as error:
+            raise InputError(f"{uri}: lies in {crs}, which cannot be read ({error}); name another", CODE) from None
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise InputError(f"{uri}: has points of {crs} without a place in {raster.crs}; check the export", CODE)
+    pixels: Points = np.stack(~raster.transform * (x, y), axis=1)
     return pixels
 
 
-def _corner(rings: list[npt.NDArray[np.float64]], end: Any) -> tuple[float, float]:
-    """Of the box around the outer ring."""
-    return end(rings[0][:, 0]), end(rings[0][:, 1])
-
-
-def class_ids_of(polygons: Sequence[Polygon], class_map: ClassMap, uri: str) -> dict[str | int, int]:
+def class_ids_of(polygons: Polygons, class_map: ClassMap, uri: str) -> dict[str | int, int]:
     """Category → class id: by the names and `categories` of the map, numbers by its `ids`. Raises InputError that lists every
     category which the map does not name."""
     ids: dict[str | int, int] = {}
     for number, entry in enumerate(class_map.classes):
         ids |= dict.fromkeys((*entry.category_names, *entry.ids), number)
     ids |= dict.fromkeys((*class_map.ignore.categories, *class_map.ignore.ids), IGNORE_INDEX)
-    counts = Counter(polygon.category for polygon in polygons)
-    if unknown := [f"{name} ({count} polygons)" for name, count in counts.most_common() if name not in ids]:
+    if not ids.keys() >= polygons.different:
+        counts = Counter(polygons.categories)
+        unknown = ", ".join(f"{name} ({count} polygons)" for name, count in counts.most_common() if name not in ids)
         raise InputError(
-            f"{uri}: categories that are no class: {', '.join(unknown)}; name them in the class map, as a class, under the "
+            f"{uri}: categories that are no class: {unknown}; name them in the class map, as a class, under the "
             "`categories` of one, or under `ignore: {categories: [NAME]}`",
             "class-map/unknown-categories",
         )
     return ids
 
 
-def burn(polygons: Sequence[Polygon], ids: dict[str | int, int], box: Box, unlabelled: int) -> npt.NDArray[np.uint8]:
+def burn(polygons: Polygons, ids: dict[str | int, int], box: Box, unlabelled: int) -> npt.NDArray[np.uint8]:
     """uint8 (H,W) class ids of a part of the image; `unlabelled` where no polygon is."""
     from affine import Affine
     from rasterio.features import rasterize
 
     rows, columns = box
+    left, top, right, bottom = polygons.boxes.T
+    near = (left < columns.stop) & (right > columns.start) & (top < rows.stop) & (bottom > rows.start)
     shapes = [
-        ({"type": "Polygon", "coordinates": [ring.tolist() for ring in polygon.rings]}, ids[polygon.category])
-        for polygon in polygons
-        if polygon.first[0] < columns.stop
-        and polygon.last[0] > columns.start
-        and polygon.first[1] < rows.stop
-        and polygon.last[1] > rows.start
+        ({"type": "Polygon", "coordinates": [ring.tolist() for ring in polygons.rings[n]]}, ids[polygons.categories[n]])
+        for n in np.flatnonzero(near).tolist()
     ]
     size = (rows.stop - rows.start, columns.stop - columns.start)
     if not shapes:

@@ -23,7 +23,7 @@ from threestage.errors import InputError
 
 PACKAGE = "rasterio"
 TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
-MAX_PIXELS = 2**36
+MAX_PIXELS = 2**34
 MAX_BLOCK_BYTES = 2**26
 LOSSY = ("jpeg", "webp", "jpegxl")
 GDAL_OPTIONS = {
@@ -139,8 +139,7 @@ def open_raster(uri: str) -> Iterator[Raster]:
         try:
             name = f"{secrets.token_hex(8)}.tif"
             dataset = stack.enter_context(rasterio.open(name, driver="GTiff", opener=ranges.opener(name)))
-            _refuse(dataset)
-            yield Raster(dataset, ranges)
+            yield _checked_raster(dataset, ranges)
         except RasterioError as error:
             ranges.raise_error()
             raise BadImage(f"cannot be decoded: {error}", "image/undecodable") from None
@@ -156,6 +155,14 @@ def gdal_environment() -> Iterator[None]:
     warnings.simplefilter("ignore", NotGeoreferencedWarning)  # ordinary pictures are read too
     with rasterio.Env(session=DummySession(), **GDAL_OPTIONS):
         yield
+
+
+def _checked_raster(dataset: Any, ranges: "_Ranges") -> Raster:
+    _refuse(dataset)
+    try:
+        return Raster(dataset, ranges)
+    except ValueError as error:  # of a damaged reference system or palette
+        raise BadImage(f"cannot be decoded: {error}", "image/undecodable") from None
 
 
 def _refuse(dataset: Any) -> None:

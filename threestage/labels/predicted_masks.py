@@ -98,7 +98,13 @@ def _size_of(uri: str) -> tuple[int, int]:
 
 
 def _of_prediction(out: str) -> PredictedMasks:
-    source, uri = storage.read_value(storage.join(out, RECORD_NAME), "input", str), storage.join(out, CLASSES_NAME)
+    record, uri = storage.read_json(storage.join(out, RECORD_NAME), dict[str, Any]), storage.join(out, CLASSES_NAME)
+    if record.get("format") == "geotiff" or record.get("input_format") == "scenes":
+        raise InputError(
+            f"{out}: holds masks of whole scenes; predict the data set of their tiles (threestage ingest --format scenes)",
+            "labels/scenes",
+        )
+    source = storage.shaped(record.get("input"), str, f"{out}: input")
     if not storage.exists(uri):
         raise InputError(
             f"{uri}: is missing, an older threestage made these predictions; predict into another folder",

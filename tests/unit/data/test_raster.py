@@ -101,6 +101,15 @@ def test_what_is_no_such_tiff_is_refused(tmp_path: Path, pixels: np.ndarray, mon
         pass
 
 
+def test_a_damaged_place_is_a_damaged_image(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: object, dataset: object, ranges: object) -> None:
+        raise ValueError("the reference system is invalid")
+
+    monkeypatch.setattr(raster_module.Raster, "__init__", damaged)
+    with refused("image/undecodable", "invalid", error=BadImage), open_raster(str(image)):
+        pass
+
+
 def test_a_cut_off_file_is_refused_when_its_end_is_read(image: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.tif").write_bytes(image.read_bytes()[: image.stat().st_size // 2])
     with refused("image/undecodable", error=BadImage), open_raster(str(tmp_path / "cut.tif")) as raster:

@@ -1,5 +1,6 @@
 """A scene is predicted window by window into a GeoTIFF on its own grid, and no seam shows where windows or strips meet."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,31 @@ from PIL import Image
 
 from tests.geotiffs import CRS, PLACE, mosaic, write_geotiff
 from tests.refusals import refused
+from threestage.data import raster, storage
+from threestage.data.formats import IngestSettings
+from threestage.data.ingest import ingest
 from threestage.data.palette import palette
 from threestage.errors import StageFailure
+from threestage.labels.predicted_masks import predicted_masks
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
 from threestage.models.settings import NetworkSettings
 from threestage.prediction import input_parts, scene_prediction
-from threestage.prediction.input_parts import kind_of
-from threestage.prediction.predict import ModelFiles, PredictSettings, network_of, predict_input, read_model
+from threestage.prediction.champion import Champion, PoolPredictions
+from threestage.prediction.input_parts import Part, kind_of
+from threestage.prediction.predict import (
+    ModelFiles,
+    PredictionTask,
+    PredictSettings,
+    network_of,
+    predict_input,
+    read_model,
+)
+from threestage.prediction.pseudo_masks import FileReport
 from threestage.prediction.scene_prediction import scene_protocol
 from threestage.prediction.tta import TTASettings, predict_in_windows
+from threestage.ray_backend import predict as ray_predict
 
 COLOURS = ((10, 0, 0), (200, 30, 30), (30, 200, 30))
 WINDOWS = TTASettings(window=(128, 128), overlap="hann")
@@ -135,6 +150,40 @@ def test_scenes_are_always_cut_into_windows() -> None:
     taken = scene_protocol(TTASettings(flip=True), 14)
     assert (taken.window, taken.overlap, taken.flip) == ((504, 504), "hann", True)
     assert scene_protocol(WINDOWS, 8) == WINDOWS
+
+
+def test_without_the_extra_a_line_says_what_to_install(
+    model: ModelFiles, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raster, "PACKAGE", "not_there")
+    with refused("data/missing-package", "not_there", "pip install 'threestage[geo]'"):
+        predict_input(model, str(scene), f"{tmp_path}/out", PredictSettings(format="geotiff"))
+    with refused("data/missing-package", "pip install 'threestage[geo]'"):
+        ingest(str(scene), f"{tmp_path}/set", IngestSettings(format="scenes"))
+
+
+def test_on_a_cluster_too(model: ModelFiles, scene: Path, pixels: np.ndarray, tmp_path: Path) -> None:
+    """What an actor of Ray does with its parts."""
+    for name, content in model.items():
+        storage.write_bytes(f"{tmp_path}/model/{name}", content)
+
+    def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+        predict_parts_there = ray_predict._open(f"{tmp_path}/model", task.model_dump(mode="json"))
+        return predict_parts_there([part.model_dump_json() for part in parts])
+
+    predict_input(model, str(scene), f"{tmp_path}/out", PredictSettings(format="geotiff", protocol=WINDOWS), run=run)
+    with rasterio.open(tmp_path / "out/masks/a.tif") as mask:
+        assert np.array_equal(mask.read(1), reference(model, pixels))
+
+
+def test_masks_of_scenes_are_no_tasks_of_a_labelling_tool(model: ModelFiles, scene: Path, tmp_path: Path) -> None:
+    predict_input(model, str(scene), str(tmp_path), PredictSettings(format="geotiff", protocol=WINDOWS))
+    with refused("labels/scenes", tmp_path):
+        predicted_masks(str(tmp_path), make_nothing)
+
+
+def make_nothing(champion: Champion) -> PoolPredictions:
+    raise AssertionError
 
 
 def test_what_is_no_scene_is_refused(model: ModelFiles, scene: Path, tmp_path: Path) -> None:
