@@ -13,7 +13,8 @@ from threestage.config_errors import (
     explained,
 )
 from threestage.data import storage
-from threestage.data.records import DataSettings
+from threestage.data.bands import RGB, chosen_bands
+from threestage.data.records import DataSettings, Manifest
 from threestage.data.storage import StorageSettings
 from threestage.errors import InputError, did_you_mean
 from threestage.hosts import CONFIRMING, host_of, refuse_unconfirmed
@@ -57,6 +58,7 @@ KEYS_ADDED_LATER: dict[str, Any] = {
     "optimiser.algorithm": "adamw",
     "optimiser.decay_norms": True,
     "optimiser.layer_decay": 1.0,
+    "data.bands": None,
     "network.freeze_encoder": False,
     "network.gradient_checkpointing": False,
     "supervised.class_weight": 0.0,
@@ -291,6 +293,14 @@ class Config(Settings):
         weights = self.network.weights and storage.absolute(self.network.weights)
         return self.model_copy(update={"data": data, "network": self.network.model_copy(update={"weights": weights})})
 
+    def for_manifest(self, manifest: Manifest) -> Self:
+        """The same, whose network takes the bands of a data set. Raises InputError where `data.bands` names others."""
+        bands = chosen_bands(manifest.bands, self.data.bands, self.data.root)
+        channels = RGB if bands is None else bands.channels
+        if channels == self.network.channels:
+            return self
+        return self.model_copy(update={"network": self.network.model_copy(update={"channels": channels})})
+
     @property
     def stage_names(self) -> tuple[StageName, ...]:
         return STAGES[: self.stages]
@@ -333,6 +343,7 @@ def stage_keys(config: Config, stage: StageName) -> dict[str, Any]:
         "data.split_seed",
         "data.group",
         "data.validation",
+        "network.channels",
         *map(recorded_key, RUN_ONLY_KEYS),
     }
     if stage == "stage1":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.batches import SampleSet, send
 from threestage.data.parallel import ahead
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
@@ -158,7 +159,15 @@ def evaluate_model(
             "the model's classes",
             "evaluate/other-classes",
         )
-    samples = SampleSet(samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale)
+    if (manifest.bands and manifest.bands.count) != (card.bands and card.bands.count):
+        raise InputError(
+            f"{dataset}: its images have {_bands_text(manifest.bands)}, the model's {_bands_text(card.bands)}; give a data set "
+            "of such images",
+            "evaluate/other-bands",
+        )
+    samples = SampleSet(
+        samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale, bands=card.bands
+    )
     if len(samples) == 0:
         raise InputError(
             f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}",
@@ -173,6 +182,10 @@ def evaluate_model(
         scores.add(send(masks, device), class_ids, confidence)
         show(scores.images, len(samples))
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
+
+
+def _bands_text(bands: Bands | None) -> str:
+    return "8-bit RGB" if bands is None else f"{bands.count} bands"
 
 
 def _batches(

@@ -22,7 +22,7 @@ class Mixing:
     """(N,h,w) bool"""
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Pictures (N,3,h,w), class ids or weights (N,h,w) → the same, mixed."""
+        """Pictures (N,C,h,w), class ids or weights (N,h,w) → the same, mixed."""
         inside = self.inside if values.ndim == self.inside.ndim else self.inside[:, None]
         return torch.where(inside, values.roll(-1, 0), values)
 

@@ -47,6 +47,9 @@ def moved(pixels: Pixels, coefficients: Sequence[Sequence[int]], size: Size, out
     (step, b, _), (d, pace, _) = coefficients
     if isinstance(pixels, np.ndarray) and abs(step) == pace == WHOLE and b == d == 0:
         return _shifted(pixels, coefficients, size, outside)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] != 3:  # of other bands than RGB
+        bands = (moved(pixels[:, :, band], coefficients, size, outside) for band in range(pixels.shape[2]))
+        return np.stack(list(bands), axis=2)
     picture = as_picture(pixels)
     numbers = [value / WHOLE for row in coefficients for value in row]
     for start in (2, 5):  # Pillow adds half a pixel to where it begins

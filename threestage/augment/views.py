@@ -14,12 +14,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from threestage.augment import geometry, photometry, pil_warp
-from threestage.augment.colour import draw_colours, with_colours
+from threestage.augment.colour import ColourPlan, draw_colours, with_colours
 from threestage.augment.draws import Draws
 from threestage.augment.plans import GEOMETRIC, Plan, StrongSettings, draw_cutouts, draw_operations, drawn_theta
 from threestage.errors import InputError
 from threestage.settings import Settings
 
+RGB = 3
 FILL = 128
 """The middle level of 256: what a pixel from outside the image, and a cut-out one, is set to."""
 
@@ -98,7 +99,7 @@ class View:
         move: geometry.Move | pil_warp.Move | None = None,
     ) -> None:
         self.image = image
-        """(N,3,h,w) uint8, on a CPU with the channels last; see `network_input`"""
+        """(N,C,h,w) uint8, on a CPU with the channels last; see `network_input`"""
         self.theta = theta
         """(N,2,3) float32, from this view to the tensor that it was made from"""
         self.move = move or geometry.Move()
@@ -127,7 +128,7 @@ def network_input(image: Tensor) -> Tensor:
 
 
 def weak_view(image: Tensor, size: Tensor | Extent, settings: AugmentSettings, draws: Draws) -> View:
-    """Random scale, crop and flip of canvases `image` uint8 (N,3,H,W), each padded below and right of its `size`.
+    """Random scale, crop and flip of canvases `image` uint8 (N,C,H,W), each padded below and right of its `size`.
 
     `size`: the canvases' Extent, or (N,2) int64 valid height and width of whole images, on any device. An image that is
     scaled to less than the crop is placed at random inside it; the rest is not valid and mid-range. Scaling is bilinear (no
@@ -167,7 +168,7 @@ def _weak_pictures(
     valid = torch.ones(len(image), *crop, dtype=torch.bool)
     if not whole:
         valid = geometry.inside(theta, crop, source, valid_size, upright=True)
-    shown = np.empty((len(image), *crop, 3), np.uint8)
+    shown = np.empty((len(image), *crop, image.shape[1]), np.uint8)
     for row, pixels in enumerate(_arrays(image)):
         scaled = resized.get(row)
         moved = (
@@ -184,7 +185,7 @@ def _by_pillow(image: Tensor) -> bool:
 
 
 def _arrays(image: Tensor) -> np.ndarray:
-    """(N,3,H,W) on a CPU as (N,H,W,3): the same memory."""
+    """(N,C,H,W) on a CPU as (N,H,W,C): the same memory."""
     return image.movedim(1, 3).numpy()
 
 
@@ -231,11 +232,11 @@ def strong_view(view: View, settings: StrongSettings, draws: Draws) -> View:
     composed in the order drawn and resample once, by nearest. So statistics (an equalisation's, say) see neither the
     fill nor what is not valid, and what one operation moves out and a later one moves back is kept. An image that drew
     no operation keeps its exact pixels. Cutouts are centred anywhere in the crop; they and all that is not valid become
-    mid-range, but only the latter lose `valid`.
+    mid-range, but only the latter lose `valid`. Of other bands than RGB: see `_colour_groups`.
     """
     colours = draw_colours(len(view.image), settings, draws)
     if colours is not None:
-        view = view.recoloured(geometry.filled(with_colours(view.image, colours), view.valid, FILL))
+        view = view.recoloured(geometry.filled(_recoloured(view.image, colours), view.valid, FILL))
     count, size = len(view.image), _size(view.image)
     plans = draw_operations(count, settings, draws)
     corners = draw_cutouts(count, size, settings, draws)
@@ -262,7 +263,7 @@ def _strong_pictures(
     whole = bool(inside.all())
     numbers = dict(zip(moved, geometry.fixed_point(theta[moved], size, size).tolist(), strict=True))
     move = pil_warp.Move(numbers, size, whole)
-    shown = np.empty((len(plans), *size, 3), np.uint8)
+    shown = np.empty((len(plans), *size, view.image.shape[1]), np.uint8)
     for row, (pixels, plan) in enumerate(zip(_arrays(view.image), plans, strict=True)):
         changed = _after(plan, pixels, None if whole else inside[row])
         shown[row] = pil_warp.moved(changed, numbers[row], size, FILL) if row in numbers else np.asarray(changed)
@@ -273,15 +274,39 @@ def _strong_pictures(
 
 
 def _after(plan: Plan, pixels: np.ndarray, valid: np.ndarray | None) -> pil_warp.Pixels:
-    """An image (h,w,3) after the photometric operations of its plan; what is not `valid` (h,w) is mid-range again."""
+    """An image (h,w,C) after the photometric operations of its plan; what is not `valid` (h,w) is mid-range again."""
     steps = _photometric(plan)
     if not steps:
         return pixels
-    changed = pil_warp.after_operations(pixels, valid, steps)
+    changed = _after_steps(pixels, valid, steps)
     if valid is not None:
         changed = np.array(changed)
         changed[~valid] = FILL
     return changed
+
+
+def _after_steps(pixels: np.ndarray, valid: np.ndarray | None, steps: list[tuple[str, float]]) -> pil_warp.Pixels:
+    if pixels.shape[2] == RGB:
+        return pil_warp.after_operations(pixels, valid, steps)
+    groups = _colour_groups(pixels.shape[2])
+    pictures = (np.ascontiguousarray(pixels[..., bands]) for bands, _ in groups)
+    changed = (np.asarray(pil_warp.after_operations(picture, valid, steps)) for picture in pictures)
+    return np.concatenate([part[..., :kept] for part, (_, kept) in zip(changed, groups, strict=True)], axis=2)
+
+
+def _recoloured(image: Tensor, plans: list[ColourPlan]) -> Tensor:
+    if image.shape[1] == RGB:
+        return with_colours(image, plans)
+    groups = _colour_groups(image.shape[1])
+    changed = torch.cat([with_colours(image[:, bands], plans)[:, :kept] for bands, kept in groups], 1)
+    return changed.contiguous(memory_format=torch.channels_last)
+
+
+def _colour_groups(channels: int) -> list[tuple[list[int], int]]:
+    """The bands of an image as pictures of three, and how many of these are kept. The first three bands are red, green and blue;
+    each other one is a grey picture, whose levels all operations change, and whose colours none can."""
+    colours = [([0, 1, 2], RGB)] if channels >= RGB else []
+    return colours + [([band] * RGB, 1) for band in range(RGB * len(colours), channels)]
 
 
 def _photometric(plan: Plan) -> list[tuple[str, float]]:
@@ -300,19 +325,27 @@ def _squares(corners: Tensor, side: int, size: geometry.Size) -> Tensor:
 
 
 def _apply_photometry(view: View, plans: list[Plan]) -> list[Tensor]:
-    """The levels (3,h,w) of each sample after its photometric operations in their order; others are untouched."""
-    images = list(view.image)
+    """The levels (C,h,w) of each sample after its photometric operations in their order; others are untouched."""
+    if view.image.shape[1] == RGB:
+        return _operated(view.image, view.valid, plans)
+    groups = _colour_groups(view.image.shape[1])
+    parts = [_operated(view.image[:, bands], view.valid, plans) for bands, _ in groups]
+    samples = zip(*parts, strict=True)
+    return [torch.cat([part[:kept] for part, (_, kept) in zip(sample, groups, strict=True)]) for sample in samples]
+
+
+def _operated(image: Tensor, valid: Tensor, plans: list[Plan]) -> list[Tensor]:
+    """The same of images (N,3,h,w)."""
+    images = list(image)
     steps = [_photometric(plan) for plan in plans]
     touched = [sample for sample, of_sample in enumerate(steps) if of_sample]
     if not touched:
         return images
-    low, span = photometry.level_range(view.image, view.valid)
+    low, span = photometry.level_range(image, valid)
     tables = list(photometry.stretch(low, span))
     for sample in touched:
         for name, m in steps[sample]:
-            images[sample], tables[sample] = photometry.operate(
-                name, m, images[sample], view.valid[sample], tables[sample]
-            )
+            images[sample], tables[sample] = photometry.operate(name, m, images[sample], valid[sample], tables[sample])
     last = photometry.unstretch(low, span, torch.stack(tables))
     done = photometry.look_up_all([last[sample] for sample in touched], [images[sample] for sample in touched])
     return geometry.replaced(images, dict(zip(touched, done, strict=True)))

@@ -289,7 +289,7 @@ def input_fits(config: Config, out: str | None) -> CheckOutcome:
     """Raises InputError when there are too few images for a step of all workers, or the network's settings do not fit."""
     manifest = load_manifest(config.data.root)
     split = read_split(config, manifest, out)
-    check_settings(config.network)
+    check_settings(config.for_manifest(manifest).network)
     check_batches(config, manifest, len(split.labelled), len(split.validation))
     pool = sum(file.rows for file in pool_files(manifest)) - split.carved
     workers = config.cluster.most_workers
@@ -347,7 +347,7 @@ def _seen(
     config: Config, manifest: Manifest, split: SplitName, ids: Sequence[str]
 ) -> tuple[list[str], list[Gradients]]:
     rows = labelled_rows(config.data.root, manifest, split, ids)
-    samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale)
+    samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale, bands=manifest.bands)
     try:
         return samples.ids, [gradients(samples.decoded(index).image) for index in range(len(samples))]
     except StageFailure as error:

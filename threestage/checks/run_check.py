@@ -91,7 +91,9 @@ def _proxy(places: Sequence[CheckResult]) -> Iterator[CheckResult]:
 
 def _exportable(config: Config, where: str, without: Callable[[NetworkSettings, float], str | None]) -> CheckOutcome:
     try:
-        warning = without(config.network, EXPORT_SECONDS)
+        manifest = _manifest(config)
+        seen = config if manifest is None else config.for_manifest(manifest)
+        warning = without(seen.network, EXPORT_SECONDS)
         if warning is not None and warning.endswith(unfinished(EXPORT_SECONDS)):
             warning = f"not known: {unfinished(EXPORT_SECONDS)}; a run and an export give it {EXPORT_S:.0f} s"
         return CheckOutcome(f"{config.network.encoder} is exported {where}", warning)

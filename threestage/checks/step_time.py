@@ -92,7 +92,8 @@ def measure_image(config: Config, manifest: Manifest, device: torch.device) -> f
     settings, sizes = _without_weights(config).network, manifest.sizes
     network = build_network(settings, len(manifest.classes)).to(device).eval()
     height, width = (max(1, round(side / config.data.downscale)) for side in (sizes.mean_height, sizes.mean_width))
-    images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shape, random = (2, settings.channels, height, width), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
     seconds = list[float]()
     while len(seconds) < 2 or (len(seconds) <= IMAGE_TURNS and sum(seconds) * len(images) < IMAGE_SECONDS):
         start = time.perf_counter()
@@ -188,13 +189,13 @@ def _source(
 ) -> StepSource:
     """What make_source gives, over one random batch for ever."""
     settings, classes = config.stage(stage), len(manifest.classes)
-    canvas = _canvas(manifest, config.data.downscale, config.augment)
+    shape = (config.network.channels, *_canvas(manifest, config.data.downscale, config.augment))
 
     def feed(batch_size: int, *maps: str) -> BatchStream:
         last = config.cluster.most_workers - 1  # of shares that differ it has the largest
         share = share_of(batch_size, config.training.batch_scope, last, last + 1)
         return BatchStream(
-            TimedIterator(itertools.repeat(_random_batch(share, canvas, classes, maps).to(device))), share
+            TimedIterator(itertools.repeat(_random_batch(share, shape, classes, maps).to(device))), share
         )
 
     if settings.unlabelled_batch == 0:
@@ -210,16 +211,16 @@ def _canvas(manifest: Manifest, downscale: int, augment: AugmentSettings) -> tup
     return canvas_size((sizes.max_height // downscale, sizes.max_width // downscale), augment)
 
 
-def _random_batch(share: BatchSlice, canvas: tuple[int, int], classes: int, maps: tuple[str, ...]) -> Batch:
-    """Full canvases of noise; every pixel of a mask has a class."""
-    random = torch.Generator().manual_seed(0)
+def _random_batch(share: BatchSlice, shape: tuple[int, int, int], classes: int, maps: tuple[str, ...]) -> Batch:
+    """Full canvases (C,H,W) of noise; every pixel of a mask has a class."""
+    random, canvas = torch.Generator().manual_seed(0), shape[1:]
 
     def draw(end: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, end, shape, generator=random, dtype=torch.uint8)
 
     ends = {"mask": classes, "pseudo_mask": classes, "confidence": 256}
     return Batch(
-        draw(256, share.count, 3, *canvas),
+        draw(256, share.count, *shape),
         Extent.whole(torch.tensor([canvas] * share.count), Draws(random)),
         {name: draw(ends[name], share.count, *canvas) for name in maps},
         tuple(f"random{number}" for number in range(share.count)),
@@ -274,8 +275,9 @@ def _measured(
     """`image_seconds`: as it is known already, or 0."""
     capacity = torch.cuda.get_device_properties(device).total_memory if specification.use_gpu else machine_bytes()
     try:
-        step = measure_step(specification.config, stage, specification.manifest, device, specification.stage_seconds)
-        image_seconds = image_seconds or measure_image(specification.config, specification.manifest, device)
+        config = specification.config.for_manifest(specification.manifest)
+        step = measure_step(config, stage, specification.manifest, device, specification.stage_seconds)
+        image_seconds = image_seconds or measure_image(config, specification.manifest, device)
     except torch.OutOfMemoryError as error:
         return MeasuredStep(
             stage=stage, on_gpu=True, device_bytes=capacity, problem=f"does not fit: {_first_line(error)}"

@@ -82,6 +82,9 @@ def ingest(
         int | None, typer.Option(help="pixels that neighbouring tiles share; default an eighth of the tile")
     ] = None,
     labelled_only: Annotated[bool, typer.Option("--labelled-only", help="skip images without a mask")] = False,
+    bands: Annotated[
+        int | None, typer.Option(help="bands of each image, of 8 or 16 bits or floats; without it, 8-bit RGB")
+    ] = None,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="share of bad images above which the command fails")
     ] = 0.02,
@@ -111,6 +114,7 @@ def ingest(
             "tile": tile,
             "tile_overlap": tile_overlap,
             "labelled_only": labelled_only,
+            "bands": bands,
             "max_bad_fraction": max_bad_fraction,
             "rows_per_file": rows_per_file,
             "name": name,

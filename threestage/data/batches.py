@@ -19,9 +19,10 @@ from torch import Tensor
 
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings, Extent
+from threestage.data.bands import Bands
 from threestage.data.parallel import ahead
 from threestage.data.records import MAX_IMAGE_PIXELS
-from threestage.data.samples import Decoded, Sample, crop_to_canvas, decode_sample
+from threestage.data.samples import Decoded, Decoding, Sample, crop_to_canvas, decode_sample
 from threestage.errors import CodedError, StageFailure, reason_of
 from threestage.seeds import derive_seed
 
@@ -31,7 +32,7 @@ BatchMode = Literal["per_worker", "global"]
 
 @dataclass(frozen=True)
 class Batch:
-    """N canvases: image (N,3,H,W) uint8, in memory the channels last as decoders give them; size: what of them is valid, and
+    """N canvases: image (N,C,H,W) uint8, in memory the channels last as decoders give them; size: what of them is valid, and
     where the crops are cut; maps (N,H,W) uint8 by name."""
 
     image: Tensor
@@ -88,10 +89,15 @@ def stack(
 class SampleSet:
     """Encoded rows in memory; decoded ones are kept as long as they fit into DECODED_CACHE_BYTES."""
 
-    def __init__(self, samples: Sequence[Sample], downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        downscale: int,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        bands: Bands | None = None,
+    ) -> None:
         self.samples = samples
-        self._downscale = downscale
-        self._max_pixels = max_pixels
+        self._decoding = Decoding(downscale, max_pixels, bands)
         self._cache: dict[int, Decoded] = {}
         self._free = DECODED_CACHE_BYTES
 
@@ -103,8 +109,9 @@ class SampleSet:
         return [sample.image_id for sample in self.samples]
 
     def digest(self) -> str:
-        """sha256 over ids, images and masks: what was trained or validated on."""
-        whole = hashlib.sha256()
+        """sha256 over ids, images and masks, and what their bands mean: what was trained or validated on."""
+        bands = self._decoding.bands
+        whole = hashlib.sha256(b"" if bands is None else bands.model_dump_json().encode())
         for sample in self.samples:
             for part in (sample.image_id.encode(), sample.image, sample.mask or b""):
                 whole.update(hashlib.sha256(part).digest())
@@ -114,7 +121,7 @@ class SampleSet:
         if index in self._cache:
             return self._cache[index]
         try:
-            decoded = decode_sample(self.samples[index], self._downscale, self._max_pixels)
+            decoded = decode_sample(self.samples[index], *self._decoding)
         except ValueError as error:
             code = error.code if isinstance(error, CodedError) else "image/undecodable"
             raise StageFailure(f"{self.samples[index].image_id}: {reason_of(error)}", code) from error

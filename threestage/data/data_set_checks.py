@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from threestage.data import storage
+from threestage.data.bands import shown_bands
 from threestage.data.classes import ClassMap, Lookup, Unknown
 from threestage.data.formats import SPLITS, SourceItem
 from threestage.data.image_validation import BadFile, check_mask
@@ -293,8 +294,8 @@ Gradients = npt.NDArray[np.float32]
 
 
 def gradients(image: npt.NDArray[np.uint8]) -> Gradients:
-    """Horizontal and vertical differences of the grey image (H,W,3) at SIDE × SIDE, of length 1; zero for one plain colour."""
-    small = Image.fromarray(image).convert("L").resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)
+    """Horizontal and vertical differences of the grey image (H,W,C) at SIDE × SIDE, of length 1; zero for one plain colour."""
+    small = Image.fromarray(shown_bands(image)).convert("L").resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)
     grey = np.asarray(small, np.float32)
     found = np.concatenate([(grey[:-1, 1:] - grey[:-1, :-1]).ravel(), (grey[1:, :-1] - grey[:-1, :-1]).ravel()])
     return np.asarray(found / max(float(np.linalg.norm(found)), 1.0), np.float32)

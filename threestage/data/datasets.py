@@ -10,11 +10,21 @@ import pyarrow as pa
 from threestage import IGNORE_INDEX
 from threestage.augment.views import AugmentSettings
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.batches import SampleSet, canvas_size
 from threestage.data.pool import IndexRow, PoolFile, read_index
-from threestage.data.records import Bytes, DataSettings, Manifest, SplitName, decode_mask, encode_mask, labelled_rows
+from threestage.data.records import (
+    MAX_IMAGE_PIXELS,
+    Bytes,
+    DataSettings,
+    Manifest,
+    SplitName,
+    decode_mask,
+    encode_mask,
+    labelled_rows,
+)
 from threestage.data.rejects import Reject
-from threestage.data.samples import OnReject, Sample, decode_sample, pool_samples, samples_of
+from threestage.data.samples import Decoding, OnReject, Sample, decode_sample, pool_samples, samples_of
 from threestage.data.split import Split
 from threestage.errors import InputError, StageFailure
 
@@ -25,18 +35,27 @@ ANY_SIDE = 2**31
 # ---- The sets
 
 
-def labelled_set(root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None) -> SampleSet:
-    """The labelled images with their masks, and with pseudo-masks where a folder of them is given."""
+def labelled_set(
+    root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None, bands: Bands | None = None
+) -> SampleSet:
+    """The labelled images with their masks, and with pseudo-masks where a folder of them is given. `bands`: those that a network
+    sees, else all."""
     table = labelled_rows(root, manifest, "train", split.labelled)
     if pseudo_masks is not None:
         table = _with_pseudo_masks(table, _pseudo_mask_rows(pseudo_masks))
-    return SampleSet(samples_of(table.to_pydict()), downscale)
+    return _seen_set(table, manifest, downscale, bands)
 
 
-def validation_set(root: str, manifest: Manifest, split: Split, downscale: int) -> SampleSet:
-    """The images that a run validates on, each with its mask."""
+def validation_set(
+    root: str, manifest: Manifest, split: Split, downscale: int, bands: Bands | None = None
+) -> SampleSet:
+    """The images that a run validates on, each with its mask. `bands`: see `labelled_set`."""
     name: SplitName = "val" if split.validation_split == "val" else "train"
-    return SampleSet(samples_of(labelled_rows(root, manifest, name, split.validation).to_pydict()), downscale)
+    return _seen_set(labelled_rows(root, manifest, name, split.validation), manifest, downscale, bands)
+
+
+def _seen_set(table: pa.Table, manifest: Manifest, downscale: int, bands: Bands | None) -> SampleSet:
+    return SampleSet(samples_of(table.to_pydict()), downscale, MAX_IMAGE_PIXELS, bands or manifest.bands)
 
 
 def pool_set(
@@ -46,20 +65,22 @@ def pool_set(
     rejected: OnReject,
     least_agreement: int = 0,
     excluded: frozenset[str] = frozenset(),
+    bands: Bands | None = None,
 ) -> SampleSet:
     """The whole pool in memory, still encoded: for `--local` only. Without pseudo-masks, whose making has looked at every
     image, those that cannot be decoded go to `rejected` here."""
     parts = (chunk for file in files for chunk in pool_samples(file, pseudo_masks, rejected, least_agreement, excluded))
     samples = [sample for chunk in parts for sample in chunk]
+    decoding = Decoding(data.downscale, data.max_image_pixels, bands)
     if pseudo_masks is None:
-        samples = [sample for sample in samples if is_usable(sample, data, rejected)]
-    return SampleSet(samples, data.downscale, data.max_image_pixels)
+        samples = [sample for sample in samples if is_usable(sample, decoding, rejected)]
+    return SampleSet(samples, *decoding)
 
 
-def is_usable(sample: Sample, data: DataSettings, rejected: OnReject) -> bool:
+def is_usable(sample: Sample, decoding: Decoding, rejected: OnReject) -> bool:
     """Whether an image can be decoded; else it goes to `rejected`."""
     try:
-        decode_sample(sample, data.downscale, data.max_image_pixels)
+        decode_sample(sample, *decoding)
     except ValueError as error:
         rejected(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
         return False

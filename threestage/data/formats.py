@@ -29,6 +29,7 @@ import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
 from threestage.data import safe_walk, storage
+from threestage.data.bands import BandNumber
 from threestage.data.included_classes import vistas_labels
 from threestage.data.pair_list import is_pair_list, listed_masks, listed_pairs
 from threestage.data.pairs import (
@@ -79,6 +80,7 @@ class IngestSettings(Settings):
     `labelled_only`: leave images without a mask out.
     `tile`, `tile_overlap`: side of a scene's tiles and what neighbours share, in pixels ("scenes" only); None: 512, and an
     eighth of the tile.
+    `bands`: how many each image has, of 8 or 16 bits or floats; None: 8-bit RGB, or what the data set has already.
     `max_bad_fraction`: more bad images than this share of all is a failure.
     `rows_per_file`: images per Parquet file; fewer where they would come to more than 128 MiB.
     """
@@ -92,6 +94,7 @@ class IngestSettings(Settings):
     labelled_only: bool = False
     tile: int | None = Field(default=None, ge=32, le=8192)
     tile_overlap: int | None = Field(default=None, ge=0)
+    bands: BandNumber | None = None
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     rows_per_file: int = Field(default=256, ge=1)
     name: str | None = None

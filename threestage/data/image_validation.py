@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from threestage.data.band_images import read_bands
+from threestage.data.bands import Numbers, some_pixels
 from threestage.data.classes import Lookup, Unknown
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.palette import refuse_other_order
@@ -54,6 +56,8 @@ class CheckedImage:
     data: bytes
     height: int
     width: int
+    sample: Numbers | None = None
+    """Of an image of bands, see `some_pixels`."""
 
 
 def check_image(data: bytes) -> CheckedImage:
@@ -65,6 +69,17 @@ def check_image(data: bytes) -> CheckedImage:
             return CheckedImage(data, image.height, image.width)
         turned = upright(image).convert("L" if image.mode == "L" else "RGB")
         return CheckedImage(_encoded(turned, image.format), turned.height, turned.width)
+
+
+def check_bands(data: bytes, count: int) -> CheckedImage:
+    """As `check_image`, of a data set whose images have `count` bands of any type; keeps the file's own bytes."""
+    if not data:
+        raise BadFile("is empty", "image/undecodable")
+    try:
+        values = read_bands(data, count)
+    except BadImage as error:
+        raise BadFile(error.message, error.code) from None
+    return CheckedImage(data, values.shape[0], values.shape[1], some_pixels(values))
 
 
 def check_mask(data: bytes, lookup: Lookup, size: tuple[int, int], name: str) -> npt.NDArray[np.uint8]:

@@ -241,6 +241,20 @@ def _check_classes(root: str, current: Manifest | None, class_map: ClassMap | No
         )
 
 
+def _bands(root: str, asked: int | None, current: Manifest | None) -> int | None:
+    """How many each image has; None: 8-bit RGB. Raises InputError where the data set has others."""
+    if current is None:
+        return asked
+    held = None if current.bands is None else current.bands.count
+    if asked not in (None, held):
+        raise InputError(
+            f"bands={asked}: the images of the data set {root} {'are 8-bit RGB' if held is None else f'have {held} bands'}; "
+            "make a new data set, or leave it out",
+            "data/other-bands",
+        )
+    return held
+
+
 # What the user should know of the classes.
 
 
@@ -339,7 +353,8 @@ def _begin(
     storage.remove_unfinished(root)
     index = build_index(root, current) if current else None
     base, unlabelled = current.digest if current else None, _unlabelled(settings, class_map)
-    job = IngestJob(root, settings.rows_per_file, class_map, map_name, base, index, unlabelled)
+    bands = _bands(root, settings.bands, current)
+    job = IngestJob(root, settings.rows_per_file, class_map, map_name, base, index, unlabelled, bands)
     if current is None and settings.format in ("images", HUGGING_FACE, SCENES):
         mark(root, DATA_SET_MARK, "threestage ingest")  # a listing, or what is unpacked, is written first
     if settings.format == HUGGING_FACE:

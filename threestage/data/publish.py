@@ -20,11 +20,12 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from threestage import IGNORE_INDEX
 from threestage.data import parquet, storage
+from threestage.data.bands import Bands, BandSample, Numbers, measured, sampled
 from threestage.data.classes import MAX_UNKNOWN, ClassMap, Lookup
 from threestage.data.drawings import read_drawings
 from threestage.data.formats import SPLITS, SourceItem, each_id_once
 from threestage.data.headers import BadImage
-from threestage.data.image_validation import BadFile, UnknownValues, check_image, check_mask
+from threestage.data.image_validation import BadFile, UnknownValues, check_bands, check_image, check_mask
 from threestage.data.parallel import Item, Result, map_ahead
 from threestage.data.records import (
     MANIFEST_NAME,
@@ -48,7 +49,7 @@ from threestage.settings import Settings
 
 MAX_FILE_BYTES = 128 * 1024**2
 ROW_DIGESTS_KEY = b"threestage.row_digests"
-FIELDS_ADDED_LATER = ("unknown", "class_images", "labelled_sizes")  # of ShardReport
+FIELDS_ADDED_LATER = ("unknown", "class_images", "labelled_sizes", "bands")  # of ShardReport
 
 Kind = Literal["images", "labels"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -118,7 +119,7 @@ class ShardReport(Settings):
     that the data set had. `gone`: images that were listed and are no longer there. `heights`, `widths`: of the new images.
     `masks`: digest of the masks that its images were given, new or not (`masks_digest`), None for none; `labelled`: how many
     these are; `pixels`: their pixels of each class; `class_images`: how many of them show it; `labelled_sizes`: heights and
-    widths of these. `unknown`: pixels and masks of each value that the class map does not know.
+    widths of these. `unknown`: pixels and masks of each value that the class map does not know. `bands`: of the new images.
     """
 
     base: str | None
@@ -138,6 +139,7 @@ class ShardReport(Settings):
     class_images: tuple[int, ...] = ()
     labelled_sizes: tuple[SizeRange, ...] = ()
     unknown: dict[str, tuple[int, int]] = Field({})
+    bands: BandSample | None = None
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -263,6 +265,7 @@ class Additions:
         self.heights = self.widths = SizeRange()
         self.labelled_sizes: tuple[SizeRange, ...] = (SizeRange(), SizeRange())
         self.unknown: dict[str, tuple[int, int]] = {}
+        self.bands: list[BandSample] = []
         self._files: list[DataFile] = []
 
     def add(self, report: ShardReport) -> None:
@@ -281,6 +284,7 @@ class Additions:
         self.newly_labelled[report.split] += report.newly_labelled
         self.heights += report.heights
         self.widths += report.widths
+        self.bands += [] if report.bands is None else [report.bands]
         self._files += report.files
 
     @property
@@ -302,6 +306,7 @@ def next_manifest(
     ):
         return None
     files = (*(current.files if current else ()), *added.files)
+    bands = current.bands if current else measured(added.bands)
     return Manifest(
         version=current.version + 1 if current else 1,
         name=name,
@@ -310,8 +315,15 @@ def next_manifest(
         files=files,
         counts=_counts(current, added),
         sizes=_sizes(current, added),
-        digest=hashlib.sha256(json.dumps([classes, [file.digest for file in files]]).encode()).hexdigest(),
+        digest=_digest_of(classes, files, bands),
+        bands=bands,
     )
+
+
+def _digest_of(classes: Sequence[str], files: Sequence[DataFile], bands: Bands | None) -> str:
+    parts: list[Any] = [classes, [file.digest for file in files]]
+    parts += [] if bands is None else [bands.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _counts(current: Manifest | None, added: Additions) -> dict[SplitName, SplitCounts]:
@@ -511,7 +523,8 @@ REPORT_FORMAT, LABELLED_REPORT_FORMAT = 1, 3
 @dataclass(frozen=True)
 class IngestJob:
     """What all shards of an ingest share. `index`: folder of what the data set, whose digest is `base`, holds already.
-    `unlabelled`: class id of a tile's pixels without a polygon."""
+    `unlabelled`: class id of a tile's pixels without a polygon. `bands`: how many each
+    image has; None: 8-bit RGB."""
 
     root: str
     rows_per_file: int
@@ -520,6 +533,7 @@ class IngestJob:
     base: str | None
     index: str | None
     unlabelled: int = IGNORE_INDEX
+    bands: int | None = None
 
 
 @dataclass(frozen=True)
@@ -544,7 +558,8 @@ def shard_digest(job: IngestJob, split: SplitName, content: Sequence[SourceItem]
     images = content if isinstance(content, str) else [astuple(item) for item in content]
     labelled = not isinstance(content, str) and any(item.mask_uri for item in content)
     version = LABELLED_REPORT_FORMAT if labelled else REPORT_FORMAT
-    return hashlib.sha256(json.dumps([version, split, classes, images]).encode()).hexdigest()
+    parts = [version, split, classes, images, *([] if job.bands is None else [job.bands])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def few_at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -561,6 +576,7 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
     writer = Writer(job.root, shard.split, job.rows_per_file)
     rejected: list[Reject] = []
     masks: list[LabelledItem] = []
+    samples: list[Numbers] = []
     unknown: dict[str, tuple[int, int]] = {}
     skipped = gone = 0
     for item, outcome in zip(items, _outcomes(job, shard, items), strict=True):
@@ -576,9 +592,10 @@ def write_shard(job: IngestJob, shard: Shard) -> ShardReport:
             skipped += 1
         else:
             writer.add(outcome.row)
+            samples += [] if outcome.sample is None else [outcome.sample]
         if outcome.pixels is not None:
             masks.append(LabelledItem(item.image_id, outcome.mask_digest, outcome.pixels, outcome.size))
-    counts = counts_of_masks(masks) if masks else {}
+    counts = (counts_of_masks(masks) if masks else {}) | ({"bands": sampled(samples)} if samples else {})
     report = writer.report(job.base, rejected, skipped=skipped, gone=gone, unknown=unknown, **counts)
     storage.write_json(report_uri(job.root, shard.digest), report.model_dump(mode="json"))
     return report
@@ -682,12 +699,13 @@ class Gone:
 @dataclass(frozen=True)
 class Checked:
     """A good image. `row`: what to write, None when the data set has it already. `pixels`: of each class in its mask; `size`:
-    (height, width) of the mask."""
+    (height, width) of the mask. `sample`: see `CheckedImage`."""
 
     row: NewRow | None
     mask_digest: str | None = None
     pixels: npt.NDArray[np.int64] | None = None
     size: tuple[int, int] = (0, 0)
+    sample: Numbers | None = None
 
 
 def _check(
@@ -716,7 +734,7 @@ def _checked(
         _check_same(item, known, image_digest)
         if item.mask_uri is None:
             return Checked(None)
-    image = check_image(data)
+    image = check_image(data) if job.bands is None else check_bands(data, job.bands)
     mask = mask_digest = pixels = None
     if item.mask_uri is not None and lookup is not None:
         mask = _mask_of(job, item, item.mask_uri, lookup, (image.height, image.width), drawn)
@@ -734,7 +752,8 @@ def _checked(
         "width": image.width,
         "source": item.image_uri,
     }
-    return Checked(NewRow(record, image_digest, mask_digest, known), mask_digest, pixels, (image.height, image.width))
+    row, size = NewRow(record, image_digest, mask_digest, known), (image.height, image.width)
+    return Checked(row, mask_digest, pixels, size, None if known else image.sample)
 
 
 def _mask_of(

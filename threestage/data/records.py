@@ -14,16 +14,25 @@ import re
 import struct
 import zlib
 from collections.abc import Collection
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from threestage.data import parquet, storage
+from threestage.data.bands import BandNumber, Bands
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.parallel import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
 from threestage.data.parallel import PIXELS as PIXELS
@@ -119,6 +128,11 @@ class DataSettings(Settings):
     fixed_void: float | None = Field(default=None, gt=0, le=1)
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, ge=1, le=PILLOWS_LIMIT)
+    bands: Annotated[tuple[BandNumber, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="bands that the network sees, from 1 on, in its order, of a data set made with `ingest --bands`; null: all. "
+        "The first three are shown, and changed in colour, as red, green and blue",
+    )
 
     @field_validator("group")
     @classmethod
@@ -183,9 +197,10 @@ class SizeStatistics(Settings):
 
 
 class Manifest(Settings):
-    """One version of a data set. `classes` is empty until the first masks come; `colours` are for pictures only.
+    """One version of a data set. `classes` is empty until the first masks come; `colours` are for pictures only. `bands`: of its
+    images, as the first version measured them; None: 8-bit RGB.
 
-    `digest` covers the classes and the files' digests: two sets with one digest hold the same images, masks and ids.
+    `digest` covers the classes, the bands and the files' digests: two sets with one digest hold the same images, masks and ids.
     """
 
     format: int = MANIFEST_FORMAT
@@ -197,12 +212,19 @@ class Manifest(Settings):
     counts: dict[SplitName, SplitCounts]
     sizes: SizeStatistics
     digest: str
+    bands: Bands | None = None
 
     @field_validator("counts")
     @classmethod
     def _of_all_splits(cls, counts: dict[SplitName, SplitCounts]) -> dict[SplitName, SplitCounts]:
         none: dict[SplitName, SplitCounts] = {"train": SplitCounts(), "val": SplitCounts(), "test": SplitCounts()}
         return none | counts
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of RGB as earlier versions wrote it."""
+        found: dict[str, Any] = handler(self)
+        return found if self.bands is not None else {key: value for key, value in found.items() if key != "bands"}
 
     @model_validator(mode="after")
     def _a_colour_per_class(self) -> Self:

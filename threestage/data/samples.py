@@ -10,9 +10,11 @@ import numpy as np
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.band_images import decode_pixels
+from threestage.data.bands import Bands
 from threestage.data.headers import BadImage
 from threestage.data.pool import PoolFile, pseudo_mask_uri, read_pool_rows
-from threestage.data.records import MAX_IMAGE_PIXELS, decode_image, decode_mask, downscale_image, downscale_mask
+from threestage.data.records import MAX_IMAGE_PIXELS, decode_mask, downscale_image, downscale_mask
 from threestage.data.rejects import Reject
 from threestage.errors import InputError
 
@@ -32,9 +34,17 @@ class Sample:
     source: str = ""
 
 
+class Decoding(NamedTuple):
+    """How encoded images are read. `bands`: None for 8-bit RGB."""
+
+    downscale: int = 1
+    max_pixels: int = MAX_IMAGE_PIXELS
+    bands: Bands | None = None
+
+
 @dataclass(frozen=True)
 class Decoded:
-    image: np.ndarray  # (H,W,3) uint8
+    image: np.ndarray  # (H,W,C) uint8, RGB without bands
     maps: dict[str, np.ndarray]  # (H,W) uint8 each
 
 
@@ -87,12 +97,14 @@ def _without_pseudo_masks(file: PoolFile, rejected: OnReject, excluded: frozense
         yield found
 
 
-def decode_sample(sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Decoded:
+def decode_sample(
+    sample: Sample, downscale: int, max_pixels: int = MAX_IMAGE_PIXELS, bands: Bands | None = None
+) -> Decoded:
     """Decode and downscale one row. Pseudo-masks and confidences are stored at the downscaled size already.
 
     Raises BadImage when the image cannot be decoded, or is not of its pseudo-mask's size.
     """
-    image = downscale_image(decode_image(sample.image, max_pixels), downscale)
+    image = downscale_image(decode_pixels(sample.image, max_pixels, bands), downscale)
     maps = {}
     if sample.mask is not None:
         maps["mask"] = downscale_mask(decode_mask(sample.mask), downscale)

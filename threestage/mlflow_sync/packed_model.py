@@ -63,17 +63,22 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         self.downscale = card["downscale"]
         self.inference = card.get("inference") or {"window": None}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.mean = torch.tensor(card["network"]["mean"], device=self.device).view(3, 1, 1)
+        self.bands = card.get("bands")
+        self.mean = torch.tensor(_mean(card["network"]), device=self.device).view(-1, 1, 1)
         self.network, self.least_side = _load_program(folder / "program.pt2", self.device)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """uint8 RGB images (N,H,W,3), or N PNG or JPEG files of one size in base64 → uint8 class ids (N,H,W).
+        A model of other bands takes (N,H,W,B), the numbers that the image files hold.
 
         With params {"confidence": True}: a dict of "class_ids" and "confidence", float32 (N,H,W) in [0,1]. Images are
         looked at whole, or in the windows that the model was trained with, at a single scale.
         """
         files = _encoded(model_input)
-        images = _as_bytes(model_input) if files is None else _decoded(files)
+        if self.bands is not None:
+            images = _levels(model_input, self.bands)
+        else:
+            images = _as_bytes(model_input) if files is None else _decoded(files)
         wanted, shape = bool((params or {}).get("confidence")), images.shape[:3]
         if max(shape[1:]) > MOST_SIDE * self.downscale:
             raise ValueError(
@@ -99,7 +104,7 @@ class PackedModel(PythonModel):  # type: ignore[misc,unused-ignore]
         return class_ids.to(torch.uint8).cpu().numpy(), confidence.exp().cpu().numpy()
 
     def _logits(self, pixels: Any) -> Any:
-        """Of images (N,3,H,W), or of a window of them; a side below the program's least is padded with the mean colour."""
+        """Of images (N,C,H,W), or of a window of them; a side below the program's least is padded with the mean colour."""
         from torch.nn import functional
 
         height, width = pixels.shape[-2:]
@@ -176,6 +181,30 @@ def _pixels(data: bytes) -> np.ndarray:
         if image.mode not in ("RGB", "L", "P") or "transparency" in image.info or bits > 8:
             raise ValueError(f"mode {image.mode} of {bits} bits; give RGB or grey of 8 bits without transparency")
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _mean(network: Mapping[str, Any]) -> list[float]:
+    """Of each channel, as threestage gives it to the network."""
+    mean, channels = network["mean"], network.get("channels", 3)
+    return [sum(mean) / 3] if channels == 1 else [mean[channel % 3] for channel in range(channels)]
+
+
+def _levels(images: Any, bands: Mapping[str, Any]) -> np.ndarray:
+    """Numbers of image files (N,H,W,B) as uint8 (N,H,W,C), as threestage reads them."""
+    values = np.asarray(images)
+    if values.ndim != 4 or values.shape[3] != bands["count"] or values.dtype.kind not in "uif":
+        raise ValueError(
+            f"images of shape {values.shape} and type {values.dtype}: give (N,H,W,{bands['count']}), numbers as the image files "
+            "hold them"
+        )
+    used = bands["used"] or range(1, bands["count"] + 1)
+    low, high = (np.array([bands[end][number - 1] for number in used]) for end in ("low", "high"))
+    found = np.empty((*values.shape[:3], len(low)), np.uint8)
+    for row, image in enumerate(values):
+        wide = image[:, :, [number - 1 for number in used]].astype(np.float64)
+        wide = (wide - low) * (255 / np.where(high == low, 1, high - low))
+        found[row] = np.rint(np.clip(np.nan_to_num(wide, nan=0, posinf=255, neginf=0), 0, 255))
+    return found
 
 
 def _as_bytes(images: Any) -> np.ndarray:
@@ -311,11 +340,11 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _reduced(images: np.ndarray, factor: int) -> np.ndarray:
-    """(N,H,W,3) → (N,H//f,W//f,3): the mean of each block, rounded half up, as in training; a side below f stays."""
+    """(N,H,W,C) → (N,H//f,W//f,C): the mean of each block, rounded half up, as in training; a side below f stays."""
     if factor == 1 or min(images.shape[1:3]) < factor:
         return images
     number, height, width = len(images), images.shape[1] // factor, images.shape[2] // factor
-    blocks = images[:, : height * factor, : width * factor].reshape(number, height, factor, width, factor, 3)
+    blocks = images[:, : height * factor, : width * factor].reshape(number, height, factor, width, factor, -1)
     total = blocks.sum(axis=(2, 4), dtype=np.uint32)
     return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
 

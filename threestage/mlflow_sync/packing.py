@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from threestage.data.bands import MOST
 from threestage.mlflow_sync.connection import redact, redact_tree
 from threestage.mlflow_sync.model_registry import CARD, PACKED_FOLDER
 from threestage.mlflow_sync.promotion import CHAMPION
@@ -65,7 +66,7 @@ def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecor
             artifacts={"model": str(folder)},
             pip_requirements=_requirements(),
             signature=_signature(),
-            input_example=_example(),
+            input_example=_example(card),
             metadata={"classes": list(card.classes), "colours": [list(colour) for colour in card.colours]},
             model_config={"files": digests_of(folder)},
         )
@@ -104,12 +105,15 @@ def _signature() -> Any:
     return ModelSignature(outputs=class_ids, params=params)
 
 
-def _example() -> np.ndarray:
-    """One image of two slopes: nobody's photograph travels with a model."""
+def _example(card: ModelCard) -> np.ndarray:
+    """One image of two slopes: nobody's photograph travels with a model. Of other bands than RGB they rise from low to high."""
     height, width = EXAMPLE_SIZE
     down, across = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
     image = np.stack(np.broadcast_arrays(down, across, (down + across) / 2), axis=-1)
-    return image.astype(np.uint8)[None]
+    if card.bands is None:
+        return image.astype(np.uint8)[None]
+    low, high = np.array(card.bands.low), np.array(card.bands.high)
+    return (low + (high - low) * image[..., :1] / MOST).astype(np.float32)[None]
 
 
 def _requirements() -> list[str]:

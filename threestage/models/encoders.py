@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from threestage.data.bands import RGB
 from threestage.errors import InputError, reason_of
 from threestage.models.trunks import (
     AddPositions,
@@ -34,8 +35,9 @@ TAPS_OF_24 = (4, 11, 17, 23)
 """Of a ViT with 24 blocks, as DPT and DINOv2 have them; other depths are cut into quarters."""
 
 
-def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.Module:
+def create_timm(name: str, output_stride: int, pretrained: bool = False, channels: int = RGB) -> nn.Module:
     """timm's whole model `name`; a ViT takes any image size, a convolutional network has `output_stride`.
+    Of other `channels` than RGB timm widens the first convolution (`widen_first_convolution`).
 
     Raises InputError for an unknown name (with the nearest ones), a stride that the model cannot have, and
     `pretrained` where timm's hub has no weights or cannot be reached.
@@ -50,6 +52,8 @@ def create_timm(name: str, output_stride: int, pretrained: bool = False) -> nn.M
     options |= {flag: False for family, flag in ANY_SIZE.items() if timm.models.is_model_in_modules(name, {family})}
     if timm.models.is_model_in_modules(name, {"mobilenetv3"}):
         options["features_only"] = True  # only this form of the family takes a stride
+    if channels != RGB:
+        options["in_chans"] = channels
     if not pretrained:
         return _create(name, options)
     _create(name, options)  # a mistake in the settings shows before the download
@@ -255,7 +259,8 @@ def _own_maps(encoder: Encoder, model: Any, size: tuple[int, int]) -> tuple[Tens
 
 def _probe_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
     device = next(model.parameters()).device
-    return torch.linspace(-1, 1, 3 * size[0] * size[1], device=device).view(1, 3, *size)
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), RGB)
+    return torch.linspace(-1, 1, channels * size[0] * size[1], device=device).view(1, channels, *size)
 
 
 def _flat_children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

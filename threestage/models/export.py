@@ -12,6 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from torch import Tensor, nn
 
 from threestage.data import storage
+from threestage.data.bands import RGB, Bands
 from threestage.errors import InputError
 from threestage.models.network import Network, build_network
 from threestage.models.settings import InferenceSettings, NetworkSettings
@@ -32,7 +33,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 class ModelCard(Settings):
     """What a model's weights do not say. `downscale`: how many times smaller than an image the network's input is.
-    `inference`: how images were given to it when it was trained and scored."""
+    `inference`: how images were given to it when it was trained and scored. `bands`: what the numbers of an image mean;
+    None: 8-bit RGB."""
 
     format: Literal[1] = 1
     network: NetworkSettings
@@ -41,12 +43,28 @@ class ModelCard(Settings):
     downscale: Annotated[int, Field(ge=1, le=1024)]
     stage: str
     inference: InferenceSettings = InferenceSettings()
+    bands: Bands | None = None
 
     @model_serializer(mode="wrap")
-    def _without_default_inference(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The card of a model that sees whole images is that of the versions that knew nothing else."""
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The card of a model that sees whole images of RGB is that of the versions that knew nothing else."""
         found: dict[str, Any] = handler(self)
-        return found if self.inference.window is not None else {k: v for k, v in found.items() if k != "inference"}
+        if self.inference.window is None:
+            del found["inference"]
+        if self.bands is None:
+            del found["bands"]
+        if self.network.channels == RGB:
+            del found["network"]["channels"]
+        return found
+
+    @model_validator(mode="after")
+    def _a_channel_per_band(self) -> "ModelCard":
+        channels = RGB if self.bands is None else self.bands.channels
+        if self.network.channels != channels:
+            raise InputError(
+                f"a network of {self.network.channels} channels and {channels} bands", "models/damaged-card"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_colour_per_class(self) -> "ModelCard":
@@ -168,7 +186,8 @@ def export_program(uri: str) -> bytes:
 
 
 def program_of(network: Network) -> bytes:
-    """A network in eval mode as a torch.export program: image (N,3,H,W) float in [0,1] → logits (N,C,H,W), without this package.
+    """A network in eval mode as a torch.export program: image (N,channels,H,W) float in [0,1] → logits (N,C,H,W), without this
+    package.
 
     Raises what `trace` raises, and ValueError where the program's logits are not the network's.
     """
@@ -214,7 +233,7 @@ def _exported(network: Network, least_side: int) -> torch.export.ExportedProgram
         warnings.simplefilter("ignore")
         return torch.export.export(
             _MainLogits(network),
-            (torch.zeros(2, 3, 160, 192),),
+            (torch.zeros(2, network.settings.channels, 160, 192),),
             dynamic_shapes=({0: images, 2: height, 3: width},),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -230,7 +249,7 @@ def refuse_other_logits(
     """
     random = torch.Generator().manual_seed(0)
     for number, height, width in ((1, least_side, least_side), (3, least_side + 7, 2 * least_side + 2), (2, 160, 192)):
-        image = torch.rand(number, 3, height, width, generator=random)
+        image = torch.rand(number, network.settings.channels, height, width, generator=random)
         found, expected = exported(image), network(image)[0]
         allowed = tolerance * float(expected.abs().max())
         if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.pool import data_set_files, read_pool_rows
 from threestage.data.records import load_manifest
 from threestage.data.samples import Sample, decode_sample
@@ -58,7 +59,8 @@ class Int8Scores(Settings):
 
 
 class ModelExportReport(Settings):
-    """`downscale`: how many times images are reduced before the model sees them; `least_side`: the shortest side it takes."""
+    """`downscale`: how many times images are reduced before the model sees them; `least_side`: the shortest side it takes;
+    `bands`: None for 8-bit RGB."""
 
     file: str
     to: str
@@ -67,14 +69,17 @@ class ModelExportReport(Settings):
     downscale: int
     least_side: int
     int8: Int8Scores | None = None
+    bands: Bands | None = None
 
     def lines(self) -> list[str]:
         """In words, for the terminal."""
         opset = "" if self.opset is None else f", opset {self.opset}"
+        takes = "RGB in [0,1] (N,3,H,W)" if self.bands is None else f"bands in [0,1] (N,{self.bands.channels},H,W)"
         lines = [
-            f"{self.file}: {self.to}{opset}, {self.bytes / 2**20:.1f} MiB; takes RGB in [0,1] (N,3,H,W), sides from "
-            f"{self.least_side} pixels"
+            f"{self.file}: {self.to}{opset}, {self.bytes / 2**20:.1f} MiB; takes {takes}, sides from {self.least_side} pixels"
         ]
+        if self.bands is not None:
+            lines.append(f"what is 0 and 1 of each band: {self.bands.model_dump_json(include={'used', 'low', 'high'})}")
         if self.downscale > 1:
             lines.append(
                 f"reduce images {self.downscale} times first, by the mean of each block: the model was trained so"
@@ -114,7 +119,7 @@ def export_model(
         content = (folder / name).read_bytes()
         least = least_side(folder / PROGRAM) if name == PROGRAM else shortest_side(content)
     if settings.to == "onnx-int8" and settings.data is not None:
-        images = calibration_images(settings.data, card.downscale, least)
+        images = calibration_images(settings.data, card.downscale, least, card.bands)
         whole, content = content, quantised(content, _some(images, settings.data))
         scores = _scores(whole, content, card, settings.data, show)
     storage.write_bytes(out, with_class_ids(content) if settings.class_ids else content)
@@ -126,6 +131,7 @@ def export_model(
         downscale=card.downscale,
         least_side=least,
         int8=scores,
+        bands=card.bands,
     )
 
 
@@ -144,13 +150,15 @@ def _refuse(out: str, settings: ModelExportSettings) -> None:
         refuse_missing_packages()
 
 
-def calibration_images(dataset: str, downscale: int, least_side: int) -> Iterator[np.ndarray]:
-    """Images of the pool, uint8 (H,W,3) as the network sees them, from files and rows that lie evenly apart."""
+def calibration_images(
+    dataset: str, downscale: int, least_side: int, bands: Bands | None = None
+) -> Iterator[np.ndarray]:
+    """Images of the pool, uint8 (H,W,C) as the network sees them, from files and rows that lie evenly apart."""
     files = _evenly(data_set_files(dataset, load_manifest(dataset)), CALIBRATION_FILES)
     for file in files:
         rows = [row for chunk in read_pool_rows(file, masks=False) for row in chunk if row.problem is None]
         for row in _evenly(rows, CALIBRATION_IMAGES // len(files)):
-            image = decode_sample(Sample(row.image_id, row.image), downscale).image
+            image = decode_sample(Sample(row.image_id, row.image), downscale, bands=bands).image
             if min(image.shape[:2]) >= least_side:
                 yield image
 

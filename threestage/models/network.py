@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from threestage.data.bands import RGB
 from threestage.errors import InputError
 from threestage.models.encoders import VIT_NAME, create_timm, split_encoder, vit_patch, weight_names
 from threestage.models.heads import make_head
 from threestage.models.settings import NetworkSettings
 from threestage.models.trunks import Encoder
-from threestage.models.weights import check_fit, copy_weights, read_encoder_weights, rename_weights
+from threestage.models.weights import (
+    check_fit,
+    copy_weights,
+    read_encoder_weights,
+    rename_weights,
+    widen_first_convolution,
+)
 
 NORMALISATION_TOLERANCE = 0.01  # of RGB in [0,1]
 PYRAMIDS = ("dpt", "fpn")  # heads that take four maps
@@ -43,8 +50,8 @@ class Network(nn.Module):
         self.main_head = make_head(settings, self.encoder, num_classes)
         self.auxiliary_stage = deepcopy(self.encoder.last) if auxiliary == "branch" else None
         self.auxiliary_head = None if auxiliary == "none" else make_head(settings, self.encoder, num_classes)
-        self.register_buffer("mean", torch.tensor(settings.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(settings.std).view(3, 1, 1), persistent=False)
+        for name, values in zip(("mean", "std"), settings.normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         for layer in self._frozen_layers():
             layer.requires_grad_(False)
         if settings.freeze_encoder:
@@ -56,7 +63,7 @@ class Network(nn.Module):
     def forward(
         self, image: Tensor, with_auxiliary: bool = False, dropout: tuple[int, float, bool] = (0, 0.0, False)
     ) -> tuple[Tensor, Tensor | None]:
-        """image (N,3,H,W) float in [0,1] → main logits (N,C,H,W), and the auxiliary ones if asked for and there.
+        """image (N,`channels`,H,W) float in [0,1] → main logits (N,C,H,W), and the auxiliary ones if asked for and there.
 
         A size that the encoder cannot take is padded at the right and bottom with the mean colour, and cut off again.
         dropout: the main head sees the last so many images without some channels of their features, each with that chance;
@@ -137,6 +144,11 @@ def _complementary(features: Tensor, probability: float) -> Tensor:
     factor = 2.0 * (torch.rand(images, channels, 1, 1, device=features.device) >= probability)
     factor[torch.randperm(images, device=features.device)[: images - images // 2]] = 1.0
     return torch.cat([factor, 2 - factor]).to(features.dtype)
+
+
+def channels_of(network: nn.Module) -> int:
+    """How many bands a network sees; RGB's of a module that does not say."""
+    return network.settings.channels if isinstance(network, Network) else RGB
 
 
 def without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,7 +241,7 @@ def crop_fits(settings: NetworkSettings, crop_size: tuple[int, int]) -> bool:
 
 def _make_encoder(settings: NetworkSettings) -> Encoder:
     state = None if settings.weights is None else read_encoder_weights(settings.weights)
-    model = create_timm(settings.encoder, settings.output_stride, settings.pretrained)
+    model = create_timm(settings.encoder, settings.output_stride, settings.pretrained, settings.channels)
     _check_head(settings)
     tensors = dict(model.state_dict(keep_vars=True))
     if state is not None:
@@ -241,6 +253,7 @@ def _make_encoder(settings: NetworkSettings) -> Encoder:
         kept = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
         wanted = {name: tensor for name, tensor in tensors.items() if id(tensor) in kept}
         known = weight_names(settings.encoder) | {name for name in state if _is_classifier(name, model)}
+        state = widen_first_convolution(state, wanted) if settings.channels != RGB else state
         check_fit(settings.weights, settings.encoder, state, wanted, known)
         copy_weights(state, wanted)
     return encoder

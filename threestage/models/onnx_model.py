@@ -1,8 +1,8 @@
 """A network as an ONNX model: written, checked with onnxruntime against the network, and run.
 
-Its input `image` is RGB in [0,1], float32 (N,3,H,W), any N and, from a least side on, any H and W; the normalisation is inside.
-Its output is `logits`, float32 (N,C,H,W), or `class_ids`, uint8 (N,H,W). Its metadata names the classes and what a user must
-know (see `_metadata`). Needs the extra `onnx`.
+Its input `image` is in [0,1], float32 (N,C,H,W), three channels of RGB unless the metadata have `bands`: any N and, from a
+least side on, any H and W; the normalisation is inside. Its output is `logits`, float32 (N,C,H,W), or `class_ids`, uint8
+(N,H,W). Its metadata names the classes and what a user must know (see `_metadata`). Needs the extra `onnx`.
 """
 
 import importlib.util
@@ -75,7 +75,9 @@ def onnx_of(network: Network, card: ModelCard) -> bytes:
 
 def _metadata(card: ModelCard, least_side: int) -> dict[str, str]:
     """`downscale`: how many times an image is reduced, by the mean of each block, before the model sees it; `least_side`: the
-    shortest side, in pixels, that it takes; `inference`: the windows in which images are to be given to it."""
+    shortest side, in pixels, that it takes; `inference`: the windows in which images are to be given to it; `bands`, where they
+    are not 8-bit RGB: which bands of an image it takes, and the numbers of each that are 0 and 1."""
+    bands = {} if card.bands is None else {"bands": card.bands.model_dump_json()}
     return {
         "classes": json.dumps(card.classes),
         "colours": json.dumps(card.colours),
@@ -85,6 +87,7 @@ def _metadata(card: ModelCard, least_side: int) -> dict[str, str]:
         "stage": card.stage,
         "inference": card.inference.model_dump_json(),
         "threestage": threestage.__version__,
+        **bands,
     }
 
 
@@ -126,7 +129,7 @@ def with_class_ids(content: bytes) -> bytes:
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX model in onnxruntime, on the CPU, that is called as a network is: image (N,3,H,W) → its output and None.
+    """An ONNX model in onnxruntime, on the CPU, that is called as a network is: image (N,C,H,W) → its output and None.
 
     `seconds`, `pixels`: what it has run so far.
     """
@@ -158,7 +161,7 @@ def quantised(content: bytes, images: Iterable[np.ndarray]) -> bytes:
     with a scale per output channel.
 
     The weights use seven bits (reduce_range): with eight, CPUs without VNNI add them up with saturation, which is wrong.
-    images: uint8 (H,W,3) RGB at the model's size, whose activations decide the ranges.
+    images: uint8 (H,W,C) at the model's size, whose activations decide the ranges.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

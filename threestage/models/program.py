@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from threestage.data.bands import MOST, RGB, Bands
 from threestage.errors import reason_of
 from threestage.models.export import CARD, PROGRAM, WEIGHTS, ModelCard, load_card, load_model, program_of
 from threestage.models.network import build_network, check_settings
@@ -75,7 +76,9 @@ def without_onnx(network: NetworkSettings, seconds: float = EXPORT_S) -> str | N
 def _why_not(network: NetworkSettings, seconds: float, name: str) -> str | None:
     check_settings(network)
     settings, colours = network.model_copy(update={"weights": None, "pretrained": False}), ((0, 0, 0), (255, 255, 255))
-    card = ModelCard(network=settings, classes=("a", "b"), colours=colours, downscale=1, stage="stage1")
+    count = settings.channels
+    bands = None if count == RGB else Bands(count=count, low=(0,) * count, high=(MOST,) * count)
+    card = ModelCard(network=settings, classes=("a", "b"), colours=colours, downscale=1, stage="stage1", bands=bands)
     with tempfile.TemporaryDirectory() as temporary:
         Path(temporary, CARD).write_text(card.model_dump_json())
         return write_program(Path(temporary), seconds, name)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
+from threestage.data.bands import MAX_BANDS, RGB
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -46,6 +47,8 @@ class NetworkSettings(Settings):
     """Mean of RGB in [0,1] that the encoder's weights expect."""
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     """Standard deviation of RGB in [0,1] that the encoder's weights expect."""
+    channels: Annotated[int, Field(ge=1, le=MAX_BANDS)] = RGB
+    """Bands that the network sees. A run sets it from the data set and `data.bands`; leave it as it is."""
     align_corners: bool = True
     """Align corners in the bilinear upsampling of the logits."""
 
@@ -65,6 +68,16 @@ class NetworkSettings(Settings):
             given = {**given, **weights, "weights": weights["path"]}
             del given["path"]
         return {**given, "pretrained": False}
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of each channel. RGB's own; of one channel their averages; of others RGB's over and over, as timm repeats
+        the weights of the first convolution."""
+        mean, std = self.mean, self.std
+        if self.channels == 1:
+            return (sum(mean) / RGB,), (sum(std) / RGB,)
+        places = [channel % RGB for channel in range(self.channels)]
+        return tuple(mean[place] for place in places), tuple(std[place] for place in places)
 
     @property
     def has_live_batch_norm(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from threestage.data.bands import RGB
 from threestage.data.storage import read_bytes
 from threestage.errors import InputError
 
@@ -71,6 +72,21 @@ def rename_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         return dict(convert(state, model))
     except (KeyError, RuntimeError, AttributeError, IndexError):
         return state  # not a file of this family: check_fit says what is wrong
+
+
+def widen_first_convolution(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of RGB's convolution for the channels of the encoder, by timm's rule: of one channel their sum over RGB; of
+    others RGB's over and over, times 3 / channels."""
+    from timm.models import adapt_input_conv
+
+    widened = dict(state)
+    for name, tensor in wanted.items():
+        given = state.get(name)
+        if given is None or given.ndim != 4 or tensor.ndim != 4 or given.shape[1] != RGB:
+            continue
+        if given.shape != tensor.shape and given.shape[::2] == tensor.shape[::2] and given.shape[3] == tensor.shape[3]:
+            widened[name] = adapt_input_conv(tensor.shape[1], given)
+    return widened
 
 
 def check_fit(source: str, encoder: str, state: dict[str, Tensor], wanted: dict[str, Tensor], known: set[str]) -> None:

@@ -172,6 +172,7 @@ def _task(champion: Champion, destination: str) -> PoolTask:
         fixed_void=_static_void(config, split),
         precision=config.for_stage(champion.stage).training.precision,
         inference=config.inference,
+        bands=champion.card.bands,
     )
 
 

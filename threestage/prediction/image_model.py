@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from threestage.data import storage
+from threestage.data.band_images import decode_pixels
 from threestage.data.classes import Colour
 from threestage.data.headers import BadImage
 from threestage.data.palette import palette_png
-from threestage.data.records import decode_image, downscale_image
+from threestage.data.records import MAX_IMAGE_PIXELS, downscale_image
 from threestage.models.export import ModelCard
 from threestage.models.network import Network, size_multiple
 from threestage.prediction.memory import most_pixels
@@ -30,7 +31,7 @@ from threestage.report.mask_images import overlay
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image: `pixels` (H,W,3) and `class_ids` (H,W), uint8; `confidence` (H,W) float32 in [0,1]."""
+    """Of one image: `pixels` (H,W,C) and `class_ids` (H,W), uint8; `confidence` (H,W) float32 in [0,1]."""
 
     pixels: np.ndarray
     class_ids: np.ndarray
@@ -60,13 +61,19 @@ class Model:
     card: ModelCard
 
     def predict(self, image: str | Path | np.ndarray) -> Prediction:
-        """Of a file, an S3 URI, or pixels (H,W,3) uint8 RGB; at the image's own size."""
-        pixels = decode_image(storage.read_bytes(str(image))) if isinstance(image, str | Path) else np.array(image)
+        """Of a file, an S3 URI, or pixels (H,W,3) uint8 RGB; at the image's own size. A model of other bands
+        takes (H,W,B), the numbers that its files hold."""
+        bands = self.card.bands
+        if isinstance(image, str | Path):
+            pixels = decode_pixels(storage.read_bytes(str(image)), MAX_IMAGE_PIXELS, bands)
+        else:
+            pixels = np.array(image) if bands is None else bands.levels(np.atleast_3d(image))
         return self.predict_batch([pixels])[0]
 
     def predict_batch(self, images: Sequence[np.ndarray]) -> list[Prediction]:
-        """Of images (H,W,3) uint8 RGB of one size, in one forward pass: whole, or in the windows that the model was trained
-        with; a large image that does not fit into the free memory in smaller ones. Raises BadImage for one below `downscale`.
+        """Of images (H,W,C) uint8, as `decode_pixels` gives them, of one size, in one forward pass: whole, or in the windows that
+        the model was trained with; a large image that does not fit into the free memory in smaller ones. Raises BadImage for
+        one below `downscale`.
         """
         size, factor = images[0].shape, self.card.downscale
         if min(size[:2]) < factor:

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from threestage.data.bands import RGB
+from threestage.models.network import channels_of
+
 PROBE_SIDES = (192, 448)
 """Of the images that are predicted to measure: what the larger takes more is of its pixels alone."""
 MARGIN = 1.25
@@ -25,7 +28,7 @@ _bytes_per_pixel: dict[tuple[object, ...], float] = {}
 """By the modules of a network, the device, and what else decides; what weights a network has does not."""
 
 Ask = Callable[[Tensor], object]
-"""Predicts images (1,3,H,W) uint8 on the device."""
+"""Predicts images (1,C,H,W) uint8 on the device."""
 
 
 def most_pixels(network: nn.Module, ask: Ask, device: torch.device, key: tuple[object, ...] = ()) -> int:
@@ -34,17 +37,19 @@ def most_pixels(network: nn.Module, ask: Ask, device: torch.device, key: tuple[o
     place = (str(network), device, *key)
     if place not in _bytes_per_pixel:
         try:
-            _bytes_per_pixel[place] = bytes_per_pixel(ask, device)
+            _bytes_per_pixel[place] = bytes_per_pixel(ask, device, channels_of(network))
         except (torch.OutOfMemoryError, MemoryError):
             return LEAST_PIXELS
     return max(LEAST_PIXELS, int(SHARE[device.type] * free_bytes(device) / _bytes_per_pixel[place]))
 
 
-def bytes_per_pixel(ask: Ask, device: torch.device) -> float:
+def bytes_per_pixel(ask: Ask, device: torch.device, channels: int = RGB) -> float:
     """The most that a forward pass holds at once, for each pixel of its image, in bytes."""
     small, large = PROBE_SIDES
-    ask(torch.zeros(1, 3, small, small, dtype=torch.uint8, device=device))  # what the first pass of all takes stays
-    growth = _probe(ask, device, large) - _probe(ask, device, small)
+    ask(
+        torch.zeros(1, channels, small, small, dtype=torch.uint8, device=device)
+    )  # what the first pass of all takes stays
+    growth = _probe(ask, device, large, channels) - _probe(ask, device, small, channels)
     return MARGIN * max(growth / (large**2 - small**2), 1.0)
 
 
@@ -57,9 +62,9 @@ def free_bytes(device: torch.device) -> int:
     return int(share * min(_proc_bytes("meminfo", "MemAvailable"), _free_of_container(), _free_of_process()))
 
 
-def _probe(ask: Ask, device: torch.device, side: int) -> int:
+def _probe(ask: Ask, device: torch.device, side: int, channels: int) -> int:
     """Bytes that a pass over a square image takes at its peak."""
-    image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    image = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

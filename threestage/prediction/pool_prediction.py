@@ -143,7 +143,7 @@ def _decode(position: int, row: PoolRow, task: PoolTask) -> _Image:
         return _Image(position, row, None, row.problem)
     sample = Sample(row.image_id, row.image, None if row.image_id in task.used_ids else row.mask)
     try:
-        decoded = decode_sample(sample, task.downscale, task.max_image_pixels)
+        decoded = decode_sample(sample, task.downscale, task.max_image_pixels, task.bands)
     except BadImage as error:
         return _Image(position, row, None, str(error))
     except DECODER_ERRORS as error:

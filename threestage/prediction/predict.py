@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from threestage.allocator import disable_malloc_trim
 from threestage.config import STAGES, StageName
 from threestage.data import storage
+from threestage.data.band_images import decode_pixels
 from threestage.data.classes import Colour
 from threestage.data.formats import passed_over
 from threestage.data.headers import BadImage
@@ -44,7 +45,7 @@ from threestage.data.palette import palette_png
 from threestage.data.parallel import map_ahead
 from threestage.data.pool import PoolFile, PoolRow, rows_of
 from threestage.data.raster import refuse_missing_rasterio
-from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, decode_image, encode_mask
+from threestage.data.records import DECODER_ERRORS, MAX_IMAGE_PIXELS, encode_mask
 from threestage.data.rejects import Reject, RejectList
 from threestage.errors import InputError, StageFailure
 from threestage.evaluation import BATCH
@@ -299,6 +300,7 @@ def _task(
         format=settings.format,
         overlays=settings.overlays and settings.format == "png" and kind != "scenes",
         confidences=settings.confidence,
+        bands=card.bands,
     )
 
 
@@ -464,7 +466,7 @@ class Predictions(PredictionWriter):
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Writes the image's files in format png."""
         if self._task.downscale > 1:
-            pixels = decode_image(row.image, self._task.max_image_pixels)
+            pixels = decode_pixels(row.image, self._task.max_image_pixels, self._task.bands)
         mask, sure = (enlarged(values, self._task.downscale, pixels.shape) for values in (class_ids, confidence))
         if self._task.format == "parquet":
             return encode_mask(mask, fast=True), sure.tobytes() if self._task.confidences else None

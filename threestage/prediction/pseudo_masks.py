@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.batches import send
 from threestage.data.pool import IndexRow, PoolFile, rows_of, write_index
 from threestage.data.rejects import Reject, RejectList
@@ -247,6 +248,7 @@ class PoolTask(Settings):
     precision: str = "auto"  # training.precision, as in an evaluation
     features: bool = False  # what `threestage next` chooses by, in place of pseudo-masks
     inference: InferenceSettings = InferenceSettings()  # whole images, or windows
+    bands: Bands | None = None  # of the images; None: 8-bit RGB
 
     def digest(self) -> str:
         """Of all that decides what the pseudo-masks of a file are, the file apart."""
@@ -257,6 +259,7 @@ class PoolTask(Settings):
         parts += [] if self.precision == "auto" else ["precision", self.precision]
         parts += ["features 1"] if self.features else []
         parts += [] if self.inference.window is None else ["inference", self.inference.model_dump_json()]
+        parts += [] if self.bands is None else ["bands", self.bands.model_dump_json()]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from threestage.allocator import disable_malloc_trim
 from threestage.data import storage
+from threestage.data.bands import RGB
 from threestage.data.pool import PoolFile
-from threestage.data.records import DataSettings
 from threestage.data.rejects import Reject, RejectList
-from threestage.data.samples import Sample, crop_to_canvas, decode_sample, pool_samples
+from threestage.data.samples import Decoding, Sample, crop_to_canvas, decode_sample, pool_samples
 from threestage.ray_backend.gauges import count_images
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
@@ -45,7 +45,7 @@ class FileReader:
         pseudo_masks: str | None,
         rejects: str,
         place: tuple[int | str, ...],
-        data: DataSettings,
+        decoding: Decoding,
         canvas: tuple[int, int],
         least_agreement: int = 0,
         excluded: frozenset[str] = frozenset(),
@@ -55,7 +55,7 @@ class FileReader:
         counted. See `pool_samples`."""
         self._pseudo_masks, self._rejects, self._place = pseudo_masks, rejects, place
         self._least_agreement, self._excluded = least_agreement, excluded
-        self._data, self._canvas, self._run = data, canvas, run
+        self._decoding, self._canvas, self._run = decoding, canvas, run
 
     def __call__(self, batch: Arrays) -> Iterator[dict[str, Any]]:
         """Blocks of one file of the order, see FilePart."""
@@ -78,7 +78,7 @@ class FileReader:
     def _placed(self, samples: Iterable[Sample], rejects: list[Reject], rng: np.random.Generator) -> Iterator[Arrays]:
         for sample in samples:
             try:
-                decoded = decode_sample(sample, self._data.downscale, self._data.max_image_pixels)
+                decoded = decode_sample(sample, *self._decoding)
             except ValueError as error:  # it was good when its pseudo-mask was made
                 rejects.append(Reject(image_id=sample.image_id, source=sample.source, reason=str(error)))
                 continue
@@ -87,8 +87,9 @@ class FileReader:
 
     def _blank(self) -> Arrays:
         maps = () if self._pseudo_masks is None else ("pseudo_mask", "confidence")
+        bands = self._decoding.bands
         return {
-            "image": np.zeros((*self._canvas, 3), np.uint8),
+            "image": np.zeros((*self._canvas, RGB if bands is None else bands.channels), np.uint8),
             **{name: np.zeros(self._canvas, np.uint8) for name in maps},
             "extent": np.zeros((4, 2)),
             "image_id": np.array(""),

@@ -18,6 +18,7 @@ from threestage.data.batches import Batch
 from threestage.data.datasets import pool_canvas
 from threestage.data.parallel import ahead
 from threestage.data.pool import PoolFile, least_agreement, load_pool, read_index
+from threestage.data.samples import Decoding
 from threestage.ray_backend import ray_internals
 from threestage.ray_backend.pool_reader import Arrays, FilePart, FileReader
 from threestage.run.stages import StageTask, images_per_step
@@ -36,7 +37,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     """Canvases for the rest of a stage, as one execution: starting a pass costs seconds, so passes follow each other in it.
 
     begin: the checkpoint that the stage continues from: the blocks that all workers had used up are left out. Rows: image
-    (H,W,3), pseudo_mask (H,W), confidence (H,W) uint8; extent (4,2) float64, see Extent; image_id; number of the row in the
+    (H,W,C), pseudo_mask (H,W), confidence (H,W) uint8; extent (4,2) float64, see Extent; image_id; number of the row in the
     stream; whether it is filled. The plan grows with the steps of the stage, not with the pool.
     """
     assert task.pool is not None
@@ -51,7 +52,7 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
         least = least_agreement(index, config.stage(task.stage).reliable_share)
         images = [entry.images_of(least) for entry in index]
     canvas, place = pool_canvas(index, config.augment), (config.seed, task.stage)
-    row_bytes = canvas[0] * canvas[1] * (3 if index is None else 5)
+    row_bytes = canvas[0] * canvas[1] * (config.network.channels + (0 if index is None else 2))
     block_rows = rows_of_blocks(images, math.ceil(BLOCK_BYTES / row_bytes))
     needed = math.ceil(images_to_come(config, task.stage, begin.step, block_rows) / (1 - lost))
     parts = parts_from(begin, files, images, place, block_rows, needed)
@@ -61,7 +62,8 @@ def unlabelled_stream(task: StageTask, begin: Pointer) -> Dataset:
     items = [{"part": part.model_dump_json()} for part in parts]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS))
     reader = FileReader(
-        task.pseudo_masks, storage.join(task.folder, "rejects"), place, config.data, canvas, least,
+        task.pseudo_masks, storage.join(task.folder, "rejects"), place,
+        Decoding(config.data.downscale, config.data.max_image_pixels, task.bands), canvas, least,
         frozenset(task.split.validation), config.name,
     )  # fmt: skip
     return source.map_batches(reader, batch_size=1)

@@ -89,7 +89,8 @@ class RayWorker:
         the first backward pass, and of three workers the sums depend on where a gradient lies. Nothing else changes."""
         training = wrapped.training
         wrapped.eval()  # running statistics stay
-        image = torch.zeros(1, 3, *self._task.settings().augment.crop_size, device=self.device)
+        config = self._task.settings()
+        image = torch.zeros(1, config.network.channels, *config.augment.crop_size, device=self.device)
         main, auxiliary = wrapped(image, with_auxiliary=True)
         (main.sum() * 0 + (0 if auxiliary is None else auxiliary.sum() * 0)).backward()
         wrapped.zero_grad(set_to_none=True)

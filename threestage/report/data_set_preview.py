@@ -12,14 +12,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from threestage.data import storage
-from threestage.data.classes import Colour
+from threestage.data.band_images import decode_pixels
+from threestage.data.bands import shown_bands
 from threestage.data.formats import SPLITS
 from threestage.data.records import (
     DECODER_ERRORS,
+    MAX_IMAGE_PIXELS,
     PREVIEW_NAME,
     Bytes,
     Manifest,
-    decode_image,
     decode_mask,
     files_with_masks,
     load_manifest,
@@ -40,7 +41,7 @@ def write_preview(root: str) -> str | None:
         shows = _made_of(storage.read_bytes(uri))
         if shows in (None, made_of):
             return None if shows is None else uri
-    pairs = [_seen(row, manifest.colours) for row in islice(_labelled(root, manifest), PHOTOS)]
+    pairs = [_seen(row, manifest) for row in islice(_labelled(root, manifest), PHOTOS)]
     if not pairs:
         return None
     columns = [
@@ -73,12 +74,13 @@ def _labelled(root: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
                 seen.add(row["image_id"])
 
 
-def _seen(row: dict[str, Any], colours: tuple[Colour, ...]) -> tuple[Bytes, Bytes]:
+def _seen(row: dict[str, Any], manifest: Manifest) -> tuple[Bytes, Bytes]:
     """The photo and the photo under its mask, made smaller."""
-    image, mask = decode_image(row["image"]), decode_mask(row["mask"])
+    image = shown_bands(decode_pixels(row["image"], MAX_IMAGE_PIXELS, manifest.bands))
+    mask = decode_mask(row["mask"])
     height, width = mask.shape
     factor = min(1.0, HEIGHT / height, WIDTH / width)
     size = max(1, round(factor * width)), max(1, round(factor * height))
     image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
     mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return image, overlay(image, mask, colours)
+    return image, overlay(image, mask, manifest.colours)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from threestage import IGNORE_INDEX
+from threestage.data.bands import shown_bands
 from threestage.data.classes import Colour
 from threestage.data.palette import palette
 
@@ -30,7 +31,9 @@ def colourise(mask: Bytes, colours: Sequence[Colour]) -> Bytes:
 
 
 def overlay(image: Bytes, mask: Bytes, colours: Sequence[Colour], alpha: float = 0.5) -> Bytes:
-    """Image (H,W,3) uint8 under the colours of its mask (H,W); `alpha` in [0,1] is the share of the colours."""
+    """Image (H,W,C) uint8, as `shown_bands` shows it, under the colours of its mask (H,W); `alpha` in [0,1] is the share of the
+    colours."""
+    image = shown_bands(image)
     mixed = np.empty_like(image)
     for top in range(0, len(image), BAND_ROWS):  # as floats a large image takes gigabytes
         rows = slice(top, top + BAND_ROWS)
@@ -44,7 +47,7 @@ def panel(
     colours: Sequence[Colour],
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Pictures side by side: one column per (title, RGB arrays (H,W,3) uint8), one row per image, a legend below.
+    """Pictures side by side: one column per (title, arrays (H,W,C) uint8), one row per image, a legend below.
 
     Small pictures are enlarged by a whole factor with nearest neighbours, so that pixels stay pixels; wide ones are
     reduced. Columns may differ in length and pictures in size. captions: for each column a line below each picture.
@@ -95,7 +98,7 @@ def _end_of(text: str, width: int, font: Font) -> str:
 
 
 def _enlarged_or_reduced(array: Bytes) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(array))
+    picture = Image.fromarray(np.ascontiguousarray(shown_bands(array)))
     if picture.width < LEAST_WIDTH:
         factor = math.ceil(LEAST_WIDTH / picture.width)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -140,8 +143,8 @@ def class_colours(colours: Sequence[Colour]) -> Sequence[Colour]:
 
 
 def photo(image: Bytes) -> str:
-    """(H,W,3) uint8 as it is, or reduced to MOST_SIDE."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    """(H,W,C) uint8 as it is, or reduced to MOST_SIDE."""
+    picture = Image.fromarray(np.ascontiguousarray(shown_bands(image)))
     if max(picture.size) > MOST_SIDE:
         picture = picture.resize(_shown_size(image.shape[:2]), Image.Resampling.BOX)
     stream = io.BytesIO()

@@ -108,14 +108,14 @@ class Validation:
         card = load_card(run.stages[0].model)
         self.manifest = _manifest(root, card.classes)
         self.downscale = card.downscale
-        self.samples = validation_set(root, self.manifest, run.split, card.downscale)
+        self.samples = validation_set(root, self.manifest, run.split, card.downscale, card.bands)
         if len(self.samples) == 0:
             raise InputError(
                 f"{root}: holds none of the images that the run validated on; give another data set with --data",
                 "run/other-data-set",
             )
         self.changed = run.stages[-1].validation_digest not in (None, self.samples.digest())
-        self._labelled = labelled_set(root, self.manifest, run.split, card.downscale, None)
+        self._labelled = labelled_set(root, self.manifest, run.split, card.downscale, None, card.bands)
         self._device = default_device()
         self._networks = [load_model(stage.model)[0].to(self._device) for stage in run.stages]
 
@@ -238,7 +238,7 @@ def comparison_picture(data: str, split: Split, columns: Sequence[Shown]) -> Ima
     """Four validation images and their truth beside what some models see of them, with names and scores."""
     card = load_card(storage.join(columns[0].folder, "model"))
     manifest = _manifest(data, card.classes)
-    samples = validation_set(data, manifest, split, card.downscale)
+    samples = validation_set(data, manifest, split, card.downscale, card.bands)
     image_ids = [sample.image_id for sample in samples.samples]
     chosen = _scenes(image_ids, columns[0].folder, columns[-1].folder)
     decoded = [samples.decoded(place) for place in chosen]

@@ -7,6 +7,7 @@ from typing import Any
 
 from threestage.checks.preflight import check_run
 from threestage.config import Config, StageName, stage_keys
+from threestage.data.bands import Bands, chosen_bands
 from threestage.data.batches import SampleSet
 from threestage.data.datasets import labelled_set, static_void_mask, validation_set
 from threestage.data.records import Manifest, load_manifest
@@ -36,9 +37,11 @@ class RunContext:
         config = config.with_absolute_paths()
         root, downscale = config.data.root, config.data.downscale
         manifest = load_manifest(root)
+        config = config.for_manifest(manifest)
+        bands = chosen_bands(manifest.bands, config.data.bands, root)
         split = folder.read_or_make_split(config, manifest, None if continued is None else continued.split)
-        labelled = labelled_set(root, manifest, split, downscale, None)
-        validation = validation_set(root, manifest, split, downscale)
+        labelled = labelled_set(root, manifest, split, downscale, None, bands)
+        validation = validation_set(root, manifest, split, downscale, bands)
         _refuse_missing(root, split, labelled, validation)
         return cls(config, manifest, split, labelled, validation, continued)
 
@@ -65,6 +68,11 @@ class RunContext:
             return self
         classes = self.manifest.classes
         return replace(self, continued=with_corrections(self.continued, folder, self.labelled, classes, predict))
+
+    @property
+    def bands(self) -> Bands | None:
+        """Those that the network sees; None: 8-bit RGB."""
+        return chosen_bands(self.manifest.bands, self.config.data.bands, self.config.data.root)
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -136,6 +136,8 @@ def round_of(run: str, stage: str, results: Mapping[str, Any]) -> Round:
 
 
 def _refuse_other_model(run: str, card: ModelCard, config: Config) -> None:
+    manifest = load_manifest(config.data.root)
+    config = config.for_manifest(manifest)
     before, now = (
         network.model_dump(mode="json", exclude=OTHERWISE_TRAINED) for network in (card.network, config.network)
     )
@@ -145,7 +147,7 @@ def _refuse_other_model(run: str, card: ModelCard, config: Config) -> None:
                 f"--continue-from {run}: its champion has network.{key}={value}, this run has {now[key]}; set it to that",
                 "run/continue-other-model",
             )
-    classes = load_manifest(config.data.root).classes
+    classes = manifest.classes
     if classes != card.classes:
         raise InputError(
             f"--continue-from {run}: its champion knows the classes {', '.join(card.classes)}, {config.data.root} has "

@@ -138,6 +138,7 @@ class _Stages:
             pool=self.folder.part("pool.parquet") if sees_pool else None,
             pseudo_masks=None if number == 1 else self.folder.part(f"pseudo_masks{number - 1}"),
             previous_model=_previous_model(self.context, self.folder, number),
+            bands=self.context.bands,
         )
 
     def _refuse_too_many(self, stage: StageName) -> None:
@@ -242,6 +243,7 @@ def _pool_task(context: RunContext, folder: RunFolder, stage: StageName, part: s
         fixed_void=context.static_void,
         precision=config.for_stage(stage).training.precision,
         inference=config.inference,
+        bands=context.bands,
     )
     chooser = config.choosing_after(stage)
     if chooser is None:

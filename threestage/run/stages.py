@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.batches import (
     Batch,
     BatchSlice,
@@ -76,6 +77,7 @@ class StageTask(Settings):
     previous_model: str | None = Field(
         description="folder of the previous stage's model, for a warm start; of stage 1: another run's"
     )
+    bands: Bands | None = Field(None, description="bands that the network sees; none: 8-bit RGB")
 
     def settings(self) -> Config:
         return Config.model_validate(self.config)
@@ -155,6 +157,7 @@ def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:
         downscale=config.data.downscale,
         stage=task.stage,
         inference=config.inference,
+        bands=task.bands,
     )
 
 
@@ -180,8 +183,8 @@ def load_data(task: StageTask, config: Config) -> StageData:
     manifest = load_manifest(root, task.manifest_version)
     return StageData(
         manifest,
-        labelled_set(root, manifest, task.split, downscale, task.pseudo_masks),
-        validation_set(root, manifest, task.split, downscale),
+        labelled_set(root, manifest, task.split, downscale, task.pseudo_masks, task.bands),
+        validation_set(root, manifest, task.split, downscale, task.bands),
         canvas_size((manifest.sizes.max_height // downscale, manifest.sizes.max_width // downscale), config.augment),
     )
 
@@ -255,7 +258,8 @@ def local_unlabelled(task: StageTask) -> Callable[[BatchSlice, int], Iterator[Ba
         index = None if task.pseudo_masks is None else read_index(task.pseudo_masks)
         least = 0 if index is None else least_agreement(index, config.stage(task.stage).reliable_share)
         excluded = frozenset(task.split.validation)
-        pool = pool_set(load_pool(task.pool), task.pseudo_masks, config.data, rejects.append, least, excluded)
+        files = load_pool(task.pool)
+        pool = pool_set(files, task.pseudo_masks, config.data, rejects.append, least, excluded, task.bands)
         if rejects:
             RejectList(rejects).write(storage.join(task.folder, "rejects", "pool.parquet"))
         canvas = pool_canvas(index, config.augment)

@@ -83,7 +83,7 @@ def predict_held_out(task: HeldOutTask) -> None:
     found = list[dict[str, Any]]()
     for split in LABELLED_SPLITS:
         rows = labelled_rows(task.root, manifest, split, task.ids)
-        samples = SampleSet(samples_of(rows.to_pydict()), card.downscale)
+        samples = SampleSet(samples_of(rows.to_pydict()), card.downscale, bands=card.bands)
         places = rows.select(["image_id", "source", "height", "width"]).to_pylist()
         for number, row in enumerate(places):
             decoded = samples.decoded(number)

@@ -5,8 +5,10 @@ from itertools import chain
 from typing import Any
 
 from threestage.data import storage
+from threestage.data.band_images import decode_pixels
+from threestage.data.bands import Bands
 from threestage.data.pool import PoolRow, read_pool_rows
-from threestage.data.records import decode_image
+from threestage.data.records import MAX_IMAGE_PIXELS
 from threestage.labels.predicted_masks import PredictedMask, masks_of_file
 from threestage.models.export import ModelCard
 from threestage.prediction.champion import PoolPredictions
@@ -23,7 +25,9 @@ def write_page(out: str, done: Mapping[str, Any], predictions: PoolPredictions, 
     colours = mask_images.class_colours(card.colours)
     images: Sequence[Mapping[str, Any]] = done["images"][:MOST_PICTURES]
     shown = {image["image_id"] for image in images}
-    pictures = {row.image_id: _pictures(row, mask, colours) for row, mask in _seen(predictions, card, shown)}
+    pictures = {
+        row.image_id: _pictures(row, mask, colours, card.bands) for row, mask in _seen(predictions, card, shown)
+    }
     page = render_page(
         TEMPLATE,
         "next",
@@ -46,14 +50,20 @@ def _seen(predictions: PoolPredictions, card: ModelCard, wanted: set[str]) -> It
                 yield row, mask
 
 
-def _pictures(row: PoolRow, mask: PredictedMask, colours: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _pictures(row: PoolRow, mask: PredictedMask, colours: Sequence[Any], bands: Bands | None) -> list[tuple[Any, ...]]:
     """(width and height, kind, source, description, caption) of each. The kind `confidence` is hidden by the style sheet where a
     page has no box that is ticked for it."""
     assert mask.confidence is not None
     sure = f"mean confidence {mask.confidence.mean() / 255:.3f}"
     size = mask.class_ids.shape[::-1]
     return [
-        (size, "image", mask_images.photo(decode_image(row.image)), f"Image {row.image_id}", "image"),
+        (
+            size,
+            "image",
+            mask_images.photo(decode_pixels(row.image, MAX_IMAGE_PIXELS, bands)),
+            f"Image {row.image_id}",
+            "image",
+        ),
         (
             size,
             "prediction",

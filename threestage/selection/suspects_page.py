@@ -25,7 +25,8 @@ def write_suspects_page(
     shown = frozenset(image["image_id"] for image in images)
     photos = dict[str, Bytes]()
     for split in LABELLED_SPLITS:
-        samples = SampleSet(samples_of(labelled_rows(data.root, manifest, split, shown).to_pydict()), data.downscale)
+        rows = labelled_rows(data.root, manifest, split, shown)
+        samples = SampleSet(samples_of(rows.to_pydict()), data.downscale, bands=manifest.bands)
         photos |= {image_id: samples.decoded(number).image for number, image_id in enumerate(samples.ids)}
     pictures = {
         image.image_id: _pictures(image, photos[image.image_id], colours)

@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from threestage.data.band_images import count_pixels, decode_pixels
+from threestage.data.bands import Bands
 from threestage.data.headers import BadImage
 from threestage.data.palette import palette_png
 from threestage.data.parallel import MAX_IMAGE_PIXELS, PixelBudget
-from threestage.data.records import DECODER_ERRORS, decode_image, decoder_complaint, open_image
+from threestage.data.records import DECODER_ERRORS, decoder_complaint, open_image
 from threestage.errors import CodedError
 from threestage.prediction.image_model import Prediction
 from threestage.prediction.predict import overlay_jpeg
@@ -40,20 +42,25 @@ class _NoImage(BadImage):
     """Of no format that is read."""
 
 
-def answer_image(data: bytes, form: Form, predict: Callable[[np.ndarray], Answered]) -> Answer:
-    """Decode an image (as `threestage predict` does, with its limits), predict it, and encode the answer."""
+def answer_image(
+    data: bytes, form: Form, predict: Callable[[np.ndarray], Answered], bands: Bands | None = None
+) -> Answer:
+    """Decode an image (as `threestage predict` does, with its limits), predict it, and encode the answer.
+    `bands`: of the model."""
     try:
-        with DECODED.hold(_pixels_of(data)):
-            version, prediction = predict(decode_image(data))
+        with DECODED.hold(_pixels_of(data, bands)):
+            version, prediction = predict(decode_pixels(data, MAX_IMAGE_PIXELS, bands))
             return Answer(200, MEDIA_TYPES[form], _encoded(prediction, form, version), version)
     except BadImage as error:
         status = 413 if error.code == "image/too-many-pixels" else 415 if isinstance(error, _NoImage) else 422
         return refusal(status, CodedError(f"image: {error.message}", error.code))
 
 
-def _pixels_of(data: bytes) -> int:
-    """By the header. Raises BadImage as `decode_image` does."""
+def _pixels_of(data: bytes, bands: Bands | None) -> int:
+    """By the header. Raises BadImage as `decode_pixels` does."""
     try:
+        if bands is not None:
+            return count_pixels(data)
         with open_image(data) as image:
             return image.width * image.height
     except BadImage:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.errors import InputError, Warn, reason_of
 from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
@@ -35,11 +36,12 @@ def current_version(model: str, registry: RegistrySettings) -> str:
 
 
 def tested_model(version: str, registry: RegistrySettings, size: tuple[int, ...]) -> Model:
-    """A model, warmed by an image of this size (H,W,3). InputError where there is none, or it predicts no probabilities."""
+    """A model, warmed by an image of this height and width. InputError where there is none, or it predicts no probabilities."""
     network, card = network_of(read_model(version, registry), version)
     model = Model(network.to(default_device()), card)
     slope = np.linspace(0, 255, size[1], dtype=np.uint8)[None, :, None]
-    found = model.predict_batch([np.broadcast_to(slope, size).copy()])[0]
+    image = np.broadcast_to(slope, (*size[:2], card.network.channels)).copy()
+    found = model.predict_batch([image])[0]
     least, most = float(found.confidence.min()), float(found.confidence.max())
     if not (0 < least <= most <= 1.001 and found.class_ids.max() < len(card.classes)):
         raise InputError(
@@ -66,6 +68,11 @@ class FollowedModel:
     @property
     def version(self) -> str:
         return self._current[0]
+
+    @property
+    def bands(self) -> Bands | None:
+        """What the version takes images to have."""
+        return self._current[1].card.bands
 
     def predict_batch(self, images: Sequence[np.ndarray]) -> list[Answered]:
         """Of images of one size, by one version."""

@@ -27,7 +27,8 @@ class ImageAnswers:
     async def answer(self, data: bytes, form: Form) -> Answer:
         """Of an image's bytes; a thread decodes it, waits for its prediction and encodes that."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, answer_image, data, form, self._predict)
+        bands = self.followed.bands
+        return await loop.run_in_executor(self._threads, answer_image, data, form, self._predict, bands)
 
     def _predict(self, image: np.ndarray) -> Answered:
         return self._batcher.submit(image).result()

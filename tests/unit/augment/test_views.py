@@ -342,3 +342,30 @@ def test_workers_draw_what_one_worker_draws_for_their_rows() -> None:
         view = weak_view(image[first:end], sizes[first:end], settings, mine)
         parts.append(strong_view(view, settings.strong, mine).image)
     torch.testing.assert_close(torch.cat(parts), whole_batch)
+
+
+def strong_of(image: Tensor, settings: StrongSettings) -> Tensor:
+    """The strong view of a weak view that shows whole canvases, some of them smaller and scaled."""
+    sizes = torch.tensor([CANVAS, (50, 70), CANVAS, (40, 60)] * (len(image) // 4))
+    weak = weak_view(image, sizes, AugmentSettings(crop_size=CROP, scale=(0.8, 1.2)), seeded(3))
+    return strong_view(weak, settings, seeded(4)).image
+
+
+def test_of_more_bands_the_first_three_change_as_rgb_and_no_colour_changes_the_others() -> None:
+    every = StrongSettings(operations=4, probability=1, jitter=0.5, grey=0.3, blur=0.3)
+    five = torch.cat([noise(24), noise(24, seed=1)[:, :2]], 1)
+    found = strong_of(five, every)
+    assert torch.equal(found[:, :3], strong_of(five[:, :3].contiguous(), every))
+    for band in (3, 4):  # what a grey picture of three equal bands becomes
+        grey = strong_of(five[:, band : band + 1].expand(-1, 3, -1, -1).contiguous(), every)
+        assert torch.equal(found[:, band], grey[:, 0])
+    colours = StrongSettings(operations=0, cutouts=0, grey=1)
+    assert torch.equal(strong_of(five, colours)[:, 3:], strong_of(five, PLAIN)[:, 3:])
+
+
+def test_one_band_changes_as_a_grey_picture_does() -> None:
+    every, grey = StrongSettings(operations=3, probability=1), noise(12)[:, :1].contiguous()
+    found = strong_of(grey, every)
+    assert found.shape == (12, 1, *CROP) and torch.equal(
+        found, strong_of(grey.expand(-1, 3, -1, -1).contiguous(), every)[:, :1]
+    )

@@ -15,15 +15,15 @@ from threestage.models.settings import NetworkSettings
 from threestage.models.trunks import Encoder, StagedTrunk
 
 
-def small_network(classes: int) -> Network:
+def small_network(classes: int, channels: int = 3) -> Network:
     """Three convolutions at a stride of 4, in place of an encoder of timm's."""
     from tests.narrow_resnet import NAME
 
-    settings = NetworkSettings(encoder=NAME, head="linear", output_stride=32, batch_norm="live")
+    settings = NetworkSettings(encoder=NAME, head="linear", output_stride=32, batch_norm="live", channels=channels)
     network = build_network(settings, classes, seed=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        trunk = StagedTrunk([("first", nn.Conv2d(3, 8, 3, 2, 1)), ("act", nn.ReLU())], None)
+        trunk = StagedTrunk([("first", nn.Conv2d(channels, 8, 3, 2, 1)), ("act", nn.ReLU())], None)
         network.encoder = Encoder(trunk, nn.Conv2d(8, 8, 3, 2, 1), (8,))
         network.main_head = LinearHead(8, classes)
         nn.init.normal_(network.main_head.classifier.weight)

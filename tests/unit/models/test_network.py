@@ -1,9 +1,11 @@
 """Why: every encoder family has to give g, ĝ and g̃ at any image size, train just what it should, and fail in words."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -319,3 +321,32 @@ def test_an_exported_network_takes_any_size(encoder: str) -> None:
     program = torch.export.export(network, (images(64, 96),), dynamic_shapes=(*shapes,)).module()
     for size in ((75, 53), (64, 64)):
         assert torch.allclose(program(images(*size, number=3))[0], network(images(*size, number=3))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["test_resnet", "test_efficientnet", "test_vit", "hrnet_w18_small"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_any_encoder_takes_other_bands(encoder: str, channels: int) -> None:
+    head = {"test_vit": "linear", "hrnet_w18_small": "fpn"}.get(encoder, "deeplabv2")
+    chosen = settings(encoder=encoder, head=head, output_stride=32, channels=channels)
+    check_settings(chosen)
+    if encoder != "hrnet_w18_small":
+        image = torch.rand(1, channels, 33, 49)
+        assert build_network(chosen, 3).eval()(image)[0].shape == (1, 3, 33, 49)
+
+
+def test_weights_of_rgb_are_widened_as_timm_widens_its_own(tmp_path: Path) -> None:
+    state = create_timm(TINY, 32).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "rgb.safetensors")
+    first = state["conv1.weight"]
+    expected = {1: first.sum(1, keepdim=True), 2: first[:, :2] * 1.5, 5: first[:, [0, 1, 2, 0, 1]] * 0.6}
+    for channels, weights in expected.items():
+        found = build_network(settings(weights=str(tmp_path / "rgb.safetensors"), channels=channels), 3)
+        torch.testing.assert_close(found.state_dict()["encoder.trunk.layers.conv1.weight"], weights)
+
+
+def test_the_normalisation_of_other_bands_follows_the_weights() -> None:
+    four = build_network(settings(channels=4), 2)
+    assert four.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406, 0.485])
+    assert four.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225, 0.229])
+    (mean,), (std,) = settings(channels=1).normalisation
+    assert (mean, std) == pytest.approx(((0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3))

@@ -12,6 +12,7 @@ import torch
 import threestage
 from tests.refusals import refused
 from tests.unit.models.conftest import card_for, small_network
+from threestage.data.bands import Bands
 from threestage.models import onnx_model as module
 from threestage.models.export import ModelCard, refuse_other_logits
 from threestage.models.network import Network, build_network
@@ -122,3 +123,18 @@ def test_encoders_are_exported(encoder: str, head: Any, stride: Any, least: int)
     image = random_image(1, least + 4, 143)
     with torch.inference_mode():
         torch.testing.assert_close(OnnxNetwork(content)(image)[0], network(image)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_four_bands_says_what_they_are(scenes: Path) -> None:
+    import onnx
+
+    bands = Bands(count=5, low=(0,) * 5, high=(9000,) * 5, used=(1, 2, 3, 5))
+    network = small_network(2, channels=4)
+    card = card_for(scenes).model_copy(
+        update={"network": network.settings, "bands": bands, "classes": ("a", "b"), "colours": ((0, 0, 0), (9, 9, 9))}
+    )
+    content = onnx_of(network, card)  # which compares the logits
+    (image,) = onnx.load_from_string(content).graph.input
+    assert image.type.tensor_type.shape.dim[1].dim_value == 4
+    found = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
+    assert Bands.model_validate_json(found["bands"]) == bands

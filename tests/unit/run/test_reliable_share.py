@@ -20,6 +20,7 @@ from threestage.data import storage
 from threestage.data.datasets import pool_set
 from threestage.data.pool import IndexRow, least_agreement, load_pool, read_index
 from threestage.data.records import decode_image, decode_mask
+from threestage.data.samples import Decoding
 from threestage.models.export import HALFWAY_MODEL, load_model
 from threestage.prediction.pseudo_masks import agreement
 from threestage.ray_backend.pool_reader import FilePart, FileReader
@@ -88,7 +89,7 @@ def test_a_stage_learns_from_the_half_that_is_reliable(half: Path) -> None:
     assert {sample.image_id for sample in samples} == reliable_ids
     assert sum(entry.images_of(least) for entry in index) == len(reliable_ids), "what a stream on Ray counts on"
     masks, rejects = str(half / "pseudo_masks1"), str(half / "rejects")
-    reader = FileReader(masks, rejects, (0, "stage2"), config.data, (64, 64), least)
+    reader = FileReader(masks, rejects, (0, "stage2"), Decoding(), (64, 64), least)
     parts = [FilePart(file=file, pass_=0, first=0, rows=file.rows, images=file.rows, block_rows=1) for file in pool]
     found = (reader({"part": np.array([part.model_dump_json()])}) for part in parts)
     read = [
