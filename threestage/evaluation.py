@@ -153,18 +153,7 @@ def evaluate_model(
     protocol = protocol_for(protocol, card.inference)
     check_protocol(protocol, card.network)
     manifest = load_manifest(dataset)
-    if manifest.classes != card.classes:
-        raise InputError(
-            f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}: give a data set with "
-            "the model's classes",
-            "evaluate/other-classes",
-        )
-    if (manifest.bands and manifest.bands.count) != (card.bands and card.bands.count):
-        raise InputError(
-            f"{dataset}: its images have {_bands_text(manifest.bands)}, the model's {_bands_text(card.bands)}; give a data set "
-            "of such images",
-            "evaluate/other-bands",
-        )
+    _refuse_other_data(dataset, manifest, card)
     samples = SampleSet(
         samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale, bands=card.bands
     )
@@ -182,6 +171,22 @@ def evaluate_model(
         scores.add(send(masks, device), class_ids, confidence)
         show(scores.images, len(samples))
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
+
+
+def _refuse_other_data(dataset: str, manifest: Manifest, card: ModelCard) -> None:
+    """Raise InputError where a data set has other classes or bands than the model."""
+    if manifest.classes != card.classes:
+        raise InputError(
+            f"{dataset} has the classes {list(manifest.classes)}, the model knows {list(card.classes)}: give a data set with "
+            "the model's classes",
+            "evaluate/other-classes",
+        )
+    if (manifest.bands and manifest.bands.count) != (card.bands and card.bands.count):
+        raise InputError(
+            f"{dataset}: its images have {_bands_text(manifest.bands)}, the model's {_bands_text(card.bands)}; give a data set "
+            "of such images",
+            "evaluate/other-bands",
+        )
 
 
 def _bands_text(bands: Bands | None) -> str:

@@ -41,7 +41,7 @@ class Bands(Settings):
     @model_validator(mode="after")
     def _of_each(self) -> Self:
         if not len(self.low) == len(self.high) == self.count or max(self.used or (1,)) > self.count:
-            raise ValueError(f"not of {self.count} bands")
+            raise InputError(f"low, high or used are not of {self.count} bands", "config/invalid-value")
         return self
 
     @property

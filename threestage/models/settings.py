@@ -48,7 +48,7 @@ class NetworkSettings(Settings):
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     """Standard deviation of RGB in [0,1] that the encoder's weights expect."""
     channels: Annotated[int, Field(ge=1, le=MAX_BANDS)] = RGB
-    """Bands that the network sees. A run sets it from the data set and `data.bands`; leave it as it is."""
+    """Bands that the network sees. A run sets it from the data set and `data.bands`: set nothing here."""
     align_corners: bool = True
     """Align corners in the bilinear upsampling of the logits."""
 

@@ -337,11 +337,11 @@ def test_any_encoder_takes_other_bands(encoder: str, channels: int) -> None:
 def test_weights_of_rgb_are_widened_as_timm_widens_its_own(tmp_path: Path) -> None:
     state = create_timm(TINY, 32).state_dict()
     safetensors.torch.save_file(state, tmp_path / "rgb.safetensors")
-    first = state["conv1.weight"]
+    first = state["conv1.0.weight"]
     expected = {1: first.sum(1, keepdim=True), 2: first[:, :2] * 1.5, 5: first[:, [0, 1, 2, 0, 1]] * 0.6}
     for channels, weights in expected.items():
         found = build_network(settings(weights=str(tmp_path / "rgb.safetensors"), channels=channels), 3)
-        torch.testing.assert_close(found.state_dict()["encoder.trunk.layers.conv1.weight"], weights)
+        torch.testing.assert_close(found.state_dict()["encoder.trunk.layers.conv1_0.weight"], weights)
 
 
 def test_the_normalisation_of_other_bands_follows_the_weights() -> None:

@@ -108,17 +108,12 @@ def test_three_stages_learn_from_a_pool_of_four_bands(four_bands: str, tmp_path:
 
 
 def test_four_bands_beat_their_rgb(four_bands: str, tmp_path: Path) -> None:
-    learnt: dict[str, Any] = {
-        "stages": 1,
-        "stage1__steps": 40,
-        "stage1__labelled_batch": 2,
-        "optimiser__learning_rate": 1e-2,
-    }
-    learnt |= {"optimiser__encoder_learning_rate": 1e-2, "network__head": "deeplabv3plus", "network__head_width": 8}
-    learnt |= {"network__output_stride": 16, "augment__scale": [1.0, 1.0]}
+    learnt: dict[str, Any] = {"network__head": "deeplabv3plus", "network__head_width": 8, "network__output_stride": 16}
+    learnt |= {"stages": 1, "stage1__steps": 40, "stage1__labelled_batch": 4, "training__evaluate_every": 40}
+    learnt |= {"optimiser__learning_rate": 2e-2, "optimiser__encoder_learning_rate": 2e-2}
     every = train(four_bands, tmp_path / "every", **learnt)
     colours = train(four_bands, tmp_path / "colours", data__bands=[1, 2, 3], **learnt)
-    assert every > 0.7 > 0.6 > colours, (every, colours)
+    assert every > colours + 0.15, (every, colours)
 
 
 def test_the_readers_of_a_cluster_give_canvases_of_the_bands(four_bands: str, tmp_path: Path) -> None:
