@@ -124,7 +124,7 @@ def test_the_readers_of_a_cluster_give_canvases_of_the_bands(four_bands: str, tm
     assert manifest.bands is not None and len(pool_files(manifest)) == 3
     used = manifest.bands.model_copy(update={"used": (4, 1)})
     reader = FileReader(None, str(tmp_path), (0, "stage2"), Decoding(1, 2**20, used), (SIDE, SIDE))
-    part = FilePart(file=file, pass_=0, first=0, rows=file.rows + 2, block_rows=file.rows + 2)
+    part = FilePart(file=file, pass_=0, first=0, rows=file.rows + 2, images=file.rows, block_rows=file.rows + 2)
     (block,) = reader({"part": np.array([part.model_dump_json()])})
     assert block["image"].shape == (file.rows + 2, SIDE, SIDE, 2) and block["filled"].sum() == file.rows
 
