@@ -116,6 +116,8 @@ def test_a_stage_is_recorded_once_with_all_that_belongs_to_it(
     assert first == again
     assert (first.name, first.version, first.alias) == ("team-shapes", 1, "stage3")
 
+    experiment = registry._client.get_experiment_by_name("threestage")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     parent, stage = runs_of(registry)
     assert stage.info.run_id == first.run_id
     assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id

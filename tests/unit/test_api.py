@@ -44,6 +44,7 @@ def test_from_folders_to_a_prediction(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # its pictures stay open
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With smaller settings in the place of its cell of parameters."""
     monkeypatch.chdir(tmp_path)

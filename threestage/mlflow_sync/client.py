@@ -64,6 +64,7 @@ ATTEMPT, TRIAL = "threestage.attempt", "threestage.trial"
 WHOLE_RUN, ONE_TRIAL = "run", "trial"
 DESCRIPTION = "mlflow.note.content"
 CURVES = (MEAN_IOU, "supervised_loss", "consistency_loss", "pseudo_mask_loss")  # of a run, over the steps of all stages
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # the pages for training runs, not those for GenAI
 PER_CALL = {"params": 100, "tags": 100, "metrics": 1000}  # what MLflow takes in one call
 DATA_DIGEST_LENGTH, MAX_DESCRIPTION = 36, 5000
 
@@ -109,7 +110,7 @@ def _experiment_id(client: Any, uri: str, name: str, artifact_location: str | No
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location))
+            return str(client.create_experiment(name, artifact_location=artifact_location, tags=KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
