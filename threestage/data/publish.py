@@ -728,7 +728,7 @@ def _checked(
         raise BadFile(WHY_NOT[item.size], "image/place")
     if item.size > MAX_IMAGE_BYTES:
         raise BadFile(f"has {item.size} bytes, more than {MAX_IMAGE_BYTES}", "image/too-large")
-    data, content = _read(item.image_uri, "it", _Vanished, _image_at)
+    data, content = _read(item.image_uri, "it", _Vanished, partial(_image_at, job.bands))
     image_digest = digest_of(content)
     if known:
         _check_same(item, known, image_digest)
@@ -767,10 +767,10 @@ def _mask_of(
     return check_mask(_read(uri, f"mask {name}", BadFile, storage.read_bytes), lookup, size, name)
 
 
-def _image_at(uri: str) -> tuple[bytes, bytes]:
+def _image_at(bands: int | None, uri: str) -> tuple[bytes, bytes]:
     """An encoded image, and what its digest is of: the file's bytes, or a tile's pixels."""
     if is_tile(uri):
-        return read_tile(uri)
+        return read_tile(uri, bands)
     data = storage.read_bytes(uri)
     return data, data
 

@@ -96,6 +96,13 @@ class Raster:
         self._ranges.raise_error()
         return np.asarray(mask > 0)
 
+    def read_pixels(self, rows: slice, columns: slice, bands: int | None) -> Values:
+        """(H,W,bands) as they are stored, or without `bands` uint8 RGB; 0 where there is no data. Raises BadImage."""
+        as_rgb = bands is None or self.has_palette
+        values = self.read_rgb(rows, columns) if as_rgb else self.read(rows, columns)
+        values[~self.valid(rows, columns)] = 0
+        return values
+
     def read_rgb(self, rows: slice, columns: slice) -> npt.NDArray[np.uint8]:
         """uint8 (H,W,3) of grey, RGB or a palette. Raises BadImage for others."""
         if self.dtype != np.uint8:
@@ -178,6 +185,18 @@ def _refuse(dataset: Any) -> None:
             "(gdal_translate -co TILED=YES)",
             "image/not-tiled",
         )
+
+
+def tiff_of(values: Values) -> bytes:
+    """A plain TIFF of (H,W,B) numbers of any type."""
+    import rasterio
+
+    height, width, bands = values.shape
+    layout = {"height": height, "width": width, "count": bands, "interleave": "pixel", "photometric": "MINISBLACK"}
+    with gdal_environment(), rasterio.MemoryFile() as file:
+        with file.open(driver="GTiff", dtype=values.dtype.name, compress="deflate", **layout) as dataset:
+            dataset.write(np.moveaxis(values, 2, 0))
+        return bytes(file.read())
 
 
 class _Ranges:

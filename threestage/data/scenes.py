@@ -26,7 +26,7 @@ from threestage.data.headers import BadImage
 from threestage.data.image_validation import BadFile, known_classes
 from threestage.data.pairs import Paths, stems
 from threestage.data.polygons import POLYGON_SUFFIXES, burn, class_ids_of, polygons_on
-from threestage.data.raster import TIFF_SUFFIXES, Raster, open_raster, refuse_missing_rasterio, window_starts
+from threestage.data.raster import TIFF_SUFFIXES, Raster, open_raster, refuse_missing_rasterio, tiff_of, window_starts
 from threestage.errors import InputError
 
 SCENES = "scenes"
@@ -209,12 +209,13 @@ def _refuse_labels(uri: str, raster: Raster) -> None:
 # ---- What is read of a tile
 
 
-def read_tile(uri: str) -> Tile:
-    """A tile as PNG; without data it is black. Raises BadImage, and OSError where the store fails."""
+def read_tile(uri: str, bands: int | None) -> Tile:
+    """A tile as PNG, of `bands` as TIFF; without data it is black. Raises BadImage, and OSError where the store fails."""
     scene, box = _place_of(uri)
     with open_raster(scene) as raster:
-        pixels = raster.read_rgb(*box)
-        pixels[~raster.valid(*box)] = 0
+        pixels = raster.read_pixels(*box, bands)
+    if bands is not None:
+        return Tile(tiff_of(pixels), pixels.tobytes())
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
     return Tile(stream.getvalue(), pixels.tobytes())

@@ -516,6 +516,7 @@ def _predict_scene_part(
         multiple=size_multiple(card.network),
         colours=card.colours,
         confidence=task.confidences,
+        bands=card.bands,
     )
     file, size, rejects = None, (0, 0), tuple[Reject, ...]()
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
+from threestage.data.bands import Bands
 from threestage.data.batches import send
 from threestage.data.classes import Colour
 from threestage.data.headers import BadImage
@@ -37,7 +38,8 @@ SUFFIXES = {"GTiff": ".tif", "PNG": ".png"}
 
 class SceneTask(NamedTuple):
     """`name`: of what is written below `destination`, without folder and suffix. `driver`: GTiff or PNG. `downscale`: how many
-    times smaller than the image the network's input is. `multiple`: the network's `size_multiple`. `confidence`: write it too."""
+    times smaller than the image the network's input is. `multiple`: the network's `size_multiple`. `confidence`: write it too.
+    `bands`: of the image; None: 8-bit RGB."""
 
     uri: str
     destination: str
@@ -48,6 +50,7 @@ class SceneTask(NamedTuple):
     multiple: int
     colours: Sequence[Colour]
     confidence: bool
+    bands: Bands | None = None
 
 
 def scene_protocol(protocol: TTASettings, multiple: int) -> TTASettings:
@@ -108,12 +111,11 @@ def _score(
     """Of a window, in pixels of the network's input. One without any data is not predicted."""
     factor = scene.downscale
     rows, columns = (slice(side.start * factor, side.stop * factor) for side in (rows, columns))
-    valid = raster.valid(rows, columns)
-    if not valid.any():
+    if not raster.valid(rows, columns).any():
         size = ((rows.stop - rows.start) // factor, (columns.stop - columns.start) // factor)
         return torch.full((1, len(scene.colours), *size), 1 / len(scene.colours), device=device)
-    pixels = raster.read_rgb(rows, columns)
-    pixels[~valid] = 0
+    pixels = raster.read_pixels(rows, columns, None if scene.bands is None else scene.bands.count)
+    pixels = pixels if scene.bands is None else scene.bands.levels(pixels)
     window = send(torch.from_numpy(downscale_image(pixels, factor)[None]), device).permute(0, 3, 1, 2)
     return window_scores(network, window, scene.protocol, scene.multiple)
 

@@ -15,11 +15,13 @@ from pydantic import ValidationError
 
 from tests.geotiffs import CRS, PLACE, mosaic, write_geotiff
 from tests.refusals import refused
+from threestage.data.band_images import read_bands
 from threestage.data.formats import IngestSettings
 from threestage.data.ingest import IngestReport, ingest
 from threestage.data.records import DataSettings, decode_image, decode_mask, labelled_rows, load_manifest
 from threestage.data.rejects import read_rejects
 from threestage.data.split import make_split
+from threestage.data.storage import read_table
 
 CLASS_MAP = "classes: [{name: field, colour: [1, 1, 1], ids: [1]}, {name: house, colour: [2, 2, 2], ids: [2]}]\n"
 
@@ -127,6 +129,21 @@ def test_polygons_as_labels(scenes: dict[str, np.ndarray], tmp_path: Path) -> No
 def _masks(root: Path, report: IngestReport) -> dict[str, np.ndarray]:
     rows = labelled_rows(str(root), report.manifest, "train").to_pylist()
     return {row["image_id"]: decode_mask(row["mask"]) for row in rows}
+
+
+def test_tiles_of_more_bands_keep_their_numbers(scenes: dict[str, np.ndarray], tmp_path: Path) -> None:
+    pytest.importorskip("tifffile", reason="needs the extra geo: pip install 'threestage[geo]'")
+    pytest.importorskip("imagecodecs", reason="needs the extra geo: pip install 'threestage[geo]'")
+    deep = np.dstack([scenes["b"], scenes["b"][:, :, :1]]).astype(np.uint16) * 100
+    write_geotiff(tmp_path / "in/a.tif", deep, photometric="MINISBLACK")
+    settings = IngestSettings(format="scenes", tile=64, bands=4)
+    report = ingest(f"{tmp_path}/in", f"{tmp_path}/out", settings)
+    assert report.bad == 0 and report.manifest.bands is not None and report.manifest.bands.count == 4
+    rows = read_table(f"{tmp_path}/out/{report.manifest.files[0].path}").to_pylist()
+    tiles = places(tmp_path / "out")
+    for row in rows:
+        left, top = (int(tiles[row["image_id"]][key]) for key in ("column", "row"))
+        assert np.array_equal(read_bands(row["image"], 4), deep[top : top + 64, left : left + 64])
 
 
 def test_unlabelled_scenes_of_any_size(scenes: dict[str, np.ndarray], tmp_path: Path) -> None:

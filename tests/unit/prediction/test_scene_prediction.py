@@ -15,6 +15,7 @@ from PIL import Image
 from tests.geotiffs import CRS, PLACE, mosaic, write_geotiff
 from tests.refusals import refused
 from threestage.data import raster, storage
+from threestage.data.bands import Bands
 from threestage.data.formats import IngestSettings
 from threestage.data.ingest import ingest
 from threestage.data.palette import palette
@@ -110,6 +111,27 @@ def test_as_png(model: ModelFiles, scene: Path, pixels: np.ndarray, tmp_path: Pa
     with Image.open(tmp_path / "masks/a.png") as mask:
         assert mask.mode == "P" and np.array_equal(np.asarray(mask), reference(model, pixels))
         assert (mask.getpalette() or [])[:9] == palette(COLOURS)[:3].ravel().tolist()
+
+
+def test_a_model_of_other_bands(pixels: np.ndarray, tmp_path: Path) -> None:
+    bands = Bands(count=4, low=(0.0,) * 4, high=(25_500.0,) * 4, used=(4, 1, 2, 3))
+    settings = NetworkSettings(encoder="test_resnet", batch_norm="live", dilations=(1, 2)).model_copy(
+        update={"channels": 4}
+    )
+    card = ModelCard(
+        network=settings, classes=("a", "b", "c"), colours=COLOURS, downscale=1, stage="stage1", bands=bands
+    )
+    network = build_network(settings, 3, seed=0).eval()
+    save_model(f"{tmp_path}/model", network, card)
+    small = pixels[300:428, 250:442]
+    deep = np.dstack([small, small[:, :, :1]]).astype(np.uint16) * 100
+    scene = write_geotiff(tmp_path / "a.tif", deep, photometric="MINISBLACK")
+    model = read_model(f"{tmp_path}/model", RegistrySettings())
+    predict_input(model, str(scene), f"{tmp_path}/out", PredictSettings(format="geotiff", protocol=WINDOWS))
+    image = torch.from_numpy(bands.levels(deep)).permute(2, 0, 1)[None]
+    expected = predict_in_windows(network_of(model)[0], image, WINDOWS, 8, 2**30)[0][0].numpy()
+    with rasterio.open(tmp_path / "out/masks/a.tif") as mask:
+        assert np.array_equal(mask.read(1), expected)
 
 
 def test_a_model_of_smaller_images(scene: Path, pixels: np.ndarray, tmp_path: Path) -> None:
