@@ -5,6 +5,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 
 from tests.bad_inputs.models import packed_model
 from threestage.config import load
+from threestage.data.bands import Bands
 from threestage.models import program as programs
 from threestage.models.export import EXPORTED_IMAGES, ModelCard, export_program, load_model, save_model
 from threestage.models.network import Network, build_network
 from threestage.models.program import least_side, without_program, write_program
 from threestage.models.settings import NetworkSettings
 from threestage.models.traceable import same_padding
+from threestage.prediction.image_model import Model
 from threestage.run import run as runs
 
 
@@ -202,3 +205,19 @@ def test_pixels_are_whole_numbers_of_a_byte() -> None:
     ):
         with pytest.raises(ValueError, match=line):
             as_bytes(wrong)
+
+
+@pytest.mark.slow
+def test_a_packed_model_of_four_bands_takes_the_numbers_of_the_files(tmp_path: Path) -> None:
+    bands = Bands(count=4, low=(0, 10, 100, 5), high=(4000, 9000, 800, 6000), used=(4, 1))
+    settings = NetworkSettings(encoder="test_resnet", head="linear", output_stride=32, batch_norm="live", channels=2)
+    colours = ((0, 0, 0), (200, 0, 0))
+    card = ModelCard(network=settings, classes=("a", "b"), colours=colours, downscale=1, stage="stage3", bands=bands)
+    save_model(str(tmp_path), build_network(settings, 2, seed=1), card)
+    (tmp_path / "program.pt2").write_bytes(export_program(str(tmp_path)))
+    packed = packed_model().PackedModel()
+    packed.load_context(SimpleNamespace(artifacts={"model": str(tmp_path)}, model_config=None))
+    images = np.random.default_rng(0).integers(0, 9000, (2, 70, 50, 4), dtype=np.uint16)
+    found, model = packed.predict(None, images), Model(*load_model(str(tmp_path)))
+    expected = np.stack([model.predict(image).class_ids for image in images])
+    assert (found == expected).mean() > 0.999
