@@ -12,7 +12,7 @@ JOBS ?= 2
 NEXT := .venv-next
 RAY ?= ray
 
-.PHONY: demo cluster results bench coverage guard mutants test test-next test-slow lint types docs audit unit integration clean
+.PHONY: demo cluster results drift bench coverage guard mutants test test-next test-slow lint types docs audit unit integration clean
 
 demo: .venv/installed  ## three stages on synthetic scenes: table, results.json, pictures
 	$(BIN)/threestage demo --out $(OUT) --seed $(SEED)
@@ -22,6 +22,9 @@ cluster: .venv/installed  ## head, nodes, S3 and MLflow on this machine, until C
 
 results: .venv/installed  ## every method on every set: make results SETS="camvid=data/camvid neu_seg=data/neu" WEIGHTS=mobilenetv2_100.pth [DRAWS="1 2" JOBS=2]
 	$(BIN)/python -m tests.benchmarks.accuracy --sets $(SETS) --weights $(WEIGHTS) --draws $(DRAWS) --jobs $(JOBS) --test
+
+drift: .venv/installed  ## what models say of themselves without labels, against the truth: make drift DATA=data/camvid MODELS="runs/camvid/stage2/model"
+	$(BIN)/python -m tests.benchmarks.drift --data $(DATA) --models $(MODELS)
 
 test: .venv/installed  ## everything that CI runs
 	$(MAKE) --jobs=2 --output-sync lint types docs audit

@@ -22,13 +22,12 @@ from threestage.data.ingest import IngestReport
 from threestage.data.ingest import ingest as ingest_here
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.image_model import Model, Prediction
-from threestage.prediction.predict import open_model
+from threestage.prediction.predict import read_model
 from threestage.report.data_set_preview import write_preview
 from threestage.run.backend import RunCallbacks
 from threestage.run.budget import resolve
 from threestage.run.own_images import OwnImages
 from threestage.run.run import run as run_stages
-from threestage.training.worker import default_device
 
 __all__ = ["IngestedImages", "Model", "Prediction", "TrainedRun", "ingest", "load", "train"]
 
@@ -105,5 +104,4 @@ def train(
 
 def load(model: str, tracking_uri: str | None = None) -> Model:
     """A model of the registry (models:/NAME@champion), or of a folder: a model's, a stage's or a run's (its best)."""
-    network, card = open_model(model, RegistrySettings(tracking_uri=tracking_uri))
-    return Model(network.to(default_device()), card)
+    return Model.of(read_model(model, RegistrySettings(tracking_uri=tracking_uri)), model)

@@ -18,7 +18,7 @@ from threestage.data.bands import Bands
 from threestage.data.batches import SampleSet, send
 from threestage.data.parallel import ahead
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import Decoded, samples_of
 from threestage.errors import InputError
 from threestage.models.export import ModelCard
 from threestage.models.network import size_multiple
@@ -85,7 +85,7 @@ def evaluate(
             return (best_class(window_logits(network, images.float() / 255, inference)),)
 
     for places, images, masks in _batches(samples, batch_size, share.rank, share.world_size):
-        (found,) = _fitting(class_ids, send(images, device))
+        (found,) = fitting(class_ids, send(images, device))
         each = [confusion_matrix(*pair, num_classes) for pair in zip(send(masks, device), found, strict=True)]
         counts[send(torch.tensor(places), device)] = class_counts(torch.stack(each))
         confusion += torch.stack(each).sum(0)
@@ -114,7 +114,7 @@ def read_image_counts(folder: str) -> tuple[list[str], Tensor] | None:
     return table.column("image_id").to_pylist(), torch.from_numpy(counts)
 
 
-def _fitting(ask: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> tuple[Tensor, ...]:
+def fitting(ask: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> tuple[Tensor, ...]:
     """What `ask` says of a batch, image by image where the batch does not fit into the device's memory."""
     try:
         return ask(images)
@@ -167,7 +167,7 @@ def evaluate_model(
     scores, multiple = Scores(card.classes, device), size_multiple(card.network)
     for _, images, masks in _batches(samples, BATCH):
         ask = partial(predict_with_tta, network, protocol=protocol, multiple=multiple)
-        class_ids, confidence, _ = _fitting(ask, send(images, device))
+        class_ids, confidence, _ = fitting(ask, send(images, device))
         scores.add(send(masks, device), class_ids, confidence)
         show(scores.images, len(samples))
     return {"stage": card.stage, "protocol": protocol.describe(), "images": scores.images, **scores.summary()}
@@ -196,15 +196,22 @@ def _bands_text(bands: Bands | None) -> str:
 def _batches(
     samples: SampleSet, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """A worker's images (N,3,H,W) and masks (N,H,W) uint8 with their places among the samples; those of one size together,
-    the next ones decoded in a thread."""
+    """As `decoded_batches`, with the masks (N,H,W) uint8."""
+    for places, images, decoded in decoded_batches(samples, batch_size, rank, world_size):
+        yield places, images, torch.from_numpy(np.stack([one.maps["mask"] for one in decoded]))
+
+
+def decoded_batches(
+    samples: SampleSet, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[list[int], Tensor, list[Decoded]]]:
+    """A worker's images (N,3,H,W) uint8 with their places among the samples, and all that is decoded of them; those of one size
+    together, the next ones decoded in a thread."""
     starts = range(rank * CHUNK, len(samples), world_size * CHUNK)
     chunks = ([samples.decoded(i) for i in range(start, min(start + CHUNK, len(samples)))] for start in starts)
     with closing(ahead(chunks)) as decoded:
         for start, chunk in zip(starts, decoded, strict=True):
             for chosen, images in batches_by_size([one.image for one in chunk], batch_size):
-                masks = torch.from_numpy(np.stack([chunk[i].maps["mask"] for i in chosen]))
-                yield [start + i for i in chosen], images, masks
+                yield [start + i for i in chosen], images, [chunk[i] for i in chosen]
 
 
 class Scores:

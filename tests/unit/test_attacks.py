@@ -288,4 +288,4 @@ def test_a_pulled_model_brings_its_own_files_only(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Models, "_find", lambda self, uri: version)
     monkeypatch.setattr(Models, "_download", lambda self, source, name, temporary: fetched / name)
     folder = Models(f"sqlite:///{tmp_path}/mlflow.db", None, "threestage").pull("models:/a/1", tmp_path / "work")
-    assert {file.name for file in folder.iterdir()} == set(PULLED) - {"program.pt2"}
+    assert {file.name for file in folder.iterdir()} == set(PULLED) - {"program.pt2", "calibration.json"}

@@ -19,7 +19,7 @@ LAYERS = tuple(
         "run_folder",
         "models",
         "training prediction",
-        "config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
+        "calibration config config_errors evaluation verdict run.stages training.step_inputs run_folder.folder run_folder.reuse "
         "mlflow_sync.records report.mask_images",
         "mlflow_sync report.scores prediction.predict sweeps.trials sweeps.space",
         "prediction.champion prediction.image_model",

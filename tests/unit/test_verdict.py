@@ -174,6 +174,16 @@ def test_the_best_stage_is_the_one_that_the_registry_makes_champion() -> None:
         assert champion is not None and best_stage(stages) == f"stage{champion.version}"
 
 
+def test_a_version_whose_validation_images_drift_is_no_champion_by_itself() -> None:
+    tags = {"mean_iou": "0.9", "threestage.validation_drift": "1.25"}
+    version = SimpleNamespace(version="7", name="m", tags=tags)
+    assert decide(version, None)[0] and decide(version, None, max_drift=1.25)[0]
+    takes, why = decide(version, None, max_drift=1)
+    assert not takes and "1.25" in why and "registry.max_drift=1" in why and "models:/m/7" in why
+    old = SimpleNamespace(version="8", name="m", tags={"mean_iou": "0.9"})
+    assert decide(old, None, max_drift=1)[0], "nothing is known of it"
+
+
 def test_a_score_that_is_none_is_never_best() -> None:
     for scores in permutations((0.1, float("nan"), 0.2)):
         stages = {stage: {"mean_iou": score} for stage, score in zip(STAGES, scores, strict=True)}

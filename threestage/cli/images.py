@@ -38,6 +38,7 @@ from threestage.plain_text import escape_control_chars
 if TYPE_CHECKING:
     from threestage.data.ingest import IngestReport, IngestSettings
     from threestage.data.rejects import Reject
+    from threestage.prediction.estimates import Estimate
     from threestage.prediction.predict import PredictReport
 
 
@@ -277,6 +278,10 @@ def predict(
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="share of bad images above which the command fails")
     ] = 0.02,
+    max_drift: Annotated[
+        float | None,
+        typer.Option("--max-drift", help="distance from the training images above which the command stops, e.g. 0.5"),
+    ] = None,
     local: WithoutRayOption = False,
     address: AddressOption = None,
     workers: PredictorsOption = 1,
@@ -302,6 +307,7 @@ def predict(
             "overlays": not no_overlays,
             "confidence": confidence,
             "max_bad_fraction": max_bad_fraction,
+            "max_drift": max_drift,
         },
     )
     files = read_model(model, RegistrySettings(tracking_uri=tracking_uri))
@@ -326,8 +332,17 @@ def _show_predictions(report: "PredictReport", out: str) -> None:
     kept = f" ({report.kept} of them before)" if report.kept else ""
     text = f"{report.images} images predicted{kept}, {report.bad} left out; all in {escape(out)}"
     console.print(text, highlight=False, soft_wrap=True)
+    if report.estimate is None:
+        console.print("no estimate of their mean IoU: the model has no calibration")
+    else:
+        console.print(_estimate_text(report.estimate), highlight=False, soft_wrap=True)
     if report.bad:
         console.print(f"all that were left out: {escape(csv_uri(report.rejects_uri))}", highlight=False, soft_wrap=True)
+
+
+def _estimate_text(estimate: "Estimate") -> str:
+    score = "none of the known classes" if estimate.mean_iou is None else f"mean IoU {estimate.mean_iou:.3f}"
+    return f"estimated without labels, of {estimate.images} images: {score}, drift {estimate.drift:.2f}"
 
 
 def _show_left_out(rejected: Iterable["Reject"]) -> None:

@@ -191,7 +191,7 @@ class Registry(_Experiment):
         self.uri = uri
         self.models = Models(uri, client, settings.experiment)
         super().__init__(client, experiment_id)
-        self._model_name, self._approve = settings.model_name, settings.approve_champion
+        self._model_name, self._settings = settings.model_name, settings
 
     def record_rows(self, stage: StageRows) -> None:
         """Send rows of a stage that still trains to its run, nested in its parent. A row that is there changes nothing."""
@@ -229,7 +229,7 @@ class Registry(_Experiment):
         if version is None:
             version = self._register(run, name, record, digest, files)
         with mlflow_session(self.uri):
-            decision = self.models.set_aliases(version, record.stage, self._approve)
+            decision = self.models.set_aliases(version, record.stage, self._settings)
             self._client.set_terminated(run.info.run_id, "FINISHED")
             self._client.set_tag(run.info.run_id, COMPLETE, "true")
         return _registered(version, record.stage, decision)
@@ -332,7 +332,7 @@ class Registry(_Experiment):
                 self._client.log_artifacts(run.info.run_id, str(packed), PACKED_FOLDER)
                 source = f"{run.info.artifact_uri}/{PACKED_FOLDER}"
                 description = shortened(model_card_of(packed), MAX_DESCRIPTION)
-                tags = file_tags(digest, contents.digests, contents.no_program)
+                tags = file_tags(digest, *contents)
                 return self.models.create(name, source, run.info.run_id, record, tags, description)
 
 

@@ -23,8 +23,8 @@ from threestage.mlflow_sync.connection import (
     redact_tree,
     shortened,
 )
-from threestage.mlflow_sync.promotion import CHAMPION, MEAN_IOU, VALIDATION, Promotion, score_of
-from threestage.mlflow_sync.records import StageRecord
+from threestage.mlflow_sync.promotion import CHAMPION, DRIFT, MEAN_IOU, VALIDATION, Promotion, score_of
+from threestage.mlflow_sync.records import RegistrySettings, StageRecord
 from threestage.plain_text import escape_control_chars
 from threestage.run_folder.lineage import Lineage
 
@@ -35,9 +35,9 @@ DETAILS = "threestage.details"
 READABLE = ("encoder", "labelled")
 PACKED_FOLDER = "model"
 IN_PACKED = f"artifacts/{PACKED_FOLDER}/"
-WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS, CARD, CALIBRATION = "model.safetensors", "model.json", "calibration.json"
 PROGRAM = "program.pt2"
-PULLED = ("lineage.json", WEIGHTS, CARD, PROGRAM, "README.md")  # first what marks the folder
+PULLED = ("lineage.json", WEIGHTS, CARD, CALIBRATION, PROGRAM, "README.md")  # first what marks the folder
 
 
 def _to_stderr(text: str) -> None:
@@ -162,7 +162,8 @@ class Models(_Lookups):
                     f"{model_uri} has no exported program ({version.tags[NO_PROGRAM]}); leave out --program",
                     "models/no-program",
                 )
-            names = [name for name in PULLED if name != PROGRAM or program]
+            without = {PROGRAM: not program, CALIBRATION: CALIBRATION not in digests}
+            names = [name for name in PULLED if not without.get(name, False)]
             with mlflow_session(self.uri, TRANSFER_S):
                 fetched = {name: self._download(version.source, name, temporary) for name in names}
             _check_files(model_uri, fetched, digests)
@@ -234,28 +235,34 @@ class Models(_Lookups):
         tags = _tags(record) | dict(tags)
         return self._client.create_model_version(name, source, run_id, tags=tags, description=description)
 
-    def set_aliases(self, version: Any, stage: str, approve: bool) -> str:
-        """Give a new version its stage's alias, and the champion's where it has earned it and nobody has to `approve` it.
-        Returns the decision in words."""
+    def set_aliases(self, version: Any, stage: str, settings: RegistrySettings) -> str:
+        """Give a new version its stage's alias, and the champion's where it has earned it by the settings. Returns the decision in
+        words."""
         self._client.set_registered_model_alias(version.name, stage, version.version)
-        return Promotion(self._client, version.name).consider(version, approve)
+        return Promotion(self._client, version.name).consider(version, settings.approve_champion, settings.max_drift)
 
 
 def read_model_folder(folder: str) -> dict[str, bytes]:
     """The files of a model's folder. InputError where it is none."""
     from threestage.data import storage
 
+    names = (WEIGHTS, CARD, *[CALIBRATION] * storage.exists(storage.join(folder, CALIBRATION)))
     try:
-        return {name: storage.read_bytes(storage.join(folder, name)) for name in (WEIGHTS, CARD)}
+        return {name: storage.read_bytes(storage.join(folder, name)) for name in names}
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: is no model folder; it must hold {WEIGHTS} and {CARD}", "models/no-model"
         ) from error
 
 
-def file_tags(digest: str, files: Mapping[str, str], no_program: str | None) -> dict[str, str]:
-    """The tags that say what a version's files are: the weights' digest, that of every file, why there is no program."""
+def file_tags(
+    digest: str, files: Mapping[str, str], no_program: str | None, validation_drift: float | None
+) -> dict[str, str]:
+    """The tags that say what a version's files are: the weights' digest, that of every file, why there is no program, and how far
+    the validation images are from the training images."""
     tags = {DIGEST: digest, FILES: json.dumps(files)}
+    if validation_drift is not None:
+        tags[DRIFT] = repr(validation_drift)
     return tags if no_program is None else tags | {NO_PROGRAM: shortened(redact(no_program), MAX_TAG)}
 
 

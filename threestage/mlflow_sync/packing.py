@@ -2,6 +2,7 @@
 
 model/artifacts/model/
     model.safetensors, model.json    the weights, and how to build the network (threestage.models.export)
+    calibration.json                 for estimates without labels (threestage.prediction.estimates)
     program.pt2                      the network as a torch.export program: RGB in [0,1] (N,3,H,W) → logits (N,C,H,W);
                                      left out where torch.export cannot take the network
     lineage.json                     where it comes from (threestage.run_folder.lineage)
@@ -22,13 +23,14 @@ import numpy as np
 
 from threestage.data.bands import MOST
 from threestage.mlflow_sync.connection import redact, redact_tree
-from threestage.mlflow_sync.model_registry import CARD, PACKED_FOLDER
+from threestage.mlflow_sync.model_registry import CALIBRATION, CARD, PACKED_FOLDER
 from threestage.mlflow_sync.promotion import CHAMPION
 from threestage.mlflow_sync.records import StageRecord
 from threestage.models.export import PROGRAM, ModelCard
 from threestage.models.program import least_side, write_program
 from threestage.models.settings import NetworkSettings
 from threestage.plain_text import markdown, one_line
+from threestage.prediction.estimates import Calibration
 from threestage.run_folder.lineage import Lineage, short_digest
 from threestage.training.metrics import MEAN_IOU_RULE
 
@@ -39,23 +41,26 @@ _failed: dict[tuple[NetworkSettings, int], str] = {}
 
 
 class Packed(NamedTuple):
-    """`digests`: SHA-256 of every file by its path in the packed model; `no_program`: why it has none, or None."""
+    """`digests`: SHA-256 of every file by its path in the packed model; `no_program`: why it has none, or None;
+    `validation_drift`: see `Calibration`, None of a model without one."""
 
     digests: dict[str, str]
     no_program: str | None
+    validation_drift: float | None
 
 
 def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecord, name: str) -> Packed:
     """Write an MLflow model at `destination` from the files of a model's folder. `name`: that it is registered under."""
     import mlflow.pyfunc
 
-    lineage = redact_tree(record.lineage)
+    lineage, card, drift = redact_tree(record.lineage), ModelCard.model_validate_json(files[CARD]), None
+    if CALIBRATION in files:
+        drift = Calibration.parse(files[CALIBRATION], record.model_dir, len(card.classes)).validation_drift
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, PACKED_FOLDER)
         folder.mkdir()
         for file, data in files.items():
             (folder / file).write_bytes(data)
-        card = ModelCard.model_validate_json(files[CARD])
         no_program = _write_program(folder, card)
         least = None if no_program else least_side(folder / PROGRAM)
         (folder / LINEAGE_NAME).write_text(json.dumps(lineage, indent=1))
@@ -70,7 +75,7 @@ def pack_model(files: Mapping[str, bytes], destination: Path, record: StageRecor
             metadata={"classes": list(card.classes), "colours": [list(colour) for colour in card.colours]},
             model_config={"files": digests_of(folder)},
         )
-    return Packed(digests_of(destination), no_program)
+    return Packed(digests_of(destination), no_program, drift)
 
 
 def _write_program(folder: Path, card: ModelCard) -> str | None:

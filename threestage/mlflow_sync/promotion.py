@@ -15,7 +15,7 @@ DECISION = "threestage.champion"
 EARLIER, APPROVAL = "threestage.earlier_champions", "threestage.approval"  # tags of the registered model
 REQUIRED = "required"
 MOST_EARLIER = 100
-MEAN_IOU, VALIDATION = "mean_iou", "threestage.validation_digest"
+MEAN_IOU, VALIDATION, DRIFT = "mean_iou", "threestage.validation_digest", "threestage.validation_drift"
 
 
 class Promotion:
@@ -42,7 +42,7 @@ class Promotion:
         run asks for approval. Returns the decision in words, which is also a tag of the version."""
         if approve:
             self.require_approval()
-        takes, decision = decide(version, self.holder())
+        takes, decision = decide(version, self.holder(), max_drift)
         if takes and (approve or self.needs_approval()):
             decision = self._wait(version, decision)
         elif takes:
@@ -143,16 +143,23 @@ def _is_no_worse(version: Any, than: Any) -> bool:
     return mine is not None and theirs is not None and mine >= theirs and _scored_on(version) == _scored_on(than)
 
 
-def decide(version: Any, champion: Any) -> tuple[bool, str]:
-    """Whether a new version takes the champion's place, and why: only where both were scored on the same images."""
+def decide(version: Any, champion: Any, max_drift: float | None = None) -> tuple[bool, str]:
+    """Whether a new version takes the champion's place, and why: only where both were scored on the same images, which are not
+    further than `max_drift` from its training images. What is not known of an older version does not count."""
     score, where = score_of(version), version.tags.get("validation")
     if score is None:
         return False, "not the champion: it has no mean IoU"
+    if champion is not None and int(champion.version) == int(version.version):
+        return False, f"the champion, with mean IoU {score:.4f} on {where}"
+    if max_drift is not None and (drift := float(version.tags.get(DRIFT, max_drift))) > max_drift:
+        return False, (
+            f"not the champion: its validation images drift {drift:.2f} from its training images, more than "
+            f"registry.max_drift={max_drift:g}; `threestage models promote models:/{version.name}/{version.version}` makes it "
+            "the champion"
+        )
     if champion is None:
         return True, f"the champion: the first, with mean IoU {score:.4f} on {where}"
     other, number = score_of(champion), champion.version
-    if int(number) == int(version.version):
-        return False, f"the champion, with mean IoU {score:.4f} on {where}"
     if other is None or _scored_on(champion) != _scored_on(version):
         there = champion.tags.get("validation") or "nothing known"
         return False, (

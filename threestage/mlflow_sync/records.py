@@ -24,6 +24,11 @@ class RegistrySettings(Settings):
     approve_champion: bool = Field(
         False, description="a new best version waits as candidate until `threestage models promote --approve`"
     )
+    max_drift: float | None = Field(
+        default=None,
+        description="drift of the validation images from the training images above which a version does not become the champion "
+        "by itself; null: any",
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from threestage.mlflow_sync.client import Registry, open_registry
 from threestage.mlflow_sync.connection import END_S, Background, redact, redact_tree, reserve_variables, resolve_uri
 from threestage.mlflow_sync.records import RegisteredVersion, RegistrySettings, StageRecord, StageRows, Status
 from threestage.models.export import CARD, WEIGHTS
+from threestage.prediction.estimates import CALIBRATION
 from threestage.run.outcome import StageOutcome
 from threestage.run_folder import lease
 from threestage.run_folder.records import Results, RunSettings, StageMarker, StageResult
@@ -130,7 +131,7 @@ class Sender:
 
     def _record(self, outcome: StageOutcome, attempt: str) -> StageRecord:
         folder = resolve_part(self._out, outcome.stage)
-        _refuse_links_out(folder, [f"model/{name}" for name in (WEIGHTS, CARD)])
+        _refuse_links_out(folder, [f"model/{name}" for name in (WEIGHTS, CARD, CALIBRATION)])
         return StageRecord(
             run_name=str(self._settings["name"]),
             run_key=self._key,

@@ -7,7 +7,8 @@ Lindenstrauss): 256 bytes for an image, whatever the encoder.
 
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -54,30 +55,51 @@ class PoolFeatures(PredictionWriter):
 
     @contextlib.contextmanager
     def measure(self, network: nn.Module) -> Iterator[Measured]:
-        pooled, margins = list[Tensor](), list[Tensor]()
+        def values(pooled: Tensor, logits: Tensor) -> Tensor:
+            return torch.cat([mean_margin(logits)[:, None], pooled], 1)
 
-        def pool(module: nn.Module, inputs: Any, maps: Any) -> None:
-            last = maps[-1] if isinstance(maps, tuple) else maps
-            pooled.append(last.float().mean((2, 3)))
+        with forward_means(network, values) as means:
 
-        def keep_margin(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            margins.append(mean_margin(outputs[0]))
+            def measured(entropy: Tensor) -> Tensor:
+                margin, pooled = means(len(entropy)).tensor_split([1], dim=1)
+                unsure = entropy.mean((1, 2)) / math.log(max(2, self._num_classes))
+                return torch.cat([unsure[:, None], margin, projected(pooled)], dim=1)
 
-        def measured(entropy: Tensor) -> Tensor:
-            feature = projected(torch.stack(pooled).mean(0))
-            unsure = entropy.mean((1, 2)) / math.log(max(2, self._num_classes))
-            return torch.cat([unsure[:, None], torch.stack(margins).mean(0)[:, None], feature], dim=1)
-
-        encoder: Any = network.encoder
-        hooks = encoder.last.register_forward_hook(pool), network.register_forward_hook(keep_margin)
-        try:
             yield measured
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def measured_columns(self, values: np.ndarray) -> Encoded:
         return float(values[0]), float(values[1]), values[2:].astype(np.float16).tobytes()
+
+
+@contextlib.contextmanager
+def forward_means(network: Any, values: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Callable[[int], Tensor]]:
+    """Asks `values` of each forward pass of this thread: pooled last map of the encoder (N,D), logits (N,C,H,W) → (N,K).
+
+    Gives a function: of how many images were just predicted → (images,K), the mean over the passes of each, which were of windows
+    or views. All images had as many passes, those of some images after those of others.
+    """
+    passes, pooled, thread = list[Tensor](), list[Tensor](), threading.get_ident()
+
+    def pool(module: nn.Module, inputs: Any, maps: Any) -> None:
+        if threading.get_ident() == thread:
+            last = maps[-1] if isinstance(maps, tuple) else maps
+            pooled[:] = [last.float().mean((2, 3))]
+
+    def keep(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if threading.get_ident() == thread:
+            passes.append(values(pooled[0], outputs[0]))
+
+    def means(images: int) -> Tensor:
+        each = sum(map(len, passes)) // images
+        groups = (passes[start : start + each] for start in range(0, len(passes), each))
+        return torch.cat([torch.stack(group).mean(0) for group in groups])
+
+    hooks = network.encoder.last.register_forward_hook(pool), network.register_forward_hook(keep)
+    try:
+        yield means
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def mean_margin(logits: Tensor) -> Tensor:

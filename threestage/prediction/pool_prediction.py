@@ -241,9 +241,10 @@ class _Outcome:
         measured = () if self.measured is None else product.measured_columns(self.measured[index].numpy())
         return *product.encode(image.row, image.pixels, class_ids, confidence), *agreed, *measured
 
-    def total(self) -> np.ndarray:
+    def total(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The sums, and that of what was measured."""
         self._wait()
-        return self.sums.numpy()
+        return self.sums.numpy(), None if self.measured is None else self.measured.double().sum(0).numpy()
 
     def _wait(self) -> None:
         if self.ready is not None:
@@ -369,7 +370,8 @@ class _Job:
         self._left = 0  # how many rows have
         self._writes: list[Future[None]] = []
         self._predicted: list[tuple[int, str, int, int]] = []  # position, image id, height and width
-        self._sums: list[Future[np.ndarray]] = []
+        self._sums: list[Future[tuple[np.ndarray, np.ndarray | None]]] = []
+        self._sums_measured = product.sums_measured
         self._rejects: list[tuple[int, Reject]] = []
         self._unwritten: set[int] = set()
         self._in_windows = 0
@@ -405,7 +407,11 @@ class _Job:
         self._complete_image(image, None)
 
     def complete(
-        self, batch: list[_Image], encoded: list[Future[Encoded]], sums: Future[np.ndarray], in_windows: bool
+        self,
+        batch: list[_Image],
+        encoded: list[Future[Encoded]],
+        sums: Future[tuple[np.ndarray, np.ndarray | None]],
+        in_windows: bool,
     ) -> None:
         self._sums.append(sums)
         self._in_windows += len(batch) * in_windows
@@ -459,9 +465,11 @@ class _Job:
         predicted = sorted(image for image in self._predicted if image[0] not in self._unwritten)
         ids = (image_id for _, image_id, *_ in predicted if self._file.own)
         sums = [part.result() for part in self._sums]
+        counts, measured = [part for part, _ in sums], [part for _, part in sums if part is not None]
         return FileReport(
             file=self._file.name,
-            statistics=Statistics.of(len(predicted), len(self._rejects), sums, self._task.num_classes),
+            statistics=Statistics.of(len(predicted), len(self._rejects), counts, self._task.num_classes),
+            measured=tuple(np.sum(measured, axis=0).tolist()) if measured and self._sums_measured else (),
             in_windows=self._in_windows,
             max_height=max((height for *_, height, _ in predicted), default=0),
             max_width=max((width for *_, width in predicted), default=0),

@@ -10,17 +10,19 @@ OUTPUT/overlays/NAME.jpg    the image under the colours
 OUTPUT/confidence/NAME.png  grey, 255 = 1
 format geotiff, of scenes: masks/NAME.tif and confidence/NAME.tif, no overlays
 OUTPUT/parts/PART.parquet   image_id, file     OUTPUT/parts/PART.parquet   image_id, mask, confidence
+                                               both: mean_iou, drift (estimates.py), of a model that is calibrated
 
 Masks and confidences have the size of the image as it was given. A part's Parquet file is written last: its footer holds
 the part's report and a digest of all that decides what its predictions are, so a rerun knows what is done.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -53,6 +55,7 @@ from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import CARD, RESTORE, WEIGHTS, ModelCard, model_of, parse_card, parse_weights
 from threestage.models.network import Network, size_multiple
+from threestage.prediction.estimates import CALIBRATION, Calibration, Estimate, Estimator, JobEstimate
 from threestage.prediction.input_parts import (
     Kind,
     Part,
@@ -66,7 +69,7 @@ from threestage.prediction.input_parts import (
     scene_id,
 )
 from threestage.prediction.pool_prediction import predict_files
-from threestage.prediction.prediction_writer import Encoded, PredictionWriter, Unwritable
+from threestage.prediction.prediction_writer import Encoded, Measured, PredictionWriter, Unwritable
 from threestage.prediction.pseudo_masks import (
     DIGEST_KEY,
     REJECTS_NAME,
@@ -94,6 +97,7 @@ PARTS_FOLDER = "parts"
 MASKS, MASK_SUFFIX = "masks/", ".png"
 FILES_SCHEMA = pa.schema([("image_id", pa.string()), ("file", pa.string())])
 ROWS_SCHEMA = pa.schema([("image_id", pa.string()), ("mask", pa.binary()), ("confidence", pa.binary())])
+ESTIMATE_COLUMNS = (pa.field("mean_iou", pa.float32()), pa.field("drift", pa.float32()))
 JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP, errno.EILSEQ)
 """Of one file; after others, such as ENOSPC, no file can be written."""
@@ -124,14 +128,14 @@ class PredictionTask(PoolTask):
         return hashlib.sha256(f"{super().digest()}/{decisive}".encode()).hexdigest()
 
 
-Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Iterator[FileReport]]
+Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Generator[FileReport]]
 """Predicts parts anywhere; their reports in any order."""
 
 
 class PredictSettings(Settings):
     """`format`: geotiff is of scenes only. `overlays`: of format png only, not of scenes. `confidence`: write it too.
     `rows_per_part`: images in one part, which is predicted whole or again. `input_format`: of a folder that holds more than one
-    kind."""
+    kind. `max_drift`: of the images that are predicted, above which the job ends; not of scenes."""
 
     protocol: TTASettings = TTASettings()
     format: Format = "png"
@@ -139,13 +143,15 @@ class PredictSettings(Settings):
     confidence: bool = False
     input_format: Kind | None = None
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
+    max_drift: float | None = None
     rows_per_part: int = Field(default=256, ge=1)
 
 
 class PredictReport(Settings):
     """`images`: predicted, now or before; `kept`: those before; `in_windows`: those too large for the memory as a whole.
     `bad`: left out; `rejected`: the first of them, at most 20; `rejects_uri`: where all are listed. `warnings`: what else the
-    user should know, one line each."""
+    user should know, one line each. `estimate`: without labels, of as many of the images as it could be measured of; None of
+    a model without calibration."""
 
     images: int
     kept: int
@@ -153,6 +159,7 @@ class PredictReport(Settings):
     rejected: tuple[Reject, ...]
     rejects_uri: str
     in_windows: int = 0
+    estimate: Estimate | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -191,8 +198,11 @@ def _files_of(folder: str) -> ModelFiles:
         raise InputError(f"{folder}: has {CARD} and no {WEIGHTS}; {RESTORE}", "models/no-weights")
     card = storage.read_small(storage.join(folder, CARD), storage.MAX_JSON_BYTES)
     files = {WEIGHTS: storage.read_bytes(storage.join(folder, WEIGHTS)), CARD: card}
-    parse_card(files[CARD], folder)
+    classes = len(parse_card(files[CARD], folder).classes)
     parse_weights(files[WEIGHTS], folder)
+    with contextlib.suppress(FileNotFoundError):
+        files[CALIBRATION] = storage.read_small(storage.join(folder, CALIBRATION), storage.MAX_JSON_BYTES)
+        Calibration.parse(files[CALIBRATION], folder, classes)
     return files
 
 
@@ -201,26 +211,38 @@ def network_of(files: ModelFiles, where: str = "the model") -> tuple[Network, Mo
     return model_of(parse_card(files[CARD], where), parse_weights(files[WEIGHTS], where), where)
 
 
+def estimator_of(files: ModelFiles, where: str = "the model") -> Estimator | None:
+    """What the model says of its predictions without labels; None of a model of an older version."""
+    if CALIBRATION not in files:
+        return None
+    return Estimator(Calibration.parse(files[CALIBRATION], where, len(parse_card(files[CARD], where).classes)))
+
+
 def open_model(model: str, registry: RegistrySettings) -> tuple[Network, ModelCard]:
     """The network of `read_model` in eval mode, and its card."""
     return network_of(read_model(model, registry), model)
 
 
-def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+def predict_here(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Generator[FileReport]:
     """Predict parts in this process, one after the other."""
     disable_malloc_trim()
     device = default_device()
     network, card = network_of(files)
-    yield from predict_parts(network.to(device), card, task, parts, device)
+    yield from predict_parts(network.to(device), card, task, parts, device, estimator_of(files))
 
 
 def predict_parts(
-    network: Network, card: ModelCard, task: PredictionTask, parts: Sequence[Part], device: torch.device
+    network: Network,
+    card: ModelCard,
+    task: PredictionTask,
+    parts: Sequence[Part],
+    device: torch.device,
+    estimator: Estimator | None,
 ) -> Iterator[FileReport]:
     """Predict parts with a network that is on the device."""
     if task.kind == "scenes":
         return (_predict_scene_part(network, card, task, part, device) for part in parts)
-    return predict_files(network, task, parts, device, Predictions(task, card))
+    return predict_files(network, task, parts, device, Predictions(task, card, estimator))
 
 
 def predict_input(
@@ -235,8 +257,9 @@ def predict_input(
     """Predict every image of an input into the folder `out`; parts that are done are kept.
 
     `show` gets images done and images in all; `run` predicts, `each` lists. Raises InputError where there is nothing to
-    predict, or where `out` holds predictions of another model, input or settings; OSError when a store fails, and
-    StageFailure at the end when more than the share `max_bad_fraction` of the images is bad.
+    predict, where `out` holds predictions of another model, input or settings, or where `max_drift` is asked of a model
+    without calibration; OSError when a store fails, StageFailure as soon as the images drift more than `max_drift`, and at the
+    end when more than the share `max_bad_fraction` of them is bad.
     """
     source, out = storage.absolute(source), storage.absolute(out)
     card = ModelCard.model_validate_json(model[CARD])
@@ -244,6 +267,7 @@ def predict_input(
     settings = _for_model(settings, card, kind)
     if kind != "data set":
         _refuse_output_inside(source, out)
+    job = JobEstimate(None if kind == "scenes" else estimator_of(model), settings.max_drift)
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
@@ -258,8 +282,8 @@ def predict_input(
     if settings.format == "png" and (kind in ("images", "parquet") or (kind == "data set" and not storage.is_s3(out))):
         crowded = crowded_names(parts, source, kind, partial(_names_kept, task, parts))
         task = task.model_copy(update={"crowded": crowded})
-    report = _gather(task, parts, settings.max_bad_fraction, show, partial(run, model, task))
-    return report.model_copy(update={"warnings": tuple(warnings)})
+    report = _gather(task, parts, settings.max_bad_fraction, job, show, partial(run, model, task))
+    return report.model_copy(update={"warnings": (*warnings, *job.warnings())})
 
 
 def _refuse_output_inside(source: str, out: str) -> None:
@@ -317,7 +341,9 @@ def _digest(model: ModelFiles) -> str:
 
 def _record(model: ModelFiles, source: str, settings: PredictSettings) -> dict[str, Any]:
     """What decides what the predictions are, as JSON; and the protocol in words."""
-    left_out = {"max_bad_fraction", "rows_per_part"} | ({"input_format"} if settings.input_format is None else set())
+    left_out = {"max_bad_fraction", "max_drift", "rows_per_part"} | (
+        {"input_format"} if settings.input_format is None else set()
+    )
     chosen = settings.model_dump(mode="json", exclude=left_out)
     words = settings.protocol.describe()
     return {"version": RECORD_FORMAT, "model": _digest(model)[:16], "input": source, **chosen, WORDS_KEY: words}
@@ -351,8 +377,9 @@ def _gather(
     task: PredictionTask,
     parts: Sequence[Part],
     max_bad_fraction: float,
+    job: JobEstimate,
     show: Callable[[int, int], None],
-    run: Callable[[Sequence[Part]], Iterator[FileReport]],
+    run: Callable[[Sequence[Part]], Generator[FileReport]],
 ) -> PredictReport:
     """Predict the parts that are missing, and take the reports of all."""
     missing = {part.name: part for part in parts}
@@ -365,13 +392,15 @@ def _gather(
             in_windows += report.in_windows
             rejects.add(report.rejects)
             show(images + rejects.count, total)
+            job.add(report.measured)
 
     for report in map_ahead(lambda found: _without_replaced(task, *found), _done(task, parts), READERS):
         take(report)
     kept = images
     if missing:
-        for report in run(list(missing.values())):
-            take(report)
+        with contextlib.closing(run(list(missing.values()))) as reports:
+            for report in reports:
+                take(report)
     listed = storage.join(task.destination, REJECTS_NAME)
     rejects.write_for_people(listed, task.destination)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
@@ -385,6 +414,7 @@ def _gather(
         rejected=tuple(rejects.first),
         rejects_uri=listed,
         in_windows=in_windows,
+        estimate=job.estimate,
     )
 
 
@@ -430,7 +460,7 @@ def _without_replaced(task: PredictionTask, part: Part, report: FileReport) -> F
     rejects = tuple(reject for reject in report.rejects if reject.source not in gone)
     counts = {"images": part.rows - len(gone) - len(rejects), "unreadable": len(rejects)}
     statistics = report.statistics.model_copy(update=counts)
-    report = report.model_copy(update={"statistics": statistics, "rejects": rejects})
+    report = report.model_copy(update={"statistics": statistics, "rejects": rejects, "measured": ()})
     table = storage.read_table(uri)
     kept = pa.array([row not in part.replaced for row in range(part.rows)])
     for number, name in enumerate(table.column_names[1:], 1):
@@ -446,12 +476,17 @@ class Predictions(PredictionWriter):
     precision = "float32"  # as in an evaluation
     writers = WRITERS
 
-    def __init__(self, task: PredictionTask, card: ModelCard) -> None:
+    sums_measured = True
+
+    def __init__(self, task: PredictionTask, card: ModelCard, estimator: Estimator | None = None) -> None:
         self._task = task
+        self._estimator = estimator
         self.protocol = task.protocol
         self._card = card
         self._multiple = size_multiple(card.network)
         self.schema = FILES_SCHEMA if task.format == "png" else ROWS_SCHEMA
+        for column in ESTIMATE_COLUMNS if estimator else ():
+            self.schema = self.schema.append(column)
 
     def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
         assert isinstance(file, Part)
@@ -462,6 +497,19 @@ class Predictions(PredictionWriter):
 
     def predict(self, network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return predict_with_tta(network, pixels, self._task.protocol, self._multiple)
+
+    @contextlib.contextmanager
+    def measure(self, network: nn.Module) -> Iterator[Measured]:
+        if self._estimator is None:
+            yield lambda entropy: None
+        else:
+            with self._estimator.measure(network) as measure:
+                yield lambda entropy: measure(len(entropy), entropy[0].numel())
+
+    def measured_columns(self, values: np.ndarray) -> Encoded:
+        assert self._estimator is not None
+        found = self._estimator.of(values)
+        return found.mean_iou, found.drift
 
     def encode(self, row: PoolRow, pixels: np.ndarray, class_ids: np.ndarray, confidence: np.ndarray) -> Encoded:
         """Writes the image's files in format png."""

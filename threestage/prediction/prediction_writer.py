@@ -33,6 +33,8 @@ class PredictionWriter:
     precision = "auto"
     other: nn.Module | None = None
     """A network with whose predictions these are compared: the last column of the schema."""
+    sums_measured = False
+    """Whether the report of a file has the sum of what was measured of its images."""
     writers = 0
     """Threads that encode, where that waits for a store; 0: those that decode."""
 

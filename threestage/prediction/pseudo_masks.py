@@ -281,7 +281,8 @@ class SetMarker(TypedDict):
 class FileReport(Settings):
     """What came of one file of the pool. `file`: its PoolFile's name. `in_windows`: images that were cut into windows, since
     the memory does not hold them whole. `max_height` and `max_width`: of the predicted
-    images, downscaled; 0 without any. `labelled_ids`: those of `used_ids` that were predicted, in the file's order."""
+    images, downscaled; 0 without any. `labelled_ids`: those of `used_ids` that were predicted, in the file's order.
+    `measured`: the sum over the images of what `PredictionWriter.measure` gave, where the writer keeps it."""
 
     file: str
     statistics: Statistics
@@ -290,6 +291,7 @@ class FileReport(Settings):
     labelled_ids: tuple[str, ...]
     rejects: tuple[Reject, ...]
     in_windows: int = 0
+    measured: tuple[float, ...] = ()
 
 
 def stored_report(uri: str, digest: str | None = None) -> FileReport | None:

@@ -4,7 +4,7 @@ A row of the job is some files of images; one of a few actors, each with the net
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ from threestage.allocator import disable_malloc_trim
 from threestage.data import storage
 from threestage.data.pool import PoolFile
 from threestage.errors import Warn
+from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import load_model
 from threestage.prediction.input_parts import Part
 from threestage.prediction.pool_prediction import predict_files
@@ -28,8 +29,11 @@ from threestage.prediction.predict import (
     PredictionTask,
     PredictReport,
     PredictSettings,
+    estimator_of,
+    network_of,
     predict_input,
     predict_parts,
+    read_model,
 )
 from threestage.prediction.pseudo_masks import FileReport, PoolTask
 from threestage.ray_backend.capacity import warn_of_folders
@@ -172,7 +176,7 @@ def predict_on_ray(
     cluster = gpus_taken(cluster)
     with connected_on_demand(cluster) as connect:
 
-        def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+        def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Generator[FileReport]:
             connect()
             _warn_of_traps(task, cluster, warn)
             open_predictor = partial(_open, _share(files, task), task.model_dump(mode="json"))
@@ -199,8 +203,10 @@ def _share(files: ModelFiles, task: PredictionTask) -> str:
 
 
 def _open(model: str, task: dict[str, Any]) -> Predict:
-    device = default_device()
-    network, card = load_model(model)
+    device, files = default_device(), read_model(model, RegistrySettings())
+    network, card = network_of(files, model)
     settings = PredictionTask.model_validate(task)
-    network = network.to(device)
-    return lambda parts: predict_parts(network, card, settings, list(map(Part.model_validate_json, parts)), device)
+    network, estimator = network.to(device), estimator_of(files, model)
+    return lambda parts: predict_parts(
+        network, card, settings, list(map(Part.model_validate_json, parts)), device, estimator
+    )

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from threestage.calibration import Calibrator, training_sample
 from threestage.config import STAGES, Config, StageName
 from threestage.data import storage
 from threestage.data.bands import Bands
@@ -36,6 +37,7 @@ from threestage.errors import StageFailure
 from threestage.evaluation import Evaluation, WorkerShare, evaluate, summarise, write_image_counts
 from threestage.models.export import BEST_MODEL, HALFWAY_MODEL, MODEL, ModelCard, save_model, save_weights, start_from
 from threestage.models.network import Auxiliary, build_network
+from threestage.prediction.estimates import Calibration, write_calibration
 from threestage.seeds import derive_seed
 from threestage.settings import Settings
 from threestage.training.checkpoint import Row, TrainState, copied
@@ -138,15 +140,40 @@ def train_stage(task: StageTask, worker: Worker) -> None:
     if not last:  # the last checkpoint already held the last step
         validate(state.shipped)
     student = None if state.teacher is None else score(state.student).confusion
+    calibration = _calibration(task, state, data, last[0].images, worker)
     await_written(state.step, worker)
 
     def publish() -> None:
         write_image_counts(task.folder, data.validation.ids, last[0].images)
+        write_calibration(storage.join(task.folder, MODEL), calibration)
         publish_stage(task, state, card, last[0].confusion, student)
 
     if worker.rank == 0:
         worker.checkpoints.publish("the stage's model", publish)
     await_written(state.step, worker)
+
+
+def _calibration(
+    task: StageTask, state: TrainState, data: StageData, counts: Tensor, worker: Worker
+) -> Calibration | None:
+    """Of the shipped network. `counts`: of each validation image (N,3,C), see `Evaluation`."""
+    config = task.settings()
+    worker.set_phase(state.step, "calibration")
+    excluded = frozenset(task.split.validation)
+
+    def read() -> SampleSet:
+        return training_sample(data.labelled, load_pool(task.pool) if task.pool else [], config, excluded)
+
+    training = read_together("a sample of the training images", read, worker)
+    calibrator = Calibrator(
+        network=state.shipped.eval(),
+        device=worker.device,
+        share=WorkerShare(worker.rank, worker.world_size, worker.sum),
+        batch_size=config.pseudo_mask.batch_size,
+        dtype=autocast_dtype(config.training.precision, worker.device),
+        inference=config.inference,
+    )
+    return calibrator.calibrate(data.validation, counts, training)
 
 
 def _card(task: StageTask, config: Config, manifest: Manifest) -> ModelCard:

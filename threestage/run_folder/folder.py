@@ -4,7 +4,8 @@ split.json                    which images are labelled and which validate
 stage1/inputs.json            what the stage was started with: config keys and digests
 stage1/checkpoints …          the stage's own, while it trains
 stage1/model/                 model.safetensors, model.json: the weights of the last step
-stage1/best_model/            the same of the best evaluation, where that is an earlier step
+                              calibration.json: for estimates without labels (prediction/estimates.py)
+stage1/best_model/            weights and card of the best evaluation, where that is an earlier step
 stage1/halfway_model/         of half of its steps; by these the next stage may choose its images (reliable_share)
 stage1/image_counts.parquet   pixels of each validation image that the last weights got right, of each class
 stage1/result.json            metrics and history

@@ -25,12 +25,14 @@ DECODED = PixelBudget(MAX_IMAGE_PIXELS)
 
 
 class Answer(NamedTuple):
-    """`version`: of the model that answered; None where none did."""
+    """`version`: of the model that answered; None where none did. `mean_iou`, `drift`: its estimates, where it has them."""
 
     status: int
     media_type: str
     content: bytes
     version: str | None = None
+    mean_iou: float | None = None
+    drift: float | None = None
 
 
 def refusal(status: int, error: CodedError) -> Answer:
@@ -50,7 +52,9 @@ def answer_image(
     try:
         with DECODED.hold(_pixels_of(data, bands)):
             version, prediction = predict(decode_pixels(data, MAX_IMAGE_PIXELS, bands))
-            return Answer(200, MEDIA_TYPES[form], _encoded(prediction, form, version), version)
+            content, estimate = _encoded(prediction, form, version), prediction.estimate
+            estimates = (None, None) if estimate is None else (estimate.mean_iou, estimate.drift)
+            return Answer(200, MEDIA_TYPES[form], content, version, *estimates)
     except BadImage as error:
         status = 413 if error.code == "image/too-many-pixels" else 415 if isinstance(error, _NoImage) else 422
         return refusal(status, CodedError(f"image: {error.message}", error.code))
@@ -79,7 +83,8 @@ def _encoded(prediction: Prediction, form: Form, version: str) -> bytes:
 
 
 def figures(prediction: Prediction, version: str) -> dict[str, Any]:
-    """Size, mean confidence, and of every class its share of the pixels; shares and confidences in [0,1]."""
+    """Size, mean confidence, and of every class its share of the pixels; shares and confidences in [0,1]. Estimated mean IoU and
+    drift: null of a model without calibration."""
     height, width = prediction.class_ids.shape
     shares = prediction.shares()
     classes = [
@@ -87,4 +92,13 @@ def figures(prediction: Prediction, version: str) -> dict[str, Any]:
         for number, (name, colour) in enumerate(zip(prediction.classes, prediction.colours, strict=True))
     ]
     confidence = float(prediction.confidence.mean(dtype=np.float64))
-    return {"model": version, "width": width, "height": height, "mean_confidence": confidence, "classes": classes}
+    estimate = prediction.estimate
+    return {
+        "model": version,
+        "width": width,
+        "height": height,
+        "mean_confidence": confidence,
+        "estimated_mean_iou": None if estimate is None else estimate.mean_iou,
+        "drift": None if estimate is None else estimate.drift,
+        "classes": classes,
+    }

@@ -13,8 +13,7 @@ from threestage.errors import InputError, Warn, reason_of
 from threestage.mlflow_sync.client import open_models
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.image_model import Model, Prediction
-from threestage.prediction.predict import network_of, read_model
-from threestage.training.worker import default_device
+from threestage.prediction.predict import read_model
 
 ALIAS = re.compile(r"models:/[^/@]+@[^/@]+")
 EXAMPLE_SIZE = (256, 320, 3)
@@ -37,13 +36,12 @@ def current_version(model: str, registry: RegistrySettings) -> str:
 
 def tested_model(version: str, registry: RegistrySettings, size: tuple[int, ...]) -> Model:
     """A model, warmed by an image of this height and width. InputError where there is none, or it predicts no probabilities."""
-    network, card = network_of(read_model(version, registry), version)
-    model = Model(network.to(default_device()), card)
+    model = Model.of(read_model(version, registry), version)
     slope = np.linspace(0, 255, size[1], dtype=np.uint8)[None, :, None]
-    image = np.broadcast_to(slope, (*size[:2], card.network.channels)).copy()
+    image = np.broadcast_to(slope, (*size[:2], model.card.network.channels)).copy()
     found = model.predict_batch([image])[0]
     least, most = float(found.confidence.min()), float(found.confidence.max())
-    if not (0 < least <= most <= 1.001 and found.class_ids.max() < len(card.classes)):
+    if not (0 < least <= most <= 1.001 and found.class_ids.max() < len(model.card.classes)):
         raise InputError(
             f"{version}: its smoke test failed, its confidence lies between {least:g} and {most:g}; register a sound version",
             "serve/smoke-test",

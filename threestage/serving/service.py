@@ -8,7 +8,15 @@ from typing import Annotated
 
 from fastapi import Query, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    generate_latest,
+)
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -22,7 +30,8 @@ FormChoice = Annotated[
     Form | None, Query(alias="as", description="form of the answer; without it, the Accept header chooses")
 ]
 AnswerImage = Callable[[bytes, Form], Awaitable[Answer]]
-VERSION_HEADER = "X-Threestage-Model"
+VERSION_HEADER, MEAN_IOU_HEADER, DRIFT_HEADER = (f"X-Threestage-{name}" for name in ("Model", "Mean-IoU", "Drift"))
+"""Of an answer; the last two are estimates."""
 
 
 class ImageService:
@@ -34,6 +43,10 @@ class ImageService:
         self.registry = CollectorRegistry()
         self._requests = Counter("threestage_requests", "Answered requests", ["status"], registry=self.registry)
         self._images = Counter("threestage_images", "Predicted images", ["model"], registry=self.registry)
+        self._estimates = {
+            name: Summary(f"threestage_image_{name}", what, ["model"], registry=self.registry)
+            for name, what in (("mean_iou", "Estimated mean IoU of an image"), ("drift", "Drift of an image"))
+        }
         self._seconds = Histogram("threestage_request_seconds", "From head to answer", registry=self.registry)
         gauge = Gauge("threestage_open_requests", "Being read, waiting or answered", registry=self.registry)
         gauge.set_function(lambda: self._open)
@@ -84,6 +97,9 @@ class ImageService:
             return _refused(500, "image: its prediction failed; the server's log says why", "serve/failed")
         if answer.version is not None:
             self._images.labels(answer.version).inc()
+            for name, value in (("mean_iou", answer.mean_iou), ("drift", answer.drift)):
+                if value is not None:
+                    self._estimates[name].labels(answer.version).observe(value)
         return answer
 
     def _unauthorised(self, credentials: HTTPAuthorizationCredentials | None) -> Answer | None:
@@ -129,6 +145,9 @@ def _response(answer: Answer) -> Response:
     headers = {"Cache-Control": "no-store"}
     if answer.version is not None:
         headers[VERSION_HEADER] = answer.version
+    for name, value in ((MEAN_IOU_HEADER, answer.mean_iou), (DRIFT_HEADER, answer.drift)):
+        if value is not None:
+            headers[name] = f"{value:.3f}"
     if answer.status == 429:
         headers["Retry-After"] = "1"
     if answer.status == 401:

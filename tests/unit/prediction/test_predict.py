@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.refusals import refused
+from tests.unit.prediction.test_estimates import calibration
 from threestage.data import parquet, storage
 from threestage.data.palette import palette_png
 from threestage.data.parquet import ForeignParquet
@@ -29,6 +30,7 @@ from threestage.mlflow_sync.records import RegistrySettings
 from threestage.models.export import ModelCard, save_model
 from threestage.models.network import build_network
 from threestage.models.settings import NetworkSettings
+from threestage.prediction.estimates import CALIBRATION
 from threestage.prediction.input_parts import (
     Part,
     crowded_names,
@@ -267,6 +269,46 @@ def test_an_image_replaced_in_place_is_predicted_anew_and_the_rest_is_kept(model
 
 
 # Bad images
+
+
+def calibrated(model: ModelFiles, **changes: float) -> ModelFiles:
+    stored = calibration().model_copy(update=changes)
+    return {**model, CALIBRATION: stored.model_dump_json().encode()}
+
+
+@pytest.mark.parametrize("format", ["png", "parquet"])
+def test_estimates_without_labels_are_reported_of_each_image_and_of_all(
+    model: ModelFiles, tmp_path: Path, format: str
+) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    report = run(calibrated(model), source, out, rows_per_part=4, format=format, protocol=TTASettings(flip=True))
+    rows = parts_below(out)
+    assert report.estimate is not None and report.estimate.images == len(rows) == 10
+    assert report.estimate.drift == pytest.approx(np.mean([row["drift"] for row in rows]), abs=1e-4)
+    assert all(0 < row["mean_iou"] < 1 for row in rows) and 0 < (report.estimate.mean_iou or 0) < 1
+    (source / "new.jpg").write_bytes(photo(11))
+    again = run(calibrated(model), source, out, rows_per_part=4, format=format, protocol=TTASettings(flip=True))
+    assert again.estimate is not None and (again.kept, again.estimate.images) == (10, 11)
+    plain = run(model, source, tmp_path / "plain", format=format)
+    assert plain.estimate is None and {"mean_iou", "drift"}.isdisjoint(parts_below(tmp_path / "plain")[0])
+
+
+def test_a_job_that_drifts_is_warned_of_or_ends(model: ModelFiles, tmp_path: Path) -> None:
+    source, far, near = (
+        photos(tmp_path / "in"),
+        calibrated(model, near=0.0, far=0.001),
+        calibrated(model, near=3.0, far=4.0),
+    )
+    (warning,) = run(far, source, tmp_path / "out").warnings
+    assert warning.startswith("drift ") and not run(near, source, tmp_path / "near").warnings
+    with refused("predict/no-calibration", "--max-drift=0.5"):
+        run(model, source, tmp_path / "none", max_drift=0.5)
+    counting = Counting()
+    for parts in (1, 1):  # again: nothing more is predicted
+        with refused("predict/drift", "--max-drift=0.5", error=StageFailure):
+            run(far, source, tmp_path / "stopped", counting, max_drift=0.5, rows_per_part=4)
+        assert len(counting.parts) == parts
+    assert run(far, source, tmp_path / "stopped", max_drift=1e9, rows_per_part=4).kept == 2
 
 
 def test_bad_images_are_listed_and_too_many_of_them_fail_at_the_end(model: ModelFiles, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.unit.prediction.test_estimates import calibration
 from tests.unit.prediction.test_predict import make_model
 from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.estimates import CALIBRATION
 from threestage.serving.image_answers import ImageAnswers
 from threestage.serving.service import ImageService
 from threestage.serving.settings import ServeSettings
@@ -20,6 +22,7 @@ TOKEN = "a-token-of-the-tests"
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     make_model(folder)
+    (folder / CALIBRATION).write_text(calibration().model_dump_json())
     return folder
 
 

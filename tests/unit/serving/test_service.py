@@ -12,11 +12,12 @@ from PIL import Image
 
 from tests.asgi import ask, request
 from tests.images import encoded
-from tests.unit.prediction.test_predict import photo
+from tests.unit.prediction.test_predict import make_model, photo
 from tests.unit.serving.conftest import TOKEN
 from threestage.mlflow_sync.records import RegistrySettings
+from threestage.prediction.image_model import Model
 from threestage.prediction.predict import PredictSettings, predict_input, read_model
-from threestage.serving.answer import Answer, Form
+from threestage.serving.answer import Answer, Form, answer_image
 from threestage.serving.service import ImageService, accepted_form
 from threestage.serving.settings import ServeSettings
 from threestage.serving.web_app import web_app
@@ -58,6 +59,24 @@ def test_a_form_and_a_raw_body_in_pieces_get_the_same_answer(app: Any) -> None:
     assert (figures["height"], figures["width"]) == (33, 61)
     assert [one["name"] for one in figures["classes"]] == ["a", "b", "c"]
     assert sum(one["share"] for one in figures["classes"]) == pytest.approx(1) and 0 < figures["mean_confidence"] <= 1
+
+
+def test_estimates_come_with_every_form_of_an_answer(app: Any, model_folder: Path) -> None:
+    figures = json.loads(ask(app, "POST", "/predict", PHOTO, authorization=BEARER).body)
+    assert 0 < figures["estimated_mean_iou"] < 1
+    headers = ask(app, "POST", "/predict?as=mask", PHOTO, authorization=BEARER).headers
+    found = [float(headers[f"x-threestage-{name}"]) for name in ("mean-iou", "drift")]
+    assert found == pytest.approx([figures["estimated_mean_iou"], figures["drift"]], abs=6e-4)
+    page = ask(app, "GET", "/metrics", authorization=BEARER).body.decode()
+    for name, value in zip(("mean_iou", "drift"), found, strict=True):
+        line = next(line for line in page.splitlines() if line.startswith(f"threestage_image_{name}_sum"))
+        assert float(line.split()[-1]) == pytest.approx(2 * value, abs=2e-3)
+
+
+def test_a_model_without_calibration_has_no_estimates(tmp_path: Path) -> None:
+    model = Model.of(make_model(tmp_path), "model")
+    found = answer_image(PHOTO, "json", lambda image: ("1", model.predict(image)))
+    assert json.loads(found.content)["estimated_mean_iou"] is None and (found.mean_iou, found.drift) == (None, None)
 
 
 def test_an_overlay_is_a_jpeg_of_the_images_size(app: Any) -> None:
