@@ -236,8 +236,8 @@ class Models(_Lookups):
         return self._client.create_model_version(name, source, run_id, tags=tags, description=description)
 
     def set_aliases(self, version: Any, stage: str, settings: RegistrySettings) -> str:
-        """Give a new version its stage's alias, and the champion's where it has earned it by the settings. Returns the decision in
-        words."""
+        """Give a new version its stage's alias, and the champion's where it has earned it by the settings. Returns the decision
+        in words."""
         self._client.set_registered_model_alias(version.name, stage, version.version)
         return Promotion(self._client, version.name).consider(version, settings.approve_champion, settings.max_drift)
 

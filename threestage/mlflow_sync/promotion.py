@@ -37,9 +37,9 @@ class Promotion:
     def needs_approval(self) -> bool:
         return bool(self._model.tags.get(APPROVAL) == REQUIRED)
 
-    def consider(self, version: Any, approve: bool) -> str:
-        """Make a new version the champion where it has earned it or, where a person approves, the candidate. `approve`: the
-        run asks for approval. Returns the decision in words, which is also a tag of the version."""
+    def consider(self, version: Any, approve: bool, max_drift: float | None = None) -> str:
+        """Make a version the champion where it has earned it or, where a person approves, the candidate. `approve`: the
+        run asks for approval; `max_drift`: see `decide`. Returns the decision in words, which is also a tag of the version."""
         if approve:
             self.require_approval()
         takes, decision = decide(version, self.holder(), max_drift)
