@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from threestage.config import Config
 from threestage.data.batches import SampleSet, send
 from threestage.data.pool import PoolFile
 from threestage.data.samples import Sample, decode_sample, pool_samples
 from threestage.evaluation import WorkerShare, decoded_batches, fitting
+from threestage.models.network import Network
 from threestage.models.settings import InferenceSettings
 from threestage.prediction.estimates import Calibration, distance_to_nearest, expected_counts
 from threestage.prediction.pool_features import FEATURE_SIZE, forward_means, projected
@@ -35,7 +36,7 @@ LARGEST = 2**22
 class Calibrator:
     """Asks a network about images, each worker about its share; every worker gets all answers."""
 
-    network: nn.Module
+    network: Network
     device: torch.device
     share: WorkerShare
     batch_size: int

@@ -210,8 +210,8 @@ def _is_corrupted(row: Mapping[str, Any]) -> bool:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's, of values that are all different."""
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)).astype(np.float64) for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main() -> None:

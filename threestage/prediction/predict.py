@@ -401,21 +401,26 @@ def _gather(
         with contextlib.closing(run(list(missing.values()))) as reports:
             for report in reports:
                 take(report)
+    return PredictReport(
+        images=images,
+        kept=kept,
+        bad=rejects.count,
+        rejected=tuple(rejects.first),
+        rejects_uri=_listed(task, rejects, total, max_bad_fraction),
+        in_windows=in_windows,
+        estimate=job.estimate,
+    )
+
+
+def _listed(task: PredictionTask, rejects: RejectList, total: int, max_bad_fraction: float) -> str:
+    """Where the bad images are written down. Raises StageFailure where they are too many."""
     listed = storage.join(task.destination, REJECTS_NAME)
     rejects.write_for_people(listed, task.destination)
     if complaint := rejects.complaint(total, max_bad_fraction, listed):
         raise StageFailure(
             f"{complaint}; raise --max-bad-fraction, or replace them and run this again", "data/bad-images"
         )
-    return PredictReport(
-        images=images,
-        kept=kept,
-        bad=rejects.count,
-        rejected=tuple(rejects.first),
-        rejects_uri=listed,
-        in_windows=in_windows,
-        estimate=job.estimate,
-    )
+    return listed
 
 
 def _done(task: PredictionTask, parts: Sequence[Part]) -> Iterator[tuple[Part, FileReport]]:

@@ -112,7 +112,6 @@ def within_device_memory() -> Iterator[None]:
 def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish its models and `result.json` in its folder."""
     config = task.settings()
-    stage = config.stage(task.stage)
     data = read_together("the data set", lambda: load_data(task, config), worker)
     classes = len(data.manifest.classes)
     state = read_together("the network", lambda: build_state(task, config, classes, worker.device), worker)
@@ -134,8 +133,8 @@ def train_stage(task: StageTask, worker: Worker) -> None:
         last[:] = [score(network)]
         return {"mean_iou": mean_iou(last[0].confusion)}
 
-    images = images_per_step(config, task.stage, worker.world_size)
-    length = StageLength(stage.steps, images, (config.seed, task.stage), at_half)
+    images, place = images_per_step(config, task.stage, worker.world_size), (config.seed, task.stage)
+    length = StageLength(config.stage(task.stage).steps, images, place, at_half)
     fit(state, worker, source, validate, length, config.training, config.optimiser, config.ema)
     if not last:  # the last checkpoint already held the last step
         validate(state.shipped)
@@ -145,8 +144,7 @@ def train_stage(task: StageTask, worker: Worker) -> None:
 
     def publish() -> None:
         write_image_counts(task.folder, data.validation.ids, last[0].images)
-        write_calibration(storage.join(task.folder, MODEL), calibration)
-        publish_stage(task, state, card, last[0].confusion, student)
+        publish_stage(task, state, card, last[0].confusion, student, calibration)
 
     if worker.rank == 0:
         worker.checkpoints.publish("the stage's model", publish)
@@ -232,13 +230,19 @@ def build_state(task: StageTask, config: Config, num_classes: int, device: torch
 
 
 def publish_stage(
-    task: StageTask, state: TrainState, card: ModelCard, confusion: Tensor, student: Tensor | None
+    task: StageTask,
+    state: TrainState,
+    card: ModelCard,
+    confusion: Tensor,
+    student: Tensor | None,
+    calibration: Calibration | None,
 ) -> None:
     """Write `model/`, `best_model/` where an earlier step scored higher, and, last, result.json.
 
     confusion, student: matrices (C,C) of the shipped network and of the student at the last step.
     """
     digest = save_model(storage.join(task.folder, MODEL), state.shipped, card)  # type: ignore[arg-type]
+    write_calibration(storage.join(task.folder, MODEL), calibration)
     last = {"step": state.step, "mean_iou": mean_iou(confusion)}
     best = {**last, "model": MODEL}
     if state.best is not None and state.best.step < state.step:

@@ -57,7 +57,7 @@ def sums(true: list[float], right: list[float], drift: float = 0.0, images: int 
 def test_classes_that_an_image_hardly_shows_do_not_count() -> None:
     estimator = Estimator(calibration(shares=(0.5, 0.5, 0.0)))
     found = estimator.of(sums(true=[80, 19, 1], right=[40, 9.5, 0], drift=6, images=4))
-    assert (found.mean_iou, found.drift, found.images) == (pytest.approx(1 / 3), 1.5, 4)
+    assert found.mean_iou == pytest.approx(1 / 3, abs=0.01) and (found.drift, found.images) == (1.5, 4)
     only_first = estimator.of(sums(true=[95, 5, 0], right=[95, 0, 0]))
     assert only_first.mean_iou == 1, "0.05 of the pixels is less than a fifth of 0.5"
     assert Estimator(calibration(shares=(0.0, 0.0, 0.0))).of(sums([1, 1, 1], [1, 1, 1])).mean_iou is None
@@ -86,13 +86,17 @@ def test_every_image_of_a_batch_has_its_own_figures(way: str, monkeypatch: pytes
 
 
 def test_an_image_like_a_training_image_does_not_drift() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Identity()
+
     class Pixels(nn.Module):
         """Its features are the mean colours, its logits the colours."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.Module()
-            self.encoder.last = nn.Identity()
+            self.encoder = Encoder()
 
         def forward(self, image: Tensor) -> tuple[Tensor, None]:
             return self.encoder.last(image), None

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Counting:
         self.parts: list[Part] = []
         self._dies_at = dies_at
 
-    def __call__(self, files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+    def __call__(self, files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Generator[FileReport]:
         for part in parts:
             if len(self.parts) == self._dies_at:
                 raise KeyboardInterrupt
