@@ -164,7 +164,7 @@ def _calibration(
 
     training = read_together("a sample of the training images", read, worker)
     calibrator = Calibrator(
-        network=state.shipped.eval(),
+        network=state.shipped.eval(),  # type: ignore[arg-type]
         device=worker.device,
         share=WorkerShare(worker.rank, worker.world_size, worker.sum),
         batch_size=config.pseudo_mask.batch_size,
