@@ -71,6 +71,10 @@ class PoolFeatures(PredictionWriter):
         return float(values[0]), float(values[1]), values[2:].astype(np.float16).tobytes()
 
 
+class NothingMeasured(Exception):
+    """Raised by what `forward_means` gives, where the network was not asked."""
+
+
 @contextlib.contextmanager
 def forward_means(network: Any, values: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Callable[[int], Tensor]]:
     """Asks `values` of each forward pass of this thread: pooled last map of the encoder (N,D), logits (N,C,H,W) → (N,K).
@@ -90,6 +94,8 @@ def forward_means(network: Any, values: Callable[[Tensor, Tensor], Tensor]) -> I
             passes.append(values(pooled[0], outputs[0]))
 
     def means(images: int) -> Tensor:
+        if not passes:
+            raise NothingMeasured
         each = sum(map(len, passes)) // images
         groups = (passes[start : start + each] for start in range(0, len(passes), each))
         return torch.cat([torch.stack(group).mean(0) for group in groups])

@@ -68,6 +68,7 @@ from threestage.prediction.input_parts import (
     safe_name,
     scene_id,
 )
+from threestage.prediction.pool_features import NothingMeasured
 from threestage.prediction.pool_prediction import predict_files
 from threestage.prediction.prediction_writer import Encoded, Measured, PredictionWriter, Unwritable
 from threestage.prediction.pseudo_masks import (
@@ -135,7 +136,7 @@ Run = Callable[[ModelFiles, PredictionTask, Sequence[Part]], Generator[FileRepor
 class PredictSettings(Settings):
     """`format`: geotiff is of scenes only. `overlays`: of format png only, not of scenes. `confidence`: write it too.
     `rows_per_part`: images in one part, which is predicted whole or again. `input_format`: of a folder that holds more than one
-    kind. `max_drift`: of the images that are predicted, above which the job ends; not of scenes."""
+    kind. `max_drift`: of the images that are predicted, above which the job ends."""
 
     protocol: TTASettings = TTASettings()
     format: Format = "png"
@@ -241,7 +242,7 @@ def predict_parts(
 ) -> Iterator[FileReport]:
     """Predict parts with a network that is on the device."""
     if task.kind == "scenes":
-        return (_predict_scene_part(network, card, task, part, device) for part in parts)
+        return (_predict_scene_part(network, card, task, part, device, estimator) for part in parts)
     return predict_files(network, task, parts, device, Predictions(task, card, estimator))
 
 
@@ -267,7 +268,7 @@ def predict_input(
     settings = _for_model(settings, card, kind)
     if kind != "data set":
         _refuse_output_inside(source, out)
-    job = JobEstimate(None if kind == "scenes" else estimator_of(model), settings.max_drift)
+    job = JobEstimate(estimator_of(model), settings.max_drift)
     record = _record(model, source, settings)
     claim(out, PREDICTIONS)
     _check_record(out, record)
@@ -489,9 +490,7 @@ class Predictions(PredictionWriter):
         self.protocol = task.protocol
         self._card = card
         self._multiple = size_multiple(card.network)
-        self.schema = FILES_SCHEMA if task.format == "png" else ROWS_SCHEMA
-        for column in ESTIMATE_COLUMNS if estimator else ():
-            self.schema = self.schema.append(column)
+        self.schema = with_estimates(FILES_SCHEMA if task.format == "png" else ROWS_SCHEMA, estimator)
 
     def rows(self, file: PoolFile) -> Iterator[list[PoolRow]]:
         assert isinstance(file, Part)
@@ -552,17 +551,46 @@ class Predictions(PredictionWriter):
 
 
 def _predict_scene_part(
-    network: Network, card: ModelCard, task: PredictionTask, part: Part, device: torch.device
+    network: Network,
+    card: ModelCard,
+    task: PredictionTask,
+    part: Part,
+    device: torch.device,
+    estimator: Estimator | None,
 ) -> FileReport:
     """Predict one scene, and write the file of its part last. A scene that cannot be used is a reject."""
     digest = file_digest(task.digest(), part)
     if (stored := stored_report(part_uri(task, part), digest)) is not None:
         return stored
     image_id = scene_id(path_below(task.source, part.uri))
-    scene = SceneTask(
+    scene = _scene_task(card, task, part)
+    file, size, rejects, measured = None, (0, 0), tuple[Reject, ...](), tuple[float, ...]()
+    try:
+        if part.problem is not None:
+            raise BadImage(part.problem, "image/place")
+        file, size, measured = _measured_scene(network, scene, device, estimator)
+    except BadImage as error:
+        rejects = (Reject(image_id=image_id, source=part.uri, reason=str(error)),)
+    except (FileNotFoundError, PermissionError) as error:
+        rejects = (Reject(image_id=image_id, source=part.uri, reason=f"cannot be read: {error} [image/unreadable]"),)
+    report = FileReport(
+        file=part.name,
+        statistics=Statistics.of(int(file is not None), len(rejects), (), task.num_classes),
+        max_height=size[0],
+        max_width=size[1],
+        labelled_ids=(),
+        rejects=rejects,
+        measured=measured,
+    )
+    _write_scene_part(task, part, {"image_id": image_id, "file": file}, report, estimator)
+    return report
+
+
+def _scene_task(card: ModelCard, task: PredictionTask, part: Part) -> SceneTask:
+    return SceneTask(
         uri=part.uri,
         destination=task.destination,
-        name=safe_name(image_id),
+        name=safe_name(scene_id(path_below(task.source, part.uri))),
         driver="GTiff" if task.format == "geotiff" else "PNG",
         protocol=task.protocol,
         downscale=card.downscale,
@@ -571,23 +599,38 @@ def _predict_scene_part(
         confidence=task.confidences,
         bands=card.bands,
     )
-    file, size, rejects = None, (0, 0), tuple[Reject, ...]()
-    try:
-        if part.problem is not None:
-            raise BadImage(part.problem, "image/place")
+
+
+def _measured_scene(
+    network: Network, scene: SceneTask, device: torch.device, estimator: Estimator | None
+) -> tuple[str, tuple[int, int], tuple[float, ...]]:
+    """What `predict_scene` gives, and what was measured of it; nothing of a scene without data."""
+    if estimator is None:
+        return *predict_scene(network, scene, device), ()
+    with estimator.measure(network) as measure:
         file, size = predict_scene(network, scene, device)
-    except BadImage as error:
-        rejects = (Reject(image_id=image_id, source=part.uri, reason=str(error)),)
-    except (FileNotFoundError, PermissionError) as error:
-        rejects = (Reject(image_id=image_id, source=part.uri, reason=f"cannot be read: {error} [image/unreadable]"),)
-    statistics = Statistics.of(int(file is not None), len(rejects), (), task.num_classes)
-    report = FileReport(
-        file=part.name, statistics=statistics, max_height=size[0], max_width=size[1], labelled_ids=(), rejects=rejects
-    )
-    table = pa.Table.from_pylist([{"image_id": image_id, "file": file}], FILES_SCHEMA)
-    metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: digest}
+    try:
+        return file, size, tuple(measure(1, size[0] * size[1])[0].tolist())
+    except NothingMeasured:
+        return file, size, ()
+
+
+def _write_scene_part(
+    task: PredictionTask, part: Part, row: dict[str, Any], report: FileReport, estimator: Estimator | None
+) -> None:
+    if estimator is not None:
+        found = estimator.of(np.array(report.measured)) if report.measured else None
+        row |= {"mean_iou": found and found.mean_iou, "drift": found and found.drift}
+    table = pa.Table.from_pylist([row], with_estimates(FILES_SCHEMA, estimator))
+    metadata = {REPORT_KEY: report.model_dump_json(), DIGEST_KEY: file_digest(task.digest(), part)}
     storage.write_table(part_uri(task, part), table.replace_schema_metadata(metadata))
-    return report
+
+
+def with_estimates(schema: pa.Schema, estimator: Estimator | None) -> pa.Schema:
+    """With the columns of a model that is calibrated."""
+    for column in ESTIMATE_COLUMNS if estimator else ():
+        schema = schema.append(column)
+    return schema
 
 
 def enlarged(values: np.ndarray, factor: int, size: tuple[int, ...]) -> np.ndarray:

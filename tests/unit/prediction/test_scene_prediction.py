@@ -9,11 +9,13 @@ import torch
 
 pytest.importorskip("rasterio", reason="needs the extra geo: pip install 'threestage[geo]'")
 
+import pyarrow.parquet as pq
 import rasterio
 from PIL import Image
 
 from tests.geotiffs import CRS, PLACE, mosaic, write_geotiff
 from tests.refusals import refused
+from tests.unit.prediction.test_predict import calibrated
 from threestage.data import raster, storage
 from threestage.data.bands import Bands
 from threestage.data.formats import IngestSettings
@@ -101,6 +103,15 @@ def test_the_mask_is_that_of_the_whole_image_to_the_pixel(
     with rasterio.open(tmp_path / "confidence/a.tif") as confidence:
         sure = confidence.read(1)
         assert not sure[:300, :250].any() and sure[300:].min() > 80 and confidence.transform == PLACE
+
+
+def test_estimates_of_a_scene_are_means_over_its_windows(model: ModelFiles, scene: Path, tmp_path: Path) -> None:
+    settings = PredictSettings(format="geotiff", protocol=WINDOWS)
+    report = predict_input(calibrated(model, near=3.0, far=4.0), str(scene), f"{tmp_path}/out", settings)
+    (part,) = (tmp_path / "out/parts").iterdir()
+    (row,) = pq.read_table(part).to_pylist()
+    assert report.estimate is not None and (report.estimate.images, report.warnings) == (1, ())
+    assert report.estimate.drift == pytest.approx(row["drift"]) and 0 < row["mean_iou"] < 1
 
 
 def test_as_png(model: ModelFiles, scene: Path, pixels: np.ndarray, tmp_path: Path) -> None:
