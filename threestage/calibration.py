@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threestage.config import Config
 from threestage.data.batches import SampleSet, send
 from threestage.data.pool import PoolFile
-from threestage.data.samples import Sample, decode_sample, pool_samples
+from threestage.data.samples import Decoding, Sample, decode_sample, pool_samples
 from threestage.evaluation import WorkerShare, decoded_batches, fitting
 from threestage.models.network import Network
 from threestage.models.settings import InferenceSettings
@@ -125,25 +124,25 @@ def fitted_temperature(expected: np.ndarray, mean_iou: float) -> float:
 
 
 def training_sample(
-    labelled: SampleSet, pool: Sequence[PoolFile], config: Config, excluded: frozenset[str]
+    labelled: SampleSet, pool: Sequence[PoolFile], decoding: Decoding, excluded: frozenset[str]
 ) -> SampleSet:
     """At most REFERENCE_IMAGES images that a stage learns from: of the pool where it has one, else the labelled ones.
 
     Pool images that cannot be used or are larger than LARGEST are left out.
     """
     if not pool:
-        return SampleSet(labelled.samples[:REFERENCE_IMAGES], config.data.downscale)
+        return SampleSet(labelled.samples[:REFERENCE_IMAGES], *decoding)
     files = pool[:: math.ceil(len(pool) / SAMPLED_FILES)]
     most = math.ceil(REFERENCE_IMAGES / len(files))
     first = (file.without(list(range(most, file.rows))) for file in files)
-    found = [sample for file in first for sample in itertools.islice(_usable(file, config, excluded), most)]
-    return SampleSet(found[:REFERENCE_IMAGES], config.data.downscale, config.data.max_image_pixels)
+    found = [sample for file in first for sample in itertools.islice(_usable(file, decoding, excluded), most)]
+    return SampleSet(found[:REFERENCE_IMAGES], *decoding)
 
 
-def _usable(file: PoolFile, config: Config, excluded: frozenset[str]) -> Iterator[Sample]:
-    largest = min(LARGEST * config.data.downscale**2, config.data.max_image_pixels)
+def _usable(file: PoolFile, decoding: Decoding, excluded: frozenset[str]) -> Iterator[Sample]:
+    limited = decoding._replace(max_pixels=min(LARGEST * decoding.downscale**2, decoding.max_pixels))
     for chunk in pool_samples(file, None, lambda reject: None, excluded=excluded):
         for sample in chunk:
             with contextlib.suppress(ValueError):  # the prediction of the pool has reported it
-                if 0 not in decode_sample(sample, config.data.downscale, largest).image.shape:
+                if 0 not in decode_sample(sample, *limited).image.shape:
                     yield sample

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from threestage.calibration import REFERENCE_IMAGES, TEMPERATURES, fitted_temperature, training_sample
-from threestage.config import Config
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.datasets import validation_set
 from threestage.data.pool import load_pool
 from threestage.data.records import load_manifest
+from threestage.data.samples import Decoding
 from threestage.data.split import saved_split
 from threestage.mlflow_sync.records import RegistrySettings
 from threestage.prediction.estimates import CALIBRATION, Calibration
@@ -47,11 +47,10 @@ def test_a_stage_leaves_its_calibration(finished_run: Path, scenes: Path, stage:
 
 
 def test_training_images_are_taken_from_all_over_the_pool(finished_run: Path, scenes: Path) -> None:
-    config = storage.read_json(str(finished_run / "config.json"), Config)
     pool, split = load_pool(str(finished_run / "pool.parquet")), saved_split(str(finished_run / "split.json"))[0]
     labelled = SampleSet([], 1)
-    found = training_sample(labelled, pool, config, frozenset(split.validation))
+    found = training_sample(labelled, pool, Decoding(), frozenset(split.validation))
     assert len(found) == min(REFERENCE_IMAGES, sum(file.rows for file in pool)) and len(set(found.ids)) == len(found)
     assert not set(found.ids) & set(split.validation)
-    small = config.model_copy(update={"data": config.data.model_copy(update={"max_image_pixels": 64 * 63})})
+    small = Decoding(max_pixels=64 * 63)
     assert len(training_sample(labelled, pool, small, frozenset())) == 0

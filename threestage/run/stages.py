@@ -32,6 +32,7 @@ from threestage.data.datasets import labelled_set, pool_canvas, pool_set, valida
 from threestage.data.pool import least_agreement, load_pool, read_index
 from threestage.data.records import Manifest, load_manifest
 from threestage.data.rejects import Reject, RejectList
+from threestage.data.samples import Decoding
 from threestage.data.split import Split
 from threestage.errors import StageFailure
 from threestage.evaluation import Evaluation, WorkerShare, evaluate, summarise, write_image_counts
@@ -157,10 +158,11 @@ def _calibration(
     """Of the shipped network. `counts`: of each validation image (N,3,C), see `Evaluation`."""
     config = task.settings()
     worker.set_phase(state.step, "calibration")
+    decoding = Decoding(config.data.downscale, config.data.max_image_pixels, task.bands)
     excluded = frozenset(task.split.validation)
 
     def read() -> SampleSet:
-        return training_sample(data.labelled, load_pool(task.pool) if task.pool else [], config, excluded)
+        return training_sample(data.labelled, load_pool(task.pool) if task.pool else [], decoding, excluded)
 
     training = read_together("a sample of the training images", read, worker)
     calibrator = Calibrator(
