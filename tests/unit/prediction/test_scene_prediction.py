@@ -1,6 +1,6 @@
 """A scene is predicted window by window into a GeoTIFF on its own grid, and no seam shows where windows or strips meet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +200,7 @@ def test_on_a_cluster_too(model: ModelFiles, scene: Path, pixels: np.ndarray, tm
     for name, content in model.items():
         storage.write_bytes(f"{tmp_path}/model/{name}", content)
 
-    def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Iterator[FileReport]:
+    def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Generator[FileReport]:
         predict_parts_there = ray_predict._open(f"{tmp_path}/model", task.model_dump(mode="json"))
         return predict_parts_there([part.model_dump_json() for part in parts])
 
