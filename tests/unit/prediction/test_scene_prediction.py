@@ -202,7 +202,7 @@ def test_on_a_cluster_too(model: ModelFiles, scene: Path, pixels: np.ndarray, tm
 
     def run(files: ModelFiles, task: PredictionTask, parts: Sequence[Part]) -> Generator[FileReport]:
         predict_parts_there = ray_predict._open(f"{tmp_path}/model", task.model_dump(mode="json"))
-        return predict_parts_there([part.model_dump_json() for part in parts])
+        yield from predict_parts_there([part.model_dump_json() for part in parts])
 
     predict_input(model, str(scene), f"{tmp_path}/out", PredictSettings(format="geotiff", protocol=WINDOWS), run=run)
     with rasterio.open(tmp_path / "out/masks/a.tif") as mask:
