@@ -18,7 +18,7 @@ from threestage.data.bands import Bands
 from threestage.data.batches import SampleSet, send
 from threestage.data.parallel import ahead
 from threestage.data.records import Manifest, SplitName, labelled_rows, load_manifest
-from threestage.data.samples import Decoded, samples_of
+from threestage.data.samples import Decoded, TableSamples
 from threestage.errors import InputError
 from threestage.models.export import ModelCard
 from threestage.models.network import size_multiple
@@ -154,9 +154,7 @@ def evaluate_model(
     check_protocol(protocol, card.network)
     manifest = load_manifest(dataset)
     _refuse_other_data(dataset, manifest, card)
-    samples = SampleSet(
-        samples_of(labelled_rows(dataset, manifest, split).to_pydict()), card.downscale, bands=card.bands
-    )
+    samples = SampleSet(TableSamples(labelled_rows(dataset, manifest, split)), card.downscale, bands=card.bands)
     if len(samples) == 0:
         raise InputError(
             f"{dataset}: no image of split {split!r} has a mask; those that have: {_labelled_splits(manifest)}",

@@ -23,7 +23,7 @@ from tests.benchmarks.on_device import clock
 from threestage.allocator import disable_malloc_trim
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import Sample, decode_sample, samples_of
+from threestage.data.samples import Sample, TableSamples, decode_sample
 from threestage.evaluation import BATCH, evaluate
 from threestage.models.network import Network, build_network
 from threestage.models.settings import NetworkSettings
@@ -81,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder))
         manifest = load_manifest(data)
-        samples = samples_of(labelled_rows(data, manifest, "train").to_pydict())[: options.images]
+        samples = TableSamples(labelled_rows(data, manifest, "train"))[: options.images]
         rows = [measure(encoder, samples, len(manifest.classes), options.rounds) for encoder in options.encoder]
     report(f"evaluation of {len(samples)} images", rows, options.json)
 

@@ -168,7 +168,7 @@ def measure(task: StageTask, steps: int) -> dict[str, Any]:
     """One stage's figures."""
     config = task.settings()
     worker = LocalWorker(tempfile.mkdtemp(), 1, local_unlabelled(task))
-    data = load_data(task, config)
+    data = load_data(task, config, worker)
     state = build_state(task, config, len(data.manifest.classes), worker.device)
     worker.checkpoints.claim()
     source = make_source(task, config, state, data, worker)

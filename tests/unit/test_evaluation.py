@@ -15,7 +15,7 @@ from tests.refusals import refused
 from threestage import IGNORE_INDEX, evaluation
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import Decoded, samples_of
+from threestage.data.samples import Decoded, TableSamples
 from threestage.evaluation import Scores, evaluate, evaluate_model
 from threestage.models.export import ModelCard
 from threestage.models.network import Network, build_network
@@ -39,7 +39,7 @@ def model_for(scenes: Path) -> tuple[Network, ModelCard]:
 
 def test_the_report_is_of_every_image_once(scenes: Path) -> None:
     network, card = model_for(scenes)
-    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()), 1)
+    samples = SampleSet(TableSamples(labelled_rows(str(scenes), load_manifest(str(scenes)), "train")), 1)
     seen: list[tuple[int, int]] = []
     scores = evaluate_model(network, card, str(scenes), "train", show=lambda *done: seen.append(done))
     assert scores == json.loads(json.dumps(scores, allow_nan=False))
@@ -82,7 +82,7 @@ class SmallDevice(nn.Module):
 
 def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_apart(scenes: Path) -> None:
     network, card = model_for(scenes)
-    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict())[:11], 1)
+    samples = SampleSet(TableSamples(labelled_rows(str(scenes), load_manifest(str(scenes)), "train"))[:11], 1)
     expected, images = evaluate(network, samples, len(card.classes), CPU)
     few, small, none = SmallDevice(network, 99), SmallDevice(network, 2), SmallDevice(network, 0)
     assert torch.equal(evaluate(few, samples, len(card.classes), CPU, batch_size=3).confusion, expected)
@@ -98,8 +98,8 @@ def test_a_batch_is_of_the_size_that_is_set_and_one_that_does_not_fit_is_taken_a
 def test_each_image_is_counted_in_its_own_place(scenes: Path) -> None:
     """Images of two sizes, which are predicted in another order than they have."""
     network, card = model_for(scenes)
-    rows = labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()
-    samples = SampleSet(samples_of(rows)[:19], 1)
+    rows = labelled_rows(str(scenes), load_manifest(str(scenes)), "train")
+    samples = SampleSet(TableSamples(rows)[:19], 1)
     for index in range(0, 19, 2):
         decoded = samples.decoded(index)
         maps = {name: value[:32] for name, value in decoded.maps.items()}

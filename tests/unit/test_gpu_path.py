@@ -27,7 +27,7 @@ from threestage.config import Config, StageName
 from threestage.data.batches import Batch, BatchSlice, SampleSet, TimedIterator, send
 from threestage.data.pool import data_set_files, pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.data.storage import read_table
 from threestage.evaluation import evaluate
 from threestage.models.network import Auxiliary, Network, build_network
@@ -250,7 +250,7 @@ def network() -> Network:
 
 @pytest.fixture(scope="module")
 def samples(scenes: Path) -> SampleSet:
-    return SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict())[:12], 1)
+    return SampleSet(TableSamples(labelled_rows(str(scenes), load_manifest(str(scenes)), "train"))[:12], 1)
 
 
 @pytest.mark.parametrize("window", [None, (48, 40)])

@@ -14,7 +14,7 @@ from tests.unit.models.conftest import card_for, small_network
 from threestage.config import changed, stage_keys
 from threestage.data.batches import SampleSet
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.evaluation import evaluate, evaluate_model
 from threestage.models.export import ModelCard, load_card, parse_card
 from threestage.models.settings import InferenceSettings
@@ -38,7 +38,7 @@ def pool_task(inference: InferenceSettings = InferenceSettings()) -> PoolTask:
 def test_evaluation_in_a_run_and_afterwards_are_one(scenes: Path) -> None:
     card = card_for(scenes).model_copy(update={"inference": WINDOWS})
     network, manifest = small_network(len(card.classes)), load_manifest(str(scenes))
-    samples = SampleSet(samples_of(labelled_rows(str(scenes), manifest, "val").to_pydict()), 1)
+    samples = SampleSet(TableSamples(labelled_rows(str(scenes), manifest, "val")), 1)
     found = evaluate(network, samples, len(card.classes), CPU, inference=WINDOWS).confusion
     later = evaluate_model(network, card, str(scenes), "val")
     assert later["confusion_matrix"] == found.tolist() and later["protocol"].startswith("windows of 32x64")

@@ -30,7 +30,7 @@ from threestage.data.records import (
     load_manifest,
     pool_files,
 )
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.data.split import Split, make_split, saved_split
 from threestage.errors import InputError, StageFailure
 from threestage.models.network import check_settings, doubtful_normalisation
@@ -347,7 +347,7 @@ def _seen(
     config: Config, manifest: Manifest, split: SplitName, ids: Sequence[str]
 ) -> tuple[list[str], list[Gradients]]:
     rows = labelled_rows(config.data.root, manifest, split, ids)
-    samples = SampleSet(samples_of(rows.to_pydict()), config.data.downscale, bands=manifest.bands)
+    samples = SampleSet(TableSamples(rows), config.data.downscale, bands=manifest.bands)
     try:
         return samples.ids, [gradients(samples.decoded(index).image) for index in range(len(samples))]
     except StageFailure as error:

@@ -22,7 +22,7 @@ from threestage.augment.views import AugmentSettings, Extent
 from threestage.data.bands import Bands
 from threestage.data.parallel import ahead
 from threestage.data.records import MAX_IMAGE_PIXELS
-from threestage.data.samples import Decoded, Decoding, Sample, crop_to_canvas, decode_sample
+from threestage.data.samples import Decoded, Decoding, Sample, TableSamples, crop_to_canvas, decode_sample
 from threestage.errors import CodedError, StageFailure, reason_of
 from threestage.seeds import derive_seed
 
@@ -87,7 +87,7 @@ def stack(
 
 
 class SampleSet:
-    """Encoded rows in memory; decoded ones are kept as long as they fit into DECODED_CACHE_BYTES."""
+    """Encoded rows; decoded ones are kept as long as they fit into DECODED_CACHE_BYTES."""
 
     def __init__(
         self,
@@ -98,15 +98,12 @@ class SampleSet:
     ) -> None:
         self.samples = samples
         self._decoding = Decoding(downscale, max_pixels, bands)
+        self.ids = samples.ids if isinstance(samples, TableSamples) else [sample.image_id for sample in samples]
         self._cache: dict[int, Decoded] = {}
         self._free = DECODED_CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def ids(self) -> list[str]:
-        return [sample.image_id for sample in self.samples]
 
     def digest(self) -> str:
         """sha256 over ids, images and masks, and what their bands mean: what was trained or validated on."""
@@ -124,7 +121,7 @@ class SampleSet:
             decoded = decode_sample(self.samples[index], *self._decoding)
         except ValueError as error:
             code = error.code if isinstance(error, CodedError) else "image/undecodable"
-            raise StageFailure(f"{self.samples[index].image_id}: {reason_of(error)}", code) from error
+            raise StageFailure(f"{self.ids[index]}: {reason_of(error)}", code) from error
         self._free -= decoded.image.nbytes + sum(value.nbytes for value in decoded.maps.values())
         if self._free > 0:
             self._cache[index] = decoded
@@ -211,7 +208,7 @@ def batches(
             chosen, class_ids = zip(*(order(place) for place in places), strict=True)
             randoms = [np.random.default_rng(derive_seed(*seed_place, "canvas", place)) for place in places]
             decoded = pool.map(samples.decoded, chosen)
-            named = [(samples.samples[i].image_id, d) for i, d in zip(chosen, decoded, strict=True)]
+            named = [(samples.ids[i], d) for i, d in zip(chosen, decoded, strict=True)]
             yield stack(named, canvas, randoms, class_ids)
 
 

@@ -2,7 +2,7 @@
 `--local`. Also the size of the pool's canvas, and the pixels that are void in most labels (`data.fixed_void`)."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from threestage.augment.views import AugmentSettings
 from threestage.data import storage
 from threestage.data.bands import Bands
 from threestage.data.batches import SampleSet, canvas_size
+from threestage.data.parallel import map_ahead
 from threestage.data.pool import IndexRow, PoolFile, read_index
 from threestage.data.records import (
     MAX_IMAGE_PIXELS,
@@ -24,38 +25,61 @@ from threestage.data.records import (
     labelled_rows,
 )
 from threestage.data.rejects import Reject
-from threestage.data.samples import Decoding, OnReject, Sample, decode_sample, pool_samples, samples_of
+from threestage.data.samples import Decoding, OnReject, Sample, TableSamples, decode_sample, pool_samples
 from threestage.data.split import Split
 from threestage.errors import InputError, StageFailure
 
+LABEL_THREADS = 24
+"""Requests at a time for the pseudo-masks of labels, which may lie in as many files; pyarrow has 25 connections to S3."""
 ANY_SIDE = 2**31
 """Pixels, more than any image has along a side."""
 
 
 # ---- The sets
 
+OncePerNode = Callable[[str, Callable[[], pa.Table]], pa.Table]
+"""Gives what the function returns, which the processes of a node may share by its name."""
+
+
+def _read(name: str, make: Callable[[], pa.Table]) -> pa.Table:
+    return make()
+
 
 def labelled_set(
-    root: str, manifest: Manifest, split: Split, downscale: int, pseudo_masks: str | None, bands: Bands | None = None
+    root: str,
+    manifest: Manifest,
+    split: Split,
+    downscale: int,
+    pseudo_masks: str | None,
+    bands: Bands | None = None,
+    once: OncePerNode = _read,
 ) -> SampleSet:
     """The labelled images with their masks, and with pseudo-masks where a folder of them is given. `bands`: those that a network
     sees, else all."""
-    table = labelled_rows(root, manifest, "train", split.labelled)
-    if pseudo_masks is not None:
-        table = _with_pseudo_masks(table, _pseudo_mask_rows(pseudo_masks))
-    return _seen_set(table, manifest, downscale, bands)
+
+    def read() -> pa.Table:
+        table = labelled_rows(root, manifest, "train", split.labelled)
+        return table if pseudo_masks is None else _with_pseudo_masks(table, _pseudo_mask_rows(pseudo_masks))
+
+    return _seen_set(once("labelled", read), manifest, downscale, bands)
 
 
 def validation_set(
-    root: str, manifest: Manifest, split: Split, downscale: int, bands: Bands | None = None
+    root: str,
+    manifest: Manifest,
+    split: Split,
+    downscale: int,
+    bands: Bands | None = None,
+    once: OncePerNode = _read,
 ) -> SampleSet:
     """The images that a run validates on, each with its mask. `bands`: see `labelled_set`."""
     name: SplitName = "val" if split.validation_split == "val" else "train"
-    return _seen_set(labelled_rows(root, manifest, name, split.validation), manifest, downscale, bands)
+    table = once("validation", lambda: labelled_rows(root, manifest, name, split.validation))
+    return _seen_set(table, manifest, downscale, bands)
 
 
 def _seen_set(table: pa.Table, manifest: Manifest, downscale: int, bands: Bands | None) -> SampleSet:
-    return SampleSet(samples_of(table.to_pydict()), downscale, MAX_IMAGE_PIXELS, bands or manifest.bands)
+    return SampleSet(TableSamples(table), downscale, MAX_IMAGE_PIXELS, bands or manifest.bands)
 
 
 def pool_set(
@@ -99,13 +123,14 @@ def pool_canvas(index: Sequence[IndexRow] | None, augment: AugmentSettings) -> t
 
 def _pseudo_mask_rows(folder: str) -> dict[str, tuple[bytes, bytes]]:
     """Pseudo-mask and confidence of the labelled images, read from the files that the set's index names for them."""
-    found: dict[str, tuple[bytes, bytes]] = {}
-    for entry in read_index(folder):
-        if entry.labelled_ids:
-            table = storage.read_rows(storage.join(folder, entry.file), "image_id", entry.labelled_ids)
-            for row in table.to_pylist():
-                found[row["image_id"]] = (row["pseudo_mask"], row["confidence"])
-    return found
+
+    def read(entry: IndexRow) -> pa.Table:
+        return storage.read_rows(storage.join(folder, entry.file), "image_id", entry.labelled_ids)
+
+    entries = (entry for entry in read_index(folder) if entry.labelled_ids)
+    tables = map_ahead(read, entries, LABEL_THREADS)
+    rows = (row for table in tables for row in table.to_pylist())
+    return {row["image_id"]: (row["pseudo_mask"], row["confidence"]) for row in rows}
 
 
 def _with_pseudo_masks(table: pa.Table, rows: dict[str, tuple[bytes, bytes]]) -> pa.Table:

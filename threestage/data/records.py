@@ -36,6 +36,7 @@ from threestage.data.bands import BandNumber, Bands
 from threestage.data.headers import SIGNED, UNSIGNED, BadImage, Layout, read_layout
 from threestage.data.parallel import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
 from threestage.data.parallel import PIXELS as PIXELS
+from threestage.data.parallel import map_ahead
 from threestage.errors import InputError
 from threestage.settings import Settings
 
@@ -43,6 +44,7 @@ MANIFEST_FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 PREVIEW_NAME = "preview.png"
 MAX_IMAGE_BYTES = 256 * 2**20
+FILES_AT_ONCE = 4  # of images, each whole in memory until the rows that are needed are cut out
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow knows others that run programs (EPS: Ghostscript)
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of TIFF
 PILLOWS_LIMIT = 178_956_970
@@ -286,15 +288,19 @@ def labelled_rows(root: str, manifest: Manifest, split: SplitName, ids: Collecti
 
     One row per id: what came later wins, be it a mask or that there is none any more. Holds all of them in memory at once.
     """
-    wanted = None if ids is None else set(ids)
+    wanted = None if ids is None else pa.array(sorted(ids), pa.string())
+
+    def read(file: DataFile) -> pa.Table:
+        table = parquet.read_file(storage.join(root, file.path), RECORD_SCHEMA.names).replace_schema_metadata(None)
+        return table if wanted is None else table.filter(pc.is_in(table.column("image_id"), value_set=wanted))
+
     seen: set[str] = set()
     parts = [RECORD_SCHEMA.empty_table()]
-    for file in reversed(files_with_masks(manifest, split)):
-        table = parquet.read_file(storage.join(root, file.path), RECORD_SCHEMA.names).replace_schema_metadata(None)
-        ids = table.column("image_id").to_pylist()
-        latest = [i not in seen and (wanted is None or i in wanted) for i in ids]
-        seen.update(ids)
-        parts.append(table.filter(pc.and_(pa.array(latest, pa.bool_()), pa.array(_has_mask(table), pa.bool_()))))
+    for table in map_ahead(read, reversed(files_with_masks(manifest, split)), FILES_AT_ONCE):
+        found = table.column("image_id").to_pylist()
+        latest = pa.array([image_id not in seen for image_id in found], pa.bool_())
+        seen.update(found)
+        parts.append(table.filter(pc.and_(latest, pc.is_valid(table.column("mask")))))
     return _sorted_by_id(pa.concat_tables(parts))
 
 

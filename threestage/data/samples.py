@@ -1,12 +1,13 @@
 """Encoded rows, of the pool each beside its pseudo-mask, and what becomes of them on a CPU: decoded, cut to a canvas.
 Without torch: a process that only reads has no use for it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
+import pyarrow as pa
 
 from threestage import IGNORE_INDEX
 from threestage.data import storage
@@ -169,8 +170,23 @@ def _first_pixel(side: int, room: int, drawn: float, wanted: int | None) -> int:
     return min(most, least + int(drawn * (most - least + 1)))
 
 
-def samples_of(table: Mapping[str, Sequence[object]]) -> list[Sample]:
-    """Samples from the columns of a table (`table.to_pydict()`); columns that a Sample has no field for are ignored."""
-    fields = [name for name in Sample.__dataclass_fields__ if name in table]
-    rows = zip(*(table[name] for name in fields), strict=True)
-    return [Sample(**dict(zip(fields, row, strict=True))) for row in rows]
+class TableSamples(Sequence[Sample]):
+    """The rows of a table as samples, each made when it is asked for: encoded bytes stay where the table holds them. Columns
+    that a Sample has no field for are ignored."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.ids: list[str] = table.column("image_id").to_pylist()
+        fields = Sample.__dataclass_fields__
+        self._columns = {name: table.column(name) for name in fields if name in table.column_names}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return Sample(**{name: column[index].as_py() for name, column in self._columns.items()})

@@ -11,11 +11,11 @@ Confidences are stored, so a threshold is applied when they are read and a new o
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Literal, NotRequired, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, field_serializer, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -69,6 +69,30 @@ class PseudoMaskSettings(Settings):
     final_stage: bool = Field(True, description="predict the pool after the last stage too; no stage trains on it")
 
 
+def _dense(confusion: Any) -> Any:
+    """A matrix from its SparseCounts, in which a file's report carries it; a report of before has the matrix."""
+    if not isinstance(confusion, dict):
+        return confusion
+    counts = _sparse_counts.validate_python(confusion)
+    matrix = np.zeros((counts["classes"], counts["classes"]), np.int64)
+    for true, predicted, pixels in counts["counts"]:
+        matrix[true, predicted] = pixels
+    return matrix.tolist()
+
+
+ClassId = Annotated[int, Field(ge=0, lt=IGNORE_INDEX)]
+
+
+class SparseCounts(TypedDict):
+    """The entries of a confusion matrix that are not 0: true class, predicted class, pixels."""
+
+    classes: Annotated[int, Field(ge=0, le=IGNORE_INDEX)]
+    counts: list[tuple[ClassId, ClassId, int]]
+
+
+_sparse_counts = TypeAdapter(SparseCounts)
+
+
 class Statistics(Settings):
     """Counts over the pixels of the pool; they add up, so files and workers can be merged in any order."""
 
@@ -79,7 +103,8 @@ class Statistics(Settings):
     entropy_sum: float = 0.0  # nats
     above: tuple[int, ...] = (0,) * len(CONFIDENCE_SHARES)
     class_pixels: tuple[int, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] = ()  # on images whose mask is known but was not used for training
+    confusion: Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_dense)] = ()
+    """On images whose mask is known but was not used for training; () without any."""
     agreement: tuple[
         int, ...
     ] = ()  # images of each agreement with the weights of half-way, in 255ths; () if not measured
@@ -99,7 +124,9 @@ class Statistics(Settings):
             entropy_sum=float(moments[1]),
             above=tuple(above.tolist()),
             class_pixels=tuple(class_pixels.tolist()),
-            confusion=tuple(map(tuple, confusion.reshape(num_classes, num_classes).tolist())),
+            confusion=tuple(map(tuple, confusion.reshape(num_classes, num_classes).tolist()))
+            if confusion.any()
+            else (),
             agreement=tuple(agreement.tolist()),
         )
 
@@ -292,6 +319,17 @@ class FileReport(Settings):
     rejects: tuple[Reject, ...]
     in_windows: int = 0
     measured: tuple[float, ...] = ()
+
+    @field_serializer("statistics", when_used="json")
+    def _with_sparse_counts(self, statistics: Statistics) -> dict[str, Any]:
+        """Of 150 classes a file shows few, and a pool has many files."""
+        fields = statistics.model_dump(mode="json")
+        if statistics.confusion:
+            matrix = np.asarray(statistics.confusion)
+            places = zip(*map(np.ndarray.tolist, matrix.nonzero()), strict=True)
+            counts = [(true, predicted, int(matrix[true, predicted])) for true, predicted in places]
+            fields["confusion"] = SparseCounts(classes=len(matrix), counts=counts)
+        return fields
 
 
 def stored_report(uri: str, digest: str | None = None) -> FileReport | None:

@@ -1,10 +1,11 @@
 """The training loop's surroundings inside a Ray Train worker (training/worker.py says what they are)."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from threestage.allocator import disable_malloc_trim
 from threestage.data.batches import Batch, BatchSlice, max_shard_size
+from threestage.data.node_tables import node_table
 from threestage.errors import StageFailure
 from threestage.private_folder import reserve_compile_cache
 from threestage.ray_backend.heartbeat import Heartbeat
@@ -52,6 +54,7 @@ class RayWorker:
     def __init__(self, task: StageTask, monitor: Any, pulse: Heartbeat, driver: str) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._on_node = context.get_local_world_size()
         self.device = ray.train.torch.get_device()
         training, folder = task.settings().training, checkpoint_folder(task.folder)
         warn = self.warn if self.rank == 0 else lambda text: None  # all have the same to say of a store
@@ -59,7 +62,7 @@ class RayWorker:
         if self.rank == 0:
             pulse.unsaved_seconds = self.checkpoints.unsaved_seconds
         self._answered = 0
-        self._task = task
+        self._task, self._driver = task, driver
         self._monitor = monitor
         self._pulse = pulse
         self._averages_buffers = False
@@ -122,6 +125,12 @@ class RayWorker:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def once_per_node(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+        if self._on_node == 1:
+            return make()
+        key = f"{self._driver}/{self._task.model_dump_json()}/{name}"
+        return node_table(key, self._on_node, make, self.warn)
 
     def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
         """From Ray's stream, which was made to begin where the state stands. It gives all workers the same number of images,

@@ -156,7 +156,7 @@ class Validation:
             stages = [{i: (m, c) for i, m, c, _ in self._predict(n, decoded)} for n in self._networks]
             for place, (index, group) in enumerate(batch):
                 yield Example(
-                    image_id=self.samples.samples[index].image_id,
+                    image_id=self.samples.ids[index],
                     group=group,
                     image=decoded[place].image,
                     mask=decoded[place].maps["mask"],

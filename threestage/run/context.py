@@ -94,7 +94,7 @@ class RunContext:
 def _refuse_missing(root: str, split: Split, labelled: SampleSet, validation: SampleSet) -> None:
     """A split that names images which the data set does not hold belongs to another data set."""
     for name, ids, samples in (("labelled", split.labelled, labelled), ("validation", split.validation, validation)):
-        missing = sorted(set(ids) - {sample.image_id for sample in samples.samples})
+        missing = sorted(set(ids) - set(samples.ids))
         if missing:
             raise InputError(
                 f"{root}: {len(missing)} of the run's {len(ids)} {name} images are not in it, {missing[0]} first: "

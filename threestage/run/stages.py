@@ -113,7 +113,7 @@ def within_device_memory() -> Iterator[None]:
 def train_stage(task: StageTask, worker: Worker) -> None:
     """Train (or go on training) one stage, then publish its models and `result.json` in its folder."""
     config = task.settings()
-    data = read_together("the data set", lambda: load_data(task, config), worker)
+    data = read_together("the data set", lambda: load_data(task, config, worker), worker)
     classes = len(data.manifest.classes)
     state = read_together("the network", lambda: build_state(task, config, classes, worker.device), worker)
     resume(state, worker)
@@ -205,13 +205,13 @@ def images_per_step(config: Config, stage: StageName, world_size: int) -> tuple[
     return labelled, max_shard_size(unlabelled, world_size) * world_size
 
 
-def load_data(task: StageTask, config: Config) -> StageData:
+def load_data(task: StageTask, config: Config, worker: Worker) -> StageData:
     root, downscale = config.data.root, config.data.downscale
     manifest = load_manifest(root, task.manifest_version)
     return StageData(
         manifest,
-        labelled_set(root, manifest, task.split, downscale, task.pseudo_masks, task.bands),
-        validation_set(root, manifest, task.split, downscale, task.bands),
+        labelled_set(root, manifest, task.split, downscale, task.pseudo_masks, task.bands, worker.once_per_node),
+        validation_set(root, manifest, task.split, downscale, task.bands, worker.once_per_node),
         canvas_size((manifest.sizes.max_height // downscale, manifest.sizes.max_width // downscale), config.augment),
     )
 

@@ -15,7 +15,7 @@ from threestage import IGNORE_INDEX
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.records import SplitName, decode_mask, encode_mask, labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.models.export import load_model
 from threestage.prediction.pseudo_masks import quantise
 from threestage.prediction.tta import window_logits
@@ -83,7 +83,7 @@ def predict_held_out(task: HeldOutTask) -> None:
     found = list[dict[str, Any]]()
     for split in LABELLED_SPLITS:
         rows = labelled_rows(task.root, manifest, split, task.ids)
-        samples = SampleSet(samples_of(rows.to_pydict()), card.downscale, bands=card.bands)
+        samples = SampleSet(TableSamples(rows), card.downscale, bands=card.bands)
         places = rows.select(["image_id", "source", "height", "width"]).to_pylist()
         for number, row in enumerate(places):
             decoded = samples.decoded(number)

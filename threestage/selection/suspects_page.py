@@ -6,7 +6,7 @@ from typing import Any
 from threestage.data import storage
 from threestage.data.batches import SampleSet
 from threestage.data.records import DataSettings, Manifest, labelled_rows
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.report import mask_images
 from threestage.report.report import render_page
 from threestage.selection.contradictions import contradicted_only
@@ -26,7 +26,7 @@ def write_suspects_page(
     photos = dict[str, Bytes]()
     for split in LABELLED_SPLITS:
         rows = labelled_rows(data.root, manifest, split, shown)
-        samples = SampleSet(samples_of(rows.to_pydict()), data.downscale, bands=manifest.bands)
+        samples = SampleSet(TableSamples(rows), data.downscale, bands=manifest.bands)
         photos |= {image_id: samples.decoded(number).image for number, image_id in enumerate(samples.ids)}
     pictures = {
         image.image_id: _pictures(image, photos[image.image_id], colours)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,9 @@ class Worker(Protocol):
 
     def sync_buffers(self, network: nn.Module) -> None:
         """Make the network's running statistics the same on all workers."""
+
+    def once_per_node(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+        """What `make` returns: one worker of each node makes it, and all of that node hold it together."""
 
     def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
         """This worker's share of the unlabelled batches, from the state's step on."""
@@ -112,6 +116,9 @@ class LocalWorker:
 
     def sync_buffers(self, network: nn.Module) -> None:
         pass
+
+    def once_per_node(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+        return make()
 
     def unlabelled(self, share: BatchSlice, begin: TrainState) -> Iterator[Batch]:
         return self._unlabelled(share, begin.unlabelled_images)

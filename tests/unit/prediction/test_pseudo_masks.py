@@ -467,6 +467,26 @@ def test_statistics_by_hand() -> None:
         Statistics(above=(1,)).summary()
 
 
+def test_a_file_of_150_classes_is_a_short_report() -> None:
+    """Of 10^8 images the driver takes hundreds of thousands of reports."""
+
+    def report_of(confusion: np.ndarray) -> FileReport:
+        sums = [np.concatenate([np.zeros(2 + len(Statistics().above)), np.ones(150), confusion.ravel()])]
+        statistics = Statistics.of(1, 0, sums, 150)
+        return FileReport(file="a", statistics=statistics, max_height=1, max_width=1, labelled_ids=(), rejects=())
+
+    nothing, some = np.zeros((150, 150)), np.zeros((150, 150))
+    some[3, 149], some[149, 149] = 7, 2
+    for confusion in (nothing, some):
+        report = report_of(confusion)
+        text = report.model_dump_json()
+        assert len(text) < 1000 and FileReport.model_validate_json(text) == report
+    assert report.statistics.confusion == tuple(map(tuple, some.astype(int).tolist()))
+    before = report.model_dump()  # as footers held it, and done.json does
+    assert FileReport.model_validate(before) == report
+    assert (report_of(nothing).statistics + report.statistics).confusion == report.statistics.confusion
+
+
 def test_statistics_add_up_also_where_one_knows_no_classes() -> None:
     known = Statistics(images=1, class_pixels=(1, 2), confusion=((1, 0), (0, 2)))
     assert Statistics(images=2) + known == known + Statistics(images=2) == known.model_copy(update={"images": 3})

@@ -10,7 +10,7 @@ from threestage.config import load
 from threestage.data.batches import SampleSet
 from threestage.data.pool import PoolFile, data_set_files, pseudo_mask_uri
 from threestage.data.records import labelled_rows, load_manifest
-from threestage.data.samples import samples_of
+from threestage.data.samples import TableSamples
 from threestage.data.storage import read_table
 from threestage.evaluation import CHUNK, WorkerShare, evaluate
 from threestage.models.network import Network, build_network
@@ -35,7 +35,7 @@ def network(classes: int) -> Network:
 @pytest.mark.parametrize("workers", [2, 3, 7])
 def test_counts_are_equal(scenes: Path, network: Network, classes: int, workers: int) -> None:
     """27 images are four chunks: of seven workers three have none."""
-    samples = SampleSet(samples_of(labelled_rows(str(scenes), load_manifest(str(scenes)), "train").to_pydict()), 1)
+    samples = SampleSet(TableSamples(labelled_rows(str(scenes), load_manifest(str(scenes)), "train")), 1)
     samples = SampleSet(samples.samples[:27], 1)
     assert 3 * CHUNK < len(samples) < 4 * CHUNK
     one = evaluate(network, samples, classes, CPU)
