@@ -1,42 +1,30 @@
 """A cluster that has no node with room until it is asked for: Ray's own autoscaler, whose machines are processes here."""
 
-import json
+import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-from ray.util import get_node_ip_address
+import torch
 
-from cluster.local import kill
-from tests.s3 import free_port
+from tests.autoscaling import autoscaled
+from tests.conftest import tiny_config
+from tests.faults.looking_on import Run
+from threestage.training.checkpoint import Checkpoints, checkpoint_folder
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("default"),
+]
 
-LISTS = (
-    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
-    "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
-)  # fmt: skip
-MACHINES = {
-    "cluster_name": "machines",
-    "max_workers": 1,
-    "auth": {},
-    "docker": {},
-    "file_mounts": {},
-    "upscaling_speed": 1.0,
-    "idle_timeout_minutes": 10,
-    "head_node_type": "ray.head.default",
-    "available_node_types": {
-        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-        "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1},
-    },
-    **{name: list[str]() for name in LISTS},
-}
 DRIVER = """
 import sys, time, ray
 from threestage.ray_backend.stall_monitor import await_resources
@@ -50,6 +38,8 @@ await_resources("pseudo-masks", cluster, print)
 time.sleep(3)
 print("after", len(ray.nodes()), room_for_one(cluster))
 """
+MOST = 3
+LIMIT_S = 180
 
 
 @pytest.fixture
@@ -60,40 +50,65 @@ def short_path() -> Iterator[Path]:
 
 
 def test_predicting_brings_a_node(tmp_path: Path, short_path: Path) -> None:
-    port = free_port()
-    address = f"{get_node_ip_address()}:{port}"
-    provider = {"type": "fake_multinode", "gcs_address": address}
-    (tmp_path / "machines.json").write_text(json.dumps(MACHINES | {"provider": provider}))
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    own |= {"RAY_AUTH_MODE": "disabled", "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
-    start += [f"--autoscaling-config={tmp_path}/machines.json", f"--temp-dir={short_path}"]
-    with open(tmp_path / "log", "wb") as log:
-        head = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), *start],
-            env=own | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        while "Ray runtime started" not in (tmp_path / "log").read_text():
-            assert head.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.5)
+    with autoscaled(tmp_path, short_path, 1, {"CPU": 1, "GPU": 1}, most=1) as machines:
         done = subprocess.run(
-            [sys.executable, "-c", DRIVER, address],
+            [sys.executable, "-c", DRIVER, machines.address],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=own,
+            env=machines.environment,
             cwd=tmp_path,
             timeout=120,
         )
-    finally:
-        kill({head.pid})
-        head.wait()
     lines = done.stdout.splitlines()
-    assert "before 1 False" in lines and "after 2 True" in lines, (
-        done.stdout[-3000:] + (tmp_path / "log").read_text()[-2000:]
-    )
+    assert "before 1 False" in lines and "after 2 True" in lines, done.stdout[-3000:] + machines.log.read_text()[-2000:]
     assert any(line.startswith("pseudo-masks: waiting for ") for line in lines)
+
+
+def test_a_worker_group_grows_from_nothing_shrinks_and_grows_again(
+    scenes: Path, tmp_path: Path, short_path: Path
+) -> None:
+    """Within one stage: no machine, then as many as the elastic group may have; one is lost, and the autoscaler brings another.
+    Each step is in the record once."""
+    machine = {"CPU": 2, "slot": 1}
+    config = tiny_config(
+        tmp_path, data={"root": str(scenes), "labelled": 16}, stages=1, pseudo_mask={"final_stage": False},
+        cluster={
+            "workers": [1, MOST], "resources_per_worker": {"slot": 1}, "placement": "SPREAD", "resize_after_s": 5,
+            "max_failures": -1,
+        },
+        registry={"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        stage1={"steps": 1_000_000, "labelled_batch": 6},
+        training={"batch_scope": "global", "log_every": 5, "checkpoint_every": 20, "evaluate_every": 1_000_000},
+    )  # fmt: skip
+    with autoscaled(tmp_path, short_path, 2, machine, MOST) as machines:
+        assert machines.raylets("slot") == [], "there is none before it is asked for"
+        environment = machines.environment | {"RAY_ADDRESS": machines.address}
+        run = Run(config, str(tmp_path / "run"), environment, tmp_path / "log")
+        try:
+            seen: list[int] = []
+
+            def workers_come_to(fits: Callable[[int], bool]) -> None:
+                deadline = time.monotonic() + LIMIT_S
+                while not (rows := run.rows("stage1")[len(seen) :]) or not fits(int(rows[-1]["row"]["workers"])):
+                    assert run.process.poll() is None and time.monotonic() < deadline, (
+                        f"{run.said[-3:]}\n{(tmp_path / 'log').read_text()[-3000:]}\n{machines.log.read_text()[-2000:]}"
+                    )
+                    time.sleep(0.5)
+                seen.extend(int(said["row"]["workers"]) for said in rows)
+
+            workers_come_to(lambda workers: workers == MOST)
+            os.kill(machines.raylets("slot")[0], signal.SIGKILL)
+            workers_come_to(lambda workers: workers < MOST)
+            workers_come_to(lambda workers: workers == MOST)
+        finally:
+            run.process.send_signal(signal.SIGTERM)
+            run.process.wait(60)
+    sizes = [workers for before, workers in zip([0, *seen], seen, strict=False) if workers != before]
+    print(f"\nsizes of the worker group: {sizes}")
+    store = Checkpoints(checkpoint_folder(str(tmp_path / "run/stage1")))
+    latest = store.latest()
+    assert latest is not None
+    saved = torch.load(io.BytesIO(store.read(latest.step)), weights_only=True)
+    steps = [row["step"] for row in saved["history"]]
+    assert steps == sorted(set(steps)), "each step is in the record once"
