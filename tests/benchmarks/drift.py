@@ -23,7 +23,7 @@ from tests.benchmarks.measure import report
 from threestage.calibration import REFERENCE_IMAGES, Calibrator
 from threestage.data.batches import SampleSet, send
 from threestage.data.records import decode_image, labelled_rows, load_manifest
-from threestage.data.samples import Sample, samples_of
+from threestage.data.samples import Sample, TableSamples
 from threestage.evaluation import BATCH, WorkerShare, decoded_batches
 from threestage.models.export import ModelCard, load_model
 from threestage.models.network import Network
@@ -172,9 +172,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def measure_model(folder: str, data: str, drive: str) -> dict[str, Any]:
     manifest = load_manifest(data)
-    train, val, test = (
-        samples_of(labelled_rows(data, manifest, split).to_pydict()) for split in ("train", "val", "test")
-    )
+    train, val, test = (list(TableSamples(labelled_rows(data, manifest, split))) for split in ("train", "val", "test"))
     train = train[:: -(-len(train) // REFERENCE_IMAGES)]
     asked = Asked.at(folder)
     rows = []
