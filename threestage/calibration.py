@@ -14,6 +14,7 @@ from torch import Tensor
 
 from threestage.data.batches import SampleSet, send
 from threestage.data.pool import PoolFile
+from threestage.data.records import MAX_IMAGE_PIXELS
 from threestage.data.samples import Decoding, Sample, decode_sample, pool_samples
 from threestage.evaluation import WorkerShare, decoded_batches, fitting
 from threestage.models.network import Network
@@ -131,7 +132,7 @@ def training_sample(
     Pool images that cannot be used or are larger than LARGEST are left out.
     """
     if not pool:
-        return SampleSet(labelled.samples[:REFERENCE_IMAGES], *decoding)
+        return SampleSet(labelled.samples[:REFERENCE_IMAGES], *decoding._replace(max_pixels=MAX_IMAGE_PIXELS))
     files = pool[:: math.ceil(len(pool) / SAMPLED_FILES)]
     most = math.ceil(REFERENCE_IMAGES / len(files))
     first = (file.without(list(range(most, file.rows))) for file in files)

@@ -204,6 +204,7 @@ models list --tracking-uri sqlite:///text.pth        | mlflow/unavailable | text
 models list --tracking-uri sqlite:///no.db           | mlflow/no-store | no.db | --tracking-uri
 models pull camvid mod --tracking-uri sqlite:///empty.db | mlflow/no-model | camvid | models:/NAME@champion
 models promote models:/camvid/9 --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/camvid/9
+models rollback models:/camvid@champion --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/camvid@champion
 models lineage models:/camvid@stage9 --tracking-uri sqlite:///empty.db | mlflow/no-model | models:/camvid@stage9
 submit run demo                                      | submit/unshared-place | s3://bucket/prefix
 submit run demo --out runs/x                         | submit/unshared-place | --out runs/x | s3://bucket/prefix

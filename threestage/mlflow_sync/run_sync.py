@@ -104,7 +104,7 @@ class Sender:
         if "results.json" in files:
             results = storage.read_json(files["results.json"], Results)
             summary = {f"{stage}/mean_iou": values["mean_iou"] for stage, values in results["stages"].items()}
-            description = describe(results)
+            description = describe(results) if results["stages"] else None
         self._registry.close_run(self._key, status, summary, files, str(self._settings["name"]), description)
 
     def _send_rows(self, stage: StageName) -> None:
