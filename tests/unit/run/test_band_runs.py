@@ -82,7 +82,14 @@ def train(root: str, out: Path, **changes: Any) -> float:
     return float(result["mean_iou"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "16-bit grey",
+        "4 bands of floats",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("8-bit grey", "4 bands")),
+    ],
+)
 def test_any_bands_train_reload_and_predict_files_as_their_pixels(kind: str, tmp_path: Path) -> None:
     root = write_set(tmp_path, kind)
     train(root, tmp_path / "run", stages=1, network__encoder="test_resnet")  # see `train`
@@ -101,12 +108,14 @@ def test_any_bands_train_reload_and_predict_files_as_their_pixels(kind: str, tmp
     assert write_preview(root) is not None
 
 
+@pytest.mark.slow
 def test_three_stages_learn_from_a_pool_of_four_bands(four_bands: str, tmp_path: Path) -> None:
     train(four_bands, tmp_path / "run", augment__strong__jitter=1.0)
     card = load_card(str(tmp_path / "run/stage3/model"))
     assert card.bands == load_manifest(four_bands).bands and card.network.channels == 4
 
 
+@pytest.mark.slow
 def test_four_bands_beat_their_rgb(four_bands: str, tmp_path: Path) -> None:
     learnt: dict[str, Any] = {"network__head": "deeplabv3plus", "network__head_width": 8, "network__output_stride": 16}
     learnt |= {"stages": 1, "stage1__steps": 40, "stage1__labelled_batch": 4, "training__evaluate_every": 40}
