@@ -30,7 +30,7 @@ class Growth(NamedTuple):
 
 
 class GrowthWatch:
-    """Samples of processes by kind; a process that ends, and one that comes, are told apart by their ids."""
+    """Samples of processes by kind; a process that ends, and one that comes, have other ids."""
 
     def __init__(self) -> None:
         self._samples: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
